@@ -1,0 +1,86 @@
+"""The run's config: one typed tree, composed by Hydra from conf/ and checked before anything runs.
+
+Every other dataclass lives beside what it configures. Unknown keys and wrong types are Hydra's
+errors; impossible values are ours, each naming its key.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from .evaluate import EvaluationConfig
+from .logger import LoggerConfig
+from .modeling_mtp import HeadConfig
+from .models import ModelConfig
+from .rollout import DecodingConfig
+from .runtime import FabricConfig
+from .stage import StageConfig
+from .tasks import TASK_CONFIGS
+from .tasks.base import TaskConfig
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything a run depends on."""
+
+    name: str = "default"
+    """Of the run's directory."""
+    run_dir: str = MISSING
+    """Where the run writes; `runs/<name>` by default."""
+    seed: int = 1
+    resume: bool = False
+    """Go on from the run directory's last checkpoint."""
+    overwrite: bool = False
+    """Replace a run that is there already."""
+    dry_run: bool = False
+    """Build everything, run one step of each stage and one export, say what a full run costs."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between two checkpoints within a stage."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    fabric: FabricConfig = field(default_factory=FabricConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    """By name, in order: a mapping, so that `stages.rl.steps=100` works on the command line."""
+    experiment: Any = None
+    """Chosen on the command line; its values are already merged into the rest."""
+
+    def active_stages(self) -> dict[str, StageConfig]:
+        """Stages that have steps, in order."""
+        return {name: stage for name, stage in self.stages.items() if stage.steps}
+
+    def validate(self) -> None:
+        """Raises ValueError naming the key of an impossible value."""
+        if not self.active_stages():
+            raise ValueError("stages must hold at least one stage with steps; choose experiment=...")
+        for name, stage in self.active_stages().items():
+            stage.validate(name)
+        self.head.validate()
+        self.decoding.sampler()
+        for key in ("num_problems", "num_interim_problems", "batch_size"):
+            if getattr(self.evaluation, key) < 1:
+                value = getattr(self.evaluation, key)
+                raise ValueError(f"evaluation.{key} must be at least 1, got {value}")
+        if self.logger.log_every < 1:
+            raise ValueError(f"logger.log_every must be at least 1, got {self.logger.log_every}")
+
+
+def register_configs() -> None:
+    """Put the schema and the tasks' schemas where conf/ can name them."""
+    store = ConfigStore.instance()
+    store.store(name="run_config", node=RunConfig)
+    for name, config in TASK_CONFIGS.items():
+        store.store(group="task", name=f"{name}_schema", node=config)
+
+
+def to_run_config(config: DictConfig) -> RunConfig:
+    """The composed config as dataclasses, validated."""
+    run = OmegaConf.to_object(config)
+    assert isinstance(run, RunConfig)
+    run.validate()
+    return run

@@ -1,0 +1,209 @@
+"""Held-out accuracy and its controls: both modes, an empty and a wrong thought, true steps.
+
+Decoding is greedy. Every figure is over the same problems. The reference that measures how ordinary
+a thought is must not be the one that training is leashed to.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .batch import pad
+from .generation_mtp import Sampler
+from .rollout import DecodingConfig, Rollouts, sample
+from .tasks.base import Example, Task
+from .text import TextFormat
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """Evaluations during and after a stage."""
+
+    num_problems: int = 512
+    """Held-out problems of the evaluation that ends a stage."""
+    num_interim_problems: int = 128
+    """Held-out problems of the evaluations within a stage."""
+    batch_size: int = 256
+    num_samples: int = 4
+    """Completions shown in the log after each stage."""
+
+
+def decode_all(
+    model: torch.nn.Module,
+    text: TextFormat,
+    examples: list[Example],
+    mode: str,
+    decoding: DecodingConfig,
+    batch_size: int,
+    prefixes: list[list[int]] | None = None,
+) -> list[Rollouts]:
+    """Greedy completions of all examples, in batches."""
+    batches = []
+    for at in range(0, len(examples), batch_size):
+        batches.append(
+            sample(
+                model,
+                text,
+                examples[at : at + batch_size],
+                text.plan(mode),
+                Sampler(temperature=0),
+                max_new_tokens=decoding.max_new_tokens,
+                prefixes=None if prefixes is None else prefixes[at : at + batch_size],
+            )
+        )
+    return batches
+
+
+def accuracy(batches: list[Rollouts], task: Task, text: TextFormat) -> float:
+    """Share of completions whose final answer is right; one without an answer is wrong."""
+    right = total = 0.0
+    for batch in batches:
+        for row in range(len(batch.prompts)):
+            answer = text.answer_text(batch.completion(row))
+            if answer is not None:
+                right += task.outcome(batch.example(row), answer)
+            total += 1
+    return right / total
+
+
+def answer_accuracy(batches: list[Rollouts], task: Task, text: TextFormat) -> float:
+    """The same where the thought was given, so that the completion is the answer alone."""
+    right = total = 0.0
+    for batch in batches:
+        for row in range(len(batch.prompts)):
+            ids = batch.completion(row)
+            if ids and ids[-1] == text.eos_id:
+                answer = str(text.tokenizer.decode(ids[:-1])).strip()
+                right += task.outcome(batch.example(row), answer)
+            total += 1
+    return right / total
+
+
+def true_step_share(batches: list[Rollouts], task: Task, text: TextFormat) -> float | None:
+    """Share of the thoughts' steps that are true; None for a task whose steps cannot be checked."""
+    true = total = 0
+    for batch in batches:
+        for row in range(len(batch.prompts)):
+            steps = task.true_steps(text.thought_text(batch.completion(row)))
+            if steps is None:
+                return None
+            true, total = true + steps[0], total + steps[1]
+    return true / total if total else 0.0
+
+
+@torch.no_grad()
+def reference_nats(batches: list[Rollouts], text: TextFormat, reference: Any) -> float | None:
+    """Mean -log p per thought token under a frozen reference; None where there are no thoughts."""
+    nats = count = 0.0
+    device = next(reference.parameters()).device
+    weight = reference.get_output_embeddings().weight
+    for batch in batches:
+        thoughts = [text.split(batch.completion(r))[0] for r in range(len(batch.prompts))]
+        tokens, lengths = pad(
+            [p + t for p, t in zip(batch.prompts, thoughts, strict=True)], text.pad_id
+        )
+        starts = torch.tensor([len(p) for p in batch.prompts])
+        at = torch.arange(tokens.shape[1])
+        scored = (at >= starts[:, None] - 1) & (at < lengths[:, None] - 1)
+        rows = scored.flatten().nonzero()[:, 0]
+        if not len(rows):
+            continue
+        hidden = reference.score(tokens.to(device)).main_hidden.flatten(0, 1)[rows.to(device)]
+        targets = tokens.flatten()[rows + 1].to(device)
+        for part, wanted in zip(hidden.split(4096), targets.split(4096), strict=True):
+            log_probs = (part @ weight.T).float().log_softmax(-1)
+            nats -= float(log_probs.gather(1, wanted[:, None]).sum())
+        count += len(rows)
+    return nats / count if count else None
+
+
+def evaluate(
+    model: Any,
+    text: TextFormat,
+    task: Task,
+    decoding: DecodingConfig,
+    *,
+    num_problems: int,
+    batch_size: int,
+    use_head: bool,
+    controls: bool = True,
+    reference: Any = None,
+) -> tuple[dict[str, Any], list[Rollouts]]:
+    """All figures of one evaluation, named as in summary.json, and the completions they are of.
+
+    Args:
+        model: an mtp model.
+        text: tokens and phases.
+        task: held-out problems and their judge.
+        decoding: phases and limits.
+        num_problems: at most so many held-out problems.
+        batch_size: rows decoded at once.
+        use_head: False leaves the figures of fast mode null.
+        controls: also answer behind an empty and behind a wrong thought (another problem's).
+        reference: frozen model for `reference_nats_per_token`; null without one.
+    """
+    size = task.size("test")
+    num_problems = num_problems if size is None else min(num_problems, size)
+    examples = [task.example("test", i) for i in range(num_problems)]
+
+    def passes(batches: list[Rollouts]) -> float:
+        return sum(float(b.out.passes.sum()) for b in batches) / num_problems
+
+    slow = decode_all(model, text, examples, "slow", decoding, batch_size)
+    shown = slow
+    figures: dict[str, Any] = {
+        "slow_accuracy": accuracy(slow, task, text),
+        "fast_accuracy": None,
+        "slow_passes": passes(slow),
+        "fast_passes": None,
+        "fast_tokens_per_pass": None,
+    }
+    if use_head:
+        shown = fast = decode_all(model, text, examples, "fast", decoding, batch_size)
+        tokens = sum(float(b.out.lengths.sum()) for b in fast)
+        figures |= {
+            "fast_accuracy": accuracy(fast, task, text),
+            "fast_passes": passes(fast),
+            "fast_tokens_per_pass": tokens / (passes(fast) * num_problems),
+        }
+    figures |= {"empty_thought_accuracy": None, "wrong_thought_accuracy": None}
+    if controls and text.closer is not None:
+        empty = [text.thought_ids("") for _ in examples]
+        given = decode_all(model, text, examples, "slow", decoding, batch_size, empty)
+        figures["empty_thought_accuracy"] = answer_accuracy(given, task, text)
+        wrong = wrong_thoughts(examples, slow, task, text)
+        if wrong is not None:
+            given = decode_all(model, text, examples, "slow", decoding, batch_size, wrong)
+            figures["wrong_thought_accuracy"] = answer_accuracy(given, task, text)
+    figures["true_steps"] = true_step_share(shown, task, text)
+    figures["reference_nats_per_token"] = (
+        None if reference is None else reference_nats(shown, text, reference)
+    )
+    figures["num_problems"] = num_problems
+    return figures, shown
+
+
+def wrong_thoughts(
+    examples: list[Example], own: list[Rollouts], task: Task, text: TextFormat
+) -> list[list[int]] | None:
+    """For each problem the thought of another problem whose answer is not right here.
+
+    Solver's thoughts where the task has them, else the model's own. None if there is no such
+    thought for some problem.
+    """
+    if all(example.thought is not None for example in examples):
+        thoughts = [text.thought_ids(example.thought) for example in examples]
+    else:
+        thoughts = [text.split(b.completion(r))[0] for b in own for r in range(len(b.prompts))]
+    out = []
+    for index, example in enumerate(examples):
+        for step in range(1, len(examples)):
+            other = (index + step) % len(examples)
+            closed = bool(thoughts[other]) and thoughts[other][-1] == text.thought_ids("")[-1]
+            if closed and not task.outcome(example, examples[other].answer):
+                out.append(thoughts[other])
+                break
+        else:
+            return None
+    return out

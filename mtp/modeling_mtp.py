@@ -1,0 +1,305 @@
+"""A causal LM that is overheard by a small head, which writes the next tokens of each pass.
+
+What is here: the taps (layers of main's residual stream at the anchor), the message made of them,
+two heads behind one interface, the mixin that gives any Hugging Face causal LM a head, and one
+two-line class per base family. What is left out: decoding (`generation_mtp.py`) and losses.
+
+This file travels with exported checkpoints, so it imports torch, transformers and its sibling only.
+
+Shapes: B batch, T time, N anchors, K head slots, D main width, H head width, V vocabulary,
+E width of the output matrix that the head uses (D when it shares main's, else H).
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM, PretrainedConfig, Qwen3ForCausalLM, initialization
+
+from .generation_mtp import MTPGenerationMixin
+
+
+@dataclass(kw_only=True)
+class HeadConfig:
+    """The eavesdropping head. Saved as `config.mtp` in a checkpoint's config.json."""
+
+    type: str = "eavesdrop"
+    """`eavesdrop`: a causal transformer over the slots of a block. `parallel`: one projection of
+    the message per slot, all slots in one step, blind to the block's own tokens."""
+    num_slots: int = 5
+    """K: head tokens per pass; a pass yields at most K + 1."""
+    taps: list[int] | None = None
+    """Layers of main that the head hears, as indices into Hugging Face `hidden_states` (0: the
+    embeddings, num_hidden_layers: after the final norm). None: a third, two thirds and the last."""
+    hidden_size: int = 96
+    """H, the head's width."""
+    num_layers: int = 1
+    num_attention_heads: int = 4
+    intermediate_size: int = 256
+    shared_embeddings: bool = True
+    """Read and write tokens through main's embedding and output matrices. False: matrices of the
+    head's own, [V, H], cheaper per slot where the vocabulary is large."""
+
+    def resolved_taps(self, num_hidden_layers: int) -> list[int]:
+        """The taps, checked against main's depth. Raises ValueError naming the key."""
+        if self.taps is None:
+            last = num_hidden_layers
+            return sorted({max(1, round(last / 3)), max(1, round(2 * last / 3)), last})
+        bad = [tap for tap in self.taps if not 0 <= tap <= num_hidden_layers]
+        if bad or not self.taps:
+            raise ValueError(
+                f"head.taps must be layers between 0 and {num_hidden_layers} (main has "
+                f"{num_hidden_layers} layers), got {self.taps}; leave it null for the default"
+            )
+        return list(self.taps)
+
+    def validate(self) -> None:
+        """Raises ValueError for settings that no head can have."""
+        if self.type not in HEADS:
+            raise ValueError(f"head.type must be one of {sorted(HEADS)}, got {self.type!r}")
+        for key in ("num_slots", "hidden_size", "num_layers", "num_attention_heads"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"head.{key} must be at least 1, got {getattr(self, key)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"head.hidden_size must be a multiple of head.num_attention_heads="
+                f"{self.num_attention_heads}, got {self.hidden_size}"
+            )
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0] * ctx.scale, None
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """`x` itself; its gradient is multiplied by `scale` (0 detaches, so no gradient is made)."""
+    if scale == 1.0:
+        return x
+    return x.detach() if scale == 0.0 else _ScaleGradient.apply(x, scale)
+
+
+class HeadLinear(nn.Linear):
+    """A bias-free matrix of the head, told apart from main's for its initialization."""
+
+    def __init__(self, num_in: int, num_out: int):
+        super().__init__(num_in, num_out, bias=False)
+
+
+class HeadBlock(nn.Module):
+    """A pre-norm transformer layer over the few slots of one block: [N, J, H] -> [N, J, H]."""
+
+    def __init__(self, settings: HeadConfig):
+        super().__init__()
+        width, inner = settings.hidden_size, settings.intermediate_size
+        self.num_heads = settings.num_attention_heads
+        self.attn_norm = nn.RMSNorm(width, eps=1e-6)
+        self.qkv_proj = HeadLinear(width, 3 * width)
+        self.o_proj = HeadLinear(width, width)
+        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
+        self.gate_up_proj = HeadLinear(width, 2 * inner)
+        self.down_proj = HeadLinear(inner, width)
+
+    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Any]:
+        num, new, width = x.shape
+        qkv = self.qkv_proj(self.attn_norm(x)).view(num, new, 3, self.num_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, J, H / heads]
+        if past is not None:
+            key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=past is None)
+        x = x + self.o_proj(mixed.transpose(1, 2).reshape(num, new, width))
+        gate, up = self.gate_up_proj(self.mlp_norm(x)).chunk(2, -1)
+        return x + self.down_proj(F.silu(gate) * up), (key, value)
+
+
+class Message(nn.Module):
+    """The vector that the head makes of the taps: [N, taps, D] -> [N, H].
+
+    Each tap is divided by its own root mean square first: the residual stream grows with depth.
+    """
+
+    def __init__(self, num_taps: int, main_width: int, width: int):
+        super().__init__()
+        self.proj = HeadLinear(num_taps * main_width, width)
+        self.main_width = main_width
+
+    def forward(self, taps: Tensor) -> Tensor:
+        return self.proj(F.rms_norm(taps, (self.main_width,), eps=1e-6).flatten(-2))
+
+
+class EavesdropHead(nn.Module):
+    """A causal transformer over the slots of one block. Slot j reads t_{j-1} and the message.
+
+    It keeps nothing across passes: what was said before, main has already read.
+    """
+
+    sequential = True
+    """Slot j reads the token of slot j - 1, so decoding takes one step per slot."""
+
+    def __init__(self, settings: HeadConfig, config: PretrainedConfig, num_taps: int):
+        super().__init__()
+        width, main_width = settings.hidden_size, config.hidden_size
+        self.message = Message(num_taps, main_width, width)
+        self.slot_embed = nn.Embedding(settings.num_slots, width)
+        self.layers = nn.ModuleList(HeadBlock(settings) for _ in range(settings.num_layers))
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        if settings.shared_embeddings:
+            self.in_proj = HeadLinear(main_width, width)
+            self.out_proj = HeadLinear(width, main_width)
+        else:
+            self.embed_tokens = nn.Embedding(config.vocab_size, width)
+            self.lm_head = HeadLinear(width, config.vocab_size)
+            self.in_proj = self.out_proj = nn.Identity()
+
+    def forward(self, message: Tensor, embeds: Tensor) -> Tensor:
+        """All slots at once: message [N, H], embeddings of t_0..t_{K-1} [N, K, .] -> [N, K, E]."""
+        return self.step(message, embeds, 0, None)[0]
+
+    def step(self, message: Tensor, embeds: Tensor, slot: int, state: Any) -> tuple[Tensor, Any]:
+        """Slots from `slot` (counted from 0 for the head's first) on, given the earlier ones' state.
+
+        embeds [N, J, D or H] of the preceding tokens -> hidden rows [N, J, E] and the new state.
+        """
+        slots = self.slot_embed.weight[slot : slot + embeds.shape[1]]
+        embeds = F.rms_norm(embeds, embeds.shape[-1:], eps=1e-6)
+        x = self.in_proj(embeds) + message[:, None] + slots
+        new_state = []
+        for index, layer in enumerate(self.layers):
+            x, kept = layer(x, state[index] if state else None)
+            new_state.append(kept)
+        return self.out_proj(self.norm(x)), new_state
+
+
+class ParallelHead(nn.Module):
+    """One residual projection of the message per slot: the cheapest head, with incoherent slots."""
+
+    sequential = False
+
+    def __init__(self, settings: HeadConfig, config: PretrainedConfig, num_taps: int):
+        super().__init__()
+        width, main_width = settings.hidden_size, config.hidden_size
+        self.num_slots = settings.num_slots
+        self.message = Message(num_taps, main_width, width)
+        self.slot_proj = HeadLinear(width, settings.num_slots * width)
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        if settings.shared_embeddings:
+            self.out_proj = HeadLinear(width, main_width)
+        else:
+            self.lm_head = HeadLinear(width, config.vocab_size)
+            self.out_proj = nn.Identity()
+
+    def forward(self, message: Tensor, embeds: Tensor | None = None) -> Tensor:
+        """All slots at once: message [N, H] -> [N, K, E]. The block's tokens are not read."""
+        slots = self.slot_proj(message).unflatten(-1, (self.num_slots, -1))
+        return self.out_proj(self.norm(message[:, None] + F.silu(slots)))
+
+
+HEADS: dict[str, type[nn.Module]] = {"eavesdrop": EavesdropHead, "parallel": ParallelHead}
+
+
+class ScoredRows(NamedTuple):
+    """What one parallel forward over flat text gives; logits are left to the caller."""
+
+    main_hidden: Tensor
+    """[B, T, D] after main's final norm; row t times the output matrix gives t + 1."""
+    head_hidden: Tensor | None
+    """[N, K, E]; row (n, j) times the head's output matrix gives the head's slot j of anchor n."""
+
+
+class MTPMixin(MTPGenerationMixin):
+    """Gives a causal LM class a head. Put it before the stock class in the bases.
+
+    The stock parameters keep their names; the head's are `mtp_head.*`. Settings are read from
+    `config.mtp` (a dict of `HeadConfig` fields).
+    """
+
+    def __init__(self, config: PretrainedConfig):
+        if getattr(config, "mtp", None) is None:
+            config.mtp = asdict(HeadConfig())
+        super().__init__(config)
+        settings = HeadConfig(**config.mtp)
+        settings.validate()
+        self.mtp_settings = settings
+        self.mtp_taps = settings.resolved_taps(config.num_hidden_layers)
+        self.mtp_head = HEADS[settings.type](settings, config, len(self.mtp_taps))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Main as its family does; the head's matrices by their fan-in, whatever main's range is."""
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, HeadLinear):
+            initialization.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
+
+    @property
+    def num_slots(self) -> int:
+        """K + 1: the tokens of one pass."""
+        return self.mtp_settings.num_slots + 1
+
+    def main_rows(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Main's forward: hidden rows [B, T, D] after the final norm and taps [B, T, taps, D]."""
+        out = self.model(input_ids=input_ids, output_hidden_states=self.mtp_taps, **kwargs)
+        taps = torch.stack([out.hidden_states[tap] for tap in self.mtp_taps], -2)
+        return out.last_hidden_state, taps
+
+    def head_embed(self, tokens: Tensor, channel_gradient: float = 1.0) -> Tensor:
+        """Embeddings of tokens as the head reads them: [...] -> [..., D or H]."""
+        if self.mtp_settings.shared_embeddings:
+            weight = scale_gradient(self.get_input_embeddings().weight, channel_gradient)
+            return F.embedding(tokens, weight)
+        own = getattr(self.mtp_head, "embed_tokens", None)
+        # The parallel head has no embedding: it does not read tokens.
+        return own(tokens) if own is not None else tokens.new_empty(*tokens.shape, 0).float()
+
+    def head_output_weight(self, channel_gradient: float = 1.0) -> Tensor:
+        """[V, E]: the output matrix of the head's slots."""
+        if self.mtp_settings.shared_embeddings:
+            return scale_gradient(self.get_output_embeddings().weight, channel_gradient)
+        return self.mtp_head.lm_head.weight
+
+    def score(
+        self,
+        input_ids: Tensor,
+        anchors: Tensor | None = None,
+        slot_inputs: Tensor | None = None,
+        channel_gradient: float = 1.0,
+    ) -> ScoredRows:
+        """One causal forward over flat, right-padded text, and the head at the given anchors.
+
+        Args:
+            input_ids: [B, T] int64; padding on the right only, so no mask is needed.
+            anchors: [N] int64 indices into the flattened B * T positions.
+            slot_inputs: [N, K] int64, t_0..t_{K-1}: what each head slot reads.
+            channel_gradient: scale of the head's gradient on every parameter of main, its
+                embedding and output matrices included; 0 makes none.
+        """
+        if anchors is None:
+            hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
+            return ScoredRows(hidden, None)
+        hidden, taps = self.main_rows(input_ids, use_cache=False)
+        heard = scale_gradient(taps.flatten(0, 1)[anchors], channel_gradient)
+        message = self.mtp_head.message(heard)
+        embeds = self.head_embed(slot_inputs, channel_gradient)
+        return ScoredRows(hidden, self.mtp_head(message, embeds))
+
+
+class LlamaMTPForCausalLM(MTPMixin, LlamaForCausalLM):
+    """Llama and its kin (SmolLM2, Mistral-shaped checkpoints saved as Llama) with a head."""
+
+
+class Qwen3MTPForCausalLM(MTPMixin, Qwen3ForCausalLM):
+    """Qwen3 with a head."""
+
+
+FAMILIES: dict[str, type[MTPMixin]] = {
+    "llama": LlamaMTPForCausalLM,
+    "qwen3": Qwen3MTPForCausalLM,
+}
+"""`config.model_type` -> class. A new family is two lines: the class above and its entry here."""

@@ -1,0 +1,47 @@
+"""Cross entropy of the head's next K tokens: supervised warm-up of the head, or of the channel."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..batch import TextBatch
+from .scored import Scored
+from .stream import Term, mean_of
+
+
+@dataclass(kw_only=True)
+class HeadCE:
+    """`head_ce`"""
+
+    weight: float = 0.0
+    slot_weights: list[float] = field(default_factory=list)
+    """Weight of slots 1..K; empty weighs all alike. The sum is divided by the weights' sum."""
+
+    def _weights(self, batch: TextBatch) -> Tensor:
+        if not self.slot_weights:
+            return torch.ones_like(batch.head_slots, dtype=torch.float32)
+        num_head_slots = batch.slot_inputs.shape[1]
+        if len(self.slot_weights) != num_head_slots:
+            raise ValueError(
+                f"head_ce.slot_weights must have {num_head_slots} entries, one per head slot, got "
+                f"{len(self.slot_weights)}; leave it empty to weigh all alike"
+            )
+        weights = torch.tensor(self.slot_weights, device=batch.head_slots.device)
+        return weights[batch.head_slots - 1]
+
+    def counts(self, batch: TextBatch) -> dict[str, float]:
+        """Tokens of the head, weighted."""
+        return {"head_ce": float(self._weights(batch).sum())}
+
+    def terms(self, scored: Scored, batch: TextBatch) -> dict[str, Term]:
+        """Weighted sum of -log p over the head's tokens."""
+        stats = scored.head.stats()
+        metrics = {
+            "head/accuracy": mean_of(stats.correct),
+            "head/entropy": mean_of(stats.entropy),
+        }
+        for slot in range(1, batch.slot_inputs.shape[1] + 1):
+            metrics[f"head/accuracy_{slot}"] = mean_of(stats.correct[batch.head_slots == slot])
+        loss = -(self._weights(batch) * stats.logprob).sum()
+        return {"head_ce": Term(loss, self.weight, metrics)}

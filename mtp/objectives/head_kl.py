@@ -1,0 +1,32 @@
+"""Distillation: the head's distribution drawn to main's own for the same token.
+
+Teacher rows are main's at the position of the flat text that predicts the slot's token; no gradient
+flows into them.
+"""
+
+from dataclasses import dataclass
+
+from ..batch import TextBatch
+from .scored import Scored, row_kl
+from .stream import Term
+
+
+@dataclass(kw_only=True)
+class HeadKL:
+    """`head_kl`"""
+
+    weight: float = 0.0
+    reverse: bool = False
+    """False: KL(main || head), which covers main's mass. True: KL(head || main), seeks its mode."""
+
+    def counts(self, batch: TextBatch) -> dict[str, float]:
+        """Tokens of the head."""
+        return {"head_kl": len(batch.head_rows)}
+
+    def terms(self, scored: Scored, batch: TextBatch) -> dict[str, Term]:
+        """Sum of the divergence over the head's tokens, in nats."""
+        teacher_hidden = scored.flat_hidden[batch.head_positions].detach()
+        teacher = (teacher_hidden @ scored.main.weight.detach().T).float().log_softmax(-1)
+        student = scored.head.logits().log_softmax(-1)
+        kl = row_kl(student, teacher) if self.reverse else row_kl(teacher, student)
+        return {"head_kl": Term(kl.sum(), self.weight, {})}

@@ -1,0 +1,27 @@
+"""Cross entropy of main's next token: the ordinary supervised stream."""
+
+from dataclasses import dataclass
+
+from ..batch import TextBatch
+from .scored import Scored
+from .stream import Term, mean_of
+
+
+@dataclass(kw_only=True)
+class MainCE:
+    """`main_ce`"""
+
+    weight: float = 0.0
+
+    def counts(self, batch: TextBatch) -> dict[str, float]:
+        """Tokens of main."""
+        return {"main_ce": len(batch.main_rows)}
+
+    def terms(self, scored: Scored, batch: TextBatch) -> dict[str, Term]:
+        """Sum of -log p over main's tokens."""
+        stats = scored.main.stats()
+        metrics = {
+            "main/accuracy": mean_of(stats.correct),
+            "main/entropy": mean_of(stats.entropy),
+        }
+        return {"main_ce": Term(-stats.logprob.sum(), self.weight, metrics)}

@@ -1,0 +1,136 @@
+"""What a person sees of a run: the table, the curves, a few completions."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .evaluate import accuracy
+from .rollout import Rollouts
+from .tasks.base import Task
+from .text import TextFormat
+
+COLUMNS = {
+    "slow_accuracy": "slow acc.",
+    "fast_accuracy": "fast acc.",
+    "slow_passes": "slow passes",
+    "fast_passes": "fast passes",
+    "fast_tokens_per_pass": "tokens/pass",
+    "empty_thought_accuracy": "empty thought",
+    "wrong_thought_accuracy": "wrong thought",
+    "true_steps": "true steps",
+    "reference_nats_per_token": "ref. nats/token",
+    "seconds": "seconds",
+}
+
+
+def cell(name: str, value: float | None) -> str:
+    """A figure as the table shows it."""
+    if value is None:
+        return "-"
+    if name.endswith("accuracy") or name == "true_steps":
+        return f"{100 * value:.1f} %"
+    return f"{value:.3f}" if "nats" in name else f"{value:.1f}"
+
+
+def print_table(console: Console, summary: dict[str, Any]) -> None:
+    """One row a stage."""
+    num_problems = summary["stages"][-1]["num_problems"]
+    table = Table(title=f"{num_problems} held-out problems, greedy, seed {summary['seed']}")
+    table.add_column("stage")
+    for title in COLUMNS.values():
+        table.add_column(title, justify="right")
+    for stage in summary["stages"]:
+        table.add_row(stage["name"], *(cell(name, stage[name]) for name in COLUMNS))
+    console.print(table)
+    console.print(f"total {summary['seconds']:.0f} s; exported to {summary['export']}")
+
+
+def completions_rows(
+    batches: list[Rollouts], task: Task, text: TextFormat, number: int, stage: str
+) -> list[dict[str, Any]]:
+    """A few completions: each pass's tokens divided by `|`."""
+    rows = []
+    for batch in batches:
+        for row in range(len(batch.prompts)):
+            if len(rows) == number:
+                return rows
+            ids, slots = batch.completion(row), batch.out.slots[row].tolist()
+            shown = "".join(
+                ("|" if slot == 0 and i else "") + str(text.tokenizer.decode([token]))
+                for i, (token, slot) in enumerate(zip(ids, slots, strict=False))
+            )
+            answer = text.answer_text(ids)
+            example = batch.example(row)
+            rows.append(
+                {
+                    "stage": stage,
+                    "prompt": example.prompt,
+                    "completion": shown,
+                    "passes": int(batch.out.passes[row]),
+                    "answer": example.answer,
+                    "right": bool(answer is not None and task.outcome(example, answer)),
+                }
+            )
+    return rows
+
+
+def print_completions(
+    console: Console, name: str, rows: list[dict[str, Any]], figures: dict[str, Any]
+) -> None:
+    """A stage's figures in one line, and a few completions."""
+    shown = ", ".join(
+        f"{title} {cell(key, figures[key])}"
+        for key, title in COLUMNS.items()
+        if figures[key] is not None
+    )
+    console.print(f"[bold]{name}[/bold]: {shown}")
+    for row in rows:
+        mark = "[green]right[/green]" if row["right"] else "[red]wrong[/red]"
+        console.print(f"  {mark} {escape(row['prompt'] + ' ' + row['completion'])}")
+
+
+def save_curves(points: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against passes per problem over training, a line a stage, and against steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    stages = list(dict.fromkeys(point["stage"] for point in points))
+    for color, stage in zip(plt.cm.viridis_r([0.1 + 0.25 * i for i in range(9)]), stages):
+        mine = [p for p in points if p["stage"] == stage]
+        for mode, style, marker in (("slow", "--", "s"), ("fast", "-", "o")):
+            with_mode = [p for p in mine if f"{mode}_accuracy" in p]
+            if not with_mode:
+                continue
+            accuracies = [p[f"{mode}_accuracy"] for p in with_mode]
+            left.plot(
+                [p[f"{mode}_passes"] for p in with_mode],
+                accuracies,
+                style,
+                marker=marker,
+                color=color,
+                markersize=4,
+                label=f"{stage}, {mode}",
+            )
+            right.plot(
+                [p["global_step"] for p in with_mode],
+                accuracies,
+                style,
+                marker=marker,
+                color=color,
+                markersize=4,
+            )
+    left.set(xlabel="passes per problem", ylabel="held-out accuracy", ylim=(-0.03, 1.03))
+    right.set(xlabel="step", ylim=(-0.03, 1.03))
+    left.set_xlim(left=0)
+    left.legend(fontsize=7)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

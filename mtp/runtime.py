@@ -1,0 +1,72 @@
+"""Devices and processes: Lightning Fabric from a config, and a clean stop on signals."""
+
+import signal
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+
+
+@dataclass(kw_only=True)
+class FabricConfig:
+    """Arguments of `lightning.Fabric`."""
+
+    accelerator: str = "auto"
+    devices: int = 1
+    """Processes per node, one device each."""
+    num_nodes: int = 1
+    strategy: str = "auto"
+    """`auto` (one device, or DDP) or `ddp`."""
+    precision: str = "32-true"
+    """`32-true`, `bf16-mixed` or `bf16-true`."""
+    num_threads: int = 0
+    """CPU threads of each process; 0 leaves torch's own choice."""
+
+    def build(self) -> Fabric:
+        """A launched Fabric. Raises ValueError naming the key of an impossible value."""
+        if self.precision not in ("32-true", "bf16-mixed", "bf16-true"):
+            raise ValueError(
+                f"fabric.precision must be 32-true, bf16-mixed or bf16-true, got {self.precision!r}"
+            )
+        if self.strategy not in ("auto", "ddp"):
+            raise ValueError(f"fabric.strategy must be auto or ddp, got {self.strategy!r}")
+        if self.num_threads:
+            torch.set_num_threads(self.num_threads)
+        try:
+            fabric = Fabric(
+                accelerator=self.accelerator,
+                devices=self.devices,
+                num_nodes=self.num_nodes,
+                strategy=self.strategy,
+                precision=self.precision,  # type: ignore[arg-type]
+            )
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"fabric could not be set up: {error}") from None
+        fabric.launch()
+        return fabric
+
+
+class StopRequest:
+    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a flag; a second Ctrl-C stops at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in self.SIGNALS:
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number

@@ -1,0 +1,10 @@
+"""Tasks by name. A new task is a file here with a config and a `Task`, and a line below."""
+
+from .base import Example, Split, Task, TaskConfig
+from .running_sum import RunningSumConfig
+
+TASK_CONFIGS: dict[str, type[TaskConfig]] = {
+    "running_sum": RunningSumConfig,
+}
+
+__all__ = ["TASK_CONFIGS", "Example", "Split", "Task", "TaskConfig"]

@@ -1,0 +1,100 @@
+"""What a task is: numbered examples in two disjoint splits, and an outcome for an answer.
+
+Data flow: a task gives `Example`s; `mtp.text` turns them into token ids; the sampler's text comes
+back to `Task.outcome`. A task knows nothing of tokens or models.
+"""
+
+import hashlib
+import random
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
+
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One problem."""
+
+    prompt: str
+    answer: str
+    thought: str | None = None
+    """A chain of thought that leads to the answer, without delimiters; None if there is none."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Whatever else a reward may want to see."""
+
+
+@dataclass(kw_only=True)
+class TaskConfig:
+    """Settings that every task has. Each task's own config lives beside it."""
+
+    num_test: int = 512
+    """Held-out problems that evaluations use, at most what the task has."""
+
+    def build(self) -> "Task":
+        raise ValueError("task must name a task; choose one of conf/task, as in task=running_sum")
+
+
+class Task(ABC):
+    """A source of problems and the judge of their answers."""
+
+    name: ClassVar[str] = ""
+
+    @abstractmethod
+    def size(self, split: Split) -> int | None:
+        """Number of examples; None if there is no end of them."""
+
+    @abstractmethod
+    def example(self, split: Split, index: int) -> Example:
+        """Example `index` of a split; the same one at every call."""
+
+    def outcome(self, example: Example, answer: str) -> float:
+        """1.0 if the final answer (extracted, stripped) is right, else 0.0."""
+        return float(answer == example.answer)
+
+    def true_steps(self, thought: str) -> tuple[int, int] | None:
+        """(true steps, steps) of a thought whose steps can be checked; None if they cannot."""
+        return None
+
+
+def fingerprint(example: Example) -> str:
+    """A hash of the question, by which splits are checked to be disjoint."""
+    return hashlib.sha256(example.prompt.encode()).hexdigest()[:16]
+
+
+def check_disjoint(task: Task, num_train: int = 2048) -> None:
+    """Raise ValueError if a test question is among the first `num_train` training questions."""
+    sizes = {split: task.size(split) for split in ("train", "test")}  # type: ignore[arg-type]
+    for split, size in sizes.items():
+        if size == 0:
+            raise ValueError(f"task {task.name} has no {split} examples; it needs at least one")
+    limit = min(num_train, sizes["train"] or num_train)
+    seen = {fingerprint(task.example("train", i)) for i in range(limit)}
+    for i in range(min(num_train, sizes["test"] or num_train)):
+        example = task.example("test", i)
+        if fingerprint(example) in seen:
+            raise ValueError(
+                f"task {task.name}: test problem {i} is also a training problem "
+                f"({example.prompt[:80]!r}); the splits must be disjoint"
+            )
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(size: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(size))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def training_index(position: int, size: int | None, seed: int) -> int:
+    """Index of the `position`-th training example of a run.
+
+    Counted up where there is no end of examples, else a new order every epoch. A position is all
+    the state that the data has, so a run resumes exactly.
+    """
+    if size is None:
+        return position
+    epoch, offset = divmod(position, size)
+    return _epoch_order(size, seed, epoch)[offset]

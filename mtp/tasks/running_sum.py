@@ -1,0 +1,77 @@
+"""Sums of a few two-digit numbers with every step written out: `37+85+46=` -> `37+85=122;122+46=168`.
+
+Small enough for a model of a million parameters, and every step of a thought can be checked.
+A question is a test question if its hash says so, so the splits are disjoint by construction.
+"""
+
+import hashlib
+import random
+import re
+from dataclasses import dataclass
+
+from .base import Example, Split, Task, TaskConfig
+
+_STEP = re.compile(r"(\d+)\+(\d+)=(\d+)")
+_TEST_SHARE = 16
+"""One question in so many is a test question."""
+
+
+@dataclass(kw_only=True)
+class RunningSumConfig(TaskConfig):
+    """`task=running_sum`."""
+
+    num_terms: int = 3
+    low: int = 10
+    high: int = 99
+    """Terms are drawn evenly from low..high."""
+    seed: int = 0
+    """Numbers the examples; the splits do not depend on it."""
+
+    def build(self) -> "RunningSum":
+        if self.num_terms < 2:
+            raise ValueError(f"task.num_terms must be at least 2, got {self.num_terms}")
+        if not 0 <= self.low <= self.high:
+            raise ValueError(
+                f"task.low and task.high must satisfy 0 <= low <= high, got {self.low}, {self.high}"
+            )
+        if (self.high - self.low + 1) ** self.num_terms < 64 * _TEST_SHARE:
+            raise ValueError(
+                f"task.low={self.low}, task.high={self.high} leave too few questions to split; "
+                "widen the range or add terms"
+            )
+        return RunningSum(self)
+
+
+class RunningSum(Task):
+    """See the module."""
+
+    name = "running_sum"
+    alphabet = "0123456789+=;"
+    """The characters that prompts, thoughts and answers are made of."""
+
+    def __init__(self, config: RunningSumConfig):
+        self.config = config
+
+    def size(self, split: Split) -> int | None:
+        return None
+
+    def example(self, split: Split, index: int) -> Example:
+        config = self.config
+        draw = random.Random(f"{config.seed}/{split}/{index}")
+        while True:
+            terms = [draw.randint(config.low, config.high) for _ in range(config.num_terms)]
+            prompt = "+".join(map(str, terms)) + "="
+            bucket = hashlib.sha256(prompt.encode()).digest()[0] % _TEST_SHARE
+            if (bucket == 0) == (split == "test"):
+                break
+        total, steps = terms[0], []
+        for term in terms[1:]:
+            steps.append(f"{total}+{term}={total + term}")
+            total += term
+        return Example(prompt, str(total), ";".join(steps))
+
+    def true_steps(self, thought: str) -> tuple[int, int]:
+        """Steps are separated by `;`; one is true if it reads a+b=c and a + b is c."""
+        steps = [_STEP.fullmatch(step) for step in thought.split(";")]
+        true = sum(m is not None and int(m[1]) + int(m[2]) == int(m[3]) for m in steps)
+        return true, len(steps)

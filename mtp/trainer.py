@@ -1,0 +1,505 @@
+"""A run: its stages one after the other, evaluated, checkpointed, exported.
+
+Randomness of a step is derived from (seed, stage, step), and data from a running position, so that a
+run that was stopped and resumed gives the very numbers of one that was not.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric, seed_everything
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from .advantage import group_advantages
+from .batch import TextBatch, collate_rollouts, collate_text
+from .checkpoint import load_checkpoint, rng_state, save_atomically, set_rng_state
+from .config import RunConfig
+from .evaluate import evaluate, true_step_share
+from .export import export
+from .logger import MetricsLog, StageProgress, make_console
+from .models import build_model, load_model, save_model
+from .optim import build_optimizer, split_parameters
+from .report import completions_rows, print_completions, print_table, save_curves
+from .reward import score
+from .rollout import sample
+from .runtime import StopRequest
+from .stage import StageConfig
+from .tasks.base import Example, Task, check_disjoint, training_index
+from .text import TextFormat
+from .update import update
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved a checkpoint."""
+
+
+@dataclass
+class Progress:
+    """Where a run is. Saved in every checkpoint."""
+
+    stage: int = 0
+    """Index among the active stages."""
+    step: int = 0
+    """Optimizer steps (RL: batches of rollouts) done in the stage."""
+    global_step: int = 0
+    position: int = 0
+    """Training examples drawn so far."""
+    stage_seconds: float = 0.0
+    """Spent in the current stage, over all sessions."""
+    summaries: list[dict[str, Any]] = field(default_factory=list)
+    """One entry per finished stage."""
+    points: list[dict[str, Any]] = field(default_factory=list)
+    """Evaluations so far, for the curves."""
+
+
+@dataclass
+class Run:
+    """What the stages share."""
+
+    config: RunConfig
+    folder: Path
+    fabric: Fabric
+    console: Console
+    task: Task
+    model: Any
+    text: TextFormat
+    log: MetricsLog
+    progress: Progress
+    stop: StopRequest
+
+    def seed_of(self, *purpose: object) -> int:
+        """Seed of one purpose: a function of the run's seed, the process and the purpose."""
+        name = "/".join(map(str, (self.config.seed, self.fabric.global_rank, *purpose)))
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+
+    def generator(self, *purpose: object) -> torch.Generator:
+        """A generator of one purpose, on the model's device."""
+        return torch.Generator(device=self.fabric.device).manual_seed(self.seed_of(*purpose))
+
+    def stage_folder(self, name: str) -> Path:
+        """The model as a stage left it."""
+        return self.folder / "stages" / name
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Run all stages and return what `summary.json` holds.
+
+    Raises:
+        ValueError: for impossible settings, naming the key.
+        Interrupted: after a signal; the checkpoint is saved.
+    """
+    config.validate()
+    fabric = config.fabric.build()
+    console = make_console(quiet=not fabric.is_global_zero)
+    folder = Path(config.run_dir)
+    if config.dry_run:
+        folder = folder.with_name(folder.name + "-dry_run")
+        config = dry_config(config)
+    seed_everything(config.seed, verbose=False)
+    task = config.task.build()
+    check_disjoint(task)
+    model, text = build_model(config.model, config.head, config.decoding, task)
+    model.to(fabric.device)
+    progress, state = Progress(), None
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    if config.resume:
+        state = load_checkpoint(checkpoint)
+        check_same_run(config, state["config"])
+        progress = Progress(**state["progress"])
+    elif (folder / "config.yaml").exists() and not (config.overwrite or config.dry_run):
+        raise ValueError(
+            f"{folder} already holds a run; resume=true goes on with it, overwrite=true replaces "
+            "it, name=... makes another"
+        )
+    if fabric.is_global_zero and not config.resume:
+        clear(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+    fabric.barrier()
+    log = MetricsLog(folder, config.logger, asdict(config)) if fabric.is_global_zero else NoLog()
+    sizes = {name: sum(p.numel() for p in ps) for name, ps in split_parameters(model).items()}
+    console.print(
+        f"{task.name}: main {sizes['main']:,} parameters, head {sizes['head']:,} "
+        f"({config.head.type}, {config.head.num_slots} slots, taps {model.mtp_taps}); "
+        f"{fabric.device}, {config.fabric.precision}; writing {folder}"
+    )
+    with StopRequest() as stop:
+        run = Run(config, folder, fabric, console, task, model, text, log, progress, stop)
+        try:
+            if state is not None:
+                log.truncate(state["log_offset"])
+            log.start_wandb(state["wandb_id"] if state else None)
+            for index, (name, stage) in enumerate(config.active_stages().items()):
+                if index >= progress.stage:
+                    run_stage(run, name, stage, state)
+                    state = None
+            summary = finish(run)
+        finally:
+            log.close()
+    if config.dry_run:
+        shutil.rmtree(folder)
+    return summary
+
+
+def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | None) -> None:
+    """Train one stage from where it stands, evaluate it and save its model."""
+    config, progress, fabric = run.config, run.progress, run.fabric
+    model = run.model
+    if state is not None:
+        model.load_state_dict(state["model"])
+    parameters = split_parameters(model)
+    trained = {"main": stage.train_main, "head": stage.train_head}
+    for part, is_trained in trained.items():
+        for parameter in parameters[part]:
+            parameter.requires_grad_(is_trained)
+    if stage.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
+    settings = {"main": stage.main, "head": stage.head}
+    optimizers = {
+        part: build_optimizer(parameters[part], settings[part])
+        for part, is_trained in trained.items()
+        if is_trained
+    }
+    wrapped = fabric.setup_module(model)
+    wrapped.mark_forward_method("score")
+    optimizers = {part: fabric.setup_optimizers(o) for part, o in optimizers.items()}
+    if state is not None:
+        for part, optimizer in optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][part])
+        set_rng_state(state["rng"])
+    reference = frozen_reference(run, stage)
+    wrapped.train()
+    began = saved = time.monotonic()
+    done_before = progress.stage_seconds
+    first_step = progress.step
+    with StageProgress(name, stage.steps, progress.step, run.console) as bar:
+        for step in range(progress.step, stage.steps):
+            for part, optimizer in optimizers.items():
+                for group in optimizer.param_groups:
+                    group["lr"] = settings[part].lr_at(step, stage.steps)
+            step_began = time.monotonic()
+            batches, metrics = step_batches(run, name, stage, step)
+            for _ in range(stage.num_updates if stage.kind == "rl" else 1):
+                metrics |= update(
+                    fabric,
+                    wrapped,
+                    optimizers,
+                    batches,
+                    stage.objective,
+                    clip_norms={part: settings[part].clip_norm for part in optimizers},
+                    channel_gradient=stage.channel_gradient,
+                    sampler=config.decoding.sampler() if stage.kind == "rl" else None,
+                    reference=reference,
+                    check_gradients=step == first_step,
+                )
+            metrics["step_time"] = time.monotonic() - step_began
+            metrics["tokens_per_second"] = metrics.pop("num_text_tokens") / metrics["step_time"]
+            progress.step, progress.global_step = step + 1, progress.global_step + 1
+            progress.stage_seconds = done_before + time.monotonic() - began
+            is_last = step + 1 == stage.steps
+            if is_last or (step + 1) % config.logger.log_every == 0:
+                run.log.write(name, step + 1, progress.global_step, metrics)
+            if stage.evaluate_every and (step + 1) % stage.evaluate_every == 0 and not is_last:
+                interim_evaluation(run, name, stage)
+            bar.step(step + 1, headline(metrics, progress.points, name))
+            minutes = (time.monotonic() - saved) / 60
+            if run.stop.signal is not None or (
+                minutes > config.checkpoint_minutes and not is_last
+            ):
+                progress.stage_seconds = done_before + time.monotonic() - began
+                save_checkpoint(run, optimizers)
+                saved = time.monotonic()
+                if run.stop.signal is not None:
+                    raise Interrupted(
+                        f"stopped in stage {name} after step {step + 1} of {stage.steps}; "
+                        f"resume=true goes on from {run.folder}/checkpoints/last.ckpt"
+                    )
+    end_stage(run, name, stage, done_before + time.monotonic() - began)
+
+
+def step_batches(
+    run: Run, name: str, stage: StageConfig, step: int
+) -> tuple[list[TextBatch], dict[str, Any]]:
+    """The micro-batches of one step for this process, and what sampling them measured."""
+    if stage.kind == "supervised":
+        return supervised_batches(run, name, stage, step)
+    return rollout_batches(run, name, stage, step)
+
+
+def draw(run: Run, number: int) -> list[Example]:
+    """This process's share of the next `number` training examples."""
+    config, progress = run.config, run.progress
+    rank, world = run.fabric.global_rank, run.fabric.world_size
+    if number % world:
+        raise ValueError(f"a step's {number} examples must divide evenly over {world} processes")
+    size = run.task.size("train")
+    positions = range(progress.position + rank, progress.position + number, world)
+    progress.position += number
+    return [
+        run.task.example("train", training_index(position, size, config.seed))
+        for position in positions
+    ]
+
+
+def pieces(number: int, size: int) -> list[list[int]]:
+    """0..number-1 in runs of `size`; 0 is one run."""
+    size = size or number
+    return [list(range(at, min(at + size, number))) for at in range(0, number, size)]
+
+
+def supervised_batches(
+    run: Run, name: str, stage: StageConfig, step: int
+) -> tuple[list[TextBatch], dict[str, Any]]:
+    """Solved examples as batches."""
+    text = run.text
+    generator = torch.Generator().manual_seed(run.seed_of(name, step))
+    samples = [text.example_ids(example) for example in draw(run, stage.batch_size)]
+    batches = [
+        collate_text(
+            [samples[i] for i in chosen],
+            text.plan("fast"),
+            text.num_slots,
+            text.pad_id,
+            num_anchors=stage.num_anchors,
+            generator=generator,
+        ).to(run.fabric.device)
+        for chosen in pieces(len(samples), stage.micro_batch_size)
+    ]
+    return batches, {"num_text_tokens": sum(len(p) + len(c) for p, c in samples)}
+
+
+def rollout_batches(
+    run: Run, name: str, stage: StageConfig, step: int
+) -> tuple[list[TextBatch], dict[str, Any]]:
+    """The policy's own rollouts, scored, with their advantages, as batches."""
+    config, text = run.config, run.text
+    examples = draw(run, stage.num_prompts)
+    began = time.monotonic()
+    with run.fabric.autocast():
+        rollouts = sample(
+            run.model,
+            text,
+            examples,
+            text.plan("fast"),
+            config.decoding.sampler(),
+            max_new_tokens=config.decoding.max_new_tokens,
+            group_size=stage.group_size,
+            generator=run.generator(name, step),
+        )
+    rollout_seconds = time.monotonic() - began
+    rewards = score(run.task, text, rollouts, stage.reward)
+    advantages = group_advantages(rewards.total, rewards.outcomes, stage.advantage)
+    batches: list[TextBatch] = [
+        collate_rollouts(
+            rollouts.prompts, rollouts.out, advantages.flatten(), rows, text.num_slots, text.pad_id
+        ).to(run.fabric.device)
+        for rows in pieces(len(rollouts.prompts), stage.micro_batch_size)
+    ]
+    cut = 1 - rollouts.out.finished.float().mean()
+    if cut == 1:
+        run.console.print(
+            f"[yellow]warning: all {len(rollouts.prompts)} rollouts of step {step + 1} were cut at "
+            f"decoding.max_new_tokens={config.decoding.max_new_tokens}; none can be right"
+        )
+    lengths = rollouts.out.lengths.float()
+    metrics = {
+        "reward": float(rewards.outcomes.mean()),
+        "reward_std": float(rewards.outcomes.std(1, correction=0).mean()),
+        "frac_reward_zero_std": float((advantages == 0).all(1).float().mean()),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/clipped_ratio": float(cut),
+        "passes": float(rollouts.out.passes.float().mean()),
+        "rollout_time": rollout_seconds,
+        "num_text_tokens": float(lengths.sum()) + sum(map(len, rollouts.prompts)),
+    }
+    for term, values in rewards.terms.items():
+        metrics[f"reward/{term}"] = float(values.mean())
+    true = true_step_share([rollouts], run.task, text)
+    if true is not None:
+        metrics["true_steps"] = true
+    return batches, metrics
+
+
+def frozen_reference(run: Run, stage: StageConfig) -> Any:
+    """Main as the stage found it, for the leash; None where nothing is leashed."""
+    if "leash" not in stage.objective.active():
+        return None
+    names = list(run.config.active_stages())
+    index = run.progress.stage
+    if index == 0:
+        raise ValueError(
+            f"stages.{names[0]}.objective.leash needs a stage before it: the reference is main as "
+            "that stage left it"
+        )
+    return load_frozen(run, names[index - 1])
+
+
+def load_frozen(run: Run, name: str) -> Any:
+    """The model as a stage left it, without gradients."""
+    model, _ = load_model(run.stage_folder(name), run.config.model.torch_dtype())
+    return model.to(run.fabric.device).requires_grad_(False).eval()
+
+
+def heard(run: Run) -> bool:
+    """True once some stage up to the current one trains the head."""
+    stages = list(run.config.active_stages().values())[: run.progress.stage + 1]
+    return any(stage.train_head for stage in stages)
+
+
+def interim_evaluation(run: Run, name: str, stage: StageConfig) -> None:
+    """A small evaluation within a stage, for the log and the curves."""
+    figures, _ = evaluate(
+        run.model,
+        run.text,
+        run.task,
+        run.config.decoding,
+        num_problems=run.config.evaluation.num_interim_problems,
+        batch_size=run.config.evaluation.batch_size,
+        use_head=heard(run),
+        controls=False,
+    )
+    record(run, name, figures)
+
+
+def record(run: Run, name: str, figures: dict[str, Any]) -> None:
+    """An evaluation into the log and the curves."""
+    progress = run.progress
+    point = {k: v for k, v in figures.items() if v is not None and k != "num_problems"}
+    progress.points.append(
+        {"stage": name, "step": progress.step, "global_step": progress.global_step, **point}
+    )
+    tagged = {f"eval/{k}": v for k, v in point.items()}
+    run.log.write(name, progress.step, progress.global_step, tagged)
+
+
+def end_stage(run: Run, name: str, stage: StageConfig, seconds: float) -> None:
+    """Evaluate on all held-out problems, save the model, note the summary."""
+    config, progress = run.config, run.progress
+    if run.fabric.is_global_zero:
+        save_atomically(
+            run.stage_folder(name), lambda folder: save_model(run.model, run.text, folder)
+        )
+    run.fabric.barrier()
+    first = next(iter(config.active_stages()))
+    figures, shown = evaluate(
+        run.model,
+        run.text,
+        run.task,
+        config.decoding,
+        num_problems=config.evaluation.num_problems,
+        batch_size=config.evaluation.batch_size,
+        use_head=heard(run),
+        reference=load_frozen(run, first),
+    )
+    record(run, name, figures)
+    progress.summaries.append({"name": name, **figures, "seconds": round(seconds, 1)})
+    num_samples = config.evaluation.num_samples
+    rows = completions_rows(shown, run.task, run.text, num_samples, name)
+    run.log.write_completions(rows, progress.global_step)
+    print_completions(run.console, name, rows, progress.summaries[-1])
+    progress.stage, progress.step, progress.stage_seconds = progress.stage + 1, 0, 0.0
+    save_checkpoint(run, {})
+
+
+def save_checkpoint(run: Run, optimizers: dict[str, Any]) -> None:
+    """Everything that the run needs to go on."""
+    if not run.fabric.is_global_zero:
+        return
+    state = {
+        "model": run.model.state_dict(),
+        "optimizers": {part: o.state_dict() for part, o in optimizers.items()},
+        "progress": asdict(run.progress),
+        "rng": rng_state(),
+        "log_offset": run.log.offset,
+        "wandb_id": run.log.run_id,
+        "config": asdict(run.config),
+    }
+    path = run.folder / "checkpoints" / "last.ckpt"
+    save_atomically(path, lambda file: torch.save(state, file))
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Export, summary, curves and the table."""
+    progress, folder = run.progress, run.folder
+    summary = {
+        "stages": progress.summaries,
+        "seed": run.config.seed,
+        "seconds": round(sum(stage["seconds"] for stage in progress.summaries), 1),
+        "export": str(folder / "export"),
+    }
+    if run.fabric.is_global_zero:
+        export(run.model, run.text, folder / "export", summary, run.config)
+        text = json.dumps(summary, indent=2) + "\n"
+        save_atomically(folder / "summary.json", lambda file: _write(file, text))
+        save_curves(progress.points, folder / "curves.png")
+        print_table(run.console, summary)
+    return summary
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text)
+
+
+def headline(
+    metrics: dict[str, Any], points: list[dict[str, Any]], stage: str
+) -> dict[str, float | None]:
+    """The figures that the progress bar shows."""
+    last = next((p for p in reversed(points) if p["stage"] == stage), {})
+    return {
+        "loss": metrics["loss"],
+        "reward": metrics.get("reward"),
+        "passes": metrics.get("passes"),
+        "true": metrics.get("true_steps"),
+        "slow": last.get("slow_accuracy"),
+        "fast": last.get("fast_accuracy"),
+        "tok/s": round(metrics["tokens_per_second"]),
+    }
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run wrote, and nothing else."""
+    for name in ("checkpoints", "stages", "export", "wandb"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("summary.json", "metrics.jsonl", "metrics.csv", "config.yaml", "curves.png"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def check_same_run(config: RunConfig, saved: dict[str, Any]) -> None:
+    """Raise ValueError if a resumed run's config differs in what decides its numbers."""
+    now = asdict(config)
+    for key in ("seed", "model", "head", "task", "decoding", "stages"):
+        if now[key] != saved[key]:
+            raise ValueError(
+                f"resume=true needs the config of the checkpoint, but {key} differs: saved "
+                f"{saved[key]}, got {now[key]}; start another run with name=..."
+            )
+
+
+def dry_config(config: RunConfig) -> RunConfig:
+    """The same run with one step a stage and small evaluations."""
+    config = deepcopy(config)
+    for stage in config.active_stages().values():
+        stage.steps = 1
+    config.evaluation.num_problems = min(8, config.evaluation.num_problems)
+    config.overwrite = True
+    return config
+
+
+class NoLog:
+    """The log of processes other than the first."""
+
+    run_id = None
+    offset = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None

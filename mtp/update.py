@@ -1,0 +1,126 @@
+"""One optimizer step: micro-batches in, every stream over its global count, gradients out.
+
+    loss = sum over streams of weight * (sum over tokens) / (count over all micro-batches and ranks)
+
+Main and head are clipped apart: their norms can differ twenty-fold, and a joint clip would shrink
+the smaller one's step to nothing.
+"""
+
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch.optim import Optimizer
+
+from .batch import TextBatch
+from .generation_mtp import Sampler
+from .objectives import ObjectiveConfig, score_batch
+
+
+def global_counts(
+    fabric: Fabric, objective: ObjectiveConfig, batches: list[TextBatch]
+) -> dict[str, float]:
+    """Tokens of each stream over all micro-batches and processes."""
+    totals: dict[str, float] = {}
+    for batch in batches:
+        for name, count in objective.counts(batch).items():
+            totals[name] = totals.get(name, 0.0) + count
+    if fabric.world_size == 1:
+        return totals
+    names = sorted(totals)
+    summed = torch.tensor([totals[n] for n in names], device=fabric.device, dtype=torch.float64)
+    summed = fabric.all_reduce(summed, reduce_op="sum")
+    return dict(zip(names, summed.tolist(), strict=True))
+
+
+def update(
+    fabric: Fabric,
+    model: Any,
+    optimizers: dict[str, Optimizer],
+    batches: list[TextBatch],
+    objective: ObjectiveConfig,
+    *,
+    clip_norms: dict[str, float],
+    channel_gradient: float = 1.0,
+    sampler: Sampler | None = None,
+    reference: Any = None,
+    check_gradients: bool = False,
+) -> dict[str, float]:
+    """Accumulate the gradient over `batches`, clip, step. Returns the step's metrics.
+
+    Args:
+        fabric: runs backward, clipping and reduction.
+        model: the model as wrapped by `fabric`.
+        optimizers: by emitter, `main` and `head`; an absent emitter is not trained.
+        batches: micro-batches of this process, in their own sizes.
+        objective: streams and weights.
+        clip_norms: largest gradient norm of each emitter.
+        channel_gradient: scale of the head's gradient on main.
+        sampler: the distribution that rollouts came from.
+        reference: frozen model whose rows the leash compares with.
+        check_gradients: raise if a parameter that is trained has got no gradient.
+
+    Raises:
+        ValueError: if the gradient is not finite, or missing where it was to be checked.
+    """
+    parts = model.module
+    counts = global_counts(fabric, objective, batches)
+    sums: dict[str, float] = {}
+    seen: dict[str, float] = {}
+
+    def add(name: str, value: float, count: float) -> None:
+        sums[name] = sums.get(name, 0.0) + value
+        seen[name] = seen.get(name, 0.0) + count
+
+    for index, batch in enumerate(batches):
+        is_last = index == len(batches) - 1
+        with fabric.no_backward_sync(model, enabled=not is_last):
+            rows = None
+            with fabric.autocast():
+                scored = score_batch(
+                    model,
+                    parts,
+                    batch,
+                    channel_gradient=channel_gradient,
+                    use_head=objective.uses_head,
+                )
+                if reference is not None:
+                    with torch.no_grad():
+                        hidden = reference.score(batch.tokens).main_hidden.flatten(0, 1)
+                    rows = (hidden, reference.get_output_embeddings().weight)
+                terms = objective.terms(scored, batch, sampler or Sampler(), rows)
+            loss = torch.stack(
+                [t.weight * t.total / max(counts[n], 1.0) for n, t in terms.items()]
+            ).sum()
+            fabric.backward(loss * fabric.world_size)
+        for name, term in terms.items():
+            add(f"loss/{name}", float(term.total.detach()), 0.0)
+            for metric, (value, count) in term.metrics.items():
+                add(metric, float(value), count)
+        add("loss", float(loss.detach()), 0.0)
+
+    metrics = {name: sums[name] / seen[name] for name in sums if seen[name]}
+    metrics["loss"] = sums["loss"]
+    metrics |= {f"loss/{n}": sums[f"loss/{n}"] / max(c, 1.0) for n, c in counts.items()}
+    metrics |= {f"num_tokens/{n}": c for n, c in counts.items()}
+    if check_gradients:
+        for name, parameter in parts.named_parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                raise ValueError(
+                    f"parameter {name} is trained but got no gradient; freeze its part "
+                    "(train_main, train_head) or give a stream that reaches it a weight"
+                )
+    for name, optimizer in optimizers.items():
+        norm = fabric.clip_gradients(
+            model, optimizer, max_norm=clip_norms[name], error_if_nonfinite=False
+        )
+        metrics[f"{name}/grad_norm"] = float(norm)
+        if not torch.isfinite(norm):
+            raise ValueError(
+                f"the gradient of {name} is not finite (norm {float(norm)}); lower its learning "
+                "rate or its clip_norm, or resume from an earlier checkpoint"
+            )
+    for optimizer in optimizers.values():
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return metrics
