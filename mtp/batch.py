@@ -87,12 +87,14 @@ def collate_text(
     pad_id: int,
     *,
     num_anchors: int = 0,
+    block_anchors: bool = False,
     generator: torch.Generator | None = None,
 ) -> TextBatch:
     """Supervised batch of (prompt ids, completion ids): every completion token is main's target.
 
     Each position whose block would keep head slots under `plan` is an anchor, and only slots that
-    would be kept are scored. `num_anchors` > 0 draws so many of them per sequence.
+    would be kept are scored. `block_anchors` takes only the positions where passes begin when the
+    text is decoded under `plan`; `num_anchors` > 0 draws so many of them per sequence.
     """
     tokens, lengths = pad([p + c for p, c in samples], pad_id)
     prompt_lengths = torch.tensor([len(p) for p, _ in samples])
@@ -105,6 +107,14 @@ def collate_text(
     left = (lengths[:, None] - 1 - at).flatten()
     kept = torch.minimum(kept, left).view(num_rows, time)
     is_anchor = predicts & (kept > 1)
+    if block_anchors:
+        begins = torch.zeros_like(is_anchor)
+        position, row = prompt_lengths - 1, torch.arange(num_rows)
+        while bool((position < lengths - 1).any()):
+            position = position.clamp(max=time - 1)
+            begins[row, position] = True
+            position = position + kept[row, position].clamp(min=1)
+        is_anchor &= begins
     if num_anchors:
         scores = torch.rand(num_rows, time, generator=generator).masked_fill(~is_anchor, -1.0)
         best = scores.topk(min(num_anchors, time), 1).indices

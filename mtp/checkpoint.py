@@ -1,7 +1,7 @@
 """Checkpoints that hold everything a run needs to go on to the very same numbers.
 
-`checkpoints/last.ckpt` is the state within a stage; `stages/<name>/` is the model as a stage left it,
-in Hugging Face's layout, which later stages read their frozen references from.
+`checkpoints/last.ckpt` is the state within a stage; `stages/<name>/` is the model as a stage left
+it, in Hugging Face's layout, which later stages read their frozen references from.
 """
 
 import os

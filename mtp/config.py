@@ -5,10 +5,13 @@ errors; impossible values are ours, each naming its key.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from .evaluate import EvaluationConfig
 from .logger import LoggerConfig
@@ -57,7 +60,9 @@ class RunConfig:
     def validate(self) -> None:
         """Raises ValueError naming the key of an impossible value."""
         if not self.active_stages():
-            raise ValueError("stages must hold at least one stage with steps; choose experiment=...")
+            raise ValueError(
+                "stages must hold at least one stage with steps; choose experiment=..."
+            )
         for name, stage in self.active_stages().items():
             stage.validate(name)
         self.head.validate()
@@ -76,6 +81,35 @@ def register_configs() -> None:
     store.store(name="run_config", node=RunConfig)
     for name, config in TASK_CONFIGS.items():
         store.store(group="task", name=f"{name}_schema", node=config)
+
+
+def save_run_config(config: RunConfig, path: Path) -> None:
+    """Write a run's config.yaml. `task_name` beside `task` says whose settings those are."""
+    name = next((name for name, cls in TASK_CONFIGS.items() if cls is type(config.task)), None)
+    content = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(content, dict)
+    OmegaConf.save(OmegaConf.create({"task_name": name, **content}), path)
+
+
+def load_run_config(path: Path) -> RunConfig:
+    """The config that `save_run_config` wrote.
+
+    Raises ValueError naming the file if it is missing or does not fit.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give the folder of a run that train.py wrote")
+    try:
+        content = OmegaConf.load(path)
+        assert isinstance(content, DictConfig)
+        name = content.pop("task_name", None)
+        if name not in TASK_CONFIGS:
+            raise ValueError(f"task_name must be one of {sorted(TASK_CONFIGS)}, got {name!r}")
+        task = OmegaConf.create({"task": TASK_CONFIGS[name]})
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), task, content)
+        assert isinstance(merged, DictConfig)
+        return to_run_config(merged)
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise ValueError(f"{path} could not be read: {str(error).splitlines()[0]}") from None
 
 
 def to_run_config(config: DictConfig) -> RunConfig:

@@ -1,14 +1,301 @@
-"""Export: one folder, two doors. Plain transformers opens main; with trust_remote_code, the head too."""
+"""Export: one folder, two doors.
 
+Plain `AutoModelForCausalLM.from_pretrained(folder)` opens main as the stock class of its family and
+leaves the head's weights aside. With `trust_remote_code=True` it opens main with its head, from the
+modeling files that lie beside the weights: `mtp` need not be installed.
+
+The chat template is that of the tokenizer with one addition: a generation prompt ends with the
+delimiter that opens the first phase, as it did in training.
+"""
+
+import json
+import shutil
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .models import save_model
+from huggingface_hub import ModelCard, try_to_load_from_cache
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from . import modeling_mtp
+from .checkpoint import save_atomically
+from .models import ModelConfig, save_model, source_folder
+from .report import COLUMNS, cell
 from .text import TextFormat
+
+CARD = "README.md"
+WRITTEN = {".json", ".jinja", ".model", ".py", ".safetensors", ".txt"}
+"""Suffixes of what an export writes beside its card. A folder that holds anything else is kept."""
 
 
 def export(
     model: Any, text: TextFormat, folder: Path, summary: dict[str, Any], config: Any
 ) -> None:
-    """Write the model for Hugging Face."""
+    """Write the model for Hugging Face; an earlier export in `folder` is replaced as a whole.
+
+    Args:
+        model: an mtp model of one of `modeling_mtp.FAMILIES`.
+        text: its tokenizer, phases and system prompt.
+        folder: made under a temporary name and moved, so it is never half there.
+        summary: what `summary.json` holds; `stages` may be empty where nothing was measured.
+        config: the run's `RunConfig`.
+
+    Raises:
+        ValueError: if `folder` is a file or holds something that no export wrote.
+    """
+    folder = Path(folder).resolve()
+    check_replaceable(folder)
+    save_atomically(folder, lambda path: _write(model, text, path, summary, config))
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises ValueError unless `folder` is missing, empty or an earlier export."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; an export is a folder, so give another name")
+    names = sorted(path.name for path in folder.iterdir())
+    foreign = [n for n in names if n != CARD and Path(n).suffix not in WRITTEN]
+    is_export = Path(modeling_mtp.__file__).name in names
+    if names and (foreign or not is_export):
+        raise ValueError(
+            f"{folder} holds files that no export wrote ({', '.join((foreign or names)[:3])}); "
+            "give an empty or a new folder"
+        )
+
+
+def _write(
+    model: Any, text: TextFormat, folder: Path, summary: dict[str, Any], config: Any
+) -> None:
     save_model(model, text, folder)
+    cls = type(model)
+    stock = next(
+        base
+        for base in cls.__mro__
+        if issubclass(base, PreTrainedModel) and not issubclass(base, modeling_mtp.MTPMixin)
+    )
+    code = Path(modeling_mtp.__file__)
+    _edit_json(
+        folder / "config.json",
+        architectures=[stock.__name__],
+        auto_map={"AutoModelForCausalLM": f"{code.stem}.{cls.__name__}"},
+    )
+    limit = config.decoding.max_new_tokens
+    _edit_json(folder / "generation_config.json", max_new_tokens=limit)
+    _open_first_phase(text, folder / "chat_template.jinja")
+    for file in [code, *map(Path, get_relative_import_files(code))]:
+        shutil.copyfile(file, folder / file.name)
+    (folder / CARD).write_text(model_card(model, text, summary, config))
+
+
+def _edit_json(path: Path, **values: Any) -> None:
+    content = json.loads(path.read_text()) | values
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _open_first_phase(text: TextFormat, template: Path) -> None:
+    """Make the chat template's generation prompt end with the first phase's delimiter."""
+    if text.opener is None or not template.is_file():
+        return
+    tokenizer: Any = text.tokenizer
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True
+    )
+    if not prompt.rstrip().endswith(text.opener):
+        # Jinja drops one newline at the very end of a template.
+        source = template.read_text().removesuffix("\n")
+        opener = json.dumps(text.opener, ensure_ascii=False)
+        template.write_text(f"{source}{{{{ {opener} if add_generation_prompt else '' }}}}")
+
+
+def model_card(model: Any, text: TextFormat, summary: dict[str, Any], config: Any) -> str:
+    """README.md of an export: what it is, both doors, the measured table, provenance, limits."""
+    base, hub_id, licence = base_model(config.model)
+    meta = ["library_name: transformers", "pipeline_tag: text-generation"]
+    meta += [f"license: {licence}"] if licence else []
+    meta += [f"base_model: {hub_id}"] if hub_id else []
+    meta += ["tags:", "- multi-token-prediction", "- custom_code"]
+    counts = {"main": 0, "head": 0}
+    for name, parameter in model.named_parameters():
+        counts["head" if name.startswith("mtp_head.") else "main"] += parameter.numel()
+    fast = [name for name, phase in text.phases.items() if phase.mode == "fast"]
+    slow = [name for name, phase in text.phases.items() if phase.mode == "slow"]
+    slots = model.num_slots
+    parts = [
+        "---\n" + "\n".join(meta) + "\n---",
+        f"# {config.name}: a language model with an eavesdropping head",
+        f"A causal language model (**main**, {counts['main']:,} parameters, `"
+        f"{model.config.model_type}`) that writes one token per forward pass, and a small **head** "
+        f"({counts['head']:,} parameters, `{model.mtp_settings.type}`) that listens to main's "
+        f"residual stream after layers {model.mtp_taps} and writes the next {slots - 1} tokens of "
+        f"the same pass. In a fast phase ({_listed(fast)}) all of them are kept, up to {slots} "
+        f"tokens a pass; in a slow phase ({_listed(slow)}) only main's own token is kept.",
+        "## Use",
+        "Main alone, with nothing but transformers. The loading report lists the head's weights "
+        "(`mtp_head.*`) as unexpected: they are left aside.",
+        _snippet(text, config, head=False),
+        "Main with its head. The code is in this folder (`modeling_mtp.py`, `generation_mtp.py`), "
+        "so no other package is needed.",
+        _snippet(text, config, head=True),
+        "`fast` decodes each phase in its own mode, `slow` all of them one token per pass. Without "
+        "`mtp_mode`, `generate` is the stock one on main.",
+        "## Measured",
+        _table(summary),
+        "## Provenance",
+        _provenance(base, licence, text, config),
+        "## Limitations",
+        _limitations(config),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "none here"
+
+
+def _snippet(text: TextFormat, config: Any, *, head: bool) -> str:
+    """Python that loads the folder through one door and answers a prompt."""
+    tokenizer: Any = text.tokenizer
+    prompt = sample_prompt(config)
+    if tokenizer.chat_template is None:
+        inputs = [f"inputs = tokenizer({json.dumps(prompt + (text.opener or ''))}, "]
+        inputs[0] += 'return_tensors="pt", add_special_tokens=False)'
+    else:
+        messages = [{"role": "user", "content": prompt}]
+        if text.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": text.system_prompt})
+        inputs = [
+            f"messages = {json.dumps(messages, ensure_ascii=False)}",
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            ")",
+        ]
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'folder = "path/to/this/folder"',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        *inputs,
+        'given = {name: inputs[name] for name in ("input_ids", "attention_mask")}',
+    ]
+    if head:
+        lines += [
+            "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
+            'for mode in ("fast", "slow"):',
+            "    out = model.generate(**given, mtp_mode=mode, return_dict_in_generate=True)",
+            "    print(mode, int(out.passes[0]), tokenizer.decode(out.sequences[0]))",
+        ]
+    else:
+        lines += [
+            "model = AutoModelForCausalLM.from_pretrained(folder)",
+            "print(tokenizer.decode(model.generate(**given)[0]))",
+        ]
+    return "\n".join(["```python", *lines, "```"])
+
+
+def sample_prompt(config: Any) -> str:
+    """A prompt for the card: the task's first held-out one."""
+    try:
+        return config.task.build().example("test", 0).prompt
+    except (ImportError, OSError, ValueError):  # its data may not be where the export is made
+        return "Hello"
+
+
+def _table(summary: dict[str, Any]) -> str:
+    """The stages' figures in Markdown."""
+    stages = summary["stages"]
+    if not stages:
+        return "Nothing was measured: the run had not ended when this was exported."
+    rows = [["stage", *COLUMNS.values()], ["---"] + ["---:"] * len(COLUMNS)]
+    rows += [[s["name"], *(cell(key, s.get(key)) for key in COLUMNS)] for s in stages]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines += [
+        "",
+        f"{stages[-1]['num_problems']} held-out problems, greedy decoding, seed {summary['seed']}; "
+        "one row per training stage, the last is this model. Empty and wrong thought: accuracy "
+        "when the model is made to think nothing, or another problem's thought. True steps: share "
+        "of the steps in the thoughts that are true. Ref. nats/token: how surprising the thoughts "
+        "are to the model as the first stage left it.",
+    ]
+    return "\n".join(lines)
+
+
+def _provenance(base: str, licence: str | None, text: TextFormat, config: Any) -> str:
+    versions = []
+    for package in ("mtp-eavesdrop", "torch", "transformers"):
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            versions.append(f"{package} (not installed as a package)")
+    head = ", ".join(f"{key} {value}" for key, value in sorted(vars(config.head).items()))
+    task = ", ".join(f"{key} {value}" for key, value in sorted(vars(config.task).items()))
+    phases = ", ".join(
+        f"{name} ({p.mode}{f', opened by `{p.opened_by}`' if p.opened_by else ''})"
+        for name, p in text.phases.items()
+    )
+    lines = [
+        f"- Base model: {base}; licence: {licence or 'not recorded'}",
+        f"- Task: {type(config.task).__name__.removesuffix('Config')} ({task})",
+        f"- Head: {head}",
+        f"- Phases: {phases}; at most {config.decoding.max_new_tokens} new tokens",
+        f"- Seed {config.seed}, precision {config.fabric.precision}",
+        f"- Versions: {', '.join(versions)}",
+    ]
+    for name, stage in config.active_stages().items():
+        trained = [part for part in ("main", "head") if getattr(stage, f"train_{part}")]
+        rates = ", ".join(f"{part} {getattr(stage, part).lr:g}" for part in trained)
+        weights = ", ".join(
+            f"{k} {t.weight:g}" for k, t in vars(stage.objective).items() if t.weight
+        )
+        lines.append(
+            f"- Stage `{name}`: {stage.kind}, {stage.steps} steps, learning rates {rates}; "
+            f"objective {weights}; channel gradient {stage.channel_gradient:g}"
+        )
+    return "\n".join(lines)
+
+
+def _limitations(config: Any) -> str:
+    task = type(config.task).__name__.removesuffix("Config")
+    return "\n".join(
+        [
+            "- **In fast mode nobody verifies the head's tokens.** They are the model's own "
+            "output, not proposals that main checks: fast and slow text differ, and so may the "
+            "answers. "
+            "The table says how often each is right.",
+            f"- The figures hold for the task above ({task}) and its phases; nothing else was "
+            "measured.",
+            "- A thought that a model was rewarded for need not be a true account of how it found "
+            "the answer; compare the table's true steps and thought controls.",
+            "- With `mtp_mode`, `generate` takes `max_new_tokens`, `do_sample`, `temperature`, "
+            "`top_k`, `top_p`, `eos_token_id`, `pad_token_id` and `return_dict_in_generate`; any "
+            "other option is an error.",
+        ]
+    )
+
+
+def base_model(config: ModelConfig) -> tuple[str, str | None, str | None]:
+    """What main was before training: its name, its hub id and its licence, None where unknown.
+
+    Only what is on this machine is read: the header of a GGUF file, or the model card.
+    """
+    if config.source is None:
+        return f"none ({config.family} trained from scratch)", None, None
+    folder = Path(source_folder(config.source))
+    if not folder.is_dir():
+        card = try_to_load_from_cache(config.source, CARD)
+        return config.source, config.source, _card_licence(card)
+    name = config.source if config.source.startswith("package:") else folder.name
+    if config.gguf_file is not None:
+        from gguf import GGUFReader
+
+        entry = GGUFReader(folder / config.gguf_file).get_field("general.license")
+        return f"{name}, {config.gguf_file}", None, entry.contents() if entry else None
+    return name, None, _card_licence(folder / CARD)
+
+
+def _card_licence(card: Any) -> str | None:
+    """The licence field of a model card; None if there is no such file or field."""
+    if not isinstance(card, str | Path) or not Path(card).is_file():
+        return None
+    return ModelCard(Path(card).read_text(), ignore_metadata_errors=True).data.get("license")

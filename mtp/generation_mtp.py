@@ -7,8 +7,8 @@ This file travels with exported checkpoints, so it imports torch and transformer
 
 Semantics. At the last position of the context (the anchor) main samples t_0 and the head t_1..t_K.
 A row in a fast phase keeps all, in a slow phase t_0 only. A block is cut after the first phase
-delimiter or end-of-sequence token in it, so no token of a slow phase is ever the head's. Kept tokens
-go through main in the next pass, as ordinary tokens.
+delimiter or end-of-sequence token in it, so no token of a slow phase is ever the head's. Kept
+tokens go through main in the next pass, as ordinary tokens.
 
 Shapes: B rows, L new tokens of a pass, K head slots, V vocabulary, D main width.
 """
@@ -73,7 +73,7 @@ class PhasePlan:
         return end
 
     def phase_after(self, tokens: Tensor, phase: Tensor | None = None) -> Tensor:
-        """Phase after each token: [B, T] -> [B, T], given the phase before the first ([B], or 0)."""
+        """Phase after each token: [B, T] -> [B, T], given the phase before them ([B], or 0)."""
         opened = self.opened(tokens)
         where = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         last = torch.where(opened >= 0, where, -1).cummax(1).values
@@ -158,7 +158,8 @@ class BlockCacheLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        elif self.keys.shape[2] < self.cache.capacity:
+        assert self.keys is not None and self.values is not None
+        if self.keys.shape[2] < self.cache.capacity:
             more = self.cache.capacity - self.keys.shape[2]
             self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, more))
             self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
@@ -182,8 +183,8 @@ class BlockCache(Cache):
     """A cache whose index is the token's position, so that rows may grow at different rates.
 
     Rows are padded on the right. A padded position is overwritten by the row's next block before
-    any query can reach it, so the mask is simply: key position <= query position. Dropping tokens is
-    moving a row's start back.
+    any query can reach it, so the mask is simply: key position <= query position. To drop tokens
+    is to move a row's start back.
     """
 
     def __init__(self, num_layers: int):
@@ -375,7 +376,7 @@ class MTPGenerationMixin:
     def anchor_rows(
         self, fresh: Tensor, at: Tensor, positions: Tensor, mask: Tensor, cache: BlockCache
     ) -> tuple[Tensor, Tensor]:
-        """Feed new tokens [B, L] to main; hidden row [B, D] and taps [B, taps, D] at column `at`."""
+        """Feed new tokens [B, L] to main; hidden row [B, D], taps [B, taps, D] at column `at`."""
         if self.config._attn_implementation == "eager":
             mask = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill(
                 ~mask, torch.finfo(self.dtype).min
@@ -433,10 +434,16 @@ class MTPGenerationMixin:
         if prompts is None:
             raise ValueError("input_ids must be given to generate with mtp_mode")
         attention = kwargs.pop("attention_mask", None)
-        honoured = (
-            "max_new_tokens do_sample temperature top_k top_p eos_token_id pad_token_id "
-            "return_dict_in_generate"
-        ).split()
+        honoured = [
+            "max_new_tokens",
+            "do_sample",
+            "temperature",
+            "top_k",
+            "top_p",
+            "eos_token_id",
+            "pad_token_id",
+            "return_dict_in_generate",
+        ]
         unknown = sorted(set(kwargs) - set(honoured))
         if unknown:
             raise ValueError(f"generate with mtp_mode does not take {unknown}; it takes {honoured}")
@@ -457,7 +464,7 @@ class MTPGenerationMixin:
         )
         if attention is None:
             attention = torch.ones_like(prompts)
-        order = attention.long().argsort(1, descending=True, stable=True)
+        order = attention.long().argsort(dim=1, descending=True, stable=True)
         out = decode(
             self,
             prompts.gather(1, order),

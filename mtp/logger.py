@@ -1,4 +1,4 @@
-"""Where numbers go: JSON lines always, a CSV beside them, wandb when asked, and the progress bar."""
+"""Where numbers go: JSON lines and a CSV always, wandb when asked, and the progress bar."""
 
 import csv
 import json

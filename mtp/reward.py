@@ -1,6 +1,5 @@
 """Rewards: rollouts in, the raw outcome and named shaping terms out. Pure functions."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +41,7 @@ def score(task: Task, text: TextFormat, rollouts: Rollouts, config: RewardConfig
     outcomes = []
     for row in range(len(rollouts.prompts)):
         answer = text.answer_text(rollouts.completion(row))
-        outcomes.append(0.0 if answer is None else judged(task, rollouts, row, answer))
+        outcomes.append(0.0 if answer is None else task.outcome(rollouts.example(row), answer))
     shape = (-1, rollouts.group_size)
     outcome = torch.tensor(outcomes).view(shape)
     terms = {}
@@ -52,16 +51,3 @@ def score(task: Task, text: TextFormat, rollouts: Rollouts, config: RewardConfig
         terms["tokens"] = -config.token_cost * rollouts.out.lengths.float().view(shape)
     total = outcome + sum(terms.values(), torch.zeros_like(outcome))
     return Rewards(outcome, total, terms)
-
-
-def judged(task: Task, rollouts: Rollouts, row: int, answer: str) -> float:
-    """The task's outcome for one answer, checked."""
-    example = rollouts.example(row)
-    where = f"task {task.name}, prompt {example.prompt[:80]!r}, answer {answer[:80]!r}"
-    try:
-        value = float(task.outcome(example, answer))
-    except Exception as error:
-        raise ValueError(f"the reward raised {error!r} ({where})") from error
-    if not math.isfinite(value):
-        raise ValueError(f"the reward must be a finite number, got {value} ({where})")
-    return value

@@ -26,6 +26,9 @@ class StageConfig:
     """Supervised: sequences a step, over all processes."""
     num_anchors: int = 0
     """Supervised: anchors drawn per sequence, 0 for all. Fewer save memory and time."""
+    block_anchors: bool = False
+    """Supervised: only the anchors at which passes begin when the text is decoded, a (K+1)-th of
+    them. False makes an anchor of every position of a fast phase."""
     num_prompts: int = 16
     """RL: P, prompts a step, over all processes."""
     group_size: int = 16
@@ -59,8 +62,8 @@ class StageConfig:
                 raise ValueError(f"{key}.{field_name} must be 0 or above, got {value}")
         if self.kind == "rl" and self.group_size < 2:
             raise ValueError(
-                f"{key}.group_size must be at least 2, got {self.group_size}: an advantage compares "
-                "the rollouts of one prompt"
+                f"{key}.group_size must be at least 2, got {self.group_size}: an advantage "
+                "compares the rollouts of one prompt"
             )
         active = self.objective.active()
         if not active:

@@ -1,7 +1,7 @@
 """A run: its stages one after the other, evaluated, checkpointed, exported.
 
-Randomness of a step is derived from (seed, stage, step), and data from a running position, so that a
-run that was stopped and resumed gives the very numbers of one that was not.
+Randomness of a step is derived from (seed, stage, step), and data from a running position, so that
+a run that was stopped and resumed gives the very numbers of one that was not.
 """
 
 import hashlib
@@ -15,17 +15,16 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric, seed_everything
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from .advantage import group_advantages
 from .batch import TextBatch, collate_rollouts, collate_text
 from .checkpoint import load_checkpoint, rng_state, save_atomically, set_rng_state
-from .config import RunConfig
+from .config import RunConfig, save_run_config
 from .evaluate import evaluate, true_step_share
 from .export import export
 from .logger import MetricsLog, StageProgress, make_console
-from .models import build_model, load_model, save_model
+from .models import build_model, has_head, load_model, save_model
 from .optim import build_optimizer, split_parameters
 from .report import completions_rows, print_completions, print_table, save_curves
 from .reward import score
@@ -71,7 +70,8 @@ class Run:
     task: Task
     model: Any
     text: TextFormat
-    log: MetricsLog
+    log: Any
+    """`MetricsLog`, or `NoLog` in processes other than the first."""
     progress: Progress
     stop: StopRequest
 
@@ -99,9 +99,10 @@ def train(config: RunConfig) -> dict[str, Any]:
     config.validate()
     fabric = config.fabric.build()
     console = make_console(quiet=not fabric.is_global_zero)
-    folder = Path(config.run_dir)
+    folder, full_steps = Path(config.run_dir), {}
     if config.dry_run:
         folder = folder.with_name(folder.name + "-dry_run")
+        full_steps = {name: stage.steps for name, stage in config.active_stages().items()}
         config = dry_config(config)
     seed_everything(config.seed, verbose=False)
     task = config.task.build()
@@ -122,9 +123,11 @@ def train(config: RunConfig) -> dict[str, Any]:
     if fabric.is_global_zero and not config.resume:
         clear(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+        save_run_config(config, folder / "config.yaml")
     fabric.barrier()
-    log = MetricsLog(folder, config.logger, asdict(config)) if fabric.is_global_zero else NoLog()
+    log: Any = NoLog()
+    if fabric.is_global_zero:
+        log = MetricsLog(folder, config.logger, asdict(config))
     sizes = {name: sum(p.numel() for p in ps) for name, ps in split_parameters(model).items()}
     console.print(
         f"{task.name}: main {sizes['main']:,} parameters, head {sizes['head']:,} "
@@ -146,7 +149,16 @@ def train(config: RunConfig) -> dict[str, Any]:
             log.close()
     if config.dry_run:
         shutil.rmtree(folder)
+        console.print(estimate(full_steps, summary))
     return summary
+
+
+def estimate(full_steps: dict[str, int], summary: dict[str, Any]) -> str:
+    """What a full run costs, from the one step of each stage that a dry run took."""
+    seconds = {s["name"]: s["seconds"] * full_steps[s["name"]] for s in summary["stages"]}
+    parts = ", ".join(f"{name} {full_steps[name]} steps" for name in seconds)
+    minutes = sum(seconds.values()) / 60
+    return f"a full run would take about {minutes:.0f} min at most ({parts}; first steps are slow)"
 
 
 def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | None) -> None:
@@ -161,11 +173,11 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
         for parameter in parameters[part]:
             parameter.requires_grad_(is_trained)
     if stage.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     else:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
     settings = {"main": stage.main, "head": stage.head}
-    optimizers = {
+    optimizers: dict[str, Any] = {
         part: build_optimizer(parameters[part], settings[part])
         for part, is_trained in trained.items()
         if is_trained
@@ -213,9 +225,7 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
                 interim_evaluation(run, name, stage)
             bar.step(step + 1, headline(metrics, progress.points, name))
             minutes = (time.monotonic() - saved) / 60
-            if run.stop.signal is not None or (
-                minutes > config.checkpoint_minutes and not is_last
-            ):
+            if run.stop.signal is not None or (minutes > config.checkpoint_minutes and not is_last):
                 progress.stage_seconds = done_before + time.monotonic() - began
                 save_checkpoint(run, optimizers)
                 saved = time.monotonic()
@@ -237,7 +247,7 @@ def step_batches(
 
 
 def draw(run: Run, number: int) -> list[Example]:
-    """This process's share of the next `number` training examples."""
+    """The next `number` training examples, of which this process takes its share."""
     config, progress = run.config, run.progress
     rank, world = run.fabric.global_rank, run.fabric.world_size
     if number % world:
@@ -257,6 +267,12 @@ def pieces(number: int, size: int) -> list[list[int]]:
     return [list(range(at, min(at + size, number))) for at in range(0, number, size)]
 
 
+def pieces_by_length(lengths: torch.Tensor, size: int) -> list[list[int]]:
+    """All rows in runs of `size`, the short ones together, so that little is padding."""
+    order = lengths.argsort(stable=True).tolist()
+    return [[order[i] for i in piece] for piece in pieces(len(order), size)]
+
+
 def supervised_batches(
     run: Run, name: str, stage: StageConfig, step: int
 ) -> tuple[list[TextBatch], dict[str, Any]]:
@@ -271,6 +287,7 @@ def supervised_batches(
             text.num_slots,
             text.pad_id,
             num_anchors=stage.num_anchors,
+            block_anchors=stage.block_anchors,
             generator=generator,
         ).to(run.fabric.device)
         for chosen in pieces(len(samples), stage.micro_batch_size)
@@ -303,7 +320,7 @@ def rollout_batches(
         collate_rollouts(
             rollouts.prompts, rollouts.out, advantages.flatten(), rows, text.num_slots, text.pad_id
         ).to(run.fabric.device)
-        for rows in pieces(len(rollouts.prompts), stage.micro_batch_size)
+        for rows in pieces_by_length(rollouts.out.lengths, stage.micro_batch_size)
     ]
     cut = 1 - rollouts.out.finished.float().mean()
     if cut == 1:
@@ -351,7 +368,9 @@ def load_frozen(run: Run, name: str) -> Any:
 
 
 def heard(run: Run) -> bool:
-    """True once some stage up to the current one trains the head."""
+    """True once some stage up to the current one trains the head, or it came with the model."""
+    if has_head(run.config.model):
+        return True
     stages = list(run.config.active_stages().values())[: run.progress.stage + 1]
     return any(stage.train_head for stage in stages)
 
@@ -454,7 +473,7 @@ def headline(
     metrics: dict[str, Any], points: list[dict[str, Any]], stage: str
 ) -> dict[str, float | None]:
     """The figures that the progress bar shows."""
-    last = next((p for p in reversed(points) if p["stage"] == stage), {})
+    last: dict[str, Any] = next((p for p in reversed(points) if p["stage"] == stage), {})
     return {
         "loss": metrics["loss"],
         "reward": metrics.get("reward"),

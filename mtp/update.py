@@ -6,11 +6,12 @@ Main and head are clipped apart: their norms can differ twenty-fold, and a joint
 the smaller one's step to nothing.
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from torch.optim import Optimizer
 
 from .batch import TextBatch
 from .generation_mtp import Sampler
@@ -25,18 +26,23 @@ def global_counts(
     for batch in batches:
         for name, count in objective.counts(batch).items():
             totals[name] = totals.get(name, 0.0) + count
+    return sum_over_processes(fabric, totals)
+
+
+def sum_over_processes(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
+    """Named numbers added up over all processes, which must hold the same names."""
     if fabric.world_size == 1:
-        return totals
-    names = sorted(totals)
-    summed = torch.tensor([totals[n] for n in names], device=fabric.device, dtype=torch.float64)
-    summed = fabric.all_reduce(summed, reduce_op="sum")
-    return dict(zip(names, summed.tolist(), strict=True))
+        return values
+    names = sorted(values)
+    mine = torch.tensor([values[n] for n in names], device=fabric.device, dtype=torch.float64)
+    total = torch.as_tensor(fabric.all_reduce(mine, reduce_op="sum"))
+    return dict(zip(names, total.tolist(), strict=True))
 
 
 def update(
     fabric: Fabric,
     model: Any,
-    optimizers: dict[str, Optimizer],
+    optimizers: Mapping[str, Any],
     batches: list[TextBatch],
     objective: ObjectiveConfig,
     *,
@@ -99,6 +105,7 @@ def update(
                 add(metric, float(value), count)
         add("loss", float(loss.detach()), 0.0)
 
+    sums, seen = sum_over_processes(fabric, sums), sum_over_processes(fabric, seen)
     metrics = {name: sums[name] / seen[name] for name in sums if seen[name]}
     metrics["loss"] = sums["loss"]
     metrics |= {f"loss/{n}": sums[f"loss/{n}"] / max(c, 1.0) for n, c in counts.items()}
@@ -114,10 +121,10 @@ def update(
         norm = fabric.clip_gradients(
             model, optimizer, max_norm=clip_norms[name], error_if_nonfinite=False
         )
-        metrics[f"{name}/grad_norm"] = float(norm)
-        if not torch.isfinite(norm):
+        metrics[f"{name}/grad_norm"] = float(torch.as_tensor(norm))
+        if not math.isfinite(metrics[f"{name}/grad_norm"]):
             raise ValueError(
-                f"the gradient of {name} is not finite (norm {float(norm)}); lower its learning "
+                f"the gradient of {name} is not finite (norm {norm}); lower its learning "
                 "rate or its clip_norm, or resume from an earlier checkpoint"
             )
     for optimizer in optimizers.values():

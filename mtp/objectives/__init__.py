@@ -1,4 +1,4 @@
-"""The objective: a weighted sum of per-token streams, each divided by its own global token count."""
+"""The objective: a weighted sum of per-token streams, each over its own global token count."""
 
 from dataclasses import dataclass, field
 

@@ -3,8 +3,8 @@
     L = - sum_t min(r_t A, clip(r_t, 1 - low, 1 + high) A) / count,   r_t = p(t) / p_sampled(t)
 
 GRPO (Shao et al. 2024, arXiv 2402.03300) with DAPO's asymmetric clip (Yu et al. 2025, arXiv
-2503.14476). The action of a pass is its block, and the log-probability of a block is the sum over its
-kept slots, so main's tokens and the head's are all actions of the one policy.
+2503.14476). The action of a pass is its block, and the log-probability of a block is the sum over
+its kept slots, so main's tokens and the head's are all actions of the one policy.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..batch import RolloutBatch, TextBatch
 from ..generation_mtp import Sampler
-from .scored import Emitter, Scored
+from .scored import PLAIN, Emitter, Scored
 from .stream import Term, mean_of
 
 
@@ -35,7 +35,7 @@ class Policy:
         return {"policy_main": len(batch.main_rows), "policy_head": len(batch.head_rows)}
 
     def terms(
-        self, scored: Scored, batch: RolloutBatch, sampler: Sampler = Sampler()
+        self, scored: Scored, batch: RolloutBatch, sampler: Sampler = PLAIN
     ) -> dict[str, Term]:
         """Clipped surrogate of each emitter, under the distribution that the rollouts came from."""
         rows = {

@@ -92,9 +92,7 @@ def score_batch(
         head_hidden = rows.main_hidden.new_zeros(0, parts.head_output_weight().shape[1])
         head_targets = batch.head_targets[:0]
     flat = rows.main_hidden.flatten(0, 1)
-    main = Emitter(
-        flat[batch.main_rows], parts.get_output_embeddings().weight, batch.main_targets
-    )
+    main = Emitter(flat[batch.main_rows], parts.get_output_embeddings().weight, batch.main_targets)
     head = Emitter(head_hidden, parts.head_output_weight(channel_gradient), head_targets)
     return Scored(main, head, flat)
 

@@ -1,10 +1,14 @@
 """Tasks by name. A new task is a file here with a config and a `Task`, and a line below."""
 
 from .base import Example, Split, Task, TaskConfig
+from .reasoning_gym import ReasoningGymConfig
+from .rows import RowsConfig
 from .running_sum import RunningSumConfig
 
 TASK_CONFIGS: dict[str, type[TaskConfig]] = {
     "running_sum": RunningSumConfig,
+    "reasoning_gym": ReasoningGymConfig,
+    "rows": RowsConfig,
 }
 
 __all__ = ["TASK_CONFIGS", "Example", "Split", "Task", "TaskConfig"]

@@ -5,11 +5,12 @@ back to `Task.outcome`. A task knows nothing of tokens or models.
 """
 
 import hashlib
+import math
 import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 Split = Literal["train", "test"]
 
@@ -40,7 +41,10 @@ class TaskConfig:
 class Task(ABC):
     """A source of problems and the judge of their answers."""
 
-    name: ClassVar[str] = ""
+    name: str = ""
+    """What errors and reports call it."""
+    right_at: float = 1.0
+    """An answer is right if its score is at least this."""
 
     @abstractmethod
     def size(self, split: Split) -> int | None:
@@ -50,9 +54,26 @@ class Task(ABC):
     def example(self, split: Split, index: int) -> Example:
         """Example `index` of a split; the same one at every call."""
 
-    def outcome(self, example: Example, answer: str) -> float:
-        """1.0 if the final answer (extracted, stripped) is right, else 0.0."""
+    def score(self, example: Example, answer: str) -> float:
+        """Raw score of the final answer (extracted, stripped): 1.0 if it equals the gold one.
+
+        A task overrides this, and lets what its reward raises pass.
+        """
         return float(answer == example.answer)
+
+    def outcome(self, example: Example, answer: str) -> float:
+        """1.0 if the final answer (extracted, stripped) is right, else 0.0.
+
+        Raises ValueError naming the task and the sample if the score raises or is not finite.
+        """
+        where = f"task {self.name}, prompt {example.prompt[:80]!r}, answer {answer[:80]!r}"
+        try:
+            value = float(self.score(example, answer))
+        except Exception as error:
+            raise ValueError(f"the reward raised {error!r} ({where})") from error
+        if not math.isfinite(value):
+            raise ValueError(f"the reward must be a finite number, got {value} ({where})")
+        return float(value >= self.right_at)
 
     def true_steps(self, thought: str) -> tuple[int, int] | None:
         """(true steps, steps) of a thought whose steps can be checked; None if they cannot."""

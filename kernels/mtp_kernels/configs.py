@@ -1,0 +1,111 @@
+"""Tile sizes of every shipped Triton kernel on every supported architecture.
+
+One table, read by the launchers and by the ahead-of-time gate (`python -m mtp_kernels.aot`). There
+is no autotuning: a result must not depend on which tile size won a race.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mtp_kernels.dispatch import triton_interpreted
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and launch options of one kernel."""
+
+    rows: int
+    """Rows of hidden states per tile."""
+    vocab: int
+    """Vocabulary ids per tile."""
+    depth: int
+    """Elements of D per step of the product."""
+    warps: int = 8
+    """Warps per program."""
+    stages: int = 3
+    """Tiles in flight in the software pipeline."""
+
+
+TRAIN = Config(rows=128, vocab=128, depth=64)
+NARROW = Config(rows=128, vocab=64, depth=64)
+"""For kernels that hold a second tile, the teacher's, beside the product."""
+ELEMENTWISE = Config(rows=1, vocab=4096, depth=1, warps=4, stages=1)
+DECODE = Config(rows=16, vocab=128, depth=64, warps=4, stages=4)
+DECODE_TWO = Config(rows=16, vocab=128, depth=64, warps=4)
+"""For the kernel that makes two products a tile."""
+INTERPRET = Config(rows=16, vocab=32, depth=16, warps=1, stages=1)
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+KERNELS = (
+    "row_stats",
+    "row_stats_store",
+    "row_gradient",
+    "gradient_from_logits",
+    "kl_stats",
+    "kl_gradient",
+    "sample",
+    "residual",
+)
+_DEFAULTS = {
+    "gradient_from_logits": ELEMENTWISE,
+    "kl_stats": NARROW,
+    "sample": DECODE,
+    "residual": DECODE_TWO,
+}
+_EXCEPTIONS = {
+    ("kl_stats", "sm_100"): TRAIN,
+    ("sample", "sm_100"): replace(DECODE, warps=8),
+    ("residual", "sm_100"): replace(DECODE_TWO, vocab=64, warps=8),
+}
+
+
+def shipped_config(kernel: str, architecture: str, dtype: torch.dtype) -> Config:
+    """The configuration of a kernel on an architecture, for operands of a dtype."""
+    config = _EXCEPTIONS.get((kernel, architecture), _DEFAULTS.get(kernel, TRAIN))
+    if architecture.startswith("gfx"):
+        config = replace(config, stages=min(2, config.stages))  # its pipeline has two buffers
+    if dtype == torch.float32 and (kernel, architecture) == ("residual", "sm_80"):
+        config = replace(config, warps=8)
+    if dtype == torch.float32 and config.depth > 1:
+        config = replace(config, depth=config.depth // 2)  # the same bytes in flight
+        if config.rows == TRAIN.rows and not architecture.startswith("gfx"):
+            config = replace(config, vocab=64)  # three TF32 products of 128 x 128 spill
+    return config
+
+
+def config_for(kernel: str, operand: Tensor) -> Config:
+    """The configuration of a kernel for an operand's device and dtype."""
+    if triton_interpreted():
+        return INTERPRET
+    return shipped_config(kernel, _architecture(operand.device.index or 0), operand.dtype)
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    if torch.version.hip is not None:
+        return "gfx942"
+    # A device without a table of its own uses that of an architecture with no more shared memory.
+    major, _ = torch.cuda.get_device_capability(index)
+    if major < 8:
+        raise ValueError(
+            f"the Triton kernels need compute capability 8.0 or later, got {major}; "
+            "use impl='torch'"
+        )
+    return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+@functools.cache
+def num_processors(index: int) -> int:
+    """Streaming multiprocessors (compute units) of a device."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def num_splits(row_tiles: int, vocab_tiles: int, device: torch.device) -> int:
+    """Into how many parts the vocabulary is split: enough programs for eight waves."""
+    if triton_interpreted():
+        return min(2, vocab_tiles)
+    wanted = -(-8 * num_processors(device.index or 0) // row_tiles)
+    return max(1, min(wanted, vocab_tiles))

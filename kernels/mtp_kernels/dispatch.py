@@ -1,0 +1,149 @@
+"""Which implementation runs, and in what size of pieces.
+
+Every op takes `impl="auto" | "reference" | "torch" | "triton"`. This module resolves "auto",
+decides whether chunk bodies may be compiled, and how many rows are worked on at once. It knows
+nothing of any particular op.
+"""
+
+import functools
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Impl = Literal["auto", "reference", "torch", "triton"]
+IMPLS = ("auto", "reference", "torch", "triton")
+
+DIRECT_NUMEL = 1 << 20
+"""Problems whose logits and operands have at most this many elements run as plain PyTorch."""
+COMPILE_NUMEL = 1 << 26
+"""Chunk bodies are compiled from this many logits on; below, compiling costs more than it saves."""
+CHUNK_BYTES = 24 << 20
+"""Working memory for one chunk of logits, in bytes, on a CPU."""
+CHUNK_BYTES_TALL = 64 << 20
+"""The same where a chunk also adds to a weight gradient: each costs a pass over [V, D]."""
+CHUNK_BYTES_DEVICE = 512 << 20
+"""The same on an accelerator, where a chunk must fill the whole device."""
+
+
+@functools.cache
+def triton_installed() -> bool:
+    """True where the triton package can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_interpreted() -> bool:
+    """True where Triton kernels run in Triton's interpreter, so on CPU tensors too."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def compiler_found() -> bool:
+    """True where TorchInductor would find a C++ compiler."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "c++"))
+
+
+def resolve_impl(impl: str, tensor: Tensor) -> str:
+    """The implementation to run on `tensor`'s device: "reference", "torch" or "triton".
+
+    "auto" is "triton" for CUDA and ROCm tensors where Triton is installed, and "torch" elsewhere.
+    Asking for "triton" where it cannot run is an error, never a silent fallback.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+    if impl == "auto":
+        return "triton" if tensor.is_cuda and triton_installed() else "torch"
+    if impl == "triton":
+        if not triton_installed():
+            raise ValueError(
+                "impl='triton' needs the triton package; install it or use impl='torch'"
+            )
+        if not tensor.is_cuda and not triton_interpreted():
+            raise ValueError(
+                f"impl='triton' needs CUDA tensors, got {tensor.device}; use impl='torch', or set "
+                "TRITON_INTERPRET=1 before the first import of triton"
+            )
+    return impl
+
+
+def is_direct(rows: int, weight: Tensor) -> bool:
+    """True where a problem is so small that plain PyTorch on all its logits is the best path."""
+    small_weight = weight.dtype in (torch.float32, torch.float64) or weight.numel() <= DIRECT_NUMEL
+    return rows * weight.shape[0] <= DIRECT_NUMEL and small_weight
+
+
+def rows_per_chunk(
+    rows: int, vocab: int, device: torch.device, buffers: int = 1, tall: bool = False
+) -> int:
+    """Rows whose logits, in `buffers` float32 copies, fit the working memory; at least 16.
+
+    The rows are split evenly, so that no small remainder is left over.
+    """
+    budget = CHUNK_BYTES_TALL if tall else CHUNK_BYTES
+    if device.type != "cpu":
+        budget = CHUNK_BYTES_DEVICE
+    most = max(16, budget // (4 * vocab * buffers))
+    pieces = max(1, -(-rows // most))
+    return max(1, -(-rows // pieces))
+
+
+def maybe_compiled(body: Callable[..., Any], rows: int, vocab: int) -> Callable[..., Any]:
+    """`body`, compiled where the problem is large enough and a compiler is there."""
+    if rows * vocab < COMPILE_NUMEL or not compiler_found():
+        return body
+    return _compiled(body)
+
+
+@functools.cache
+def _compiled(body: Callable[..., Any]) -> Callable[..., Any]:
+    compiled = torch.compile(body, dynamic=None, fullgraph=True)
+
+    def call(*arguments: Any) -> Any:
+        # Detached: dynamo looks at .grad of what it is given, which warns for non-leaf tensors.
+        return compiled(*(a.detach() if isinstance(a, Tensor) else a for a in arguments))
+
+    return call
+
+
+def statistics_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of row statistics: float64 for float64 operands, float32 for all others."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises ValueError unless hidden [..., D], weight [V, D] and bias [V] fit together."""
+    if weight.ndim != 2:
+        raise ValueError(f"weight must be [V, D], got shape {tuple(weight.shape)}")
+    if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must be [..., D] with D = {weight.shape[1]} as in weight, "
+            f"got shape {tuple(hidden.shape)}"
+        )
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"hidden and weight must share one dtype, got {hidden.dtype} and {weight.dtype}; "
+            "cast one of them, or call under torch.autocast"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [V] = [{weight.shape[0]}], got shape {tuple(bias.shape)}")
+
+
+def check_scale(temperature: float, softcap: float | None) -> None:
+    """Raises ValueError unless temperature and softcap are positive."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be > 0 or None, got {softcap}")
+
+
+def autocast_operands(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The operands in the dtype that torch.autocast asks for, or unchanged outside of it."""
+    device = next(t for t in operands if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return operands
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in operands)

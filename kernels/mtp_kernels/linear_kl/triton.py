@@ -1,0 +1,373 @@
+"""`linear_kl` in Triton: teacher logits once per chunk, then one pass over the students.
+
+A chunk's distinct teacher rows are made once, in float32, with their log-sum-exp; the students'
+kernel makes its own logits tile by tile, reads the teacher's beside them through an index, and
+keeps running sums. With p the teacher, q the student, and t, s their scaled logits:
+
+    forward   A = sum p (t - s),   P = sum p                KL = A + (lse_s - lse_t) P
+    reverse   B = sum exp(s - m) (s - t),   Z as usual      KL = B / Z - lse_s + lse_t
+
+Keeping the teacher's tile in registers beside the student's would save the buffer, at the price of
+a teacher tile per slot in registers; the buffer also serves any index, not only a shift.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mtp_kernels.configs import config_for, num_splits
+from mtp_kernels.dispatch import rows_per_chunk
+from mtp_kernels.linear_kl.plan import Plan, chunks, make_plan
+from mtp_kernels.linear_logprob.triton import stats_triton
+from mtp_kernels.logits import accumulate_weight
+from mtp_kernels.rowstats import finish
+from mtp_kernels.tiles import (
+    NEG,
+    check_triton,
+    operand_options,
+    product_tile,
+    scale_tile,
+    scaling_options,
+    unscale_tile,
+)
+
+
+@triton.jit
+def kl_stats_kernel(
+    hidden,
+    weight,
+    bias,
+    teacher,
+    teacher_lse,
+    place,
+    floats,
+    num_rows,
+    vocab,
+    depth,
+    tiles_per_split,
+    softcap,
+    inverse_temperature,
+    REVERSE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BM: tl.constexpr,
+    BV: tl.constexpr,
+    BD: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Floats [splits, 4, R] = m, Z, A or B, P, for teacher logits [U, V] at rows place [R]."""
+    split = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    row_inside = rows < num_rows
+    safe_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
+    teacher_row = tl.load(place + safe_rows).to(tl.int32)  # a chunk has less than 2**31 logits
+    t_lse = tl.load(teacher_lse + teacher_row)
+    m = tl.full((BM,), NEG, tl.float32)
+    z = tl.zeros((BM,), tl.float32)
+    gap = tl.zeros((BM,), tl.float32)
+    mass = tl.zeros((BM,), tl.float32)
+    first = tl.program_id(1) * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(vocab, BV))
+    for tile in range(first, last):
+        ids = tile * BV + tl.arange(0, BV)
+        inside = ids < vocab
+        safe_ids = tl.minimum(ids, vocab - 1).to(tl.int64)
+        s = product_tile(
+            hidden, weight, safe_rows, safe_ids, depth, BM, BV, BD, EVEN, PRECISION, UPCAST
+        )
+        offset = 0.0
+        if HAS_BIAS:
+            offset = tl.load(bias + safe_ids).to(tl.float32)[None, :]
+        s = scale_tile(s, offset, softcap, inverse_temperature, HAS_SOFTCAP)
+        s = tl.where(inside[None, :], s, NEG)
+        t = tl.load(
+            teacher + teacher_row[:, None] * vocab + ids[None, :], mask=inside[None, :], other=NEG
+        )
+        new_m = tl.maximum(m, tl.max(s, 1))
+        change = m - new_m
+        fade = tl.exp(change)
+        e = tl.exp(s - new_m[:, None])
+        z = fade * z + tl.sum(e, 1)
+        if REVERSE:
+            gap = fade * gap + tl.sum(e * (s - t), 1)
+        else:
+            p = tl.exp(t - t_lse[:, None])
+            gap += tl.sum(p * (t - s), 1)
+            mass += tl.sum(p, 1)
+        m = new_m
+    out = floats + split * 4 * num_rows + safe_rows
+    tl.store(out, m, mask=row_inside)
+    tl.store(out + num_rows, z, mask=row_inside)
+    tl.store(out + 2 * num_rows, gap, mask=row_inside)
+    tl.store(out + 3 * num_rows, mass, mask=row_inside)
+
+
+@triton.jit
+def kl_gradient_kernel(
+    hidden,
+    weight,
+    bias,
+    teacher,
+    teacher_lse,
+    place,
+    values,
+    out,
+    num_rows,
+    vocab,
+    depth,
+    softcap,
+    inverse_temperature,
+    REVERSE: tl.constexpr,
+    OF_TEACHER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BM: tl.constexpr,
+    BV: tl.constexpr,
+    BD: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Out [R, V] by the student's products, or its part of the teacher's where OF_TEACHER.
+
+    values [3, R] = KL, lse of the student, upstream gradient.
+    """
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    safe_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
+    ids = tl.program_id(1) * BV + tl.arange(0, BV)
+    inside = ids < vocab
+    safe_ids = tl.minimum(ids, vocab - 1).to(tl.int64)
+    s = product_tile(
+        hidden, weight, safe_rows, safe_ids, depth, BM, BV, BD, EVEN, PRECISION, UPCAST
+    )
+    offset = 0.0
+    if HAS_BIAS:
+        offset = tl.load(bias + safe_ids).to(tl.float32)[None, :]
+    s = scale_tile(s, offset, softcap, inverse_temperature, HAS_SOFTCAP)
+    teacher_row = tl.load(place + safe_rows).to(tl.int32)  # a chunk has less than 2**31 logits
+    t = tl.load(
+        teacher + teacher_row[:, None] * vocab + ids[None, :], mask=inside[None, :], other=0.0
+    )
+    log_p = t - tl.load(teacher_lse + teacher_row)[:, None]
+    kl = tl.load(values + safe_rows)[:, None]
+    log_q = s - tl.load(values + num_rows + safe_rows)[:, None]
+    grad = tl.load(values + 2 * num_rows + safe_rows)[:, None]
+    if OF_TEACHER:
+        p = tl.exp(log_p)
+        dx = p - tl.exp(log_q) if REVERSE else p * (log_p - log_q - kl)
+        dx = unscale_tile(dx * grad, t, softcap, inverse_temperature, HAS_SOFTCAP)
+    else:
+        q = tl.exp(log_q)
+        dx = q * (log_q - log_p - kl) if REVERSE else q - tl.exp(log_p)
+        dx = unscale_tile(dx * grad, s, softcap, inverse_temperature, HAS_SOFTCAP)
+    row_inside = rows < num_rows
+    place_out = safe_rows[:, None] * vocab + ids[None, :]
+    mask = row_inside[:, None] & inside[None, :]
+    tl.store(out + place_out, dx.to(out.dtype.element_ty), mask=mask)
+
+
+def divergence_triton(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    index: Tensor,
+    reverse: bool,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """([R] divergences, [R] the students' lse), 0 where index [R] is negative."""
+    check_triton(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+    weight, vocab = weight.contiguous(), weight.shape[0]
+    config = config_for("kl_stats", hidden)
+    plan = make_plan(index)
+    out, lse = torch.zeros((2, hidden.shape[0]), device=hidden.device).unbind()
+    scaling = (temperature, softcap)
+    teacher_operands = (teacher_hidden, teacher_weight.contiguous(), teacher_bias)
+    for chunk in chunks(plan, _teacher_rows(plan, vocab, hidden), max(hidden.shape[0], 1)):
+        teacher, teacher_lse = _teacher_chunk(plan, chunk.teachers, teacher_operands, *scaling)
+        for part in chunk.students:
+            students = plan.students[part]
+            inputs, count = hidden[students], students.shape[0]
+            row_tiles, vocab_tiles = (
+                triton.cdiv(count, config.rows),
+                triton.cdiv(vocab, config.vocab),
+            )
+            wanted = num_splits(row_tiles, vocab_tiles, hidden.device)
+            per_split = triton.cdiv(vocab_tiles, wanted)
+            splits = triton.cdiv(vocab_tiles, per_split)
+            floats = torch.empty((splits, 4, count), dtype=torch.float32, device=hidden.device)
+            place = plan.place[part] - chunk.teachers.start
+            kl_stats_kernel[(row_tiles, splits)](
+                inputs,
+                weight,
+                inputs if bias is None else bias,
+                teacher,
+                teacher_lse,
+                place,
+                floats,
+                count,
+                vocab,
+                hidden.shape[1],
+                per_split,
+                REVERSE=reverse,
+                **scaling_options(bias, temperature, softcap),
+                BM=config.rows,
+                BV=config.vocab,
+                BD=config.depth,
+                **operand_options(hidden, config.depth),
+                num_warps=config.warps,
+                num_stages=config.stages,
+            )
+            values = _finish(floats, teacher_lse[place], reverse)
+            out[students], lse[students] = values
+    return out.clone(), lse.clone()
+
+
+def _teacher_rows(plan: Plan, vocab: int, hidden: Tensor) -> int:
+    return rows_per_chunk(max(plan.teachers.shape[0], 1), vocab, hidden.device)
+
+
+def _teacher_chunk(
+    plan: Plan,
+    part: slice,
+    operands: tuple[Tensor, Tensor, Tensor | None],
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """([U, V] scaled logits in float32, [U] log-sum-exp) of a chunk's teacher rows."""
+    teacher_hidden, weight, bias = operands
+    rows = teacher_hidden[plan.teachers[part]]
+    logits = rows.new_empty((rows.shape[0], weight.shape[0]), dtype=torch.float32)
+    nothing = torch.full((rows.shape[0],), -1, dtype=torch.int64, device=rows.device)
+    stats = stats_triton(rows, weight, bias, nothing, temperature, softcap, logits=logits)
+    return logits, finish(stats)[1]
+
+
+def _finish(floats: Tensor, teacher_lse: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """(divergence, lse of the student), each [R], of the parts [splits, 4, R], in their order."""
+    maximum, total, gap, mass = floats.unbind(1)
+    largest = maximum.amax(0)
+    fade = (maximum - largest).exp()
+    z = (fade * total).sum(0)
+    lse = largest + z.log()
+    if reverse:
+        return (fade * gap).sum(0) / z - lse + teacher_lse, lse
+    return gap.sum(0) + (lse - teacher_lse) * mass.sum(0), lse
+
+
+def backward_triton(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    index: Tensor,
+    divergence: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    reverse: bool,
+    temperature: float,
+    softcap: float | None,
+    needs: list[bool],
+) -> list[Tensor | None]:
+    """Gradients by the first six arguments, each None unless `needs` asks for it."""
+    weight, teacher_weight = weight.contiguous(), teacher_weight.contiguous()
+    vocab = weight.shape[0]
+    plan = make_plan(index)
+    operands = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+    totals = [
+        torch.zeros_like(t, dtype=torch.float32) if need and t is not None else None
+        for t, need in zip(operands, needs, strict=True)
+    ]
+    scaling = (temperature, softcap)
+    teacher_operands = (teacher_hidden, teacher_weight, teacher_bias)
+    size = _teacher_rows(plan, vocab, hidden)
+    for chunk in chunks(plan, size, size):
+        teacher, teacher_lse = _teacher_chunk(plan, chunk.teachers, teacher_operands, *scaling)
+        for part in chunk.students:
+            students = plan.students[part]
+            place = plan.place[part] - chunk.teachers.start
+            values = torch.stack((divergence[students], lse[students], grad[students])).float()
+            inputs = hidden[students]
+            shared = (teacher, teacher_lse, place, values, reverse, *scaling)
+            if any(needs[:3]):
+                ds = _logit_gradient(inputs, weight, bias, *shared, hidden.dtype, False)
+                _add(totals[:3], ds, inputs, weight, students)
+            if any(needs[3:]):
+                dtype = teacher_hidden.dtype
+                dt = _logit_gradient(inputs, weight, bias, *shared, dtype, True)
+                meets = plan.teachers[plan.place[part]]
+                _add(totals[3:], dt, teacher_hidden[meets], teacher_weight, meets)
+    return [
+        None if t is None or o is None else t.to(o.dtype)
+        for t, o in zip(totals, operands, strict=True)
+    ]
+
+
+def _logit_gradient(
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher: Tensor,
+    teacher_lse: Tensor,
+    place: Tensor,
+    values: Tensor,
+    reverse: bool,
+    temperature: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    of_teacher: bool,
+) -> Tensor:
+    """[S, V] gradient by the products of the students, or of the teachers they meet."""
+    config = config_for("kl_gradient", inputs)
+    count, vocab = inputs.shape[0], weight.shape[0]
+    out = inputs.new_empty((count, vocab), dtype=dtype)
+    kl_gradient_kernel[(triton.cdiv(count, config.rows), triton.cdiv(vocab, config.vocab))](
+        inputs,
+        weight,
+        inputs if bias is None else bias,
+        teacher,
+        teacher_lse,
+        place,
+        values,
+        out,
+        count,
+        vocab,
+        inputs.shape[1],
+        REVERSE=reverse,
+        OF_TEACHER=of_teacher,
+        **scaling_options(bias, temperature, softcap),
+        BM=config.rows,
+        BV=config.vocab,
+        BD=config.depth,
+        **operand_options(inputs, config.depth),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return out
+
+
+def _add(
+    totals: list[Tensor | None], dx: Tensor, inputs: Tensor, weight: Tensor, rows: Tensor
+) -> None:
+    """Adds what dx [S, V] gives for hidden rows, weight and bias; rows ascend and may repeat."""
+    grad_hidden, grad_weight, grad_bias = totals
+    if grad_hidden is not None and rows.shape[0]:
+        # Sums of runs by differences would cancel; a loop over repeats keeps the order fixed.
+        parts = torch.mm(dx, weight).float()
+        distinct, counts = torch.unique_consecutive(rows, return_counts=True)
+        start = counts.cumsum(0) - counts
+        for repeat in range(int(counts.max())):
+            has = counts > repeat
+            grad_hidden[distinct[has]] += parts[start[has] + repeat]
+    if grad_weight is not None:
+        accumulate_weight(grad_weight, dx, inputs)
+    if grad_bias is not None:
+        grad_bias += dx.sum(0, dtype=torch.float32)

@@ -1,0 +1,44 @@
+"""`linear_logprob` as plain PyTorch on all the logits: what the other paths are held to."""
+
+import torch
+from torch import Tensor
+
+from mtp_kernels.dispatch import statistics_dtype
+from mtp_kernels.logits import scale
+from mtp_kernels.rowstats import NEGATIVE
+
+
+def reference_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+) -> Tensor:
+    """[R, V] scaled logits in float32, or in float64 for float64 operands."""
+    dtype = statistics_dtype(hidden)
+    return scale(hidden.to(dtype) @ weight.to(dtype).T, bias, softcap, temperature)
+
+
+def linear_logprob_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-prob, log-sum-exp, entropy, argmax) [R] of hidden [R, D]; see `linear_logprob`."""
+    x = reference_logits(hidden, weight, bias, temperature, softcap)
+    valid = target != ignore_index
+    lse = torch.logsumexp(x, -1)
+    log_p = x - lse[:, None]
+    picked = log_p.gather(-1, torch.where(valid, target, 0)[:, None])[:, 0]
+    entropy = -(log_p.exp() * log_p.clamp_min(NEGATIVE)).sum(-1)
+    return (
+        torch.where(valid, picked.clamp_max(0.0), 0.0),
+        torch.where(valid, lse, 0.0),
+        torch.where(valid, entropy, 0.0),
+        torch.where(valid, x.argmax(-1), -1),
+    )

@@ -1,0 +1,120 @@
+"""`linear_logprob` in chunks of rows: any device, no more logits in memory than one chunk.
+
+The forward keeps the row statistics only; the backward makes each chunk's logits again. A gradient
+by the scaled logits x, for upstream gradients g_logp, g_lse, g_H of log-prob, log-sum-exp, entropy:
+
+    dx = g_logp 1[target] + p ((g_lse - g_logp) - g_H (log p + H))
+"""
+
+import torch
+from torch import Tensor
+
+from mtp_kernels.dispatch import maybe_compiled, rows_per_chunk, statistics_dtype
+from mtp_kernels.logits import accumulate_weight, product, scale, unscale
+from mtp_kernels.rowstats import NEGATIVE, RowStats
+
+
+def stats_of_chunk(
+    raw: Tensor, bias: Tensor | None, target: Tensor, temperature: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """RowStats, as a tuple, of raw products [R, V]; a negative target is in no part."""
+    x = scale(raw, bias, softcap, temperature)
+    maximum = x.amax(-1)
+    argmax = x.argmax(-1)
+    relative = (x - maximum[:, None]).clamp_min(NEGATIVE)
+    weight = relative.exp()
+    picked = x.gather(-1, target.clamp_min(0)[:, None])[:, 0]
+    return (
+        maximum,
+        weight.sum(-1),
+        (weight * relative).sum(-1),
+        torch.where(target >= 0, picked, 0.0),
+        argmax,
+    )
+
+
+def gradient_of_chunk(
+    raw: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    grad_logprob: Tensor,
+    grad_lse: Tensor,
+    grad_entropy: Tensor,
+    temperature: float,
+    softcap: float | None,
+) -> Tensor:
+    """[R, V] gradient by the raw products, in their dtype."""
+    x = scale(raw, bias, softcap, temperature)
+    log_p = (x - lse[:, None]).clamp_min(NEGATIVE)
+    uniform = (grad_lse - grad_logprob) - grad_entropy * entropy
+    dx = log_p.exp() * (uniform[:, None] - grad_entropy[:, None] * log_p)
+    column = torch.arange(x.shape[1], device=x.device)
+    dx = dx + torch.where(column == target[:, None], grad_logprob[:, None], 0.0)
+    return unscale(dx, x, softcap, temperature).to(raw.dtype)
+
+
+def stats_torch(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    temperature: float,
+    softcap: float | None,
+) -> RowStats:
+    """RowStats [R] of hidden [R, D] over weight [V, D]; a negative target is in no part."""
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    dtype = statistics_dtype(hidden)
+    floats = hidden.new_empty((4, rows), dtype=dtype)
+    argmax = torch.empty(rows, dtype=torch.int64, device=hidden.device)
+    size = rows_per_chunk(rows, vocab, hidden.device)
+    body = maybe_compiled(stats_of_chunk, rows, vocab)
+    for start in range(0, rows, size):
+        part = slice(start, min(start + size, rows))
+        raw = product(hidden[part], weight)
+        *values, argmax[part] = body(raw, bias, target[part], temperature, softcap)
+        for out, value in zip(floats, values, strict=True):
+            out[part] = value
+    return RowStats(*floats, argmax)
+
+
+def backward_torch(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    grad_logprob: Tensor,
+    grad_lse: Tensor,
+    grad_entropy: Tensor,
+    temperature: float,
+    softcap: float | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients by hidden, weight and bias, each None unless `needs` asks for it."""
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    dtype = statistics_dtype(hidden)
+    grad_hidden = torch.empty_like(hidden) if needs[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None
+    grad_bias = hidden.new_zeros(vocab, dtype=dtype) if needs[2] else None
+    size = rows_per_chunk(rows, vocab, hidden.device, tall=needs[1])
+    body = maybe_compiled(gradient_of_chunk, rows, vocab)
+    for start in range(0, rows, size):
+        part = slice(start, min(start + size, rows))
+        raw = product(hidden[part], weight)
+        row_tensors = (lse, entropy, grad_logprob, grad_lse, grad_entropy)
+        dx = body(raw, bias, target[part], *(t[part] for t in row_tensors), temperature, softcap)
+        dx = dx.to(hidden.dtype)
+        if grad_hidden is not None:
+            torch.mm(dx, weight, out=grad_hidden[part])
+        if grad_weight is not None:
+            accumulate_weight(grad_weight, dx, hidden[part])
+        if grad_bias is not None:
+            grad_bias += dx.sum(0, dtype=dtype)
+    return (
+        grad_hidden,
+        None if grad_weight is None else grad_weight.to(weight.dtype),
+        None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+    )

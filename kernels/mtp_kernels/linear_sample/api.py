@@ -1,0 +1,90 @@
+"""Sampling from an output layer without its logits: the token and its log-probability per row."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mtp_kernels.dispatch import autocast_operands, check_operands, is_direct, resolve_impl
+from mtp_kernels.linear_sample.op import sample_op
+from mtp_kernels.linear_sample.reference import linear_sample_reference
+from mtp_kernels.linear_sample.torch import filtered_torch
+from mtp_kernels.noise import seed_rows
+
+
+class LinearSample(NamedTuple):
+    """Per-row results in hidden's leading shape."""
+
+    token: Tensor
+    """int64 vocabulary id."""
+    logprob: Tensor
+    """float32, nats: log-probability of the token under the very distribution it was drawn from;
+    for greedy choices, under temperature 1."""
+
+
+def linear_sample(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    seed: int | Tensor,
+    position: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    impl: str = "auto",
+) -> LinearSample:
+    """Draws one token per row of hidden by the Gumbel-max trick: argmax(x + noise).
+
+    All rows, such as the k slots of a parallel head, share one read of the weight. The noise is a
+    function of (seed, position, vocabulary id) only, so a draw does not depend on the batch it is
+    in, on tile sizes or on the implementation (but for rounding of the logits).
+
+    Args:
+        hidden: [..., D] hidden states.
+        weight: [V, D] output matrix, hidden's dtype.
+        seed: an integer, or int64 that broadcasts to the rows [...]: one per sequence, or sequences
+            at the same position would be drawn alike.
+        position: [...] absolute position in tokens of the token to be drawn.
+        temperature: divides the logits, after the softcap; 0 chooses the largest logit.
+        top_k: draw among this many largest logits only.
+        top_p: draw among the smallest set of likeliest tokens with this much probability. With
+            top_k or top_p the logits of a chunk of rows are materialised and sorted, in PyTorch,
+            whichever impl is asked for: exact, bounded in memory, and slower.
+        softcap: c of c * tanh(logits / c), or None.
+        bias: [V] added to the logits, or None.
+        impl: "auto", "reference", "torch" or "triton".
+    """
+    hidden, weight, bias = autocast_operands(hidden, weight, bias)  # type: ignore[assignment]
+    check_operands(hidden, weight, bias)
+    check_sampling(hidden, position, temperature, top_k, top_p)
+    lead = hidden.shape[:-1]
+    rows = hidden.detach().reshape(-1, hidden.shape[-1])
+    seeds, positions = seed_rows(seed, position)
+    impl = resolve_impl(impl, hidden)
+    filtered = temperature > 0 and (top_k is not None or top_p is not None)
+    operands = (rows, weight.detach(), bias if bias is None else bias.detach(), seeds, positions)
+    if impl == "reference" or (impl == "torch" and is_direct(rows.shape[0], weight)):
+        token, logprob = linear_sample_reference(*operands, temperature, softcap, top_k, top_p)
+    elif filtered:
+        token, logprob = filtered_torch(*operands, temperature, softcap, top_k, top_p)
+    else:
+        token, logprob = sample_op(*operands, float(temperature), softcap, impl)
+    return LinearSample(token.reshape(lead), logprob.reshape(lead))
+
+
+def check_sampling(
+    hidden: Tensor, position: Tensor, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    """Raises ValueError unless the sampling arguments make sense."""
+    if position.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"position must have hidden's leading shape {tuple(hidden.shape[:-1])}, "
+            f"got {tuple(position.shape)}"
+        )
+    if temperature < 0:
+        raise ValueError(f"temperature must be >= 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be >= 1 or None, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1] or None, got {top_p}")

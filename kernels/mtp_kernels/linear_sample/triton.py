@@ -1,0 +1,148 @@
+"""`linear_sample` in Triton: one read of the weight, with the vocabulary as the product's M.
+
+Decoding has few rows and a large vocabulary, so a tile is 128 ids by 16 rows: the tensor cores'
+tall side is filled by the weight, which is what has to be read. Each program walks over a part of
+the vocabulary and keeps, per row, the best score and the log-sum-exp.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mtp_kernels.configs import config_for, num_splits
+from mtp_kernels.noise import STREAM_SAMPLE
+from mtp_kernels.rowstats import combine_best
+from mtp_kernels.tiles import (
+    NEG,
+    check_triton,
+    gumbel_tile,
+    operand_options,
+    product_tile,
+    scale_tile,
+    scaling_options,
+)
+
+
+@triton.jit
+def sample_kernel(
+    hidden,
+    weight,
+    bias,
+    seed,
+    position,
+    floats,
+    tokens,
+    num_rows,
+    vocab,
+    depth,
+    id_start,
+    tiles_per_split,
+    softcap,
+    inverse_temperature,
+    GREEDY: tl.constexpr,
+    STREAM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BR: tl.constexpr,
+    BV: tl.constexpr,
+    BD: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Floats [splits, 4, R] = best score, its logit, m, Z and tokens [splits, R]."""
+    split = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BR + tl.arange(0, BR)
+    row_inside = rows < num_rows
+    safe_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
+    key = tl.load(seed + safe_rows)[None, :]
+    where = tl.load(position + safe_rows)[None, :]
+    best = tl.full((BR,), float("-inf"), tl.float32)
+    token = tl.zeros((BR,), tl.int32)
+    picked = tl.zeros((BR,), tl.float32)
+    m = tl.full((BR,), NEG, tl.float32)
+    z = tl.zeros((BR,), tl.float32)
+    first = tl.program_id(0) * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(vocab, BV))
+    for tile in range(first, last):
+        ids = tile * BV + tl.arange(0, BV)
+        inside = ids < vocab
+        safe_ids = tl.minimum(ids, vocab - 1).to(tl.int64)
+        x = product_tile(
+            weight, hidden, safe_ids, safe_rows, depth, BV, BR, BD, EVEN, PRECISION, UPCAST
+        )
+        offset = 0.0
+        if HAS_BIAS:
+            offset = tl.load(bias + safe_ids).to(tl.float32)[:, None]
+        x = scale_tile(x, offset, softcap, inverse_temperature, HAS_SOFTCAP)
+        x = tl.where(inside[:, None], x, NEG)
+        score = x
+        if not GREEDY:
+            score = x + gumbel_tile(key, where, STREAM, (id_start + ids)[:, None])
+            score = tl.where(inside[:, None], score, float("-inf"))
+        tile_best, tile_token = tl.max(score, 0, return_indices=True)
+        chosen = tl.arange(0, BV)[:, None] == tile_token[None, :]
+        tile_picked = tl.sum(tl.where(chosen, x, 0.0), 0)
+        better = tile_best > best
+        token = tl.where(better, tile_token + tile * BV, token)
+        picked = tl.where(better, tile_picked, picked)
+        best = tl.maximum(best, tile_best)
+        new_m = tl.maximum(m, tl.max(x, 0))
+        z = tl.exp(m - new_m) * z + tl.sum(tl.exp(x - new_m[None, :]), 0)
+        m = new_m
+    out = floats + split * 4 * num_rows + safe_rows
+    tl.store(out, best, mask=row_inside)
+    tl.store(out + num_rows, picked, mask=row_inside)
+    tl.store(out + 2 * num_rows, m, mask=row_inside)
+    tl.store(out + 3 * num_rows, z, mask=row_inside)
+    out_token = (token + id_start).to(tl.int64)
+    tl.store(tokens + split * num_rows + safe_rows, out_token, mask=row_inside)
+
+
+def best_triton(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor,
+    position: Tensor,
+    start: int,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(best score, its token, its scaled logit, maximum, total), each [R]; see `best_torch`."""
+    check_triton(hidden, weight, bias)
+    hidden, weight = hidden.contiguous(), weight.contiguous()
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    config = config_for("sample", hidden)
+    row_tiles, vocab_tiles = triton.cdiv(rows, config.rows), triton.cdiv(vocab, config.vocab)
+    per_split = triton.cdiv(vocab_tiles, num_splits(max(row_tiles, 1), vocab_tiles, hidden.device))
+    splits = triton.cdiv(vocab_tiles, per_split)
+    floats = hidden.new_empty((splits, 4, rows), dtype=torch.float32)
+    tokens = torch.empty((splits, rows), dtype=torch.int64, device=hidden.device)
+    if rows:
+        sample_kernel[(splits, row_tiles)](
+            hidden,
+            weight,
+            hidden if bias is None else bias,
+            seed.contiguous(),
+            position.contiguous(),
+            floats,
+            tokens,
+            rows,
+            vocab,
+            hidden.shape[1],
+            start,
+            per_split,
+            GREEDY=temperature == 0,
+            STREAM=STREAM_SAMPLE,
+            **scaling_options(bias, temperature or 1.0, softcap),
+            BR=config.rows,
+            BV=config.vocab,
+            BD=config.depth,
+            **operand_options(hidden, config.depth),
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+    best, picked, maximum, total = floats.unbind(1)
+    return combine_best(best, tokens, picked, maximum, total)

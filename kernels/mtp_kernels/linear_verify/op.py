@@ -1,0 +1,40 @@
+"""The residual draw of `linear_verify` as a registered operator."""
+
+import torch
+from torch import Tensor
+
+from mtp_kernels.dispatch import resolve_impl
+from mtp_kernels.linear_verify.torch import residual_torch
+
+
+@torch.library.custom_op("mtp_kernels::linear_verify_residual", mutates_args=())
+def residual_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    draft_hidden: Tensor,
+    draft_weight: Tensor,
+    draft_bias: Tensor | None,
+    draft_lse: Tensor,
+    rejected: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    temperature: float,
+    softcap: float | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """(token, its log p), each [R], by the path that impl names."""
+    main = (hidden, weight, bias, lse)
+    draft = (draft_hidden, draft_weight, draft_bias, draft_lse)
+    rest = (rejected, seed, position, temperature, softcap)
+    if resolve_impl(impl, hidden) == "triton":
+        from mtp_kernels.linear_verify.triton import residual_triton
+
+        return residual_triton(*main, *draft, *rest)
+    return residual_torch(*main, *draft, *rest)
+
+
+@residual_rows.register_fake
+def _(hidden, weight, bias, lse, *rest):  # type: ignore[no-untyped-def]
+    return lse.new_empty(lse.shape, dtype=torch.int64), torch.empty_like(lse)

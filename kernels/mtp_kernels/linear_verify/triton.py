@@ -1,0 +1,191 @@
+"""Residual resampling in Triton: both distributions' logits tile by tile, vocabulary as M.
+
+Both log-sum-exps are known when this runs, so one pass scores max(p - q, 0) and, for rows without
+a rejected draft and for rows whose residual rounds to nothing, p itself.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mtp_kernels.configs import config_for, num_splits
+from mtp_kernels.noise import STREAM_RESIDUAL
+from mtp_kernels.rowstats import NEGATIVE, combine_best
+from mtp_kernels.tiles import (
+    NEG,
+    check_triton,
+    gumbel_tile,
+    operand_options,
+    product_tile,
+    scale_tile,
+    scaling_options,
+)
+
+
+@triton.jit
+def residual_kernel(
+    hidden,
+    weight,
+    bias,
+    lse,
+    draft_hidden,
+    draft_weight,
+    draft_bias,
+    draft_lse,
+    rejected,
+    seed,
+    position,
+    floats,
+    tokens,
+    num_rows,
+    vocab,
+    depth,
+    draft_depth,
+    tiles_per_split,
+    softcap,
+    inverse_temperature,
+    STREAM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_DRAFT_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BR: tl.constexpr,
+    BV: tl.constexpr,
+    BD: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Floats [splits, 2, 2, R] = best score and its log p, tokens [splits, 2, R]: residual, p."""
+    split = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BR + tl.arange(0, BR)
+    row_inside = rows < num_rows
+    safe_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
+    key = tl.load(seed + safe_rows)[None, :]
+    where = tl.load(position + safe_rows)[None, :]
+    p_lse = tl.load(lse + safe_rows)[None, :]
+    q_lse = tl.load(draft_lse + safe_rows)[None, :]
+    use_draft = tl.load(rejected + safe_rows)[None, :] != 0
+    best = tl.full((BR,), float("-inf"), tl.float32)
+    token = tl.zeros((BR,), tl.int32)
+    picked = tl.zeros((BR,), tl.float32)
+    plain_best = tl.full((BR,), float("-inf"), tl.float32)
+    plain_token = tl.zeros((BR,), tl.int32)
+    plain_picked = tl.zeros((BR,), tl.float32)
+    first = tl.program_id(0) * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(vocab, BV))
+    for tile in range(first, last):
+        column = tl.arange(0, BV)
+        ids = tile * BV + column
+        inside = (ids < vocab)[:, None]
+        safe_ids = tl.minimum(ids, vocab - 1).to(tl.int64)
+        p = product_tile(
+            weight, hidden, safe_ids, safe_rows, depth, BV, BR, BD, EVEN, PRECISION, UPCAST
+        )
+        q = product_tile(
+            draft_weight, draft_hidden, safe_ids, safe_rows, draft_depth,
+            BV, BR, BD, EVEN, PRECISION, UPCAST,
+        )  # fmt: skip
+        p_offset = 0.0
+        if HAS_BIAS:
+            p_offset = tl.load(bias + safe_ids).to(tl.float32)[:, None]
+        q_offset = 0.0
+        if HAS_DRAFT_BIAS:
+            q_offset = tl.load(draft_bias + safe_ids).to(tl.float32)[:, None]
+        log_p = scale_tile(p, p_offset, softcap, inverse_temperature, HAS_SOFTCAP) - p_lse
+        log_q = scale_tile(q, q_offset, softcap, inverse_temperature, HAS_SOFTCAP) - q_lse
+        residual = tl.exp(log_p) - tl.where(use_draft, tl.exp(log_q), 0.0)
+        noise = gumbel_tile(key, where, STREAM, ids[:, None])
+        score = tl.where(residual > 0, tl.log(tl.maximum(residual, 2e-38)) + noise, NEG)
+        score = tl.where(inside, score, float("-inf"))
+        plain = tl.where(inside, log_p + noise, float("-inf"))
+
+        tile_best, tile_token = tl.max(score, 0, return_indices=True)
+        chosen = column[:, None] == tile_token[None, :]
+        tile_picked = tl.sum(tl.where(chosen, log_p, 0.0), 0)
+        better = tile_best > best
+        token = tl.where(better, tile_token + tile * BV, token)
+        picked = tl.where(better, tile_picked, picked)
+        best = tl.maximum(best, tile_best)
+
+        tile_best, tile_token = tl.max(plain, 0, return_indices=True)
+        chosen = column[:, None] == tile_token[None, :]
+        tile_picked = tl.sum(tl.where(chosen, log_p, 0.0), 0)
+        better = tile_best > plain_best
+        plain_token = tl.where(better, tile_token + tile * BV, plain_token)
+        plain_picked = tl.where(better, tile_picked, plain_picked)
+        plain_best = tl.maximum(plain_best, tile_best)
+    out = floats + split * 4 * num_rows + safe_rows
+    tl.store(out, best, mask=row_inside)
+    tl.store(out + num_rows, plain_best, mask=row_inside)
+    tl.store(out + 2 * num_rows, picked, mask=row_inside)
+    tl.store(out + 3 * num_rows, plain_picked, mask=row_inside)
+    out_token = tokens + split * 2 * num_rows + safe_rows
+    tl.store(out_token, token.to(tl.int64), mask=row_inside)
+    tl.store(out_token + num_rows, plain_token.to(tl.int64), mask=row_inside)
+
+
+def residual_triton(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    draft_hidden: Tensor,
+    draft_weight: Tensor,
+    draft_bias: Tensor | None,
+    draft_lse: Tensor,
+    rejected: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """(token, its log p), each [R]; see `residual_torch`."""
+    check_triton(hidden, weight, bias, draft_hidden, draft_weight, draft_bias)
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    config = config_for("residual", hidden)
+    row_tiles, vocab_tiles = triton.cdiv(rows, config.rows), triton.cdiv(vocab, config.vocab)
+    per_split = triton.cdiv(vocab_tiles, num_splits(max(row_tiles, 1), vocab_tiles, hidden.device))
+    splits = triton.cdiv(vocab_tiles, per_split)
+    floats = torch.empty((splits, 2, 2, rows), dtype=torch.float32, device=hidden.device)
+    tokens = torch.empty((splits, 2, rows), dtype=torch.int64, device=hidden.device)
+    options = operand_options(hidden, config.depth)
+    options["EVEN"] &= draft_hidden.shape[1] % config.depth == 0
+    if rows:
+        residual_kernel[(splits, row_tiles)](
+            hidden.contiguous(),
+            weight.contiguous(),
+            hidden if bias is None else bias,
+            lse.contiguous(),
+            draft_hidden.contiguous(),
+            draft_weight.contiguous(),
+            hidden if draft_bias is None else draft_bias,
+            draft_lse.contiguous(),
+            rejected.to(torch.int32),
+            seed.contiguous(),
+            position.contiguous(),
+            floats,
+            tokens,
+            rows,
+            vocab,
+            hidden.shape[1],
+            draft_hidden.shape[1],
+            per_split,
+            STREAM=STREAM_RESIDUAL,
+            **scaling_options(bias, temperature, softcap),
+            HAS_DRAFT_BIAS=draft_bias is not None,
+            BR=config.rows,
+            BV=config.vocab,
+            BD=config.depth,
+            **options,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+    best, picked = (t.flatten(1) for t in floats.unbind(1))  # [splits, 2 R]
+    zero = torch.zeros_like(best)
+    score, token, value, _, _ = combine_best(best, tokens.flatten(1), picked, zero, zero)
+    empty = score[:rows] < NEGATIVE / 2
+    return (
+        torch.where(empty, token[rows:], token[:rows]),
+        torch.where(empty, value[rows:], value[:rows]).clamp_max(0.0),
+    )

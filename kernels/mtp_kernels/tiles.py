@@ -1,0 +1,160 @@
+"""What the Triton kernels share: the product tile, the logits' scaling and the noise.
+
+The interpreter computes bfloat16 products wrongly, so the launchers set UPCAST there.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mtp_kernels.dispatch import triton_interpreted
+from mtp_kernels.noise import (
+    LARGEST,
+    MULTIPLIER_0,
+    MULTIPLIER_1,
+    ROUNDS,
+    WEYL_0,
+    WEYL_1,
+)
+from mtp_kernels.rowstats import NEGATIVE
+
+NEG = tl.constexpr(NEGATIVE)
+_ROUNDS = tl.constexpr(ROUNDS)
+_M0 = tl.constexpr(MULTIPLIER_0)
+_M1 = tl.constexpr(MULTIPLIER_1)
+_W0 = tl.constexpr(WEYL_0)
+_W1 = tl.constexpr(WEYL_1)
+_LARGEST = tl.constexpr(LARGEST)
+
+
+@triton.jit
+def product_tile(
+    a_ptr,
+    b_ptr,
+    a_rows,
+    b_rows,
+    depth,
+    BA: tl.constexpr,
+    BB: tl.constexpr,
+    BD: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """[BA, BB] float32 a[a_rows] times b[b_rows] transposed; rows are int64 and inside."""
+    k = tl.arange(0, BD)
+    a_tile = a_ptr + a_rows[:, None] * depth + k[None, :]
+    b_tile = b_ptr + b_rows[None, :] * depth + k[:, None]
+    total = tl.zeros((BA, BB), dtype=tl.float32)
+    for start in range(0, depth, BD):
+        if EVEN:
+            a = tl.load(a_tile)
+            b = tl.load(b_tile)
+        else:
+            inside = k < depth - start
+            a = tl.load(a_tile, mask=inside[None, :], other=0.0)
+            b = tl.load(b_tile, mask=inside[:, None], other=0.0)
+        if UPCAST:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+        a_tile += BD
+        b_tile += BD
+    return total
+
+
+@triton.jit
+def scale_tile(x, bias, softcap, inverse_temperature, HAS_SOFTCAP: tl.constexpr):
+    """Scaled logits of products x and a bias that broadcasts to them; finite."""
+    x = x + bias
+    if HAS_SOFTCAP:
+        # tanh by exp: the interpreter has no libdevice. Both ends saturate without NaN.
+        x = softcap * (1.0 - 2.0 / (tl.exp(2.0 * x / softcap) + 1.0))
+    return tl.maximum(x * inverse_temperature, NEG)
+
+
+@triton.jit
+def unscale_tile(dx, x, softcap, inverse_temperature, HAS_SOFTCAP: tl.constexpr):
+    """The gradient by the products of a gradient by the scaled logits x."""
+    if HAS_SOFTCAP:
+        ratio = x / (inverse_temperature * softcap)
+        dx = dx * (1.0 - ratio * ratio)
+    return dx * inverse_temperature
+
+
+@triton.jit
+def gumbel_tile(seed, position, stream, ids):
+    """Gumbel noise of int64 seed and position [1, BR] and int32 vocabulary ids [BV, 1]."""
+    # Counters and keys stay as small as they broadcast: whole tiles of them would spill.
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    c0 = (ids >> 2).to(tl.uint32)
+    c1 = position.to(tl.uint32)
+    c2 = (position >> 32).to(tl.uint32)
+    c3 = tl.zeros_like(c2) + stream
+    m0 = tl.full((1, 1), _M0, tl.uint32)
+    m1 = tl.full((1, 1), _M1, tl.uint32)
+    w0 = tl.full((1, 1), _W0, tl.uint32)
+    w1 = tl.full((1, 1), _W1, tl.uint32)
+    for _ in tl.static_range(_ROUNDS):
+        high0 = tl.umulhi(m0, c0)
+        high1 = tl.umulhi(m1, c2)
+        low0 = m0 * c0
+        low1 = m1 * c2
+        c0 = high1 ^ c1 ^ k0
+        c1 = low1
+        c2 = high0 ^ c3 ^ k1
+        c3 = low0
+        k0 = k0 + w0
+        k1 = k1 + w1
+    lane = ids & 3
+    word = tl.where(lane == 0, c0, tl.where(lane == 1, c1, tl.where(lane == 2, c2, c3)))
+    uniform = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, _LARGEST)
+    return -tl.log(-log1p_negative(uniform))
+
+
+@triton.jit
+def log1p_negative(u):
+    """log(1 - u) for u in (0, 1), precise at small u (Kahan's correction)."""
+    v = 1.0 - u
+    exact = tl.where(v == 1.0, -u, tl.log(v) * (-u / tl.where(v == 1.0, -1.0, v - 1.0)))
+    return exact
+
+
+def operand_options(hidden: Tensor, depth: int) -> dict[str, Any]:
+    """The constexprs that hang on the operands: whether D is whole steps, and the precision."""
+    nvidia = torch.version.hip is None and not triton_interpreted()
+    return {
+        "EVEN": hidden.shape[1] % depth == 0,
+        "PRECISION": "tf32x3" if nvidia else "ieee",
+        "UPCAST": triton_interpreted() and hidden.dtype != torch.float32,
+    }
+
+
+def scaling_options(
+    bias: Tensor | None, temperature: float, softcap: float | None
+) -> dict[str, Any]:
+    """The arguments of `scale_tile` for a kernel."""
+    return {
+        "softcap": 1.0 if softcap is None else softcap,
+        "inverse_temperature": 1.0 / temperature,
+        "HAS_BIAS": bias is not None,
+        "HAS_SOFTCAP": softcap is not None,
+    }
+
+
+def check_triton(*operands: Tensor | None) -> None:
+    """Raises ValueError for dtypes that the kernels do not take."""
+    for tensor in operands:
+        if tensor is not None and tensor.dtype not in (
+            torch.float32,
+            torch.bfloat16,
+            torch.float16,
+        ):
+            raise ValueError(
+                "the Triton kernels take float32, bfloat16 and float16, got "
+                f"{tensor.dtype}; use impl='torch'"
+            )

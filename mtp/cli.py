@@ -1,0 +1,336 @@
+"""The command `mtp`: write text with a trained model, evaluate it, export it.
+
+Errors are one line on standard error and exit code 2. Heavy imports wait until a command runs, so
+`--help` answers at once.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .config import RunConfig
+    from .text import TextFormat
+
+DEFAULT_MAX_NEW_TOKENS = 256
+"""Where neither the command line nor the folder says."""
+
+
+@dataclass
+class Opened:
+    """A model that a command works on."""
+
+    folder: Path
+    """Of the weights."""
+    stage: str | None
+    """That left the model; None for an exported folder."""
+    config: "RunConfig | None"
+    """Of the run; None for an exported folder."""
+
+    @property
+    def head_is_trained(self) -> bool:
+        """False if no stage up to this one trained the head."""
+        return self.config is None or any(
+            self.config.stages[name].train_head for name in self.stages_so_far()
+        )
+
+    def stages_so_far(self) -> list[str]:
+        """Names of the run's stages up to this one."""
+        if self.config is None or self.stage is None:
+            return []
+        names = list(self.config.active_stages())
+        return names[: names.index(self.stage) + 1]
+
+    def load(self, device: str) -> tuple[Any, "TextFormat"]:
+        """The model on a device, ready to decode, and its text format."""
+        from .models import load_model
+
+        dtype = None if self.config is None else self.config.model.torch_dtype()
+        model, text = load_model(self.folder, dtype)
+        return model.to(device).eval(), text
+
+
+def open_run(folder: Path, stage: str | None) -> Opened:
+    """A run's model: as the given stage left it, or the last stage that has ended.
+
+    Raises ValueError if the folder is no run or holds no such model.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} does not exist; give a folder such as runs/default")
+    from .config import load_run_config
+
+    config = load_run_config(folder / "config.yaml")
+    ended = [
+        name
+        for name in config.active_stages()
+        if (folder / "stages" / name / "config.json").is_file()
+    ]
+    if not ended:
+        raise ValueError(f"{folder} holds no trained model yet: none of its stages has ended")
+    if stage is not None and stage not in ended:
+        raise ValueError(f"--stage must be one of {', '.join(ended)} in {folder}, got {stage}")
+    missing = [name for name in config.active_stages() if name not in ended]
+    if stage is None and missing:
+        print(
+            f"note: {folder} has not ended ({', '.join(missing)} to go); this is its model after "
+            f"{ended[-1]}",
+            file=sys.stderr,
+        )
+    stage = stage or ended[-1]
+    return Opened(folder / "stages" / stage, stage, config)
+
+
+def open_model(folder: Path, stage: str | None) -> Opened:
+    """The model of a run, or the one that an exported folder holds."""
+    if (folder / "config.yaml").is_file() or not folder.is_dir():
+        return open_run(folder, stage)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} is neither a run (no config.yaml) nor an exported model (no config.json)"
+        )
+    if stage is not None:
+        raise ValueError(f"--stage chooses among the stages of a run, but {folder} is one model")
+    if "mtp" not in json.loads((folder / "config.json").read_text()):
+        raise ValueError(f"{folder} holds a model without a head; give one that mtp wrote")
+    return Opened(folder, None, None)
+
+
+def choose_device(name: str) -> str:
+    """`auto` is a GPU if there is one. Raises ValueError for one that is not there."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise ValueError("--device cuda needs a GPU that torch can use; there is none")
+    return ("cuda" if has_gpu else "cpu") if name == "auto" else name
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """`mtp generate`."""
+    opened = open_model(arguments.folder, arguments.stage)
+    mode = arguments.mode or ("fast" if opened.head_is_trained else "slow")
+    if mode == "fast" and not opened.head_is_trained:
+        raise ValueError(f"the head is untrained after stage {opened.stage}; use --mode slow")
+    import torch
+
+    from .generation_mtp import Sampler
+    from .logger import make_console
+    from .rollout import sample
+    from .tasks.base import Example
+
+    sampler = Sampler(temperature=arguments.temperature)
+    device = choose_device(arguments.device)
+    model, text = opened.load(device)
+    check_characters(text, arguments.prompt)
+    limit = arguments.max_new_tokens
+    if limit is None and opened.config is not None:
+        limit = opened.config.decoding.max_new_tokens
+    if limit is None:
+        limit = model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+    if limit < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {limit}")
+    began = time.perf_counter()
+    rollouts = sample(
+        model,
+        text,
+        [Example(prompt=arguments.prompt, answer="")],
+        text.plan(mode),
+        sampler,
+        max_new_tokens=limit,
+        generator=torch.Generator(device=device).manual_seed(arguments.seed),
+    )
+    seconds = time.perf_counter() - began
+    ids, slots = rollouts.completion(0), rollouts.out.slots[0].tolist()
+    console = make_console()
+    print_text(console, arguments.prompt, token_texts(text, ids), slots)
+    passes = int(rollouts.out.passes[0])
+    console.print(
+        f"{mode}: {len(ids)} tokens in {passes} passes, {len(ids) / passes:.2f} tokens per pass, "
+        f"{len(ids) / seconds:.0f} tokens/s"
+        + ("" if rollouts.out.finished[0] else f"; cut at {limit} new tokens"),
+        style="dim",
+    )
+
+
+def check_characters(text: "TextFormat", prompt: str) -> None:
+    """Raises ValueError naming the characters of a prompt that the tokenizer does not know."""
+    tokenizer = text.tokenizer
+    unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {None}
+    bad = [
+        character
+        for character in dict.fromkeys(prompt)
+        if unknown & set(tokenizer.encode(character, add_special_tokens=False))
+    ]
+    if bad:
+        raise ValueError(f"the model's tokenizer does not know {' '.join(map(repr, bad))}")
+
+
+def token_texts(text: "TextFormat", ids: list[int]) -> list[str]:
+    """What each token adds to the text. Bytes of an unfinished character come with its last one."""
+    pieces, shown = [], ""
+    for end in range(1, len(ids) + 1):
+        whole = str(text.tokenizer.decode(ids[:end]))
+        is_open = whole.endswith("�") and end < len(ids)
+        pieces.append("" if is_open else whole[len(shown) :])
+        shown = shown if is_open else whole
+    return pieces
+
+
+def print_text(console: "Console", prompt: str, pieces: list[str], slots: list[int]) -> None:
+    """The prompt and the completion: coloured by emitter, or passes divided by `|`.
+
+    Args:
+        console: colours are used if it is a terminal.
+        prompt: shown first.
+        pieces: text of each token.
+        slots: slot of each token; 0 is main's and begins a pass. Padding may follow.
+    """
+    from rich.text import Text
+
+    shown = Text(prompt + " ", style="dim" if console.is_terminal else "")
+    for index, (piece, slot) in enumerate(zip(pieces, slots, strict=False)):
+        if console.is_terminal:
+            shown.append(piece, style="not dim bold yellow" if slot == 0 else "not dim cyan")
+        else:
+            shown.append(("|" if slot == 0 and index else "") + piece)
+    console.print(shown)
+    if console.is_terminal:
+        console.print(Text.assemble(("main", "bold yellow"), " ", ("head", "cyan")))
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """`mtp evaluate`."""
+    opened = open_run(arguments.folder, arguments.stage)
+    config = opened.config
+    assert config is not None
+    number = arguments.num_problems
+    if number is not None and number < 1:
+        raise ValueError(f"--num-problems must be at least 1, got {number}")
+    from .evaluate import evaluate as measure
+    from .logger import make_console
+    from .models import load_model
+
+    device = choose_device(arguments.device)
+    task = config.task.build()
+    model, text = opened.load(device)
+    first = arguments.folder / "stages" / opened.stages_so_far()[0]
+    reference = None
+    if (first / "config.json").is_file():
+        reference = load_model(first, config.model.torch_dtype())[0].to(device).eval()
+    figures, _ = measure(
+        model,
+        text,
+        task,
+        config.decoding,
+        num_problems=number or config.evaluation.num_problems,
+        batch_size=config.evaluation.batch_size,
+        use_head=opened.head_is_trained,
+        reference=reference,
+    )
+    if arguments.json:
+        print(json.dumps({"name": opened.stage, **figures}, indent=2))
+    else:
+        print_figures(make_console(), f"{arguments.folder}, stage {opened.stage}", figures)
+
+
+def print_figures(console: "Console", title: str, figures: dict[str, Any]) -> None:
+    """One row a figure."""
+    from rich.table import Table
+
+    from .report import COLUMNS, cell
+
+    table = Table(title=f"{title}: {figures['num_problems']} held-out problems, greedy")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, shown in COLUMNS.items():
+        if name in figures:
+            table.add_row(shown, cell(name, figures[name]))
+    console.print(table)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """`mtp export`."""
+    opened = open_run(arguments.folder, arguments.stage)
+    config = opened.config
+    assert config is not None
+    from .export import check_replaceable
+    from .export import export as write
+
+    check_replaceable(arguments.out)
+    measured = arguments.folder / "summary.json"
+    summary: dict[str, Any] = {"stages": [], "seed": config.seed}
+    if measured.is_file():
+        summary = json.loads(measured.read_text())
+    so_far = opened.stages_so_far()
+    summary["stages"] = [stage for stage in summary["stages"] if stage["name"] in so_far]
+    model, text = opened.load("cpu")
+    write(model, text, arguments.out, summary, config)
+    print(f"exported {opened.folder} to {arguments.out}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="mtp", description="Use a main LLM and its eavesdropping head that train.py trained."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str, folder: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("folder", type=Path, metavar="FOLDER", help=folder)
+        return sub
+
+    a_run = "a run's folder, such as runs/default"
+    sub = command("generate", generate, "write text with a model", f"{a_run}, or an exported one")
+    sub.add_argument("prompt", metavar="PROMPT", help="the user's message, such as 37+85+46=")
+    sub.add_argument(
+        "--mode",
+        choices=["fast", "slow"],
+        help="fast: fast phases keep all tokens of a pass (the default where the head is trained); "
+        "slow: one token a pass",
+    )
+    sub.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="default: what the model was trained with"
+    )
+    sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy")
+    sub.add_argument("--seed", type=int, default=1, help="of sampling, above temperature 0")
+    sub = command("evaluate", evaluate, "measure a run's model on held-out problems", a_run)
+    sub.add_argument(
+        "--num-problems", type=int, metavar="N", help="default: the run's evaluation.num_problems"
+    )
+    sub.add_argument(
+        "--json", action="store_true", help="print the figures as summary.json has them"
+    )
+    sub = command("export", export, "write a run's model as a Hugging Face folder", a_run)
+    sub.add_argument("out", type=Path, metavar="OUT", help="folder to make; an export is replaced")
+    for name, sub in commands.choices.items():
+        sub.add_argument(
+            "--stage", metavar="NAME", help="the model as this stage left it, not the last"
+        )
+        if name != "export":
+            sub.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 2 after an error, 130 after Ctrl-C."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Equality of mathematical answers, by math-verify in a process of its own with a time limit.
+
+A policy may answer `9**9**9`, whose evaluation does not end and cannot be interrupted within a
+process: big integers are computed without a look at signals. So each comparison runs under an alarm
+that ends the worker, which is then started again; an answer that takes too long is wrong.
+
+Run as a script, this file is the worker: a JSON list [gold, answer, seconds] a line in, one of
+`true`, `false` and `null` (the gold answer cannot be read) a line out.
+"""
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+import weakref
+
+_START = "ready"
+
+
+class MathJudge:
+    """Compares answers; starts its worker when first asked."""
+
+    def __init__(self, seconds: int = 5):
+        if importlib.util.find_spec("math_verify") is None:
+            raise ValueError(
+                "task.reward=math needs the package math-verify, which is not installed; run "
+                "`pip install math-verify`"
+            )
+        self.seconds = seconds
+        """For one comparison."""
+        self._worker: subprocess.Popen[str] | None = None
+
+    def __call__(self, gold: str, answer: str) -> float:
+        """1.0 if the answer equals the gold one, else 0.0; LaTeX needs no dollar signs.
+
+        Raises ValueError if the gold answer is no mathematics, RuntimeError if the worker fails.
+        """
+        if self._worker is None:
+            self._worker = self._start()
+        worker = self._worker
+        assert worker.stdin is not None and worker.stdout is not None
+        worker.stdin.write(json.dumps([gold, answer, self.seconds]) + "\n")
+        worker.stdin.flush()
+        reply = worker.stdout.readline()
+        if not reply:
+            self._worker = None
+            if worker.wait() == -signal.SIGALRM:
+                return 0.0
+            raise RuntimeError(f"the math-verify worker ended with status {worker.returncode}")
+        equal = json.loads(reply)
+        if equal is None:
+            raise ValueError(
+                f"the gold answer must be a mathematical expression for task.reward=math, got "
+                f"{gold!r}; mend the row or choose task.reward=exact"
+            )
+        return float(equal)
+
+    def _start(self) -> subprocess.Popen[str]:
+        # -P keeps this file's folder off the worker's path, where it would shadow packages
+        worker = subprocess.Popen(
+            [sys.executable, "-P", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        weakref.finalize(self, worker.kill)
+        assert worker.stdout is not None
+        if worker.stdout.readline().strip() != _START:
+            raise RuntimeError(
+                "the math-verify worker did not start; try `python -c 'import math_verify'`"
+            )
+        return worker
+
+
+def _equal(gold: str, answer: str) -> bool | None:
+    from math_verify import parse, verify
+
+    def read(text: str, *, latex: bool) -> list:
+        marked = "$" in text or "\\boxed" in text
+        return parse(f"${text}$" if latex and not marked else text, parsing_timeout=None)
+
+    wanted = read(gold, latex=True) or read(gold, latex=False)
+    if not wanted:
+        return None
+    return any(
+        verify(wanted, read(answer, latex=latex), timeout_seconds=None) for latex in (False, True)
+    )
+
+
+def _serve() -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    import math_verify  # noqa: F401  before the clock runs
+
+    print(_START, flush=True)
+    for line in sys.stdin:
+        gold, answer, seconds = json.loads(line)
+        signal.alarm(seconds)
+        equal = _equal(gold, answer)
+        signal.alarm(0)
+        print(json.dumps(equal), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

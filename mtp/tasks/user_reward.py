@@ -1,0 +1,162 @@
+"""Rewards named in a config: `exact`, `math`, or a function by its import path.
+
+Three signatures that people already have are taken as they are, for one answer at a time:
+
+| style | signature | what it gets |
+|---|---|---|
+| trl | `f(prompts, completions, completion_ids, **columns)` | lists of length one |
+| verl | `compute_score(data_source, solution_str, ground_truth, extra_info)` | one row |
+| reasoning_gym | `score_answer(answer, entry)` | entry: the row, with question, answer, metadata |
+
+Every style sees the extracted final answer, never the thought before it: a reward that searches a
+whole text can be paid by naming every candidate. A function may leave out parameters it does not
+need. Token ids are not known here; a function that looks into `completion_ids` is told so.
+
+Left out: rewards that compare the completions of a group, and TRL's message lists.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .base import Example
+from .math_answer import MathJudge
+
+Reward = Callable[[Example, str], float]
+"""(example, final answer) -> score."""
+STYLES = ("trl", "verl", "reasoning_gym")
+_NEEDED = {
+    "verl": {"solution_str", "ground_truth"},
+    "trl": {"completions"},
+    "reasoning_gym": {"answer", "entry"},
+}
+
+
+def exact(example: Example, answer: str) -> float:
+    """1.0 if the answer is the gold one, character by character."""
+    return float(answer == example.answer)
+
+
+def load_reward(path: str, style: str = "auto") -> Reward:
+    """The reward that `task.reward` and `task.reward_style` name.
+
+    Raises ValueError naming the key if the path cannot be imported or the style not be told.
+    """
+    if style not in ("auto", *STYLES):
+        raise ValueError(f"task.reward_style must be auto or one of {STYLES}, got {style!r}")
+    if path == "exact":
+        return exact
+    if path == "math":
+        judge = MathJudge()
+        return lambda example, answer: judge(example.answer, answer)
+    function = import_function(path)
+    style = detect_style(function, path) if style == "auto" else style
+    adapter = {"trl": _trl, "verl": _verl, "reasoning_gym": _reasoning_gym}[style]
+    return adapter(function)
+
+
+def import_function(path: str) -> Callable[..., Any]:
+    """`package.module:function` -> the function."""
+    expected = "task.reward must be exact, math or an import path `package.module:function`"
+    module_name, colon, name = path.partition(":")
+    if not (module_name and colon and name):
+        raise ValueError(f"{expected}, got {path!r}")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the module's own code raises
+        raise ValueError(
+            f"{expected}, but importing {module_name!r} failed: {error!r}; install it or put its "
+            "folder on PYTHONPATH"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        found = sorted(n for n, f in vars(module).items() if inspect.isfunction(f))
+        raise ValueError(
+            f"{expected}, but {module_name!r} has no function {name!r}; it has {found}"
+        )
+    return function
+
+
+def detect_style(function: Callable[..., Any], path: str) -> str:
+    """The style whose parameter names a function has."""
+    names = set(inspect.signature(function).parameters)
+    for style, needed in _NEEDED.items():
+        if needed <= names:
+            return style
+    raise ValueError(
+        f"task.reward_style=auto cannot tell the style of {path} from its parameters "
+        f"{sorted(names)}; expected {' or '.join(str(sorted(n)) for n in _NEEDED.values())}: set "
+        f"task.reward_style to one of {STYLES}"
+    )
+
+
+def _accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that the function takes."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return arguments
+    return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
+
+
+def _number(value: Any) -> float:
+    if value is None:
+        raise TypeError("it returned None; one reward judges every row here, so leave out the rows")
+    return float(value)
+
+
+class NoTokenIds(Sequence[list[int]]):
+    """Stands for `completion_ids`; raises TypeError when looked into."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError(
+            "completion_ids are not known to outcomes, which judge the final answer's text; use "
+            "completions, and reward.token_cost for a price on length"
+        )
+
+
+def _trl(function: Callable[..., Any]) -> Reward:
+    def reward(example: Example, answer: str) -> float:
+        columns = {
+            "answer": example.answer,
+            "thought": example.thought,
+            **{k: v for k, v in example.columns.items() if k not in ("prompt", "completion")},
+        }
+        arguments = {
+            **{name: [value] for name, value in columns.items()},
+            "prompts": [example.prompt],
+            "completions": [answer],
+            "completion_ids": NoTokenIds(),
+        }
+        values = function(**_accepted(function, arguments))
+        if len(values) != 1:
+            raise ValueError(f"it must return one number a completion, got {len(values)} for one")
+        return _number(values[0])
+
+    return reward
+
+
+def _verl(function: Callable[..., Any]) -> Reward:
+    def reward(example: Example, answer: str) -> float:
+        arguments = {
+            "data_source": example.columns.get("data_source", ""),
+            "solution_str": answer,
+            "ground_truth": example.answer,
+            "extra_info": example.columns.get("extra_info", example.columns),
+        }
+        value = function(**_accepted(function, arguments))
+        return _number(value["score"] if isinstance(value, dict) else value)
+
+    return reward
+
+
+def _reasoning_gym(function: Callable[..., Any]) -> Reward:
+    def reward(example: Example, answer: str) -> float:
+        entry = {"metadata": {}, **example.columns}
+        entry |= {"question": example.prompt, "answer": example.answer}
+        return _number(function(answer, entry))
+
+    return reward

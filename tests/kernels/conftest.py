@@ -1,0 +1,40 @@
+"""Kernel tests run Triton's interpreter, which has to be chosen before triton is imported."""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import dataclasses  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
+
+from mtp_kernels import configs, dispatch  # noqa: E402
+
+
+@pytest.fixture
+def chunked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sends small problems down the chunked paths, several chunks each."""
+    monkeypatch.setattr(dispatch, "DIRECT_NUMEL", 0)
+    for name in ("CHUNK_BYTES", "CHUNK_BYTES_TALL", "CHUNK_BYTES_DEVICE"):
+        monkeypatch.setattr(dispatch, name, 8000)
+
+
+@pytest.fixture
+def tall_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interprets many rows at once: a tile step takes the same time whatever its size."""
+    tall = dataclasses.replace(configs.INTERPRET, rows=512)
+    monkeypatch.setattr(configs, "INTERPRET", tall)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Every test draws the same numbers, whichever ran before it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield

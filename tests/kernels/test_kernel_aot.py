@@ -1,0 +1,78 @@
+"""The ahead-of-time gate: two configurations by default, every shipped one when slow tests run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mtp_kernels.configs import ARCHITECTURES, KERNELS
+
+KERNELS_FOLDER = str(Path(__file__).parents[2] / "kernels")
+FIELDS = {
+    "kernel",
+    "target",
+    "config",
+    "registers",
+    "spill_bytes",
+    "shared_bytes",
+    "shared_limit",
+    "tensor_core",
+    "async_copy",
+}
+
+
+def gate(*arguments: str) -> tuple[int, list[dict]]:
+    """(exit status, configurations) of the command, run as a user runs it."""
+    command = [sys.executable, "-m", "mtp_kernels.aot", "--json", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=KERNELS_FOLDER)
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout.splitlines()[-1])["configs"]
+
+
+def test_a_product_on_hopper_uses_its_tensor_cores_without_spilling():
+    status, configs = gate("--kernel", "row_gradient", "--target", "sm_90")
+    assert status == 0
+    assert len(configs) == 2  # bfloat16 and float32 operands
+    for config in configs:
+        assert set(config) == FIELDS
+        assert config["spill_bytes"] == 0
+        assert config["shared_bytes"] <= config["shared_limit"]
+        assert config["tensor_core"] == "HGMMA"
+        assert config["async_copy"] == "LDGSTS"
+
+
+@pytest.mark.slow
+def test_every_shipped_configuration_passes():
+    status, configs = gate()
+    assert status == 0, [config for config in configs if config["spill_bytes"]]
+    assert len(configs) == 2 * len(KERNELS) * len(ARCHITECTURES)
+
+
+def test_addresses_of_rows_are_computed_in_64_bits():
+    """40,960 rows of 128,256 logits pass 2**31: row times stride must not be an i32 product."""
+    program = """
+import re
+from mtp_kernels.aot import argument_types, kernel_source
+from mtp_kernels.configs import shipped_config
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+for kernel in ("row_stats_store", "row_gradient"):
+    function, constexprs = kernel_source(kernel, shipped_config(kernel, "sm_90", torch.bfloat16))
+    types = argument_types(function.arg_names, constexprs, "bf16")
+    compiled = triton.compile(ASTSource(function, types, constexprs), GPUTarget("cuda", 90, 32))
+    products = re.findall(r"arith.muli.*: tensor<128x1x(i\\d+)>", compiled.asm["ttir"])
+    assert products and set(products) == {"i64"}, (kernel, products)
+"""
+    from os import environ
+
+    clean = {k: v for k, v in environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=KERNELS_FOLDER,
+        env=clean,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,245 @@
+"""`linear_logprob`: values and gradients of every path against float64, and its edge cases."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import SCALINGS, assert_as_good, operands, plain_logits
+from mtp_kernels import dispatch, linear_logprob
+from mtp_kernels.linear_logprob.reference import linear_logprob_reference
+from torch import Tensor
+
+PATHS = ("torch", "triton")
+
+
+def plain_logprob(hidden, weight, bias, target, **scaling) -> tuple[Tensor, Tensor, Tensor]:
+    log_p = plain_logits(hidden, weight, bias, **scaling)
+    lse = torch.logsumexp(log_p, -1)
+    log_p = log_p - lse[..., None]
+    valid = target != -100
+    picked = log_p.gather(-1, torch.where(valid, target, 0)[..., None])[..., 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return tuple(torch.where(valid, t, 0.0) for t in (picked, lse, entropy))
+
+
+def with_gradients(values: tuple[Tensor, ...], tensors: list[Tensor]) -> list[Tensor]:
+    """Values, and gradients of a loss with a different weight in every row of every value."""
+    rows = torch.linspace(-1, 2, values[0].numel(), dtype=torch.float64).view_as(values[0])
+    loss = sum((v * (rows**n).to(v.dtype)).sum() for n, v in enumerate(values, 1))
+    return [*values, *torch.autograd.grad(loss, tensors)]
+
+
+def run(impl: str, dtype: torch.dtype, target: Tensor, vocab: int, depth: int, bias, scaling):
+    torch.manual_seed(3)
+    tensors = operands(target.shape, vocab, depth, dtype, bias)
+    hidden, weight, *rest = tensors
+    if impl == "plain":
+        values = plain_logprob(hidden, weight, rest[0] if bias else None, target, **scaling)
+    else:
+        b = rest[0] if bias else None
+        values = linear_logprob(hidden, weight, target, bias=b, impl=impl, **scaling)[:3]
+    return with_gradients(values, tensors)
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("impl", PATHS)
+def test_values_and_gradients_are_as_good_as_plain_code(impl, scaling, dtype):
+    target = torch.randint(0, 101, (37,))
+    target[::5] = -100
+    case = (target, 101, 24, scaling == "both", SCALINGS[scaling])
+    truth = run("reference", torch.float64, *case)
+    assert_as_good(run(impl, dtype, *case), run("plain", dtype, *case), truth)
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("impl", PATHS)
+@settings(max_examples=12, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    vocab=st.integers(1, 80),
+    depth=st.integers(1, 40),
+    ignored=st.floats(0, 1),
+    scaling=st.sampled_from(sorted(SCALINGS)),
+)
+def test_any_shape_and_mask(impl, rows, vocab, depth, ignored, scaling):
+    target = torch.randint(0, vocab, (rows,))
+    target[torch.rand(rows) < ignored] = -100
+    case = (target, vocab, depth, True, SCALINGS[scaling])
+    truth = run("reference", torch.float64, *case)
+    result = run(impl, torch.float32, *case)
+    assert_as_good(result, run("plain", torch.float32, *case), truth)
+    assert (result[0] <= 0).all()
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_reference_gradients_by_finite_differences(scaling):
+    hidden, weight, bias = operands((4,), 7, 3, torch.float64, bias=True)
+    target = torch.tensor([0, 6, -100, 2])
+
+    def values(h: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        return linear_logprob(h, w, target, bias=b, impl="reference", **SCALINGS[scaling])[:3]
+
+    assert torch.autograd.gradcheck(values, (hidden, weight, bias))
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("impl", ["reference", *PATHS])
+def test_a_uniform_row_by_hand(impl):
+    hidden, weight = torch.zeros(2, 4), torch.ones(50, 4)
+    out = linear_logprob(hidden, weight, torch.tensor([7, 49]), impl=impl)
+    log_v = torch.log(torch.tensor(50.0))
+    torch.testing.assert_close(out.logprob, -log_v.expand(2))
+    torch.testing.assert_close(out.lse, log_v.expand(2))
+    torch.testing.assert_close(out.entropy, log_v.expand(2))
+    assert out.argmax.tolist() == [0, 0], "ties go to the lower id"
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("impl", ["reference", *PATHS])
+def test_logits_far_below_zero_do_not_overflow(impl):
+    hidden, weight = torch.full((3, 1), -300.0), torch.ones(70, 1)
+    weight[5] = 0.9  # logits -300, one -270: its probability is 1 in float32
+    out = linear_logprob(hidden, weight, torch.tensor([5, 0, 69]), impl=impl)
+    torch.testing.assert_close(out.logprob, torch.tensor([0.0, -30.0, -30.0]))
+    torch.testing.assert_close(out.lse, torch.full((3,), -270.0))
+    assert out.argmax.tolist() == [5, 5, 5]
+    assert (out.logprob <= 0).all()
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("impl", ["reference", *PATHS])
+def test_ignored_rows_are_zero_and_without_gradient(impl):
+    hidden, weight = operands((5,), 33, 8, torch.float32)
+    out = linear_logprob(hidden, weight, torch.full((5,), -100), impl=impl)
+    assert all((value == 0).all() for value in out[:3])
+    assert (out.argmax == -1).all()
+    grads = torch.autograd.grad(out.logprob.sum() + out.lse.sum(), (hidden, weight))
+    assert all((grad == 0).all() for grad in grads)
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("impl", PATHS)
+def test_forbidden_ids_by_a_bias_of_minus_infinity(impl):
+    hidden, weight = operands((6,), 40, 8, torch.float32)
+    bias = torch.zeros(40)
+    bias[10:] = -torch.inf
+    target = torch.arange(6)
+    out = linear_logprob(hidden, weight, target, bias=bias, impl=impl)
+    short = linear_logprob(hidden, weight[:10], target, impl="reference")
+    for value, expected in zip(out, short, strict=True):
+        torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("impl", PATHS)
+def test_tokens_with_a_shift_are_the_targets_written_out(impl):
+    hidden, weight = operands((2, 9, 3), 50, 8, torch.float32)
+    tokens = torch.randint(0, 50, (2, 9))
+    document = torch.tensor([[0] * 4 + [1] * 5, [0] * 9])
+    mask = torch.rand(2, 9) > 0.2
+    target = torch.full((2, 9, 3), -100)
+    for b in range(2):
+        for t in range(9):
+            for j in range(3):
+                u = t + 2 + j
+                if u < 9 and document[b, u] == document[b, t] and mask[b, u]:
+                    target[b, t, j] = tokens[b, u]
+    by_tokens = linear_logprob(
+        hidden, weight, tokens=tokens, shift=2, document=document, mask=mask, impl=impl
+    )
+    by_target = linear_logprob(hidden, weight, target, impl="reference")
+    for got, expected in zip(by_tokens, by_target, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("impl", PATHS)
+def test_the_same_bits_in_every_run(impl):
+    target = torch.randint(0, 101, (37,))
+    case = (impl, torch.float32, target, 101, 24, True, {})
+    for first, second in zip(run(*case), run(*case), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_small_problems_agree_with_the_reference_and_differentiate_twice():
+    hidden, weight = operands((3,), 20, 4, torch.float32)
+    out = linear_logprob(hidden, weight, torch.tensor([1, 2, 3]))
+    (grad,) = torch.autograd.grad(out.logprob.sum(), hidden, create_graph=True)
+    assert torch.autograd.grad(grad.square().sum(), weight)[0].abs().sum() > 0
+
+
+@pytest.mark.usefixtures("chunked")
+def test_compiles_without_graph_breaks():
+    hidden, weight = operands((5,), 33, 8, torch.float32)
+    target = torch.randint(0, 33, (5,))
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        out = linear_logprob(h, w, target, impl="torch")
+        return (out.logprob + out.entropy).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    ours = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
+    eager = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    for a, b in zip(ours, eager, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("chunked")
+def test_operator_registration():
+    hidden, weight = operands((5,), 33, 8, torch.float32)
+    arguments = (hidden, weight, None, torch.randint(0, 33, (5,)), 1.0, None, -100, "torch")
+    torch.library.opcheck(torch.ops.mtp_kernels.linear_logprob.default, arguments)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # in inductor
+def test_compiled_chunks_agree_with_eager_ones(chunked, monkeypatch):
+    if not dispatch.compiler_found():
+        pytest.skip("needs a C++ compiler")
+    target = torch.randint(0, 101, (37,))
+    case = (target, 101, 24, True, SCALINGS["both"])
+    eager = run("torch", torch.float32, *case)
+    monkeypatch.setattr(dispatch, "COMPILE_NUMEL", 0)
+    for a, b in zip(run("torch", torch.float32, *case), eager, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_is_compiled_for_small_problems_or_without_a_compiler(monkeypatch):
+    def body() -> None:
+        raise AssertionError
+
+    assert dispatch.maybe_compiled(body, 100, 20) is body
+    monkeypatch.setattr(dispatch, "compiler_found", lambda: False)
+    assert dispatch.maybe_compiled(body, 1 << 20, 1 << 20) is body
+
+
+@pytest.mark.parametrize("vocab", [49_152, 151_936])
+def test_real_vocabularies_in_bfloat16(vocab):
+    """A vocabulary in the middle of which nothing may be lost, in the dtype that is trained."""
+    hidden, weight = (t.detach() * 0.2 for t in operands((24,), vocab, 64, torch.bfloat16))
+    target = torch.randint(0, vocab, (24,))
+    out = linear_logprob(hidden, weight, target)
+    truth = linear_logprob_reference(
+        hidden.double(), weight.double(), None, target, 1.0, None, -100
+    )
+    plain = plain_logprob(hidden, weight, None, target)
+    assert_as_good(out[:3], plain, truth[:3])
+
+
+def test_wrong_arguments_say_what_is_expected():
+    hidden, weight = torch.randn(3, 4), torch.randn(9, 4)
+    target = torch.zeros(3, dtype=torch.long)
+    cases = (
+        ({"target": target[:2]}, "target must have hidden's leading shape"),
+        ({}, "exactly one of target and tokens"),
+        ({"target": target, "temperature": 0.0}, "temperature must be > 0"),
+        ({"target": target, "impl": "cuda"}, "impl must be one of"),
+        ({"target": target, "mask": target.bool()}, "go with tokens"),
+        ({"target": target, "bias": torch.zeros(4)}, "bias must be"),
+    )
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            linear_logprob(hidden, weight, **arguments)
+    with pytest.raises(ValueError, match="share one dtype"):
+        linear_logprob(hidden, weight.bfloat16(), target)

@@ -1,0 +1,89 @@
+"""The house's shape: imports point along the data flow, and no package shadows another's."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+LAYERS = [
+    ["generation_mtp"],
+    ["modeling_mtp"],
+    ["tasks.base"],
+    ["tasks.running_sum", "tasks.reasoning_gym", "tasks.rows", "tasks.thoughts"],
+    ["tasks"],
+    ["text"],
+    ["batch", "advantage", "optim"],
+    ["rollout"],
+    ["reward", "evaluate", "models"],
+    ["objectives.scored", "objectives.stream"],
+    ["objectives.main_ce", "objectives.head_ce", "objectives.head_kl"]
+    + ["objectives.policy", "objectives.leash"],
+    ["objectives"],
+    ["update", "stage", "checkpoint", "logger", "runtime", "report"],
+    ["config"],
+    ["export"],
+    ["trainer"],
+    ["cli", "sweep"],
+]
+"""A module may import those of earlier layers; within a layer none imports another."""
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in (ROOT / "mtp").rglob("*.py"):
+        parts = path.relative_to(ROOT / "mtp").with_suffix("").parts
+        found[".".join(p for p in parts if p != "__init__")] = path
+    found.pop("")
+    return found
+
+
+def imported(name: str, path: Path) -> set[str]:
+    """Modules of mtp that a module imports, whether at its top or within a function."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    out = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = package[: len(package) - node.level + 1]
+                out.add(".".join([*base, *(node.module or "").split(".")]).strip("."))
+            elif node.module and node.module.split(".")[0] == "mtp":
+                out.add(node.module.removeprefix("mtp").strip("."))
+    return out - {""}
+
+
+def test_every_module_has_its_layer():
+    listed = [name for layer in LAYERS for name in layer]
+    assert set(modules()) <= set(listed)
+    assert len(listed) == len(set(listed))
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_point_one_way(name):
+    rank = {module: i for i, layer in enumerate(LAYERS) for module in layer}
+    for other in imported(name, modules()[name]):
+        assert rank[other] < rank[name], f"{name} imports {other}"
+
+
+def test_the_travelling_files_import_nothing_of_mtp_but_each_other():
+    found = modules()
+    assert imported("generation_mtp", found["generation_mtp"]) == set()
+    assert imported("modeling_mtp", found["modeling_mtp"]) == {"generation_mtp"}
+
+
+def test_only_train_and_config_import_hydra():
+    users = [
+        path.relative_to(ROOT).as_posix()
+        for path in [*(ROOT / "mtp").rglob("*.py"), *ROOT.glob("*.py")]
+        if "import hydra" in path.read_text() or "from hydra" in path.read_text()
+    ]
+    assert sorted(users) == ["mtp/config.py", "train.py"]
+
+
+def test_kernels_is_a_plain_folder_beside_which_transformers_imports():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    code = "import transformers; from transformers import LlamaForCausalLM"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,82 @@
+"""Replay: one parallel forward gives the sampler's log-probabilities, for every mode and head."""
+
+import pytest
+import torch
+from conftest import CLOSE, EOS, PAD, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtp.batch import collate_rollouts, pad
+from mtp.generation_mtp import PhasePlan, Sampler, decode
+from mtp.objectives import score_batch
+
+MODELS = {
+    (family, head, shared): tiny_model(family, type=head, shared_embeddings=shared)
+    for family in ("llama", "qwen3")
+    for head in ("eavesdrop", "parallel")
+    for shared in (True, False)
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    which=st.sampled_from(sorted(MODELS)),
+    prompts=st.lists(st.lists(st.integers(3, 22), min_size=1, max_size=9), min_size=1, max_size=7),
+    mode=st.sampled_from(["fast", "slow", "all fast"]),
+    sampler=st.sampled_from(
+        [
+            Sampler(),
+            Sampler(temperature=0.7),
+            Sampler(temperature=1.3, top_p=0.9),
+            Sampler(top_k=5),
+            Sampler(temperature=0),
+        ]
+    ),
+    seed=st.integers(0, 1000),
+)
+@torch.no_grad()
+def test_replay_gives_the_samplers_log_probabilities(which, prompts, mode, sampler, seed):
+    model = MODELS[which]
+    plan = PhasePlan(
+        keep={"fast": [4, 1], "slow": [1, 1], "all fast": [4, 4]}[mode],
+        opened_by=[None, CLOSE],
+        eos_ids=[EOS],
+    )
+    tokens, lengths = pad(prompts, PAD)
+    out = decode(
+        model,
+        tokens,
+        lengths,
+        plan,
+        sampler,
+        max_new_tokens=17,
+        pad_id=PAD,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    rows = list(range(len(prompts)))
+    batch = collate_rollouts(prompts, out, torch.arange(len(prompts)).float(), rows, 4, PAD)
+    scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+    main, head = scored.main.stats(sampler).logprob, scored.head.stats(sampler).logprob
+    assert len(main) + len(head) == int(out.lengths.sum())
+    assert len(main) == int(out.passes.sum())
+    assert torch.allclose(main, batch.main_sampled, atol=1e-4)
+    assert torch.allclose(head, batch.head_sampled, atol=1e-4)
+    total = out.logprobs.sum()
+    assert torch.allclose(main.sum() + head.sum(), total, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["eavesdrop", "parallel"])
+def test_micro_batches_hold_the_same_rows_as_one_batch(head, plan):
+    model = tiny_model(type=head)
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12], [4, 4]]
+    tokens, lengths = pad(prompts, PAD)
+    out = decode(
+        model, tokens, lengths, plan, Sampler(), max_new_tokens=20, pad_id=PAD,
+        generator=torch.Generator().manual_seed(3),
+    )  # fmt: skip
+    advantages = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    whole = collate_rollouts(prompts, out, advantages, [0, 1, 2, 3], 4, PAD)
+    parts = [collate_rollouts(prompts, out, advantages, rows, 4, PAD) for rows in ([0, 1], [2, 3])]
+    for name in ("main_targets", "head_targets", "head_slots", "main_advantages", "head_sampled"):
+        joined = torch.cat([getattr(part, name) for part in parts])
+        assert torch.equal(joined, getattr(whole, name)), name

@@ -1,0 +1,170 @@
+"""A run: resuming gives the same numbers, an interrupt loses nothing, figures are in their places."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from mtp.config import register_configs, to_run_config
+from mtp.logger import read_records
+from mtp.trainer import Interrupted, train
+
+ROOT = Path(__file__).parents[1]
+
+TINY = [
+    "stages.main.steps=6",
+    "stages.head.steps=4",
+    "stages.joint.steps=4",
+    "stages.rl.steps=4",
+    "stages.rl.num_prompts=4",
+    "stages.rl.group_size=4",
+    "evaluation.num_problems=8",
+    "evaluation.num_interim_problems=4",
+    "stages.joint.evaluate_every=2",
+    "stages.rl.evaluate_every=2",
+    "logger.log_every=1",
+    "fabric.accelerator=cpu",
+    "fabric.num_threads=1",
+    "model.config.hidden_size=32",
+    "model.config.intermediate_size=48",
+    "head.hidden_size=16",
+    "head.intermediate_size=24",
+]
+CLOCKS = {"step_time", "rollout_time", "tokens_per_second"}
+
+
+def config(run_dir: Path, *overrides: str):
+    register_configs()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = compose("train", [*TINY, f"run_dir={run_dir}", *overrides])
+    return to_run_config(composed)
+
+
+def records(folder: Path) -> list[dict]:
+    return [
+        {k: v for k, v in record.items() if k not in CLOCKS}
+        for record in read_records(folder / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, train(config(folder))
+
+
+def test_a_run_leaves_what_the_readme_says(whole_run):
+    folder, summary = whole_run
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    for name in ("metrics.jsonl", "metrics.csv", "config.yaml", "curves.png"):
+        assert (folder / name).stat().st_size > 0, name
+    assert (folder / "export" / "model.safetensors").is_file()
+    assert [stage["name"] for stage in summary["stages"]] == ["main", "head", "joint", "rl"]
+    main, head = summary["stages"][:2]
+    assert main["fast_accuracy"] is None and main["fast_passes"] is None
+    assert head["fast_accuracy"] is not None
+    assert all(stage["num_problems"] == 8 for stage in summary["stages"])
+    assert summary["seconds"] == pytest.approx(sum(s["seconds"] for s in summary["stages"]), abs=1)
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(records(folder))
+
+
+def test_only_what_a_stage_trains_moves(whole_run):
+    import torch
+    from safetensors.torch import load_file
+
+    folder, _ = whole_run
+    names = ("main", "head", "joint", "rl")
+    saved = {n: load_file(folder / "stages" / n / "model.safetensors") for n in names}
+
+    def moved(a: str, b: str) -> set[str]:
+        changed = {k for k in saved[a] if not torch.equal(saved[a][k], saved[b][k])}
+        return {"head" if k.startswith("mtp_head.") else "main" for k in changed}
+
+    assert moved("main", "head") == {"head"}
+    assert moved("head", "joint") == {"main", "head"}
+    assert moved("joint", "rl") == {"main", "head"}
+
+
+@pytest.mark.parametrize("stage", ["joint", "rl"])
+def test_a_resumed_run_gives_the_very_same_numbers(whole_run, tmp_path, monkeypatch, stage):
+    import mtp.trainer as trainer
+
+    folder, summary = whole_run
+    original = trainer.step_batches
+
+    def stop_after_two_steps(run, name, config, step):
+        if name == stage and step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(run, name, config, step)
+
+    monkeypatch.setattr(trainer, "step_batches", stop_after_two_steps)
+    with pytest.raises(Interrupted, match=f"stage {stage} after step 2 of 4; resume=true"):
+        train(config(tmp_path))
+    monkeypatch.setattr(trainer, "step_batches", original)
+    resumed = train(config(tmp_path, "resume=true"))
+    assert records(tmp_path) == records(folder)
+    for mine, theirs in zip(resumed["stages"], summary["stages"], strict=True):
+        assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+def test_a_run_that_is_there_is_not_overwritten_unasked(whole_run, tmp_path):
+    folder, _ = whole_run
+    before = (folder / "summary.json").read_text()
+    with pytest.raises(ValueError, match="already holds a run; resume=true"):
+        train(config(folder))
+    with pytest.raises(ValueError, match="stages differs"):
+        train(config(folder, "resume=true", "stages.rl.steps=5"))
+    with pytest.raises(ValueError, match="last.ckpt, which does not exist"):
+        train(config(tmp_path / "none", "resume=true"))
+    assert (folder / "summary.json").read_text() == before
+
+
+def test_a_dry_run_leaves_nothing_and_says_what_a_full_run_costs(tmp_path, capsys):
+    folder = tmp_path / "dry"
+    summary = train(config(folder, "dry_run=true"))
+    assert [stage["name"] for stage in summary["stages"]] == ["main", "head", "joint", "rl"]
+    assert list(tmp_path.iterdir()) == []
+    assert "a full run would take about" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("head.taps=[9]", "head.taps must be layers between 0 and 3"),
+        ("decoding.phases.answer.opened_by=null", "decoding.phases.answer.opened_by is missing"),
+        ("model.config.hidden_size=33", "model.config does not fit|hidden_size"),
+        ("stages.main.objective.leash.weight=1", "stages.main.objective.leash needs a stage before"),
+    ],
+)
+def test_impossible_settings_name_their_key_and_leave_nothing(tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        train(config(tmp_path / "run", override))
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_two_processes_take_the_same_step_as_one(tmp_path):
+    """Streams are divided by their global counts, so DDP changes nothing but rounding."""
+    overrides = [*TINY, "stages.rl.steps=0", "logger.log_every=1", "overwrite=true"]
+    losses = {}
+    for devices in (1, 2):
+        folder = tmp_path / f"devices{devices}"
+        command = [sys.executable, "train.py", *overrides, f"fabric.devices={devices}"]
+        subprocess.run(
+            [*command, f"run_dir={folder}"], cwd=ROOT, check=True, capture_output=True, timeout=300
+        )
+        losses[devices] = [
+            (r["stage"], r["loss"], r.get("main/grad_norm", 0.0), r.get("head/grad_norm", 0.0))
+            for r in records(folder)
+            if "loss" in r
+        ]
+    assert len(losses[1]) == len(losses[2]) == 14
+    for one, two in zip(losses[1], losses[2], strict=True):
+        assert one[0] == two[0]
+        for a, b in zip(one[1:], two[1:], strict=True):
+            assert a == pytest.approx(b, rel=2e-3), one[0]
