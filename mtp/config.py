@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from mtp_kernels.dispatch import IMPLS
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -41,6 +42,9 @@ class RunConfig:
     """Build everything, run one step of each stage and one export, say what a full run costs."""
     checkpoint_minutes: float = 10.0
     """Minutes between two checkpoints within a stage."""
+    kernels: str = "auto"
+    """Output-layer ops of training: `auto` (triton on a GPU, else torch), or `triton`, `torch`,
+    `reference`."""
     model: ModelConfig = field(default_factory=ModelConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -66,6 +70,8 @@ class RunConfig:
         for name, stage in self.active_stages().items():
             stage.validate(name)
         self.head.validate()
+        if self.kernels not in IMPLS:
+            raise ValueError(f"kernels must be one of {list(IMPLS)}, got {self.kernels!r}")
         self.decoding.sampler()
         for key in ("num_problems", "num_interim_problems", "batch_size"):
             if getattr(self.evaluation, key) < 1:

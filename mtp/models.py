@@ -95,7 +95,9 @@ def has_head(config: ModelConfig) -> bool:
     """True if the source is a checkpoint that comes with a head."""
     if config.source is None or config.gguf_file is not None:
         return False
-    return getattr(AutoConfig.from_pretrained(source_folder(config.source)), "mtp", None) is not None
+    return (
+        getattr(AutoConfig.from_pretrained(source_folder(config.source)), "mtp", None) is not None
+    )
 
 
 def _from_scratch(

@@ -213,6 +213,7 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
                     sampler=config.decoding.sampler() if stage.kind == "rl" else None,
                     reference=reference,
                     check_gradients=step == first_step,
+                    impl=config.kernels,
                 )
             metrics["step_time"] = time.monotonic() - step_began
             metrics["tokens_per_second"] = metrics.pop("num_text_tokens") / metrics["step_time"]

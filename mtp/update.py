@@ -51,6 +51,7 @@ def update(
     sampler: Sampler | None = None,
     reference: Any = None,
     check_gradients: bool = False,
+    impl: str = "auto",
 ) -> dict[str, float]:
     """Accumulate the gradient over `batches`, clip, step. Returns the step's metrics.
 
@@ -64,6 +65,7 @@ def update(
         channel_gradient: scale of the head's gradient on main.
         sampler: the distribution that rollouts came from.
         reference: frozen model whose rows the leash compares with.
+        impl: implementation of `mtp_kernels` ops.
         check_gradients: raise if a parameter that is trained has got no gradient.
 
     Raises:
@@ -89,6 +91,7 @@ def update(
                     batch,
                     channel_gradient=channel_gradient,
                     use_head=objective.uses_head,
+                    impl=impl,
                 )
                 if reference is not None:
                     with torch.no_grad():

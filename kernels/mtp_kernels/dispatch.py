@@ -24,6 +24,8 @@ COMPILE_NUMEL = 1 << 26
 """Chunk bodies are compiled from this many logits on; below, compiling costs more than it saves."""
 CHUNK_BYTES = 24 << 20
 """Working memory for one chunk of logits, in bytes, on a CPU."""
+TILE_ROWS = 1024
+"""Rows of a tile where the vocabulary is cut as well."""
 CHUNK_BYTES_TALL = 64 << 20
 """The same where a chunk also adds to a weight gradient: each costs a pass over [V, D]."""
 CHUNK_BYTES_DEVICE = 512 << 20
@@ -77,18 +79,33 @@ def is_direct(rows: int, weight: Tensor) -> bool:
 
 
 def rows_per_chunk(
-    rows: int, vocab: int, device: torch.device, buffers: int = 1, tall: bool = False
+    rows: int, vocab: int, operand: Tensor, buffers: int = 1, tall: bool = False
 ) -> int:
-    """Rows whose logits, in `buffers` float32 copies, fit the working memory; at least 16.
+    """Rows whose logits, in `buffers` copies of their dtype, fit the working memory; at least 16.
 
     The rows are split evenly, so that no small remainder is left over.
     """
     budget = CHUNK_BYTES_TALL if tall else CHUNK_BYTES
-    if device.type != "cpu":
-        budget = CHUNK_BYTES_DEVICE
-    most = max(16, budget // (4 * vocab * buffers))
-    pieces = max(1, -(-rows // most))
-    return max(1, -(-rows // pieces))
+    width = operand.itemsize
+    if operand.device.type != "cpu":
+        budget, width = CHUNK_BYTES_DEVICE, 4  # products are float32 there
+    return _even(rows, max(16, budget // (width * vocab * buffers)))
+
+
+def tile_of(rows: int, vocab: int, operand: Tensor) -> tuple[int, int]:
+    """(rows, vocabulary ids) of a tile of logits within the working memory.
+
+    Tall tiles read the weight less often, and keep the product efficient.
+    """
+    budget = CHUNK_BYTES if operand.device.type == "cpu" else CHUNK_BYTES_DEVICE
+    height = _even(rows, TILE_ROWS)
+    return height, _even(vocab, max(16, budget // (4 * height)))
+
+
+def _even(total: int, most: int) -> int:
+    """The size of the fewest equal pieces of at most `most`."""
+    pieces = max(1, -(-total // most))
+    return max(1, -(-total // pieces))
 
 
 def maybe_compiled(body: Callable[..., Any], rows: int, vocab: int) -> Callable[..., Any]:

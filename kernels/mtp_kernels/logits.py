@@ -11,12 +11,30 @@ from torch import Tensor
 
 from mtp_kernels.dispatch import statistics_dtype
 
+BLOCK_NUMEL = 1 << 20
+"""Elements of a weight gradient that are accumulated at once."""
 
-def product(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+
+def product(hidden: Tensor, weight: Tensor) -> Tensor:
     """[R, V] hidden [R, D] times weight [V, D] transposed; float32 on a GPU for 16-bit operands."""
     if hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return torch.mm(hidden, weight.T, out=out)
+    return torch.mm(hidden, weight.T)
+
+
+class LogitsBuffer:
+    """Memory for one chunk of products at a time: fresh memory would be paged in for every chunk."""
+
+    def __init__(self, hidden: Tensor, rows: int, vocab: int) -> None:
+        self.memory = hidden.new_empty(0 if hidden.is_cuda else rows * vocab)
+
+    def product(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """As `product`, valid until the next call."""
+        if hidden.is_cuda:
+            return product(hidden, weight)
+        shape = (hidden.shape[0], weight.shape[0])
+        out = self.memory[: shape[0] * shape[1]].view(shape)
+        return torch.mm(hidden, weight.T, out=out)
 
 
 def scale(raw: Tensor, bias: Tensor | None, softcap: float | None, temperature: float) -> Tensor:
@@ -44,4 +62,8 @@ def accumulate_weight(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     elif gradient.is_cuda:
         total.add_(torch.mm(gradient.T, hidden, out_dtype=total.dtype))
     else:
-        total.add_(torch.mm(gradient.T, hidden))
+        # In blocks that stay in the cache: a 16-bit [V, D] between would be written and read again.
+        block = max(16, BLOCK_NUMEL // hidden.shape[1])
+        for start in range(0, total.shape[0], block):
+            ids = slice(start, start + block)
+            total[ids] += torch.mm(gradient[:, ids].T, hidden)

@@ -7,7 +7,7 @@ flows into them.
 from dataclasses import dataclass
 
 from ..batch import TextBatch
-from .scored import Scored, row_kl
+from .scored import Scored
 from .stream import Term
 
 
@@ -25,8 +25,10 @@ class HeadKL:
 
     def terms(self, scored: Scored, batch: TextBatch) -> dict[str, Term]:
         """Sum of the divergence over the head's tokens, in nats."""
-        teacher_hidden = scored.flat_hidden[batch.head_positions].detach()
-        teacher = (teacher_hidden @ scored.main.weight.detach().T).float().log_softmax(-1)
-        student = scored.head.logits().log_softmax(-1)
-        kl = row_kl(student, teacher) if self.reverse else row_kl(teacher, student)
+        kl = scored.head.kl(
+            scored.flat_hidden.detach(),
+            scored.main.weight.detach(),
+            batch.head_positions,
+            reverse=self.reverse,
+        )
         return {"head_kl": Term(kl.sum(), self.weight, {})}

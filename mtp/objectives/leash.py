@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..batch import TextBatch
-from .scored import Emitter, Scored, row_kl
+from .scored import Scored
 from .stream import Term, mean_of
 
 
@@ -42,11 +42,6 @@ class Leash:
             ("main", scored.main, batch.main_rows, self.weight),
             ("head", scored.head, batch.head_positions, self.weight * self.head_weight),
         ):
-            kl = self._kl(emitter, reference_hidden[rows], reference_weight)
+            kl = emitter.kl(reference_hidden, reference_weight, rows, reverse=self.reverse)
             terms[f"leash_{name}"] = Term(kl.sum(), weight, {f"{name}/kl": mean_of(kl.detach())})
         return terms
-
-    def _kl(self, emitter: Emitter, hidden: Tensor, weight: Tensor) -> Tensor:
-        reference = (hidden @ weight.T).float().log_softmax(-1)
-        policy = emitter.logits().log_softmax(-1)
-        return row_kl(policy, reference) if self.reverse else row_kl(reference, policy)

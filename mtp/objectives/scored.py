@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from mtp_kernels import linear_kl, linear_logprob
 from torch import Tensor
 
 from ..batch import TextBatch
@@ -30,7 +31,7 @@ class RowStats(NamedTuple):
 
 @dataclass
 class Emitter:
-    """Rows of one emitter: logits are `hidden @ weight.T`."""
+    """Rows of one emitter, whose logits, `hidden @ weight.T`, are not made."""
 
     hidden: Tensor
     """[R, E]"""
@@ -38,26 +39,53 @@ class Emitter:
     """[V, E]"""
     targets: Tensor
     """[R]"""
+    impl: str = "auto"
+    """Implementation of `mtp_kernels` ops."""
 
     def __post_init__(self) -> None:
         self._stats: dict[str, RowStats] = {}
-
-    def logits(self) -> Tensor:
-        """[R, V] float32."""
-        return (self.hidden @ self.weight.T).float()
 
     def stats(self, sampler: Sampler = PLAIN) -> RowStats:
         """Statistics under a sampler's distribution."""
         key = repr(sampler)
         if key not in self._stats:
-            log_probs = sampler.log_probs(self.logits())
-            with torch.no_grad():
-                p = log_probs.exp()
-                entropy = -(p * log_probs.clamp(min=-1e4)).sum(-1)
-                correct = log_probs.argmax(-1) == self.targets
-            logprob = log_probs.gather(-1, self.targets[:, None])[:, 0]
-            self._stats[key] = RowStats(logprob, entropy, correct)
+            if sampler.truncates:
+                self._stats[key] = self._truncated_stats(sampler)
+            else:
+                out = linear_logprob(
+                    self.hidden,
+                    self.weight,
+                    self.targets,
+                    temperature=sampler.temperature or 1.0,
+                    impl=self.impl,
+                )
+                correct = out.argmax == self.targets
+                self._stats[key] = RowStats(out.logprob, out.entropy.detach(), correct)
         return self._stats[key]
+
+    def _truncated_stats(self, sampler: Sampler) -> RowStats:
+        """Top-k and top-p need all logits of a row: which tokens are left depends on them all."""
+        log_probs = sampler.log_probs(self.hidden @ self.weight.T)
+        with torch.no_grad():
+            entropy = -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1)
+            correct = log_probs.argmax(-1) == self.targets
+        return RowStats(log_probs.gather(-1, self.targets[:, None])[:, 0], entropy, correct)
+
+    def kl(self, hidden: Tensor, weight: Tensor, rows: Tensor, *, reverse: bool) -> Tensor:
+        """[R] nats: KL(other || this) of each row, or KL(this || other) if `reverse`.
+
+        Row i is compared with row `rows[i]` of `hidden` [., D] through `weight` [V, D].
+        """
+        direction = "reverse" if reverse else "forward"
+        return linear_kl(
+            self.hidden,
+            self.weight,
+            hidden,
+            weight,
+            index=rows,
+            direction=direction,
+            impl=self.impl,
+        ).kl
 
 
 @dataclass
@@ -72,7 +100,13 @@ class Scored:
 
 
 def score_batch(
-    model: Any, parts: Any, batch: TextBatch, *, channel_gradient: float, use_head: bool
+    model: Any,
+    parts: Any,
+    batch: TextBatch,
+    *,
+    channel_gradient: float,
+    use_head: bool,
+    impl: str = "auto",
 ) -> Scored:
     """One forward of main over the batch's text and of the head at its anchors.
 
@@ -82,6 +116,7 @@ def score_batch(
         batch: text and rows.
         channel_gradient: scale of the head's gradient on main's parameters.
         use_head: False skips the head and its rows.
+        impl: implementation of `mtp_kernels` ops.
     """
     if use_head and len(batch.anchors):
         rows = model.score(batch.tokens, batch.anchors, batch.slot_inputs, channel_gradient)
@@ -92,11 +127,8 @@ def score_batch(
         head_hidden = rows.main_hidden.new_zeros(0, parts.head_output_weight().shape[1])
         head_targets = batch.head_targets[:0]
     flat = rows.main_hidden.flatten(0, 1)
-    main = Emitter(flat[batch.main_rows], parts.get_output_embeddings().weight, batch.main_targets)
-    head = Emitter(head_hidden, parts.head_output_weight(channel_gradient), head_targets)
+    main = Emitter(
+        flat[batch.main_rows], parts.get_output_embeddings().weight, batch.main_targets, impl
+    )
+    head = Emitter(head_hidden, parts.head_output_weight(channel_gradient), head_targets, impl)
     return Scored(main, head, flat)
-
-
-def row_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) of each row: two [R, V] log-probabilities -> [R] nats."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -88,11 +88,11 @@ def teacher_gradient_of_chunk(
     return dt * grad[:, None]
 
 
-def chunk_sizes(students: int, teachers: int, vocab: int, device: torch.device) -> tuple[int, int]:
+def chunk_sizes(students: int, teachers: int, vocab: int, operand: Tensor) -> tuple[int, int]:
     """(teacher rows, student rows) whose logits are in memory at once."""
     return (
-        rows_per_chunk(max(teachers, 1), vocab, device, buffers=2),
-        rows_per_chunk(max(students, 1), vocab, device, buffers=2),
+        rows_per_chunk(max(teachers, 1), vocab, operand, buffers=2),
+        rows_per_chunk(max(students, 1), vocab, operand, buffers=2),
     )
 
 
@@ -114,7 +114,7 @@ def divergence_torch(
     out = hidden.new_zeros(hidden.shape[0], dtype=statistics_dtype(hidden))
     lse = torch.zeros_like(out)
     scaling = (temperature, softcap)
-    sizes = chunk_sizes(plan.students.shape[0], plan.teachers.shape[0], vocab, hidden.device)
+    sizes = chunk_sizes(plan.students.shape[0], plan.teachers.shape[0], vocab, hidden)
     teacher_body = maybe_compiled(log_probs, hidden.shape[0], vocab)
     body = maybe_compiled(divergence_of_chunk, hidden.shape[0], vocab)
     for chunk in chunks(plan, *sizes):
@@ -153,7 +153,7 @@ def backward_torch(
         for t, need in zip(operands, needs, strict=True)
     ]
     scaling = (temperature, softcap)
-    sizes = chunk_sizes(plan.students.shape[0], plan.teachers.shape[0], vocab, hidden.device)
+    sizes = chunk_sizes(plan.students.shape[0], plan.teachers.shape[0], vocab, hidden)
     teacher_body = maybe_compiled(log_probs, hidden.shape[0], vocab)
     body = maybe_compiled(gradient_of_chunk, hidden.shape[0], vocab)
     teacher_gradient = maybe_compiled(teacher_gradient_of_chunk, hidden.shape[0], vocab)

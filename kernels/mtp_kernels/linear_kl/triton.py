@@ -230,7 +230,7 @@ def divergence_triton(
 
 
 def _teacher_rows(plan: Plan, vocab: int, hidden: Tensor) -> int:
-    return rows_per_chunk(max(plan.teachers.shape[0], 1), vocab, hidden.device)
+    return rows_per_chunk(max(plan.teachers.shape[0], 1), vocab, hidden)
 
 
 def _teacher_chunk(

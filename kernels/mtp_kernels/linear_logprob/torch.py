@@ -1,6 +1,6 @@
-"""`linear_logprob` in chunks of rows: any device, no more logits in memory than one chunk.
+"""`linear_logprob` tile by tile: any device, no more logits in memory than one tile.
 
-The forward keeps the row statistics only; the backward makes each chunk's logits again. A gradient
+The forward keeps row statistics only; the backward makes a chunk of rows' logits again. A gradient
 by the scaled logits x, for upstream gradients g_logp, g_lse, g_H of log-prob, log-sum-exp, entropy:
 
     dx = g_logp 1[target] + p ((g_lse - g_logp) - g_H (log p + H))
@@ -9,9 +9,9 @@ by the scaled logits x, for upstream gradients g_logp, g_lse, g_H of log-prob, l
 import torch
 from torch import Tensor
 
-from mtp_kernels.dispatch import maybe_compiled, rows_per_chunk, statistics_dtype
-from mtp_kernels.logits import accumulate_weight, product, scale, unscale
-from mtp_kernels.rowstats import NEGATIVE, RowStats
+from mtp_kernels.dispatch import maybe_compiled, rows_per_chunk, statistics_dtype, tile_of
+from mtp_kernels.logits import LogitsBuffer, accumulate_weight, scale, unscale
+from mtp_kernels.rowstats import NEGATIVE, RowStats, combine
 
 
 def stats_of_chunk(
@@ -45,14 +45,14 @@ def gradient_of_chunk(
     temperature: float,
     softcap: float | None,
 ) -> Tensor:
-    """[R, V] gradient by the raw products, in their dtype."""
+    """Turns raw [R, V], the products, into the gradient by them; returns it."""
     x = scale(raw, bias, softcap, temperature)
     log_p = (x - lse[:, None]).clamp_min(NEGATIVE)
     uniform = (grad_lse - grad_logprob) - grad_entropy * entropy
     dx = log_p.exp() * (uniform[:, None] - grad_entropy[:, None] * log_p)
     column = torch.arange(x.shape[1], device=x.device)
     dx = dx + torch.where(column == target[:, None], grad_logprob[:, None], 0.0)
-    return unscale(dx, x, softcap, temperature).to(raw.dtype)
+    return raw.copy_(unscale(dx, x, softcap, temperature))
 
 
 def stats_torch(
@@ -65,18 +65,23 @@ def stats_torch(
 ) -> RowStats:
     """RowStats [R] of hidden [R, D] over weight [V, D]; a negative target is in no part."""
     rows, vocab = hidden.shape[0], weight.shape[0]
-    dtype = statistics_dtype(hidden)
-    floats = hidden.new_empty((4, rows), dtype=dtype)
-    argmax = torch.empty(rows, dtype=torch.int64, device=hidden.device)
-    size = rows_per_chunk(rows, vocab, hidden.device)
+    height, width = tile_of(rows, vocab, hidden)
     body = maybe_compiled(stats_of_chunk, rows, vocab)
-    for start in range(0, rows, size):
-        part = slice(start, min(start + size, rows))
-        raw = product(hidden[part], weight)
-        *values, argmax[part] = body(raw, bias, target[part], temperature, softcap)
-        for out, value in zip(floats, values, strict=True):
-            out[part] = value
-    return RowStats(*floats, argmax)
+    buffer = LogitsBuffer(hidden, height, width)
+    finished = []
+    for top in range(0, max(rows, 1), height):
+        part = slice(top, min(top + height, rows))
+        tiles = []
+        for left in range(0, vocab, width):
+            ids = slice(left, min(left + width, vocab))
+            raw = buffer.product(hidden[part], weight[ids])
+            local = target[part] - left
+            local = torch.where(local < ids.stop - left, local, -1)
+            values = body(raw, None if bias is None else bias[ids], local, temperature, softcap)
+            tiles.append((*values[:4], values[4] + left))
+        stacked = RowStats(*(torch.stack(field) for field in zip(*tiles, strict=True)))
+        finished.append(combine(stacked))
+    return RowStats(*(torch.cat(field) for field in zip(*finished, strict=True)))
 
 
 def backward_torch(
@@ -99,11 +104,12 @@ def backward_torch(
     grad_hidden = torch.empty_like(hidden) if needs[0] else None
     grad_weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None
     grad_bias = hidden.new_zeros(vocab, dtype=dtype) if needs[2] else None
-    size = rows_per_chunk(rows, vocab, hidden.device, tall=needs[1])
+    size = rows_per_chunk(rows, vocab, hidden, tall=needs[1])
     body = maybe_compiled(gradient_of_chunk, rows, vocab)
+    buffer = LogitsBuffer(hidden, size, vocab)
     for start in range(0, rows, size):
         part = slice(start, min(start + size, rows))
-        raw = product(hidden[part], weight)
+        raw = buffer.product(hidden[part], weight)
         row_tensors = (lse, entropy, grad_logprob, grad_lse, grad_entropy)
         dx = body(raw, bias, target[part], *(t[part] for t in row_tensors), temperature, softcap)
         dx = dx.to(hidden.dtype)

@@ -216,7 +216,7 @@ def backward_triton(
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
     grad_bias = hidden.new_zeros(vocab, dtype=torch.float32) if needs[2] else None
     values = torch.stack((lse, entropy, grad_logprob, grad_lse, grad_entropy)).float()
-    size = rows_per_chunk(rows, vocab, hidden.device)
+    size = rows_per_chunk(rows, vocab, hidden)
     for start in range(0, rows, size):
         part = slice(start, min(start + size, rows))
         count = part.stop - start

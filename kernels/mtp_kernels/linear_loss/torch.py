@@ -10,7 +10,7 @@ from torch import Tensor
 from mtp_kernels.dispatch import maybe_compiled, rows_per_chunk, statistics_dtype
 from mtp_kernels.linear_logprob.torch import stats_of_chunk
 from mtp_kernels.linear_loss.objective import row_gradients, row_losses
-from mtp_kernels.logits import accumulate_weight, product, scale, unscale
+from mtp_kernels.logits import LogitsBuffer, accumulate_weight, scale, unscale
 from mtp_kernels.rowstats import NEGATIVE, RowStats, finish
 
 
@@ -69,12 +69,13 @@ def loss_torch(
     grad_weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None
     grad_bias = hidden.new_zeros(vocab, dtype=dtype) if needs[2] else None
     # A chunk's weight gradient reads and writes all of [V, D], so training wants taller chunks.
-    size = rows_per_chunk(rows, vocab, hidden.device, tall=any(needs))
+    size = rows_per_chunk(rows, vocab, hidden, tall=any(needs))
     body = maybe_compiled(loss_of_chunk, rows, vocab)
+    buffer = LogitsBuffer(hidden, size, vocab)
     settings = (clip_low, clip_high, z_loss, temperature, softcap, any(needs))
     for start in range(0, rows, size):
         part = slice(start, min(start + size, rows))
-        raw = product(hidden[part], weight)
+        raw = buffer.product(hidden[part], weight)
         per_row = (
             target[part],
             row_weight[part],

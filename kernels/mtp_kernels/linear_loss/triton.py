@@ -71,7 +71,7 @@ def loss_triton(
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
     grad_bias = hidden.new_zeros(vocab, dtype=torch.float32) if needs[2] else None
     scaling = (temperature, softcap)
-    size = rows_per_chunk(rows, vocab, hidden.device) if any(needs) else max(rows, 1)
+    size = rows_per_chunk(rows, vocab, hidden) if any(needs) else max(rows, 1)
     logits = hidden.new_empty((size, vocab), dtype=torch.float32) if any(needs) else None
     for start in range(0, rows, size):
         part = slice(start, min(start + size, rows))

@@ -48,7 +48,7 @@ def best_torch(
     Ids count from start, the first id of this shard of the vocabulary. Temperature 0 is greedy.
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
-    size = rows_per_chunk(rows, vocab, hidden.device)
+    size = rows_per_chunk(rows, vocab, hidden)
     body = maybe_compiled(best_of_chunk, rows, vocab)
     pieces = []
     for first in range(0, max(rows, 1), max(size, 1)):
@@ -73,7 +73,7 @@ def filtered_torch(
 ) -> tuple[Tensor, Tensor]:
     """(token, log-prob) with top-k and top-p: exact, by sorting one chunk of logits at a time."""
     rows, vocab = hidden.shape[0], weight.shape[0]
-    size = rows_per_chunk(rows, vocab, hidden.device, buffers=6)
+    size = rows_per_chunk(rows, vocab, hidden, buffers=6)
     pieces = []
     for first in range(0, max(rows, 1), max(size, 1)):
         part = slice(first, first + size)
