@@ -3,32 +3,51 @@
 `python train.py --help` lists the options; conf/ holds the defaults and the experiments.
 """
 
+import os
 import sys
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
-from mtp.config import register_configs, to_run_config
+from mtp.config import job_overrides, register_configs, to_run_config
+from mtp.errors import one_line
+from mtp.sweep import run_job
 
 register_configs()
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(config: DictConfig) -> float | None:
-    """Run the configured stages; the last fast accuracy is what a sweeper may maximise."""
+def run(config: DictConfig) -> float | None:
+    """Run the configured stages and return the last fast accuracy, or slow where there is none."""
+    from mtp.runtime import hand_on
     from mtp.trainer import Interrupted, train
 
     try:
         summary = train(to_run_config(config))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
+        hand_on(stop.signal)
         sys.exit(130)
     last = summary["stages"][-1]
     return last["slow_accuracy"] if last["fast_accuracy"] is None else last["fast_accuracy"]
 
 
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(config: DictConfig) -> float | None:
+    """A run, or a job of a sweep; a sweeper may maximise the accuracy that it returns."""
+    overrides = job_overrides()
+    if overrides is None:
+        return run(config)
+    return run_job(lambda: run(config), Path(config.run_dir), overrides)
+
+
 if __name__ == "__main__":
-    main()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises; what is shown is decided here
+    try:
+        main()
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)

@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 import mtp_kernels as mk  # noqa: E402
 
 NUM_SLOTS = 5
-SIZES = ("10240,576,49152", "2560,1024,151936")
-"""Rows, D, V: 2048 positions of a 135M-parameter model, and 512 of a 0.6B-parameter one."""
+SIZES = ("10240,576,49152", "10240,960,49152")
+"""Rows, D, V: 2048 positions of 5 slots, for a model of 135M and for one of 360M parameters."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPS = ("linear_loss", "linear_logprob", "linear_kl", "linear_sample", "linear_verify")
 DECODE_ROWS = 80
@@ -257,21 +257,24 @@ def verify_cases(hidden: Tensor, weight: Tensor) -> list[Case]:
     ]
 
 
-def make_cases(op: str, rows: int, depth: int, vocab: int, dtype: torch.dtype) -> list[Case]:
-    """The implementations of an op on one size."""
+def make_cases(
+    op: str, rows: int, depth: int, vocab: int, dtype: torch.dtype
+) -> tuple[list[Case], list[Tensor]]:
+    """(the implementations of an op on one size, the tensors that get gradients)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     # Logits of a trained model's spread: a few nats.
     hidden = (torch.randn(rows, depth, device=device) * 0.5).to(dtype).requires_grad_()
     weight = (torch.randn(vocab, depth, device=device) * 0.1).to(dtype).requires_grad_()
     target = torch.randint(0, vocab, (rows,), device=device)
-    if op == "linear_loss":
-        return loss_cases(hidden, weight, target)
-    if op == "linear_logprob":
-        return logprob_cases(hidden, weight, target)
-    if op == "linear_kl":
-        return kl_cases(hidden, weight)
-    return sample_cases(hidden, weight) if op == "linear_sample" else verify_cases(hidden, weight)
+    makers: dict[str, Callable[[], list[Case]]] = {
+        "linear_loss": lambda: loss_cases(hidden, weight, target),
+        "linear_logprob": lambda: logprob_cases(hidden, weight, target),
+        "linear_kl": lambda: kl_cases(hidden, weight),
+        "linear_sample": lambda: sample_cases(hidden, weight),
+        "linear_verify": lambda: verify_cases(hidden, weight),
+    }
+    return makers[op](), [hidden, weight]
 
 
 def seconds_of(call: Callable[[], object]) -> float:
@@ -315,7 +318,7 @@ def measure(op: str, size: str, dtype: str, repeats: int) -> list[Result]:
     if op in ("linear_sample", "linear_verify"):
         rows = min(rows, DECODE_ROWS)
     runnable = []
-    cases = make_cases(op, rows, depth, vocab, DTYPES[dtype])
+    cases, leaves = make_cases(op, rows, depth, vocab, DTYPES[dtype])
     for case in cases:
         try:
             case.call()
@@ -328,10 +331,9 @@ def measure(op: str, size: str, dtype: str, repeats: int) -> list[Result]:
     for _ in range(repeats):
         for n, case in enumerate(runnable):
             taken[n].append(seconds_of(case.call))
-    for_gradients = [c for c in gc.get_objects() if isinstance(c, Tensor) and c.is_leaf]
     results = []
     for n, case in enumerate(runnable):
-        for leaf in for_gradients:
+        for leaf in leaves:
             leaf.grad = None
         extra = extra_bytes_of(case.call)
         seconds = statistics.median(taken[n])
@@ -378,14 +380,14 @@ def report(results: list[Result], peaks: dict[str, tuple[float, float]]) -> None
     for r in results:
         flop, moved = useful_work(r)
         peak_flop, peak_bytes = peaks[r.dtype]
-        ratios = (
-            "      -" if value is None else f"{value:7.3f}"
+        time_naive, memory_naive, time_compiled = (
+            "-" if value is None else f"{value:.3f}"
             for value in (r.time_over_naive, r.memory_over_naive, r.time_over_compiled)
         )
         print(
             f"{r.op:15} {r.pass_:17} {r.dtype} {r.rows:6}x{r.D}x{r.V:<7} {r.impl:27} "
-            f"{r.seconds:8.3f} s {r.extra_bytes / 2**20:8.0f} MiB  x naive {next(ratios)} time "
-            f"{next(ratios)} memory, x compiled {next(ratios)}  "
+            f"{r.seconds:8.3f} s {r.extra_bytes / 2**20:8.0f} MiB  x naive {time_naive:>6} time "
+            f"{memory_naive:>6} memory, x compiled {time_compiled:>6}  "
             f"{flop / r.seconds / 1e12:7.3f} TFLOP/s ({flop / r.seconds / peak_flop:4.0%})  "
             f"{moved / r.seconds / 1e9:6.1f} GB/s ({moved / r.seconds / peak_bytes:4.0%})",
             flush=True,

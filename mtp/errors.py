@@ -6,7 +6,6 @@ Left out: anything unexpected. `one_line` returns None for it, and it keeps its 
 import difflib
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 from omegaconf import DictConfig
 from omegaconf.errors import (
@@ -14,7 +13,6 @@ from omegaconf.errors import (
     ConfigKeyError,
     MissingMandatoryValue,
     OmegaConfBaseException,
-    ValidationError,
 )
 
 LAUNCHERS = {
@@ -28,25 +26,25 @@ LAUNCHERS = {
 def one_line(error: BaseException) -> str | None:
     """What to tell the user; None if the error is not theirs.
 
-    Theirs are the errors of Hydra and OmegaConf, and a ValueError that this package raises itself.
+    Theirs are the errors of Hydra and OmegaConf, and a ValueError that Hydra or this project raises
+    itself; one that comes out of another library is not.
     """
     if isinstance(error, OmegaConfBaseException):
         return _of_omegaconf(error, None)
     if type(error).__module__ == "hydra.errors":
         return _of_hydra(error)
-    if isinstance(error, ValueError) and _raised_here(error):
+    if isinstance(error, ValueError) and _raised_in(error) in ("hydra", "mtp", "mtp_kernels"):
         return " ".join(str(error).split("\n"))
     return None
 
 
-def _raised_here(error: BaseException) -> bool:
-    """True if the function that raised it is of this package."""
+def _raised_in(error: BaseException) -> str:
+    """The top-level package of the function that raised it."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    if trace is None:
-        return False
-    return Path(trace.tb_frame.f_code.co_filename).resolve().is_relative_to(Path(__file__).parent)
+    name = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    return name.partition(".")[0]
 
 
 def _of_hydra(error: BaseException) -> str:
@@ -58,16 +56,17 @@ def _of_hydra(error: BaseException) -> str:
         return _place(where) + _unknown_choice(str(getattr(error, "missing_cfg_file", "")), options)
     override = getattr(error, "override", None)
     if override is not None:
-        reason = text.splitlines()[0]
-        return f"{override!r} could not be read as key=value ({reason}); quote special characters"
+        lines = [line for line in text.splitlines() if not line.startswith("Error parsing")]
+        reason = f" ({lines[0].strip()})" if lines else ""
+        return f"{override!r} could not be read as key=value{reason}; quote special characters"
     if match := re.match(r"Ambiguous value for argument '(.*)'", text):
         key, _, values = match[1].partition("=")
         return f"{match[1]} gives several values: add -m for a sweep, or write '{key}=[{values}]'"
     if match := re.match(r"Sweep parameters '(.*)' requires --multirun", text):
         return f"{match[1]} gives several values: add -m for a sweep"
-    cause = error.__cause__
+    cause = error.__cause__ or error.__context__
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
+        cause = cause.__cause__ or cause.__context__
     where = match[1] if (match := _IN_FILE.match(text)) else None
     if cause is not None:
         return _of_omegaconf(cause, where)
@@ -99,36 +98,44 @@ def _of_omegaconf(error: OmegaConfBaseException, where: str | None) -> str:
         known = [str(name) for name in parent] if isinstance(parent, DictConfig) else []
         return f"{place}unknown key {key}{_closest(key.rpartition('.')[2], known)}"
     text = str(error.msg or error).splitlines()[0]
-    if isinstance(error, ValidationError) and (match := _NOT_CONVERTED.match(text)):
-        wanted = _TYPES.get(match["wanted"], match["wanted"])
-        return f"{place}{key} must be {wanted}, got {match['value']}"
-    if isinstance(error, ValidationError) and (match := _INCOMPATIBLE.match(text)):
-        return f"{place}{key} must be {_plain(match['wanted'])}, got {match['value']}"
+    for pattern, meaning in _WRONG_VALUE:
+        if match := re.match(pattern, text):
+            found = {name: _TYPES.get(value, value) for name, value in match.groupdict().items()}
+            return f"{place}{meaning.format(key=key, **found)}"
     return f"{place}{key}: {text}" if key and key not in text else f"{place}{text}"
 
 
 def _place(where: str | None) -> str:
     """The file that holds a mistake; nothing if it can only be the command line's."""
-    return f"conf/{where}.yaml: " if where not in (None, "train") else ""
+    if where is None or where == "train" or where.startswith("hydra/"):
+        return ""
+    return f"conf/{where}.yaml: "
 
 
 _IN_FILE = re.compile(r"In '(.*?)': ")
-_NOT_CONVERTED = re.compile(
-    r"Value (?P<value>.*) of type '.*' could not be converted to (?P<wanted>\w+)$"
+_WRONG_VALUE = (
+    (
+        r"Value (?P<value>.*) of type '.*' could not be converted to (?P<wanted>\w+)$",
+        "{key} must be {wanted}, got {value}",
+    ),
+    (
+        r"Value (?P<value>.*?)(?: of type '.*')? is incompatible with type hint '(?P<wanted>.*)'$",
+        "{key} must be {wanted}, got {value}",
+    ),
+    (
+        r"Value (?P<value>.*) is not a valid bool",
+        "{key} must be true or false, got {value}",
+    ),
+    (r".* is not a ListConfig", "{key} must be a list, such as {key}=[...]"),
+    (r".* is not a subclass of \w+", "{key} holds keys of its own: set {key}.KEY=..."),
+    (r"field .* is not Optional", "{key} must not be null"),
 )
-_INCOMPATIBLE = re.compile(
-    r"Value (?P<value>.*?)(?: of type '.*')? is incompatible with type hint '(?P<wanted>.*)'$"
-)
+"""What OmegaConf says of a value, and what the user is told."""
 _TYPES = {
     "Integer": "a whole number",
     "Float": "a number",
-    "boolean": "true or false",
+    "Union[bool, str]": "true, false or a word",
 }
-
-
-def _plain(hint: str) -> str:
-    """A type hint without `typing.` and quotes."""
-    return re.sub(r"typing\.|omegaconf\.\w+\.", "", hint)
 
 
 def _closest(given: str, known: list[str]) -> str:

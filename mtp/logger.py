@@ -28,6 +28,8 @@ class LoggerConfig:
     entity: str | None = None
     mode: str = "offline"
     """wandb's mode: offline or online."""
+    group: str | None = None
+    """Of the wandb run; the jobs of a sweep share theirs."""
     tags: list[str] = field(default_factory=list)
     log_every: int = 10
     """Steps between two records of training metrics."""
@@ -55,6 +57,7 @@ class MetricsLog:
             project=self._config.project,
             entity=self._config.entity,
             mode=self._config.mode,  # type: ignore[arg-type]
+            group=self._config.group,
             tags=self._config.tags,
             dir=str(self._folder),
             id=run_id,

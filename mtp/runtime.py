@@ -1,6 +1,8 @@
 """Devices and processes: Lightning Fabric from a config, and a clean stop on signals."""
 
+import os
 import signal
+import time
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -48,10 +50,17 @@ class FabricConfig:
         return fabric
 
 
-class StopRequest:
-    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a flag; a second Ctrl-C stops at once."""
+SECONDS_TO_LIVE = 600.0
+"""How long a job that Slurm has asked to stop waits for it to end the process."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+class StopRequest:
+    """Turns the first Ctrl-C, SIGTERM, SIGUSR1 or 2 into a flag; a second Ctrl-C stops at once.
+
+    Of several signals SIGUSR2 counts: by it a launcher queues the job again.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -69,4 +78,20 @@ class StopRequest:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
+        if self.signal != signal.SIGUSR2:
+            self.signal = number
+
+
+def hand_on(number: int) -> None:
+    """Let a launcher's own handler act on a signal now that the checkpoint is saved.
+
+    Submitit's handler of SIGUSR2 queues the job again and ends the process; that of SIGTERM ignores
+    it, since Slurm queues a preempted job again only if it has not ended by itself: so wait for
+    Slurm to end it. Without a launcher's handler the caller ends the run.
+    """
+    handler = signal.getsignal(number)
+    if not callable(handler) or handler is signal.default_int_handler:
+        return
+    handler(number, None)
+    if "SLURM_JOB_ID" in os.environ:
+        time.sleep(SECONDS_TO_LIVE)

@@ -33,8 +33,8 @@ class StageConfig:
     """RL: P, prompts a step, over all processes."""
     group_size: int = 16
     """RL: G, rollouts of each prompt."""
-    num_updates: int = 1
-    """RL: optimizer steps on each batch of rollouts, each over all of it."""
+    num_minibatches: int = 1
+    """RL: optimizer steps on each batch of rollouts, each on its own share of the prompts."""
     micro_batch_size: int = 0
     """Sequences of one forward and backward; 0 takes a step's sequences at once."""
     gradient_checkpointing: bool = False
@@ -52,7 +52,7 @@ class StageConfig:
         key = f"stages.{name}"
         if self.kind not in KINDS:
             raise ValueError(f"{key}.kind must be supervised or rl, got {self.kind!r}")
-        for field_name in ("batch_size", "num_prompts", "num_updates"):
+        for field_name in ("batch_size", "num_prompts", "num_minibatches"):
             if getattr(self, field_name) < 1:
                 value = getattr(self, field_name)
                 raise ValueError(f"{key}.{field_name} must be at least 1, got {value}")
@@ -64,6 +64,11 @@ class StageConfig:
             raise ValueError(
                 f"{key}.group_size must be at least 2, got {self.group_size}: an advantage "
                 "compares the rollouts of one prompt"
+            )
+        if self.num_prompts % self.num_minibatches:
+            raise ValueError(
+                f"{key}.num_minibatches must divide {key}.num_prompts={self.num_prompts}, got "
+                f"{self.num_minibatches}"
             )
         active = self.objective.active()
         if not active:

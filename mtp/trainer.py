@@ -37,7 +37,11 @@ from .update import update
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved a checkpoint."""
+    """The run was asked to stop by a signal and has saved a checkpoint."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
 
 
 @dataclass
@@ -111,16 +115,17 @@ def train(config: RunConfig) -> dict[str, Any]:
     model.to(fabric.device)
     progress, state = Progress(), None
     checkpoint = folder / "checkpoints" / "last.ckpt"
-    if config.resume:
+    resuming = config.resume is True or (config.resume == "auto" and checkpoint.is_file())
+    if resuming:
         state = load_checkpoint(checkpoint)
         check_same_run(config, state["config"])
         progress = Progress(**state["progress"])
-    elif (folder / "config.yaml").exists() and not (config.overwrite or config.dry_run):
+    elif (folder / "config.yaml").exists() and not (config.overwrite or config.resume):
         raise ValueError(
             f"{folder} already holds a run; resume=true goes on with it, overwrite=true replaces "
             "it, name=... makes another"
         )
-    if fabric.is_global_zero and not config.resume:
+    if fabric.is_global_zero and not resuming:
         clear(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_run_config(config, folder / "config.yaml")
@@ -200,8 +205,8 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
                 for group in optimizer.param_groups:
                     group["lr"] = settings[part].lr_at(step, stage.steps)
             step_began = time.monotonic()
-            batches, metrics = step_batches(run, name, stage, step)
-            for _ in range(stage.num_updates if stage.kind == "rl" else 1):
+            minibatches, metrics = step_batches(run, name, stage, step)
+            for batches in minibatches:
                 metrics |= update(
                     fabric,
                     wrapped,
@@ -233,17 +238,19 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
                 if run.stop.signal is not None:
                     raise Interrupted(
                         f"stopped in stage {name} after step {step + 1} of {stage.steps}; "
-                        f"resume=true goes on from {run.folder}/checkpoints/last.ckpt"
+                        f"resume=true goes on from {run.folder}/checkpoints/last.ckpt",
+                        run.stop.signal,
                     )
     end_stage(run, name, stage, done_before + time.monotonic() - began)
 
 
 def step_batches(
     run: Run, name: str, stage: StageConfig, step: int
-) -> tuple[list[TextBatch], dict[str, Any]]:
-    """The micro-batches of one step for this process, and what sampling them measured."""
+) -> tuple[list[list[TextBatch]], dict[str, Any]]:
+    """The micro-batches of each optimizer step, for this process, and what sampling them measured."""
     if stage.kind == "supervised":
-        return supervised_batches(run, name, stage, step)
+        batches, metrics = supervised_batches(run, name, stage, step)
+        return [batches], metrics
     return rollout_batches(run, name, stage, step)
 
 
@@ -298,7 +305,7 @@ def supervised_batches(
 
 def rollout_batches(
     run: Run, name: str, stage: StageConfig, step: int
-) -> tuple[list[TextBatch], dict[str, Any]]:
+) -> tuple[list[list[TextBatch]], dict[str, Any]]:
     """The policy's own rollouts, scored, with their advantages, as batches."""
     config, text = run.config, run.text
     examples = draw(run, stage.num_prompts)
@@ -317,11 +324,19 @@ def rollout_batches(
     rollout_seconds = time.monotonic() - began
     rewards = score(run.task, text, rollouts, stage.reward)
     advantages = group_advantages(rewards.total, rewards.outcomes, stage.advantage)
-    batches: list[TextBatch] = [
-        collate_rollouts(
-            rollouts.prompts, rollouts.out, advantages.flatten(), rows, text.num_slots, text.pad_id
-        ).to(run.fabric.device)
-        for rows in pieces_by_length(rollouts.out.lengths, stage.micro_batch_size)
+    minibatches: list[list[TextBatch]] = [
+        [
+            collate_rollouts(
+                rollouts.prompts,
+                rollouts.out,
+                advantages.flatten(),
+                [share[i] for i in rows],
+                text.num_slots,
+                text.pad_id,
+            ).to(run.fabric.device)
+            for rows in pieces_by_length(rollouts.out.lengths[share], stage.micro_batch_size)
+        ]
+        for share in pieces(len(rollouts.prompts), len(rollouts.prompts) // stage.num_minibatches)
     ]
     cut = 1 - rollouts.out.finished.float().mean()
     if cut == 1:
@@ -345,7 +360,7 @@ def rollout_batches(
     true = true_step_share([rollouts], run.task, text)
     if true is not None:
         metrics["true_steps"] = true
-    return batches, metrics
+    return minibatches, metrics
 
 
 def frozen_reference(run: Run, stage: StageConfig) -> Any:
@@ -511,7 +526,7 @@ def dry_config(config: RunConfig) -> RunConfig:
     for stage in config.active_stages().values():
         stage.steps = 1
     config.evaluation.num_problems = min(8, config.evaluation.num_problems)
-    config.overwrite = True
+    config.overwrite, config.resume = True, False
     return config
 
 

@@ -10,24 +10,23 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = [
-    ["generation_mtp"],
-    ["modeling_mtp"],
-    ["tasks.base"],
-    ["tasks.running_sum", "tasks.reasoning_gym", "tasks.rows", "tasks.thoughts"],
+    ["errors", "generation_mtp", "tasks.base"],
+    ["modeling_mtp", "tasks.math_answer", "tasks.solvers", "tasks.running_sum"],
+    ["tasks.reasoning_gym", "tasks.user_reward"],
+    ["tasks.rows"],
     ["tasks"],
-    ["text"],
-    ["batch", "advantage", "optim"],
+    ["text", "batch", "advantage", "optim", "checkpoint", "logger", "runtime"],
     ["rollout"],
     ["reward", "evaluate", "models"],
     ["objectives.scored", "objectives.stream"],
     ["objectives.main_ce", "objectives.head_ce", "objectives.head_kl"]
     + ["objectives.policy", "objectives.leash"],
     ["objectives"],
-    ["update", "stage", "checkpoint", "logger", "runtime", "report"],
+    ["update", "stage", "report"],
+    ["export", "sweep"],
     ["config"],
-    ["export"],
     ["trainer"],
-    ["cli", "sweep"],
+    ["cli"],
 ]
 """A module may import those of earlier layers; within a layer none imports another."""
 

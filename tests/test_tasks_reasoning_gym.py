@@ -115,6 +115,7 @@ def test_datasets_without_a_solver_have_no_thoughts():
         ),
         ({"dataset": "gcd", "options": {"max_value": "x"}}, "do not fit gcd"),
         ({"dataset": "spell_backward", "thoughts": True}, "task.thoughts needs .*'chain_sum'"),
+        ({"dataset": "gcd", "options": [3]}, r"task.options must be a mapping .* got \[3\]"),
         ({"dataset": "gcd", "num_test": 0}, "task.num_test must be at least 1, got 0"),
         ({"dataset": "gcd", "num_train": 0}, "task.num_train must be at least 1, got 0"),
         (

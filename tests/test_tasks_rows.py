@@ -6,7 +6,7 @@ import logging
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mtp.tasks.base import Example, Task, check_disjoint, fingerprint
@@ -90,13 +90,13 @@ def test_more_rows_move_no_question(tmp_path):
         assert small == {e.prompt for e in every(many, split)} & {f"{i}+1=" for i in range(60)}
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=40, max_size=80), st.floats(0.2, 0.8))
 def test_copies_of_a_question_go_to_one_side(tmp_path_factory, numbers, share):
     rows = [{"prompt": f" {n}+1= ", "answer": str(i)} for i, n in enumerate(numbers)]
     source = write(tmp_path_factory.mktemp("rows") / "r.jsonl", rows)
     held_out = {n for n in numbers if in_test_share(fingerprint(Example(f"{n}+1=", "")), share)}
-    if not held_out or held_out == set(numbers):
-        return
+    assume(held_out and held_out != set(numbers))
     task = RowsConfig(source=source, num_test=999, test_share=share).build()
     train = {e.prompt for e in every(task, "train")}
     test = {e.prompt for e in every(task, "test")}

@@ -1,7 +1,7 @@
 """Chains of thought: worked cases, and that each leads to reasoning-gym's own answer."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtp.tasks.reasoning_gym import ReasoningGymConfig
@@ -98,11 +98,17 @@ def test_chain_sum_options(options):
 
 
 def test_basic_arithmetic_without_parentheses_follows_the_gold_answer():
-    options = {"allow_parentheses": False}
+    options = {"allow_parentheses": False, "operators": ["+", "-", "*"]}
     config = ReasoningGymConfig(
         dataset="basic_arithmetic", options=options, num_test=64, num_train=9
     )
     assert config.build().size("test") == 64
+
+
+def test_gold_answers_that_do_not_follow_from_the_question_are_refused():
+    config = ReasoningGymConfig(dataset="basic_arithmetic", options={"allow_parentheses": False})
+    with pytest.raises(ValueError, match="item 0 does not follow.*allow_parentheses=true"):
+        config.build()
 
 
 def test_false_steps_are_counted():
@@ -151,6 +157,7 @@ def test_a_step_is_true_only_with_the_right_result(left, operator, right, error)
     assert arithmetic_is_true(f"{left}{operator}{right}={result + error}") is (error == 0)
 
 
+@settings(deadline=None)  # the first call imports reasoning-gym
 @given(st.text(alphabet="0123456789+-*/%=;<>. cow", max_size=30))
 def test_any_text_can_be_checked(thought):
     for solver in SOLVERS.values():

@@ -86,7 +86,7 @@ def kernel_source(kernel: str, config: Config) -> tuple[Any, dict[str, Any]]:
     product = {"EVEN": True, "PRECISION": "tf32x3", "UPCAST": False}
     train = {**tile, **product, "BM": config.rows}
     decode = {**tile, **product, "BR": config.rows}
-    table = {
+    table: dict[str, tuple[Any, dict[str, Any]]] = {
         "row_stats": (row_stats_kernel, {**train, "STORE": False}),
         "row_stats_store": (row_stats_kernel, {**train, "STORE": True}),
         "row_gradient": (row_gradient_kernel, train),

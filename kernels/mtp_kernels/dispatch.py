@@ -18,24 +18,25 @@ from torch import Tensor
 Impl = Literal["auto", "reference", "torch", "triton"]
 IMPLS = ("auto", "reference", "torch", "triton")
 
-DIRECT_NUMEL = 1 << 20
-"""Problems whose logits and operands have at most this many elements run as plain PyTorch."""
-COMPILE_NUMEL = 1 << 26
+DIRECT_NUMEL = 1 << 23
+"""Problems of at most this many logits, in float32 or float64, run as plain PyTorch."""
+COMPILE_NUMEL = 1 << 25
 """Chunk bodies are compiled from this many logits on; below, compiling costs more than it saves."""
+DIRECT_NUMEL_SAMPLE = 1 << 18
+COMPILE_NUMEL_SAMPLE = 1 << 21
+"""The same two for sampling, which is called often and whose noise is slow uncompiled."""
 CHUNK_BYTES = 24 << 20
 """Working memory for one chunk of logits, in bytes, on a CPU."""
 TILE_ROWS = 1024
 """Rows of a tile where the vocabulary is cut as well."""
-CHUNK_BYTES_TALL = 64 << 20
-"""The same where a chunk also adds to a weight gradient: each costs a pass over [V, D]."""
+CHUNK_BYTES_TALL = 48 << 20
+"""The same where each chunk costs a pass over [V, D], to read it or to add to its gradient."""
 CHUNK_BYTES_DEVICE = 512 << 20
 """The same on an accelerator, where a chunk must fill the whole device."""
 
 
-@functools.cache
-def triton_installed() -> bool:
-    """True where the triton package can be imported."""
-    return importlib.util.find_spec("triton") is not None
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+"""True where the triton package can be imported."""
 
 
 def triton_interpreted() -> bool:
@@ -58,9 +59,9 @@ def resolve_impl(impl: str, tensor: Tensor) -> str:
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
     if impl == "auto":
-        return "triton" if tensor.is_cuda and triton_installed() else "torch"
+        return "triton" if tensor.is_cuda and TRITON_INSTALLED else "torch"
     if impl == "triton":
-        if not triton_installed():
+        if not TRITON_INSTALLED:
             raise ValueError(
                 "impl='triton' needs the triton package; install it or use impl='torch'"
             )
@@ -72,10 +73,14 @@ def resolve_impl(impl: str, tensor: Tensor) -> str:
     return impl
 
 
-def is_direct(rows: int, weight: Tensor) -> bool:
-    """True where a problem is so small that plain PyTorch on all its logits is the best path."""
-    small_weight = weight.dtype in (torch.float32, torch.float64) or weight.numel() <= DIRECT_NUMEL
-    return rows * weight.shape[0] <= DIRECT_NUMEL and small_weight
+def is_direct(rows: int, weight: Tensor, sampling: bool = False) -> bool:
+    """True where a problem is so small that plain PyTorch on all its logits is the best path.
+
+    Never for 16-bit operands: their products are rounded alike whatever the size.
+    """
+    limit = min(DIRECT_NUMEL, DIRECT_NUMEL_SAMPLE) if sampling else DIRECT_NUMEL
+    wide = weight.dtype in (torch.float32, torch.float64)
+    return wide and rows * weight.shape[0] <= limit
 
 
 def rows_per_chunk(
@@ -108,16 +113,19 @@ def _even(total: int, most: int) -> int:
     return max(1, -(-total // pieces))
 
 
-def maybe_compiled(body: Callable[..., Any], rows: int, vocab: int) -> Callable[..., Any]:
+def maybe_compiled(
+    body: Callable[..., Any], rows: int, vocab: int, sampling: bool = False
+) -> Callable[..., Any]:
     """`body`, compiled where the problem is large enough and a compiler is there."""
-    if rows * vocab < COMPILE_NUMEL or not compiler_found():
+    threshold = COMPILE_NUMEL_SAMPLE if sampling else COMPILE_NUMEL
+    if rows * vocab < threshold or not compiler_found():
         return body
     return _compiled(body)
 
 
 @functools.cache
 def _compiled(body: Callable[..., Any]) -> Callable[..., Any]:
-    compiled = torch.compile(body, dynamic=None, fullgraph=True)
+    compiled = torch.compile(body, dynamic=None)
 
     def call(*arguments: Any) -> Any:
         # Detached: dynamo looks at .grad of what it is given, which warns for non-leaf tensors.

@@ -23,7 +23,7 @@ def product(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 class LogitsBuffer:
-    """Memory for one chunk of products at a time: fresh memory would be paged in for every chunk."""
+    """Memory for one chunk of products at a time: fresh memory would be paged in every time."""
 
     def __init__(self, hidden: Tensor, rows: int, vocab: int) -> None:
         self.memory = hidden.new_empty(0 if hidden.is_cuda else rows * vocab)

@@ -33,17 +33,19 @@ class _Logprob(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        hidden, weight, bias, target, start, group, settings, ignore_index, impl = inputs
+        hidden, weight, bias, target, start, group, (temperature, softcap) = inputs[:7]
+        ignore_index, impl = inputs[7:]
         keep = kept_rows(target, ignore_index)
         local = take(target, keep) - start
         local = torch.where((local >= 0) & (local < weight.shape[0]), local, -1)
-        part = row_stats(take(hidden, keep), weight, bias, local, *settings, impl)
+        part = row_stats(take(hidden, keep), weight, bias, local, temperature, softcap, impl)
         floats = _gather(torch.stack(part[:4]), group)  # [ranks, 4, R]
         argmax = _gather(part.argmax + start, group)
-        stats = combine(RowStats(*floats.unbind(1), argmax))
+        maximum, total, moment, picked = floats.unbind(1)
+        stats = combine(RowStats(maximum, total, moment, picked, argmax))
         logprob, lse, entropy = finish(stats)
         ctx.save_for_backward(hidden, weight, bias, local, lse, entropy)
-        ctx.keep, ctx.group, ctx.settings, ctx.impl = keep, group, settings, impl
+        ctx.keep, ctx.group, ctx.scaling, ctx.impl = keep, group, (temperature, softcap), impl
         rows = hidden.shape[0]
         best = put(stats.argmax, keep, rows, fill=-1)
         ctx.mark_non_differentiable(best)
@@ -59,7 +61,8 @@ class _Logprob(torch.autograd.Function):
             bias,
             local,
             (lse, entropy, g_logprob, g_lse, g_entropy),
-            *ctx.settings,
+            ctx.scaling[0],
+            ctx.scaling[1],
             ctx.needs_input_grad[:3],
             ctx.impl,
         )

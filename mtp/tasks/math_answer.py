@@ -45,9 +45,11 @@ class MathJudge:
         reply = worker.stdout.readline()
         if not reply:
             self._worker = None
-            if worker.wait() == -signal.SIGALRM:
+            status = worker.wait()
+            _close(worker)
+            if status == -signal.SIGALRM:
                 return 0.0
-            raise RuntimeError(f"the math-verify worker ended with status {worker.returncode}")
+            raise RuntimeError(f"the math-verify worker ended with status {status}")
         equal = json.loads(reply)
         if equal is None:
             raise ValueError(
@@ -65,13 +67,22 @@ class MathJudge:
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        weakref.finalize(self, worker.kill)
+        weakref.finalize(self, _close, worker)
         assert worker.stdout is not None
         if worker.stdout.readline().strip() != _START:
             raise RuntimeError(
                 "the math-verify worker did not start; try `python -c 'import math_verify'`"
             )
         return worker
+
+
+def _close(worker: subprocess.Popen[str]) -> None:
+    """End a worker and free its pipes; harmless the second time."""
+    worker.kill()
+    worker.wait()
+    for pipe in (worker.stdin, worker.stdout):
+        if pipe is not None:
+            pipe.close()
 
 
 def _equal(gold: str, answer: str) -> bool | None:

@@ -15,7 +15,7 @@ reasoning-gym.
 import difflib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .base import Example, Split, Task, TaskConfig, fingerprint
@@ -45,8 +45,9 @@ class ReasoningGymConfig(TaskConfig):
 
     dataset: str = ""
     """Name in reasoning-gym."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Fields of the dataset's own config, but for seed and size."""
+    options: Any = None
+    """Mapping of fields of the dataset's own config, but for seed and size; None: its defaults.
+    Not typed as a mapping, which could not be given whole on the command line."""
     seed: int = 0
     num_train: int = 100_000
     """Training items; some datasets generate all of theirs at once, or allow no more than 20000."""
@@ -58,6 +59,10 @@ class ReasoningGymConfig(TaskConfig):
         for key in ("num_test", "num_train"):
             if getattr(self, key) < 1:
                 raise ValueError(f"task.{key} must be at least 1, got {getattr(self, key)}")
+        if not isinstance(self.options, dict | None):
+            raise ValueError(
+                f"task.options must be a mapping such as {{min_value: 10}}, got {self.options!r}"
+            )
         if self.thoughts and self.dataset not in SOLVERS:
             raise ValueError(
                 f"task.thoughts needs a dataset with a solver, one of {sorted(SOLVERS)}, got "
@@ -122,7 +127,14 @@ class ReasoningGym(Task):
                 f"task.dataset must be one with gold answers, but the answer of {self.name} item "
                 f"{index} is {entry['answer']!r}; choose another dataset"
             )
-        thought = None if self._solver is None else self._solver.think(entry)
+        try:
+            thought = None if self._solver is None else self._solver.think(entry)
+        except ValueError as error:
+            raise ValueError(
+                f"the gold answer of {self.name} item {index} does not follow from its question "
+                f"{entry['question'].strip()[-80:]!r}: {error}; change task.options (for "
+                "basic_arithmetic set allow_parentheses=true or leave / out of operators)"
+            ) from None
         return Example(entry["question"].strip(), entry["answer"], thought, {"entry": entry})
 
     def _check_scorer(self, example: Example) -> None:
@@ -167,8 +179,9 @@ def create(config: ReasoningGymConfig) -> Any:
             f"the items of task.dataset={config.dataset} depend on Python's hash seed, which is "
             "random; start with PYTHONHASHSEED=0 in the environment"
         )
+    options = config.options or {}
     known = {f.name for f in fields(DATASETS[config.dataset][1])} - {"seed", "size"}
-    unknown = sorted(set(config.options) - known)
+    unknown = sorted(set(options) - known)
     if unknown:
         raise ValueError(
             f"task.options of {config.dataset} must be among {sorted(known)}, got {unknown}"
@@ -176,9 +189,9 @@ def create(config: ReasoningGymConfig) -> Any:
         )
     size = config.num_test + config.num_train
     try:
-        return create_dataset(config.dataset, **config.options, seed=config.seed, size=size)
+        return create_dataset(config.dataset, **options, seed=config.seed, size=size)
     except Exception as error:  # asserts, ValueErrors and TypeErrors, by dataset
         raise ValueError(
-            f"task.options={config.options}, task.num_train={config.num_train} do not fit "
+            f"task.options={options}, task.num_train={config.num_train} do not fit "
             f"{config.dataset}: {error!r}"
         ) from error

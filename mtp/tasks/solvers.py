@@ -177,7 +177,8 @@ def basic_arithmetic(entry: Entry) -> str:
     """Operations in the order in which the gold answer was computed.
 
     That is the usual one with parentheses allowed, and from left to right without regard to
-    precedence where `allow_parentheses` is false.
+    precedence where `allow_parentheses` is false. There the gold answers of questions with a
+    division are wrong either way, which raises ValueError.
     """
     expression = entry["metadata"]["expression"]
     steps: list[str] = []

@@ -210,6 +210,7 @@ def test_nothing_is_compiled_for_small_problems_or_without_a_compiler(monkeypatc
         raise AssertionError
 
     assert dispatch.maybe_compiled(body, 100, 20) is body
+    assert dispatch.maybe_compiled(body, 100, 20, sampling=True) is body
     monkeypatch.setattr(dispatch, "compiler_found", lambda: False)
     assert dispatch.maybe_compiled(body, 1 << 20, 1 << 20) is body
 

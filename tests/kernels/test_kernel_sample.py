@@ -131,7 +131,8 @@ def test_real_vocabularies(vocab):
     hidden, weight = (t.detach() for t in operands((10,), vocab, 16, torch.bfloat16))
     out = linear_sample(hidden, weight, seed=0, position=torch.arange(10))
     scored = linear_logprob(hidden, weight, out.token)
-    torch.testing.assert_close(out.logprob, scored.logprob, atol=1e-4, rtol=1e-4)
+    # On a CPU, bfloat16 logits of about 10 are rounded by up to 0.03.
+    torch.testing.assert_close(out.logprob, scored.logprob, atol=0.05, rtol=0)
     assert out.token.max() < vocab
 
 

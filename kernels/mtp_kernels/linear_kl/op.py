@@ -1,5 +1,7 @@
 """`linear_kl` as registered operators, so that torch.compile sees one node without breaks."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,7 +60,7 @@ def kl_backward_op(
     """Gradients by the first six arguments; an empty tensor for each that is not needed."""
     student = (hidden, weight, bias)
     teacher = (teacher_hidden, teacher_weight, teacher_bias)
-    rest = (index, divergence, lse, grad, reverse, temperature, softcap, needs)
+    rest: tuple[Any, ...] = (index, divergence, lse, grad, reverse, temperature, softcap, needs)
     if impl == "triton":
         from mtp_kernels.linear_kl.triton import backward_triton
 

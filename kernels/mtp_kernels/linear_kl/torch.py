@@ -91,8 +91,8 @@ def teacher_gradient_of_chunk(
 def chunk_sizes(students: int, teachers: int, vocab: int, operand: Tensor) -> tuple[int, int]:
     """(teacher rows, student rows) whose logits are in memory at once."""
     return (
-        rows_per_chunk(max(teachers, 1), vocab, operand, buffers=2),
-        rows_per_chunk(max(students, 1), vocab, operand, buffers=2),
+        rows_per_chunk(max(teachers, 1), vocab, operand, buffers=2, tall=True),
+        rows_per_chunk(max(students, 1), vocab, operand, buffers=2, tall=True),
     )
 
 

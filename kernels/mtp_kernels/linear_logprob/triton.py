@@ -190,7 +190,8 @@ def stats_triton(
             num_warps=config.warps,
             num_stages=config.stages,
         )
-    return combine(RowStats(*floats.unbind(1), argmax))
+    maximum, total, moment, picked = floats.unbind(1)
+    return combine(RowStats(maximum, total, moment, picked, argmax))
 
 
 def backward_triton(

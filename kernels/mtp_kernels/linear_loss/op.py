@@ -1,5 +1,7 @@
 """`linear_loss` as a registered operator; its gradients are outputs of the forward."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,17 +30,17 @@ def loss_op(
     """(loss, log-prob, lse, entropy, argmax, and gradients by hidden, weight, bias or empty)."""
     keep = kept_rows(target, ignore_index)
     rows = hidden.shape[0]
-    per_row = (
+    per_row: tuple[Any, ...] = tuple(
         None if t is None else take(t, keep) for t in (target, row_weight, advantage, old_logprob)
     )
     settings = (clip_low, clip_high, z_loss, temperature, softcap)
-    operands = (take(hidden, keep), weight, bias, *per_row, *settings)
+    operands: list[Any] = [take(hidden, keep), weight, bias, *per_row, *settings, needs]
     if impl == "triton":
         from mtp_kernels.linear_loss.triton import loss_triton
 
-        outputs, grads = loss_triton(*operands, needs)
+        outputs, grads = loss_triton(*operands)
     else:
-        outputs, grads = loss_torch(*operands, needs)
+        outputs, grads = loss_torch(*operands)
     losses, *values, argmax = outputs
     grad_hidden = None if grads[0] is None else put(grads[0], keep, rows)
     casted = [

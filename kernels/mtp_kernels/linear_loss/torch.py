@@ -29,8 +29,8 @@ def loss_of_chunk(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(weighted losses, log-prob, lse, entropy, argmax) [R]; raw [R, V] becomes its gradient."""
-    *floats, argmax = stats_of_chunk(raw, bias, target, temperature, softcap)
-    logprob, lse, entropy = finish(RowStats(*floats, argmax))
+    stats = RowStats(*stats_of_chunk(raw, bias, target, temperature, softcap))
+    logprob, lse, entropy = finish(stats)
     objective = (advantage, old_logprob, clip_low, clip_high, z_loss)
     losses = row_losses(logprob, lse, *objective) * row_weight
     if with_gradient:
@@ -42,7 +42,7 @@ def loss_of_chunk(
         column = torch.arange(x.shape[1], device=x.device)
         dx = dx + torch.where(column == target[:, None], grad_logprob, 0.0)
         raw.copy_(unscale(dx, x, softcap, temperature))
-    return losses, logprob, lse, entropy, argmax
+    return losses, logprob, lse, entropy, stats.argmax
 
 
 def loss_torch(

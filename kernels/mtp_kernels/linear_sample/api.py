@@ -64,7 +64,7 @@ def linear_sample(
     impl = resolve_impl(impl, hidden)
     filtered = temperature > 0 and (top_k is not None or top_p is not None)
     operands = (rows, weight.detach(), bias if bias is None else bias.detach(), seeds, positions)
-    if impl == "reference" or (impl == "torch" and is_direct(rows.shape[0], weight)):
+    if impl == "reference" or (impl == "torch" and is_direct(rows.shape[0], weight, sampling=True)):
         token, logprob = linear_sample_reference(*operands, temperature, softcap, top_k, top_p)
     elif filtered:
         token, logprob = filtered_torch(*operands, temperature, softcap, top_k, top_p)

@@ -49,7 +49,7 @@ def best_torch(
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
     size = rows_per_chunk(rows, vocab, hidden)
-    body = maybe_compiled(best_of_chunk, rows, vocab)
+    body = maybe_compiled(best_of_chunk, rows, vocab, sampling=True)
     pieces = []
     for first in range(0, max(rows, 1), max(size, 1)):
         part = slice(first, first + size)

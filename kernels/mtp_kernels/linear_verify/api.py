@@ -62,8 +62,10 @@ def linear_verify(
         impl: "auto", "reference", "torch" or "triton".
     """
     draft_weight = weight if draft_weight is None else draft_weight
-    operands = (hidden, weight, bias, draft_hidden, draft_weight, draft_bias)
-    hidden, weight, bias, draft_hidden, draft_weight, draft_bias = autocast_operands(*operands)  # type: ignore[assignment]
+    hidden, weight, bias = autocast_operands(hidden, weight, bias)  # type: ignore[assignment]
+    proposal_operands = autocast_operands(draft_hidden, draft_weight, draft_bias)
+    draft_hidden, draft_weight, draft_bias = proposal_operands  # type: ignore[assignment]
+    assert draft_weight is not None
     check_operands(hidden, weight, bias)
     check_operands(draft_hidden, draft_weight, draft_bias)
     num, slots = draft.shape

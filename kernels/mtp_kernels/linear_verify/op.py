@@ -1,5 +1,7 @@
 """The residual draw of `linear_verify` as a registered operator."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,9 +27,9 @@ def residual_rows(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """(token, its log p), each [R], by the path that impl names."""
-    main = (hidden, weight, bias, lse)
-    draft = (draft_hidden, draft_weight, draft_bias, draft_lse)
-    rest = (rejected, seed, position, temperature, softcap)
+    main: tuple[Any, ...] = (hidden, weight, bias, lse)
+    draft: tuple[Any, ...] = (draft_hidden, draft_weight, draft_bias, draft_lse)
+    rest: tuple[Any, ...] = (rejected, seed, position, temperature, softcap)
     if resolve_impl(impl, hidden) == "triton":
         from mtp_kernels.linear_verify.triton import residual_triton
 

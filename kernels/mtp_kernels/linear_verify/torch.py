@@ -51,7 +51,7 @@ def residual_torch(
     """(token, its log p), each [R]: drawn from max(p - q, 0) where rejected, else from p."""
     rows, vocab = hidden.shape[0], weight.shape[0]
     size = rows_per_chunk(rows, vocab, hidden, buffers=4)
-    body = maybe_compiled(residual_of_chunk, rows, vocab)
+    body = maybe_compiled(residual_of_chunk, rows, vocab, sampling=True)
     pieces = []
     for first in range(0, max(rows, 1), max(size, 1)):
         part = slice(first, first + size)

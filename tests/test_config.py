@@ -1,0 +1,199 @@
+"""Every file of conf/ composes; a mistake is one line that names its key, and so is a bad value."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import MissingConfigException
+from omegaconf import open_dict
+
+from mtp.config import job_folder, register_configs, to_run_config
+from mtp.errors import one_line
+from mtp.models import build_model
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+
+
+def files(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def composed(*overrides: str):
+    register_configs()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", list(overrides), return_hydra_config=True)
+
+
+def run_config(*overrides: str):
+    config = composed(*overrides)
+    with open_dict(config):
+        del config["hydra"]
+    return to_run_config(config)
+
+
+def mistake(*overrides: str) -> str:
+    """The line that a user sees."""
+    with pytest.raises(Exception) as caught:  # noqa: B017, PT011
+        config = run_config(*overrides)
+        build_model(config.model, config.head, config.decoding, config.task.build())
+    line = one_line(caught.value)
+    assert line is not None and "\n" not in line, caught.value
+    return line
+
+
+@pytest.mark.parametrize("experiment", files("experiment"))
+def test_every_experiment_composes(experiment):
+    config = run_config(f"experiment={experiment}")
+    assert config.active_stages()
+    assert config.run_dir == f"runs/{config.name}"
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        f"{group.name}={name}"
+        for group in sorted(path for path in CONF.iterdir() if path.is_dir())
+        for name in files(group.name)
+        if group.name not in ("experiment", "sweep")
+    ],
+)
+def test_every_choice_composes(choice):
+    assert run_config(choice, "name=mine").run_dir == "runs/mine"
+
+
+@pytest.mark.parametrize("sweep", files("sweep"))
+def test_every_sweep_chooses_its_launcher(sweep):
+    if sweep != "basic":
+        plugin = "hydra_plugins.hydra_" + sweep.partition("_")[0] + "_launcher"
+        pytest.importorskip(plugin, reason="the launchers are the optional extra [sweep]")
+    config = composed(f"sweep={sweep}")
+    assert config.hydra.runtime.choices["hydra/launcher"] == sweep
+    if sweep == "submitit_slurm":
+        assert config.hydra.launcher.max_num_timeout > 0, "a preempted job would not run again"
+
+
+def test_a_single_run_does_not_resume_and_belongs_to_no_group():
+    config = run_config()
+    assert config.resume is False and config.logger.group is None
+    assert run_config("resume=true").resume is True
+    assert run_config("resume=auto").resume == "auto"
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("nme=3", "unknown key nme; did you mean name?"),
+        ("+nme=3", "unknown key nme; a leading + adds nothing that a run reads"),
+        ("+task.dataset=gcd", "unknown key task.dataset; a leading + adds nothing"),
+        (
+            "stages.rl.objective.polcy.weight=1",
+            "unknown key stages.rl.objective.polcy; did you mean policy?",
+        ),
+        ("stages.rll.steps=1", "unknown key stages.rll; did you mean rl?"),
+        ("fabric.zzz=1", "unknown key fabric.zzz; there are accelerator, devices, num_nodes,"),
+        ("seed=abc", "seed must be a whole number, got 'abc'"),
+        ("stages.main.main.lr=fast", "stages.main.main.lr must be a number, got 'fast'"),
+        ("logger.wandb=3.5", "logger.wandb must be true or false, got '3.5'"),
+        ("head.num_slots=null", "head.num_slots must not be null"),
+        ("head.taps=2", "head.taps must be a list, such as head.taps=[...]"),
+        ("stages.rl=5", "stages.rl holds keys of its own: set stages.rl.KEY=..."),
+        ("resume=maybe", "resume must be true, false or auto, got 'maybe'"),
+        ("seed=???", "seed must be set: seed=..."),
+        ("seed", "'seed' could not be read as key=value ("),
+        ("seed=1,2", "seed=1,2 gives several values: add -m for a sweep, or write 'seed=[1,2]'"),
+        ("head=3", "Config group override must be a string or a list"),
+        ("experiment=runing_sum", "experiment=runing_sum is not a choice; did you mean running_su"),
+        ("head.num_slots=0", "head.num_slots must be at least 1, got 0"),
+        ("head.taps=[0,9]", "head.taps must be layers between 0 and 3"),
+        ("stages.rl.kind=foo", "stages.rl.kind must be supervised or rl, got 'foo'"),
+        ("task=rows", "task.source must be a .jsonl or .parquet file"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_its_key(override, line):
+    assert mistake(override).startswith(line)
+
+
+def test_an_unknown_choice_lists_the_choices_without_schemas():
+    line = mistake("task=zzz")
+    assert line.startswith("task=zzz is not a choice; there are ")
+    assert "reasoning_gym, rows, running_sum" in line and "schema" not in line
+
+
+def test_resuming_and_overwriting_contradict_each_other():
+    assert "contradict" in mistake("resume=auto", "overwrite=true")
+
+
+def test_a_delimiter_must_be_a_token(tmp_path):
+    source = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(40)]
+    source.write_text("\n".join(map(json.dumps, rows)))
+    line = mistake("decoding.phases.answer.opened_by='a b'")
+    assert "decoding.phases.answer.opened_by" in line
+
+
+def test_an_empty_dataset_is_named(tmp_path):
+    source = tmp_path / "empty.jsonl"
+    source.write_text("")
+    assert str(source) in mistake("task=rows", f"task.source={source}")
+
+
+def test_a_mistake_in_an_experiment_names_the_file(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    content = "# @package _global_\nstages: {main: {stpes: 3}}\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(content)
+    line = mistake(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine")
+    assert line == "conf/experiment/mine.yaml: unknown key stages.main.stpes; did you mean steps?"
+
+
+def test_a_launcher_that_is_not_installed_says_what_to_install():
+    error = MissingConfigException("", "hydra/launcher/submitit_slurm", ["basic"])
+    assert one_line(error) == (
+        "sweep=submitit_slurm needs the package hydra-submitit-launcher; install the launchers "
+        "with: pip install '.[sweep]'"
+    )
+
+
+def test_errors_of_other_libraries_keep_their_traceback():
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        json.loads("{")
+    assert one_line(caught.value) is None
+    assert one_line(RuntimeError("out of memory")) is None
+
+
+def test_folders_of_jobs_are_readable_valid_and_distinct():
+    assert job_folder("head.num_slots=5,seed=1", 0) == "head.num_slots=5,seed=1"
+    assert job_folder("", 3) == "job3"
+    slash, underscore = job_folder("model.source=a/b", 0), job_folder("model.source=a_b", 0)
+    assert slash.startswith("model.source=a_b-") and slash != underscore
+    assert not set(slash) & set("/[]'\" ")
+    long = job_folder("x=" + "y" * 400, 0)
+    assert len(long) < 120 and long != job_folder("x=" + "y" * 401, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "shown"),
+    [
+        (["seed=abc"], 2, "error: seed must be a whole number, got 'abc'\n"),
+        (["-m", "name=a,b"], 2, "error: a sweep writes to runs/<name>_sweep/<overrides>: "),
+    ],
+)
+def test_the_command_line_prints_one_line_and_no_traceback(arguments, code, shown):
+    done = subprocess.run(
+        [sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert done.stderr.startswith(shown) and done.stderr.count("\n") == 1
+
+
+def test_help_lists_the_choices_and_no_schemas():
+    done = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "_schema" not in done.stdout
+    for name in (*files("experiment"), *files("sweep"), *files("task")):
+        assert f" {name}" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100

@@ -1,0 +1,109 @@
+"""A sweep's table over fabricated jobs, with means and intervals worked out by hand."""
+
+import csv
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+
+from mtp.logger import make_console
+from mtp.runtime import StopRequest, hand_on
+from mtp.sweep import group_by_seed, main, read_jobs, report, run_job, t_quantile
+
+ROOT = Path(__file__).parents[1]
+
+
+def finished(folder: Path, overrides: dict[str, str], fast: float | None, seconds: float = 60):
+    """A job that is done, its last stage `rl` with the given fast accuracy."""
+    folder.mkdir(parents=True)
+    (folder / "job.json").write_text(json.dumps({"overrides": overrides, "error": None}))
+    figures = {"slow_accuracy": 1.0, "slow_passes": 24.0, "fast_passes": 8.0, "true_steps": None}
+    stages = [
+        {"name": "main", **figures, "fast_accuracy": None, "seconds": 1.0},
+        {"name": "rl", **figures, "fast_accuracy": fast, "seconds": 2.0},
+    ]
+    (folder / "summary.json").write_text(json.dumps({"stages": stages, "seconds": seconds}))
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    for seed, fast in ((1, 0.90), (2, 0.92), (10, 0.97)):
+        finished(tmp_path / f"lr=0.1,seed={seed}", {"lr": "0.1", "seed": str(seed)}, fast)
+    finished(tmp_path / "lr=0.2,seed=1", {"lr": "0.2", "seed": "1"}, 0.5)
+    return tmp_path
+
+
+def test_mean_and_interval_over_seeds_are_those_worked_by_hand(sweep):
+    """0.90, 0.92, 0.97: mean 0.93, s = sqrt(0.0026 / 2), t(2) = 4.3027."""
+    jobs = read_jobs(sweep)
+    assert [job.overrides["seed"] for job in jobs] == ["1", "2", "10", "1"]
+    (group,) = group_by_seed(jobs)
+    assert group.overrides == {"lr": "0.1"} and group.seeds == ["1", "2", "10"]
+    assert group.mean["fast_accuracy"] == pytest.approx(0.93)
+    half = 4.3027 * math.sqrt(0.0013) / math.sqrt(3)
+    assert group.half_width["fast_accuracy"] == pytest.approx(half) == pytest.approx(0.08957, 1e-3)
+    assert group.half_width["slow_accuracy"] == 0
+    assert group.mean["true_steps"] is None
+
+
+def test_students_t_agrees_with_the_tables():
+    table = {1: 12.7062, 4: 2.7764, 10: 2.2281, 11: 2.2010, 15: 2.1314, 29: 2.0452, 100: 1.9840}
+    for freedom, value in table.items():
+        assert t_quantile(freedom) == pytest.approx(value, abs=2e-4)
+
+
+def test_the_table_lists_jobs_groups_and_what_failed(sweep, capsys):
+    def fail() -> float:
+        raise RuntimeError("out of [memory]\nsecond line")
+
+    value = run_job(fail, sweep / "lr=9,seed=1", {"lr": "9", "seed": "1"})
+    assert value is not None and math.isnan(value)
+    assert "RuntimeError: out of [memory]" in capsys.readouterr().err
+    (sweep / "lr=8,seed=1").mkdir()
+    (sweep / "lr=8,seed=1" / "job.json").write_text('{"overrides": {"lr": "8"}, "error": null}')
+    assert report(sweep, make_console()) == 1
+    shown = capsys.readouterr().out
+    assert "4 of 6 jobs done" in shown
+    assert "93.0 ± 9.0 %" in shown and "3 seeds" in shown
+    assert "failed: lr=9,seed=1: RuntimeError: out of [memory]\n" in shown
+    assert "unfinished: lr=8,seed=1\n" in shown
+    with (sweep / "sweep.csv").open() as file:
+        rows = {row["folder"]: row for row in csv.DictReader(file)}
+    assert rows["lr=0.2,seed=1"]["fast_accuracy"] == "0.5"
+    assert rows["lr=0.2,seed=1"]["seconds"] == "60"
+    assert rows["lr=9,seed=1"]["status"] == "failed"
+    written = json.loads((sweep / "sweep.json").read_text())
+    assert [len(written["jobs"]), len(written["groups"])] == [6, 1]
+
+
+def test_a_mistake_in_a_job_is_one_line_and_the_next_run_of_it_forgets_the_error(tmp_path, capsys):
+    from mtp.modeling_mtp import HeadConfig
+
+    folder = tmp_path / "head.num_slots=0"
+    run_job(lambda: HeadConfig(num_slots=0).validate(), folder, {"head.num_slots": "0"})  # type: ignore[func-returns-value]
+    error = capsys.readouterr().err
+    assert error == "error: head.num_slots=0: head.num_slots must be at least 1, got 0\n"
+    assert run_job(lambda: 0.5, folder, {"head.num_slots": "0"}) == 0.5
+    assert json.loads((folder / "job.json").read_text())["error"] is None
+
+
+def test_exit_codes_of_the_command(sweep, tmp_path, capsys):
+    assert main([str(sweep)]) == 0
+    assert main([str(tmp_path / "none")]) == 2
+    assert "holds no jobs" in capsys.readouterr().err
+
+
+def test_a_launchers_handler_acts_after_the_checkpoint_and_pythons_own_does_not():
+    seen = []
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: seen.append(number))
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGUSR2)
+            assert stop.signal == signal.SIGUSR2 and seen == []
+        hand_on(signal.SIGUSR2)
+        assert seen == [signal.SIGUSR2]
+        hand_on(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
