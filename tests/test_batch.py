@@ -1,9 +1,9 @@
 """Rows of a batch, worked by hand."""
 
 import torch
-from conftest import CLOSE, EOS, PAD, VOCABULARY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import CLOSE, EOS, PAD, VOCABULARY
 
 from mtp.batch import collate_rollouts, collate_text
 from mtp.generation_mtp import Decoded, PhasePlan

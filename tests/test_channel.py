@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CLOSE, EOS, PAD, tiny_model
+from tiny import CLOSE, EOS, PAD, tiny_model
 
 from mtp.batch import collate_text
 from mtp.generation_mtp import PhasePlan

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
 from omegaconf import OmegaConf
 from rich.console import Console
+from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from mtp.cli import main, print_text, token_texts

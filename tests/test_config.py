@@ -13,6 +13,7 @@ from omegaconf import open_dict
 from mtp.config import job_folder, register_configs, to_run_config
 from mtp.errors import one_line
 from mtp.models import build_model
+from mtp.text import TextFormat, character_tokenizer
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -127,12 +128,12 @@ def test_resuming_and_overwriting_contradict_each_other():
     assert "contradict" in mistake("resume=auto", "overwrite=true")
 
 
-def test_a_delimiter_must_be_a_token(tmp_path):
-    source = tmp_path / "rows.jsonl"
-    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(40)]
-    source.write_text("\n".join(map(json.dumps, rows)))
-    line = mistake("decoding.phases.answer.opened_by='a b'")
-    assert "decoding.phases.answer.opened_by" in line
+def test_a_delimiter_must_be_a_token_of_the_tokenizer():
+    phases = run_config("decoding.phases.answer.opened_by='</thought>'").decoding.phases
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        TextFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), phases, 6)
+    line = one_line(caught.value)
+    assert line is not None and line.startswith("delimiter '</thought>' must be one token")
 
 
 def test_an_empty_dataset_is_named(tmp_path):

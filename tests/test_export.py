@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mtp.config import RunConfig

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import CLOSE, EOS, PAD, VOCABULARY, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import CLOSE, EOS, PAD, VOCABULARY, tiny_model
 
 from mtp.batch import pad
 from mtp.generation_mtp import PhasePlan, Sampler, decode

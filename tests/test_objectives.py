@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import CLOSE, EOS, PAD, tiny_model
 from lightning.fabric import Fabric
+from tiny import CLOSE, EOS, PAD, tiny_model
 
 from mtp.advantage import AdvantageConfig, group_advantages
 from mtp.batch import collate_rollouts, collate_text, pad

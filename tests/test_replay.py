@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import CLOSE, EOS, PAD, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import CLOSE, EOS, PAD, tiny_model
 
 from mtp.batch import collate_rollouts, pad
 from mtp.generation_mtp import PhasePlan, Sampler, decode

@@ -3,7 +3,11 @@
 import csv
 import json
 import math
+import os
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,3 +111,75 @@ def test_a_launchers_handler_acts_after_the_checkpoint_and_pythons_own_does_not(
         hand_on(signal.SIGINT)
     finally:
         signal.signal(signal.SIGUSR2, before)
+
+
+TINY = [
+    "stages.main.steps=2",
+    "stages.head.steps=2",
+    "stages.joint.steps=1",
+    "stages.rl.steps=1",
+    "stages.rl.num_prompts=4",
+    "stages.rl.group_size=4",
+    "evaluation.num_problems=8",
+    "evaluation.num_interim_problems=4",
+    "fabric.accelerator=cpu",
+    "fabric.num_threads=1",
+]
+
+
+def run_sweep(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "train.py", "-m", f"hydra.sweep.dir={folder}", *TINY, *arguments]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_a_failing_job_does_not_stop_the_sweep_and_a_second_call_resumes(tmp_path):
+    """Two jobs, the first impossible; each in its folder, and in wandb under the sweep's group."""
+    arguments = ["head.taps=[9],[2]", "stages.rl.steps=0", "logger=wandb"]
+    done = run_sweep(tmp_path, *arguments)
+    assert done.returncode == 1, done.stderr
+    jobs = {tuple(job.overrides.values()): job for job in read_jobs(tmp_path)}
+    assert jobs[("[9]",)].error.startswith("head.taps must be layers between 0 and 3")
+    assert jobs[("[2]",)].status == "done" and jobs[("[2]",)].stage == "joint"
+    assert "1 of 2 jobs done" in done.stdout and "failed: head.taps=_9_-" in done.stdout
+    folder = tmp_path / jobs[("[2]",)].folder
+    (records,) = folder.glob("wandb/offline-run-*/*.wandb")
+    assert b"default_sweep" in records.read_bytes()
+    trained = (folder / "stages" / "joint" / "model.safetensors").stat().st_mtime_ns
+    run_sweep(tmp_path, *arguments)
+    assert (folder / "stages" / "joint" / "model.safetensors").stat().st_mtime_ns == trained
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_launchers_of_this_machine(tmp_path, launcher):
+    pytest.importorskip("hydra_plugins.hydra_" + launcher.partition("_")[0] + "_launcher")
+    done = run_sweep(tmp_path, f"sweep={launcher}", "seed=1,2")
+    assert done.returncode == 0, done.stderr
+    assert [job.status for job in read_jobs(tmp_path)] == ["done", "done"]
+    assert "2 seeds" in done.stdout
+
+
+@pytest.fixture
+def slurm(tmp_path_factory):
+    """The SLURM_CONF of a Slurm of one node."""
+    if os.geteuid() != 0 or not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))):
+        pytest.skip("needs root and Debian's slurm-wlm and munge")
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    folder, script = tmp_path_factory.mktemp("slurm"), str(ROOT / "tests" / "slurm_one_node.sh")
+    started = subprocess.run([script, "start", str(folder)], capture_output=True, text=True)
+    try:
+        if started.returncode:
+            pytest.skip(f"Slurm does not start on this machine: {started.stderr.strip()}")
+        yield str(folder / "slurm.conf")
+    finally:
+        subprocess.run([script, "stop", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_sweep_on_slurm(tmp_path, slurm):
+    arguments = ["sweep=submitit_slurm", "hydra.launcher.cpus_per_task=1", "seed=1,2"]
+    done = run_sweep(tmp_path, *arguments, SLURM_CONF=slurm)
+    assert done.returncode == 0, done.stderr
+    assert [job.status for job in read_jobs(tmp_path)] == ["done", "done"]
+    assert "2 seeds" in done.stdout

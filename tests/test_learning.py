@@ -1,0 +1,52 @@
+"""The default experiment at a reduced size, on sums of two terms, still learns: minutes, so slow."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+from test_trainer import ROOT
+
+from mtp.config import register_configs, to_run_config
+from mtp.trainer import train
+
+REDUCED = [
+    "task.num_terms=2",
+    "evaluation.num_problems=256",
+    "model.config.hidden_size=64",
+    "model.config.num_hidden_layers=4",
+    "model.config.intermediate_size=192",
+    "head.hidden_size=64",
+    "head.intermediate_size=128",
+    "head.taps=null",
+    "stages.main.steps=350",
+    "stages.main.evaluate_every=0",
+    "stages.main.main.lr=3e-3",
+    "stages.head.steps=150",
+    "stages.head.evaluate_every=0",
+    "stages.joint.steps=250",
+    "stages.joint.evaluate_every=0",
+    "stages.joint.main.lr=3e-3",
+    "stages.joint.main.decay=cosine",
+    "stages.joint.head.lr=3e-3",
+    "stages.joint.head.decay=cosine",
+    "stages.rl.steps=8",
+    "stages.rl.num_prompts=16",
+    "stages.rl.group_size=8",
+    "stages.rl.evaluate_every=0",
+]
+
+
+@pytest.mark.slow
+def test_the_channel_opens_where_main_learns_with_the_head_and_not_where_it_is_frozen(tmp_path):
+    register_configs()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = compose("train", [*REDUCED, f"run_dir={tmp_path}"])
+    summary = train(to_run_config(composed))
+    main, head, joint, rl = summary["stages"]
+    assert main["slow_accuracy"] >= 0.9
+    assert main["empty_thought_accuracy"] <= 0.1
+    assert main["wrong_thought_accuracy"] <= 0.1
+    assert head["fast_accuracy"] <= 0.25
+    assert joint["fast_accuracy"] >= 0.5
+    assert joint["slow_accuracy"] >= 0.9
+    assert joint["slow_passes"] / joint["fast_passes"] >= 2.0
+    assert rl["fast_accuracy"] >= 0.5
+    assert rl["slow_accuracy"] >= 0.9

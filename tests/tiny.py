@@ -1,0 +1,34 @@
+"""Random models small enough for a test, and the ids that they speak."""
+
+from dataclasses import asdict
+
+import torch
+
+from mtp.modeling_mtp import FAMILIES, HeadConfig
+
+EOS, CLOSE, PAD = 1, 2, 0
+VOCABULARY = 23
+
+
+def tiny_model(family: str = "llama", *, tied: bool = False, seed: int = 0, **head: object):
+    """A random model of a few thousand parameters whose tokens vary from position to position."""
+    torch.manual_seed(seed)
+    cls = FAMILIES[family]
+    config = cls.config_class(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        initializer_range=0.25,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    settings = {"num_slots": 3, "hidden_size": 16, "intermediate_size": 24, **head}
+    config.mtp = asdict(HeadConfig(**settings))
+    return cls(config).eval()
