@@ -101,7 +101,7 @@ def register_configs() -> None:
     store.store(name="run_config", node=RunConfig)
     for name, config in TASK_CONFIGS.items():
         store.store(group="task", name=f"{name}_schema", node=config)
-    for resolver in (in_sweep, run_folder, job_folder, choices):
+    for resolver in (in_sweep, run_folder, job_folder, sweep_name, choices):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
@@ -118,6 +118,11 @@ def run_folder(name: str) -> str:
     folder = Path(HydraConfig.get().runtime.output_dir)
     here = Path.cwd()
     return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+
+
+def sweep_name() -> str | None:
+    """`${sweep_name:}` is what a sweep's folder is called; None outside of one."""
+    return Path(HydraConfig.get().runtime.output_dir).parent.name if in_sweep(True, False) else None
 
 
 def job_folder(overrides: str, number: int) -> str:
@@ -164,7 +169,7 @@ class SweepCallback(Callback):
     """Names a sweep's jobs by what differs between them, and ends the sweep with its table."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Leave out of the jobs' names what all of them share."""
+        """Leave out of the jobs' names what all of them share; one folder for all of them."""
         overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         swept = {o.key_or_group for o in overrides if o.is_sweep_override()}
         given = {o.key_or_group for o in overrides}
@@ -180,7 +185,9 @@ class SweepCallback(Callback):
             config.hydra.overrides.hydra.append(
                 f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]"
             )
-        folder = config.hydra.sweep.dir
+            # An experiment may have a name of its own; its jobs belong here nonetheless.
+            folder = config.hydra.sweep.dir
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")
         logs = f"; output of the jobs: {folder}/.submitit/" if "submitit_folder" in launcher else ""
         print(f"sweep over {', '.join(sorted(swept)) or 'nothing'}: {folder}{logs}", flush=True)
 

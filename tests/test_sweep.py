@@ -144,7 +144,7 @@ def test_a_failing_job_does_not_stop_the_sweep_and_a_second_call_resumes(tmp_pat
     assert "1 of 2 jobs done" in done.stdout and "failed: head.taps=_9_-" in done.stdout
     folder = tmp_path / jobs[("[2]",)].folder
     (records,) = folder.glob("wandb/offline-run-*/*.wandb")
-    assert b"default_sweep" in records.read_bytes()
+    assert tmp_path.name.encode() in records.read_bytes()
     trained = (folder / "stages" / "joint" / "model.safetensors").stat().st_mtime_ns
     run_sweep(tmp_path, *arguments)
     assert (folder / "stages" / "joint" / "model.safetensors").stat().st_mtime_ns == trained
