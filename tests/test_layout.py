@@ -25,6 +25,8 @@ LAYERS = [
     ["update", "stage", "report"],
     ["export", "sweep"],
     ["config"],
+    ["run"],
+    ["steps"],
     ["trainer"],
     ["cli"],
 ]

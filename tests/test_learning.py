@@ -1,4 +1,4 @@
-"""The default experiment at a reduced size, on sums of two terms, still learns: minutes, so slow."""
+"""The default experiment at a reduced size, on sums of two terms, still learns."""
 
 import pytest
 from hydra import compose, initialize_config_dir
