@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from mtp_kernels import linear_logprob
 
 from .batch import pad
 from .generation_mtp import Sampler
@@ -111,9 +112,7 @@ def reference_nats(batches: list[Rollouts], text: TextFormat, reference: Any) ->
             continue
         hidden = reference.score(tokens.to(device)).main_hidden.flatten(0, 1)[rows.to(device)]
         targets = tokens.flatten()[rows + 1].to(device)
-        for part, wanted in zip(hidden.split(4096), targets.split(4096), strict=True):
-            log_probs = (part @ weight.T).float().log_softmax(-1)
-            nats -= float(log_probs.gather(1, wanted[:, None]).sum())
+        nats -= float(linear_logprob(hidden, weight, targets).logprob.sum())
         count += len(rows)
     return nats / count if count else None
 

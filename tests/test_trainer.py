@@ -136,7 +136,7 @@ def test_a_dry_run_leaves_nothing_and_says_what_a_full_run_costs(tmp_path, capsy
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("head.taps=[9]", "head.taps must be layers between 0 and 3"),
+        ("head.taps=[9]", "head.taps must be layers between 0 and 4"),
         ("decoding.phases.answer.opened_by=null", "decoding.phases.answer.opened_by is missing"),
         ("model.config.hidden_size=33", "model.config does not fit|hidden_size"),
         ("stages.main.objective.leash.weight=1", "main.objective.leash needs a stage before it"),
