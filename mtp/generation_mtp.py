@@ -281,12 +281,7 @@ def decode(
     # State of the rows still running; `rows` says where they belong in the outputs.
     rows = torch.arange(num_rows, device=device)
     active = torch.ones(num_rows, dtype=torch.bool, device=device)
-    where_prompt = torch.arange(prompts.shape[1], device=device)
-    real = where_prompt < prompt_lengths[:, None]
-    seen = torch.where(real, prompts, pad_id)
-    opened = torch.where(real, plan.opened(seen), -1)
-    last = torch.where(opened >= 0, where_prompt, -1).max(1).values
-    phase = torch.where(last >= 0, opened.gather(1, last.clamp(min=0)[:, None])[:, 0], 0)
+    phase = plan.phase_after(prompts).gather(1, prompt_lengths[:, None] - 1)[:, 0]
     fresh, num_fresh = prompts, prompt_lengths
     start = torch.zeros_like(prompt_lengths)
     cache = BlockCache(model.config.num_hidden_layers)

@@ -27,7 +27,7 @@ class Progress:
     position: int = 0
     """Training examples drawn so far."""
     stage_seconds: float = 0.0
-    """Spent in the current stage, over all sessions."""
+    """Spent in the current stage, over all resumptions."""
     summaries: list[dict[str, Any]] = field(default_factory=list)
     """One entry per finished stage."""
     points: list[dict[str, Any]] = field(default_factory=list)
