@@ -44,6 +44,8 @@ class Run:
     console: Console
     task: Task
     model: Any
+    came_with_head: bool
+    """True if the head was in the checkpoint that the run began from."""
     text: TextFormat
     log: Any
     """`MetricsLog`, or `NoLog` in processes other than the first."""

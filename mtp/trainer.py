@@ -86,7 +86,10 @@ def train(config: RunConfig) -> dict[str, Any]:
         f"{fabric.device}, {config.fabric.precision}; writing {folder}"
     )
     with StopRequest() as stop:
-        run = Run(config, folder, fabric, console, task, model, text, log, progress, stop)
+        came_with_head = has_head(config.model)
+        run = Run(
+            config, folder, fabric, console, task, model, came_with_head, text, log, progress, stop
+        )
         try:
             if state is not None:
                 log.truncate(state["log_offset"])
@@ -212,7 +215,7 @@ def load_frozen(run: Run, name: str) -> Any:
 
 def heard(run: Run) -> bool:
     """True once some stage up to the current one trains the head, or it came with the model."""
-    if has_head(run.config.model):
+    if run.came_with_head:
         return True
     stages = list(run.config.active_stages().values())[: run.progress.stage + 1]
     return any(stage.train_head for stage in stages)
