@@ -4,6 +4,7 @@ Decoding is greedy. Every figure is over the same problems. The reference that m
 a thought is must not be the one that training is leashed to.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,26 +57,18 @@ def decode_all(
     return batches
 
 
-def accuracy(batches: list[Rollouts], task: Task, text: TextFormat) -> float:
-    """Share of completions whose final answer is right; one without an answer is wrong."""
+def accuracy(
+    batches: list[Rollouts], task: Task, answer_of: Callable[[list[int]], str | None]
+) -> float:
+    """Share of completions whose final answer is right; one without an answer is wrong.
+
+    answer_of: completion ids -> the final answer, None if there is none.
+    """
     right = total = 0.0
     for batch in batches:
         for row in range(len(batch.prompts)):
-            answer = text.answer_text(batch.completion(row))
+            answer = answer_of(batch.completion(row))
             if answer is not None:
-                right += task.outcome(batch.example(row), answer)
-            total += 1
-    return right / total
-
-
-def answer_accuracy(batches: list[Rollouts], task: Task, text: TextFormat) -> float:
-    """The same where the thought was given, so that the completion is the answer alone."""
-    right = total = 0.0
-    for batch in batches:
-        for row in range(len(batch.prompts)):
-            ids = batch.completion(row)
-            if ids and ids[-1] == text.eos_id:
-                answer = str(text.tokenizer.decode(ids[:-1])).strip()
                 right += task.outcome(batch.example(row), answer)
             total += 1
     return right / total
@@ -152,7 +145,7 @@ def evaluate(
     slow = decode_all(model, text, examples, "slow", decoding, batch_size)
     shown = slow
     figures: dict[str, Any] = {
-        "slow_accuracy": accuracy(slow, task, text),
+        "slow_accuracy": accuracy(slow, task, text.answer_text),
         "fast_accuracy": None,
         "slow_passes": passes(slow),
         "fast_passes": None,
@@ -162,7 +155,7 @@ def evaluate(
         shown = fast = decode_all(model, text, examples, "fast", decoding, batch_size)
         tokens = sum(float(b.out.lengths.sum()) for b in fast)
         figures |= {
-            "fast_accuracy": accuracy(fast, task, text),
+            "fast_accuracy": accuracy(fast, task, text.answer_text),
             "fast_passes": passes(fast),
             "fast_tokens_per_pass": tokens / (passes(fast) * num_problems),
         }
@@ -170,11 +163,11 @@ def evaluate(
     if controls and text.closer is not None:
         empty = [text.thought_ids("") for _ in examples]
         given = decode_all(model, text, examples, "slow", decoding, batch_size, empty)
-        figures["empty_thought_accuracy"] = answer_accuracy(given, task, text)
+        figures["empty_thought_accuracy"] = accuracy(given, task, text.bare_answer_text)
         wrong = wrong_thoughts(examples, slow, task, text)
         if wrong is not None:
             given = decode_all(model, text, examples, "slow", decoding, batch_size, wrong)
-            figures["wrong_thought_accuracy"] = answer_accuracy(given, task, text)
+            figures["wrong_thought_accuracy"] = accuracy(given, task, text.bare_answer_text)
     figures["true_steps"] = true_step_share(shown, task, text)
     figures["reference_nats_per_token"] = (
         None if reference is None else reference_nats(shown, text, reference)

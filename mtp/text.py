@@ -143,6 +143,12 @@ class TextFormat:
         _, answer = self.split(ids)
         return None if answer is None else str(self.tokenizer.decode(answer)).strip()
 
+    def bare_answer_text(self, ids: list[int]) -> str | None:
+        """The same for a completion that is the answer alone, its thought having been given."""
+        if not ids or ids[-1] != self.eos_id:
+            return None
+        return str(self.tokenizer.decode(ids[:-1])).strip()
+
     def example_ids(self, example: Example) -> tuple[list[int], list[int]]:
         """(prompt ids, completion ids) of a solved example."""
         return self.prompt_ids(example.prompt), self.completion_ids(example.thought, example.answer)
