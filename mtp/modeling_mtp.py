@@ -94,6 +94,20 @@ class HeadLinear(nn.Linear):
         super().__init__(num_in, num_out, bias=False)
 
 
+def slot_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention over the few slots of a block: [N, heads, J, d], [N, heads, I, d] -> query's.
+
+    The queries are the last J of the I slots. A block has a handful of slots and there are many
+    blocks, so products and sums over whole tensors beat one tiny matrix product per block.
+    """
+    num_new, num_keys = query.shape[2], key.shape[2]
+    scores = (query[:, :, :, None] * key[:, :, None]).sum(-1) * query.shape[-1] ** -0.5
+    if num_new > 1:
+        slot = torch.arange(num_keys, device=query.device)
+        scores = scores.masked_fill(slot > slot[num_keys - num_new :, None], -torch.inf)
+    return (scores.softmax(-1)[..., None] * value[:, :, None]).sum(-2)
+
+
 class HeadBlock(nn.Module):
     """A pre-norm transformer layer over the few slots of one block: [N, J, H] -> [N, J, H]."""
 
@@ -114,7 +128,7 @@ class HeadBlock(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, J, H / heads]
         if past is not None:
             key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=past is None)
+        mixed = slot_attention(query, key, value)
         x = x + self.o_proj(mixed.transpose(1, 2).reshape(num, new, width))
         gate, up = self.gate_up_proj(self.mlp_norm(x)).chunk(2, -1)
         return x + self.down_proj(F.silu(gate) * up), (key, value)

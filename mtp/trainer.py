@@ -194,8 +194,8 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
 
 
 def frozen_reference(run: Run, stage: StageConfig) -> Any:
-    """Main as the stage found it, for the leash; None where nothing is leashed."""
-    if "leash" not in stage.objective.active():
+    """Main as the stage found it; None where no stream compares with it."""
+    if not stage.objective.uses_reference:
         return None
     names = list(run.config.active_stages())
     index = run.progress.stage

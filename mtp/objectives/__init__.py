@@ -9,6 +9,7 @@ from .head_kl import HeadKL
 from .leash import Leash
 from .main_ce import MainCE
 from .policy import Policy
+from .preserve import Preserve
 from .scored import Scored, score_batch
 from .stream import Term
 
@@ -24,15 +25,21 @@ class ObjectiveConfig:
     head_kl: HeadKL = field(default_factory=HeadKL)
     policy: Policy = field(default_factory=Policy)
     leash: Leash = field(default_factory=Leash)
+    preserve: Preserve = field(default_factory=Preserve)
 
-    def active(self) -> dict[str, MainCE | HeadCE | HeadKL | Policy | Leash]:
+    def active(self) -> dict[str, MainCE | HeadCE | HeadKL | Policy | Leash | Preserve]:
         """Streams with a weight."""
         return {name: stream for name, stream in vars(self).items() if stream.weight}
 
     @property
     def uses_head(self) -> bool:
         """True if some stream scores the head's tokens."""
-        return any(name != "main_ce" for name in self.active())
+        return bool(self.active().keys() - {"main_ce", "preserve"})
+
+    @property
+    def uses_reference(self) -> bool:
+        """True if some stream compares with a frozen reference."""
+        return bool(self.active().keys() & {"leash", "preserve"})
 
     def counts(self, batch: TextBatch) -> dict[str, float]:
         """Tokens of every active stream in one micro-batch."""
@@ -50,8 +57,8 @@ class ObjectiveConfig:
     ) -> dict[str, Term]:
         """Every active stream over one micro-batch.
 
-        reference: (hidden rows [B * T, D], output matrix [V, D]) of the frozen reference; only the
-        leash reads it.
+        reference: (hidden rows [B * T, D], output matrix [V, D]) of the frozen reference; the
+        leash and the preservation read it.
         """
         out: dict[str, Term] = {}
         for name, stream in self.active().items():
@@ -62,7 +69,7 @@ class ObjectiveConfig:
                         "supervised stage"
                     )
                 out |= stream.terms(scored, batch, sampler)
-            elif isinstance(stream, Leash):
+            elif isinstance(stream, Leash | Preserve):
                 if reference is None:
                     raise ValueError(f"objective.{name} needs a reference model, got none")
                 out |= stream.terms(scored, batch, *reference)
