@@ -95,7 +95,7 @@ class HeadLinear(nn.Linear):
 
 
 def slot_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention over the few slots of a block: [N, heads, J, d], [N, heads, I, d] -> query's.
+    """Causal attention over the few slots of a block: [N, heads, J or I, d] each.
 
     The queries are the last J of the I slots. A block has a handful of slots and there are many
     blocks, so products and sums over whole tensors beat one tiny matrix product per block.
