@@ -63,12 +63,6 @@ class RolloutBatch(TextBatch):
     """[M]"""
     head_sampled: Tensor
     """[M]"""
-    every_main_rows: Tensor
-    """[R'] index into B * T of each position that predicts a written token, whoever wrote it."""
-    every_head_rows: Tensor
-    """[M'] index into N * K of each slot that could have been kept, had a pass begun there."""
-    every_head_positions: Tensor
-    """[M'] index into B * T of main's row that predicts that slot's token."""
 
 
 def pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -108,7 +102,10 @@ def collate_text(
     at = torch.arange(time)
     flat = torch.arange(num_rows * time).view(num_rows, time)
     predicts = (at >= prompt_lengths[:, None] - 1) & (at < lengths[:, None] - 1)
-    kept = _kept_slots(tokens, lengths, plan, num_slots, pad_id)
+    following = _windows(tokens, num_slots, pad_id)  # [B, T, K + 1]
+    kept = plan.kept(following.flatten(0, 1), plan.phase_after(tokens).flatten())
+    left = (lengths[:, None] - 1 - at).flatten()
+    kept = torch.minimum(kept, left).view(num_rows, time)
     is_anchor = predicts & (kept > 1)
     if block_anchors:
         begins = torch.zeros_like(is_anchor)
@@ -123,19 +120,9 @@ def collate_text(
         best = scores.topk(min(num_anchors, time), 1).indices
         is_anchor &= torch.zeros_like(is_anchor).scatter(1, best, True)
     anchors = flat[is_anchor]
-    blocks = _windows(tokens, num_slots, pad_id).flatten(0, 1)[anchors]  # [N, K + 1]
+    blocks = following.flatten(0, 1)[anchors]  # [N, K + 1]
     scored = torch.arange(1, num_slots) < kept.flatten()[anchors, None]  # [N, K]
     return _text_batch(tokens, flat[predicts], anchors, blocks, scored)
-
-
-def _kept_slots(
-    tokens: Tensor, lengths: Tensor, plan: PhasePlan, num_slots: int, pad_id: int
-) -> Tensor:
-    """[B, T]: how many slots a pass at each position would keep of the text that follows it."""
-    following = _windows(tokens, num_slots, pad_id)
-    kept = plan.kept(following.flatten(0, 1), plan.phase_after(tokens).flatten())
-    left = lengths[:, None] - 1 - torch.arange(tokens.shape[1])
-    return torch.minimum(kept.view(tokens.shape), left)
 
 
 def _text_batch(
@@ -163,11 +150,8 @@ def collate_rollouts(
     out: Decoded,
     advantages: Tensor,
     rows: list[int],
-    plan: PhasePlan,
     num_slots: int,
     pad_id: int,
-    *,
-    everywhere: bool = False,
 ) -> RolloutBatch:
     """The chosen rollouts as flat text, every token scored by its emitter.
 
@@ -176,11 +160,8 @@ def collate_rollouts(
         out: the sampler's record, on the CPU.
         advantages: [B] one per rollout.
         rows: which rollouts to take.
-        plan: phases that the rollouts were written under.
         num_slots: K + 1.
         pad_id: fills rows on the right.
-        everywhere: make an anchor of each position at which a pass could have begun, and list its
-            rows in `every_*`; False lists those of the emitters there.
     """
     texts, slots, logprobs = [], [], []
     for row in rows:
@@ -189,25 +170,16 @@ def collate_rollouts(
         before = torch.full((len(prompts[row]),), -1)
         slots.append(torch.cat([before, out.slots[row, :length]]))
         logprobs.append(torch.cat([torch.zeros(len(before)), out.logprobs[row, :length]]))
-    tokens, lengths = pad(texts, pad_id)
+    tokens, _ = pad(texts, pad_id)
     slot_of = torch.nn.utils.rnn.pad_sequence(slots, batch_first=True, padding_value=-1)
     sampled = torch.nn.utils.rnn.pad_sequence(logprobs, batch_first=True).flatten()
     time = tokens.shape[1]
     main_rows = (slot_of == 0).flatten().nonzero()[:, 0] - 1
     following_slots = _windows(slot_of, num_slots, -1).flatten(0, 1)
-    acts = (following_slots[:, :2] == torch.tensor([0, 1])).all(1)  # [B * T]
-    slots_after = torch.arange(1, num_slots)
-    every_main_rows, is_anchor, kept = main_rows, acts, None
-    if everywhere:
-        kept = _kept_slots(tokens, lengths, plan, num_slots, pad_id).flatten()
-        every_main_rows = (slot_of >= 0).flatten().nonzero()[:, 0] - 1
-        is_anchor = torch.zeros_like(acts).index_fill(0, every_main_rows, True) & (kept > 1)
-    anchors = is_anchor.nonzero()[:, 0]
+    anchors = main_rows[following_slots[main_rows, 1] == 1] if num_slots > 1 else main_rows[:0]
     blocks = _windows(tokens, num_slots, pad_id).flatten(0, 1)[anchors]
-    scored = acts[anchors, None] & (following_slots[anchors, 1:] == slots_after)
+    scored = following_slots[anchors, 1:] == torch.arange(1, num_slots)
     text = _text_batch(tokens, main_rows, anchors, blocks, scored)
-    every = scored if kept is None else slots_after < kept[anchors, None]
-    every_rows = every.flatten().nonzero()[:, 0]
     advantage_of = advantages[torch.tensor(rows)]
     return RolloutBatch(
         **{f.name: getattr(text, f.name) for f in fields(TextBatch)},
@@ -215,7 +187,4 @@ def collate_rollouts(
         main_sampled=sampled[text.main_rows + 1],
         head_advantages=advantage_of[text.head_positions // time],
         head_sampled=sampled[text.head_positions + 1],
-        every_main_rows=every_main_rows,
-        every_head_rows=every_rows,
-        every_head_positions=(anchors[:, None] + slots_after).flatten()[every_rows],
     )

@@ -102,10 +102,8 @@ def rollout_batches(
                 rollouts.out,
                 advantages.flatten(),
                 [share[i] for i in rows],
-                text.plan("fast"),
                 text.num_slots,
                 text.pad_id,
-                everywhere=stage.objective.leash.weight > 0 and stage.objective.leash.everywhere,
             ).to(run.fabric.device)
             for rows in pieces_by_length(rollouts.out.lengths[share], stage.micro_batch_size)
         ]

@@ -17,8 +17,7 @@ def test_rollout_rows_by_hand():
     out = Decoded(
         tokens, slots, logprobs, torch.tensor([7]), torch.tensor([4]), torch.tensor([True])
     )
-    plan = PhasePlan(keep=[3, 1], opened_by=[None, CLOSE], eos_ids=[EOS])
-    batch = collate_rollouts([[5, 6]], out, torch.tensor([0.5]), [0], plan, 3, PAD)
+    batch = collate_rollouts([[5, 6]], out, torch.tensor([0.5]), [0], 3, PAD)
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 10, CLOSE, 11, EOS]]
     assert batch.main_rows.tolist() == [1, 4, 6, 7]
     assert batch.main_targets.tolist() == [7, 10, 11, EOS]
@@ -31,26 +30,6 @@ def test_rollout_rows_by_hand():
     assert batch.head_positions.tolist() == [2, 3, 5]
     assert batch.head_sampled.tolist() == [-2, -3, -5]
     assert batch.head_advantages.tolist() == [0.5] * 3
-    assert batch.every_head_rows.tolist() == [0, 1, 2]
-
-
-def test_rollout_rows_everywhere_by_hand():
-    # The same text. A pass could also have begun at 7, 8 and 9 (positions 2 to 4) and at 10.
-    tokens = torch.tensor([[7, 8, 9, 10, CLOSE, 11, EOS]])
-    slots = torch.tensor([[0, 1, 2, 0, 1, 0, 0]])
-    out = Decoded(
-        tokens, slots, torch.zeros(1, 7), torch.tensor([7]), torch.tensor([4]), torch.tensor([True])
-    )
-    plan = PhasePlan(keep=[3, 1], opened_by=[None, CLOSE], eos_ids=[EOS])
-    batch = collate_rollouts([[5, 6]], out, torch.tensor([0.5]), [0], plan, 3, PAD, everywhere=True)
-    assert batch.main_rows.tolist() == [1, 4, 6, 7]
-    assert batch.every_main_rows.tolist() == [1, 2, 3, 4, 5, 6, 7]
-    assert batch.anchors.tolist() == [1, 2, 3, 4]
-    assert batch.slot_inputs.tolist() == [[7, 8], [8, 9], [9, 10], [10, CLOSE]]
-    assert batch.head_rows.tolist() == [0, 1, 6]
-    assert batch.head_positions.tolist() == [2, 3, 5]
-    assert batch.every_head_rows.tolist() == [0, 1, 2, 3, 4, 5, 6]
-    assert batch.every_head_positions.tolist() == [2, 3, 3, 4, 4, 5, 5]
 
 
 def test_supervised_rows_by_hand():

@@ -140,9 +140,6 @@ OBJECTIVES = {
         head_kl=HeadKL(weight=0.3),
     ),
     "rl": ObjectiveConfig(policy=Policy(weight=1.0), leash=Leash(weight=0.1)),
-    "rl everywhere": ObjectiveConfig(
-        policy=Policy(weight=1.0), leash=Leash(weight=0.1, everywhere=True)
-    ),
 }
 
 
@@ -152,19 +149,10 @@ def test_an_update_does_not_depend_on_the_size_of_micro_batches(kind):
     after = {}
     for size in (4, 1):
         model, reference = tiny_model(), tiny_model(seed=1)
-        if "rl" in kind:
+        if kind == "rl":
             prompts, out, advantages = rollouts(model)
             batches = [
-                collate_rollouts(
-                    prompts,
-                    out,
-                    advantages,
-                    list(range(at, at + size)),
-                    PLAN,
-                    4,
-                    PAD,
-                    everywhere=OBJECTIVES[kind].leash.everywhere,
-                )  # fmt: skip
+                collate_rollouts(prompts, out, advantages, list(range(at, at + size)), 4, PAD)
                 for at in range(0, 4, size)
             ]
         else:
@@ -219,7 +207,7 @@ def test_a_policy_step_makes_rewarded_tokens_of_both_emitters_likelier():
     model = tiny_model()
     prompts, out, _ = rollouts(model)
     advantages = torch.tensor([1.0, 0.0, 0.0, 0.0])
-    batch = collate_rollouts(prompts, out, advantages, [0, 1, 2, 3], PLAN, 4, PAD)
+    batch = collate_rollouts(prompts, out, advantages, [0, 1, 2, 3], 4, PAD)
     wrapped = fabric.setup_module(model)
     wrapped.mark_forward_method("score")
     parts = split_parameters(model)
@@ -237,27 +225,3 @@ def test_a_policy_step_makes_rewarded_tokens_of_both_emitters_likelier():
     assert main.any() and head.any()
     assert (scored.main.stats().logprob[main] - batch.main_sampled[main]).mean() > 0
     assert (scored.head.stats().logprob[head] - batch.head_sampled[head]).mean() > 0
-
-
-def test_a_leash_everywhere_holds_every_position_and_every_slot_of_the_text():
-    model, reference = tiny_model(), tiny_model(seed=1)
-    prompts, out, advantages = rollouts(model)
-    batch = collate_rollouts(prompts, out, advantages, [0, 1, 2, 3], PLAN, 4, PAD, everywhere=True)
-    with torch.no_grad():
-        scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
-        rows = reference.score(batch.tokens).main_hidden.flatten(0, 1)
-        weight = reference.get_output_embeddings().weight
-        leash = Leash(weight=1.0, reverse=False, everywhere=True)
-        terms = leash.terms(scored, batch, rows, weight)
-        # The same text as a supervised batch: every position and every anchor is there.
-        texts = [
-            (prompts[i], out.tokens[i, : int(out.lengths[i])].tolist()) for i in range(len(prompts))
-        ]
-        plain = collate_text(texts, PLAN, 4, PAD)
-        same = leash.terms(
-            score_batch(model, model, plain, channel_gradient=1.0, use_head=True),
-            plain, rows, weight,
-        )  # fmt: skip
-    assert leash.counts(batch) == leash.counts(plain)
-    for name, term in same.items():
-        assert torch.allclose(terms[name].total, term.total, rtol=1e-5), name

@@ -32,13 +32,10 @@ MODELS = {
             Sampler(temperature=0),
         ]
     ),
-    everywhere=st.booleans(),
     seed=st.integers(0, 1000),
 )
 @torch.no_grad()
-def test_replay_gives_the_samplers_log_probabilities(
-    which, prompts, mode, sampler, everywhere, seed
-):
+def test_replay_gives_the_samplers_log_probabilities(which, prompts, mode, sampler, seed):
     model = MODELS[which]
     plan = PhasePlan(
         keep={"fast": [4, 1], "slow": [1, 1], "all fast": [4, 4]}[mode],
@@ -57,8 +54,7 @@ def test_replay_gives_the_samplers_log_probabilities(
         generator=torch.Generator().manual_seed(seed),
     )
     rows = list(range(len(prompts)))
-    advantages = torch.arange(len(prompts)).float()
-    batch = collate_rollouts(prompts, out, advantages, rows, plan, 4, PAD, everywhere=everywhere)
+    batch = collate_rollouts(prompts, out, torch.arange(len(prompts)).float(), rows, 4, PAD)
     scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
     main, head = scored.main.stats(sampler).logprob, scored.head.stats(sampler).logprob
     assert len(main) + len(head) == int(out.lengths.sum())
@@ -79,10 +75,8 @@ def test_micro_batches_hold_the_same_rows_as_one_batch(head, plan):
         generator=torch.Generator().manual_seed(3),
     )  # fmt: skip
     advantages = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    whole = collate_rollouts(prompts, out, advantages, [0, 1, 2, 3], plan, 4, PAD)
-    parts = [
-        collate_rollouts(prompts, out, advantages, rows, plan, 4, PAD) for rows in ([0, 1], [2, 3])
-    ]
+    whole = collate_rollouts(prompts, out, advantages, [0, 1, 2, 3], 4, PAD)
+    parts = [collate_rollouts(prompts, out, advantages, rows, 4, PAD) for rows in ([0, 1], [2, 3])]
     for name in ("main_targets", "head_targets", "head_slots", "main_advantages", "head_sampled"):
         joined = torch.cat([getattr(part, name) for part in parts])
         assert torch.equal(joined, getattr(whole, name)), name

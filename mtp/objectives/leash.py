@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..batch import RolloutBatch, TextBatch
+from ..batch import TextBatch
 from .scored import Scored
 from .stream import Term, mean_of
 
@@ -24,16 +24,9 @@ class Leash:
     """Of the head's tokens, times `weight`."""
     reverse: bool = True
     """True: KL(policy || reference), what RL's leash is. False: KL(reference || policy)."""
-    everywhere: bool = False
-    """On rollouts: hold main at every position, also where the head wrote the token, and the head
-    at every position at which a pass could have begun, not only where they acted. Slow mode, which
-    reads main at all positions, is held too, and the head learns from k + 1 times the rows."""
 
     def counts(self, batch: TextBatch) -> dict[str, float]:
         """Tokens of each emitter."""
-        if self.everywhere and isinstance(batch, RolloutBatch):
-            main, head = len(batch.every_main_rows), len(batch.every_head_rows)
-            return {"leash_main": main, "leash_head": head}
         return {"leash_main": len(batch.main_rows), "leash_head": len(batch.head_rows)}
 
     def terms(
@@ -44,15 +37,10 @@ class Leash:
         reference_hidden: [B * T, D] rows of the frozen reference over the same text, without
         gradient; reference_weight: its output matrix [V, D].
         """
-        main, head = scored.main, scored.head
-        main_rows, head_rows = batch.main_rows, batch.head_positions
-        if self.everywhere and isinstance(batch, RolloutBatch):
-            main, head = scored.everywhere(batch)
-            main_rows, head_rows = batch.every_main_rows, batch.every_head_positions
         terms = {}
         for name, emitter, rows, weight in (
-            ("main", main, main_rows, self.weight),
-            ("head", head, head_rows, self.weight * self.head_weight),
+            ("main", scored.main, batch.main_rows, self.weight),
+            ("head", scored.head, batch.head_positions, self.weight * self.head_weight),
         ):
             kl = emitter.kl(reference_hidden, reference_weight, rows, reverse=self.reverse)
             terms[f"leash_{name}"] = Term(kl.sum(), weight, {f"{name}/kl": mean_of(kl.detach())})

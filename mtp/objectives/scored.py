@@ -12,7 +12,7 @@ import torch
 from mtp_kernels import linear_kl, linear_logprob
 from torch import Tensor
 
-from ..batch import RolloutBatch, TextBatch
+from ..batch import TextBatch
 from ..generation_mtp import Sampler
 
 PLAIN = Sampler()
@@ -97,22 +97,6 @@ class Scored:
     """Zero rows where the stage has no head."""
     flat_hidden: Tensor
     """[B * T, D] every row of main, for streams that compare the head with it."""
-    every_head_hidden: Tensor
-    """[N * K, E] every slot of every anchor; zero rows where the stage has no head."""
-
-    def everywhere(self, batch: RolloutBatch) -> tuple[Emitter, Emitter]:
-        """Main and head at the `every_*` rows of the batch."""
-        flat = batch.tokens.flatten()
-        rows, slots = batch.every_main_rows, batch.every_head_rows
-        return (
-            Emitter(self.flat_hidden[rows], self.main.weight, flat[rows + 1], self.main.impl),
-            Emitter(
-                self.every_head_hidden[slots],
-                self.head.weight,
-                flat[batch.every_head_positions + 1],
-                self.head.impl,
-            ),
-        )
 
 
 def score_batch(
@@ -136,16 +120,15 @@ def score_batch(
     """
     if use_head and len(batch.anchors):
         rows = model.score(batch.tokens, batch.anchors, batch.slot_inputs, channel_gradient)
-        every_head = rows.head_hidden.flatten(0, 1)
-        head_hidden, head_targets = every_head[batch.head_rows], batch.head_targets
+        head_hidden = rows.head_hidden.flatten(0, 1)[batch.head_rows]
+        head_targets = batch.head_targets
     else:
         rows = model.score(batch.tokens)
         head_hidden = rows.main_hidden.new_zeros(0, parts.head_output_weight().shape[1])
-        every_head = head_hidden
         head_targets = batch.head_targets[:0]
     flat = rows.main_hidden.flatten(0, 1)
     main = Emitter(
         flat[batch.main_rows], parts.get_output_embeddings().weight, batch.main_targets, impl
     )
     head = Emitter(head_hidden, parts.head_output_weight(channel_gradient), head_targets, impl)
-    return Scored(main, head, flat, every_head)
+    return Scored(main, head, flat)
