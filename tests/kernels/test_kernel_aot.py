@@ -59,7 +59,8 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 for kernel in ("row_stats_store", "row_gradient"):
-    function, constexprs = kernel_source(kernel, shipped_config(kernel, "sm_90", torch.bfloat16))
+    config = shipped_config(kernel, "sm_90", torch.bfloat16)
+    function, constexprs = kernel_source(kernel, config, "sm_90")
     types = argument_types(function.arg_names, constexprs, "bf16")
     compiled = triton.compile(ASTSource(function, types, constexprs), GPUTarget("cuda", 90, 32))
     products = re.findall(r"arith.muli.*: tensor<128x1x(i\\d+)>", compiled.asm["ttir"])
