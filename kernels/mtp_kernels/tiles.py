@@ -94,9 +94,11 @@ def logits_tile(
         x = product_tile(weight, hidden, ids, rows, depth, T.vocab, T.rows, T)
     else:
         x = product_tile(hidden, weight, rows, ids, depth, T.rows, T.vocab, T)
+    offset = 0.0
     if HAS_BIAS:
         offset = tl.load(bias + ids).to(tl.float32)
-        x += offset[:, None] if VOCAB_FIRST else offset[None, :]
+        offset = offset[:, None] if VOCAB_FIRST else offset[None, :]
+    x = x + offset  # also where it is 0: without this instruction most kernels use more registers
     if HAS_SOFTCAP:
         # tanh by exp: the interpreter has no libdevice. Both ends saturate without NaN.
         x = softcap * (1.0 - 2.0 / (tl.exp(2.0 * x / softcap) + 1.0))

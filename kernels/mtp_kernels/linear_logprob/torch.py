@@ -20,9 +20,12 @@ def stats_of_chunk(
     """RowStats, as a tuple, of raw products [R, V]; a negative target is in no part."""
     x = scale(raw, bias, softcap, temperature)
     maximum = x.amax(-1)
-    argmax = x.argmax(-1)
     relative = (x - maximum[:, None]).clamp_min(NEGATIVE)
     weight = relative.exp()
+    # The first id that reaches the maximum, in the same loop as the sums: argmax has its own.
+    last = x.shape[1] - 1
+    column = torch.arange(last + 1, dtype=torch.int32, device=x.device)
+    argmax = torch.where(relative == 0, column, last).amin(-1).long()
     picked = x.gather(-1, target.clamp_min(0)[:, None])[:, 0]
     return (
         maximum,
