@@ -100,16 +100,6 @@ class Case:
     call: Callable[[], object]
 
 
-def no_grad(function: Callable[[], object]) -> Callable[[], object]:
-    """The function without gradients."""
-
-    def call() -> object:
-        with torch.no_grad():
-            return function()
-
-    return call
-
-
 def with_backward(function: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], object]:
     """Forward and backward, the gradients of the last call thrown away first."""
 
@@ -165,7 +155,7 @@ def loss_cases(hidden: Tensor, weight: Tensor, target: Tensor) -> list[Case]:
         Case(n, "forward_backward", with_backward(f, [hidden, weight]))
         for n, f in functions.items()
     ]
-    return cases + [Case(n, "forward", no_grad(f)) for n, f in functions.items()]
+    return cases + [Case(n, "forward", torch.no_grad()(f)) for n, f in functions.items()]
 
 
 def logprob_cases(hidden: Tensor, weight: Tensor, target: Tensor) -> list[Case]:
@@ -180,7 +170,7 @@ def logprob_cases(hidden: Tensor, weight: Tensor, target: Tensor) -> list[Case]:
     def mean(function: Callable[[], tuple[Tensor, ...]]) -> Callable[[], Tensor]:
         return lambda: sum(value.mean() for value in function())  # type: ignore[return-value]
 
-    cases = [Case(n, "forward", no_grad(f)) for n, f in functions.items()]
+    cases = [Case(n, "forward", torch.no_grad()(f)) for n, f in functions.items()]
     return cases + [
         Case(n, "forward_backward", with_backward(mean(f), [hidden, weight]))
         for n, f in functions.items()
@@ -224,7 +214,9 @@ def kl_cases(hidden: Tensor, weight: Tensor) -> list[Case]:
         functions["liger_jsd"] = lambda: liger(hidden, weight, apart, fixed, own)
     except ImportError as error:
         print(f"liger_kernel left out: {error}")
-    cases = [Case(n, "forward", no_grad(f)) for n, f in functions.items() if n != "liger_jsd"]
+    cases = [
+        Case(n, "forward", torch.no_grad()(f)) for n, f in functions.items() if n != "liger_jsd"
+    ]
     return cases + [
         Case(n, "forward_backward", with_backward(f, [hidden, weight]))
         for n, f in functions.items()
@@ -242,12 +234,12 @@ def sample_cases(hidden: Tensor, weight: Tensor) -> list[Case]:
 
     compiled = torch.compile(naive)
     return [
-        Case("naive", "forward", no_grad(naive)),
-        Case("compiled_naive", "forward", no_grad(compiled)),
+        Case("naive", "forward", torch.no_grad()(naive)),
+        Case("compiled_naive", "forward", torch.no_grad()(compiled)),
         Case(
             "mtp_kernels",
             "forward",
-            no_grad(lambda: mk.linear_sample(hidden, weight, seed=0, position=position)),
+            torch.no_grad()(lambda: mk.linear_sample(hidden, weight, seed=0, position=position)),
         ),
     ]
 
@@ -275,12 +267,14 @@ def verify_cases(hidden: Tensor, weight: Tensor) -> list[Case]:
         return accepted, torch.multinomial(residual, 1)
 
     return [
-        Case("naive", "forward", no_grad(naive)),
-        Case("compiled_naive", "forward", no_grad(torch.compile(naive))),
+        Case("naive", "forward", torch.no_grad()(naive)),
+        Case("compiled_naive", "forward", torch.no_grad()(torch.compile(naive))),
         Case(
             "mtp_kernels",
             "forward",
-            no_grad(lambda: mk.linear_verify(main, weight, draft, head, seed=0, position=position)),
+            torch.no_grad()(
+                lambda: mk.linear_verify(main, weight, draft, head, seed=0, position=position)
+            ),
         ),
     ]
 

@@ -137,6 +137,39 @@ def test_compiles_without_graph_breaks(op):
         torch.testing.assert_close(ours, eager)
 
 
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("op", [*DIFFERENTIABLE, "linear_sample", "linear_verify_residual"])
+def test_operators_are_registered_as_torch_asks(op):
+    """Fake tensors, gradients, and that no argument is written to."""
+    hidden, weight = operands((5,), 33, 8, torch.float32)
+    fixed_hidden, fixed_weight = hidden.detach(), weight.detach()
+    target, row, lse = torch.tensor([0, 32, -100, 5, 5]), torch.arange(5), torch.full((5,), 9.0)
+    operand, fixed, scaling = (hidden, weight, None), (fixed_hidden, fixed_weight, None), (0.7, 5.0)
+    policy = (lse / 9, lse / 9, -lse / 3, 0.2, 0.2, 1e-3)
+    arguments = {
+        "linear_logprob": (*operand, target, *scaling, -100, "torch"),
+        "linear_loss": (*operand, target, *policy, *scaling, -100, "torch", [True, True, False]),
+        "linear_kl": (*operand, *fixed, torch.tensor([0, 1, -1, 4, 1]), False, *scaling, "torch"),
+        "linear_sample": (*fixed, row, row, *scaling, "torch"),
+        "linear_verify_residual": (
+            *fixed,
+            lse,
+            *fixed,
+            lse,
+            row > 2,
+            row,
+            row,
+            *scaling,
+            "torch",
+        ),  # fmt: skip
+    }
+    operator = getattr(torch.ops.mtp_kernels, op).default
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if op != "linear_loss":  # its gradients are outputs, which that check cannot partition
+        checks.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(operator, arguments[op], test_utils=checks)
+
+
 def plain(op: str, hidden: Tensor, weight: Tensor) -> Tensor:
     """The first output of an op by plain code in the operands' dtype."""
     rows = torch.arange(hidden.shape[0])
@@ -155,7 +188,7 @@ def plain(op: str, hidden: Tensor, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("vocab", [49_152, 151_936])
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_real_vocabularies_in_bfloat16(op, vocab):
-    """Values and gradients in the dtype that is trained, against plain code in the same dtype."""
+    """Value and gradients in the dtype that is trained, against plain code in the same dtype."""
     sizes = ((24,), vocab, 64)
     results = {}
     for name, dtype in (

@@ -22,10 +22,13 @@ def stats_of_chunk(
     maximum = x.amax(-1)
     relative = (x - maximum[:, None]).clamp_min(NEGATIVE)
     weight = relative.exp()
-    # The first id that reaches the maximum, in the same loop as the sums: argmax has its own.
-    last = x.shape[1] - 1
-    column = torch.arange(last + 1, dtype=torch.int32, device=x.device)
-    argmax = torch.where(relative == 0, column, last).amin(-1).long()
+    if torch.compiler.is_compiling():
+        # The first id that reaches the maximum, in the loop of the sums: argmax has a slow one.
+        last = x.shape[1] - 1
+        column = torch.arange(last + 1, dtype=torch.int32, device=x.device)
+        argmax = torch.where(relative == 0, column, last).amin(-1).long()
+    else:
+        argmax = x.argmax(-1)
     picked = x.gather(-1, target.clamp_min(0)[:, None])[:, 0]
     return (
         maximum,
