@@ -1,12 +1,15 @@
 """Time and extra memory of every output-layer op, side by side with what else can be run.
 
-    python benchmarks/output_layer.py [--json] [--op OP] [--dtype fp32|bf16] [--size M,D,V]
+    python benchmarks/output_layer.py [--json] [--op OP] [--dtype fp32|bf16] [--size M,D,V] [--all]
 
-M = rows: positions times k = 5 slots. Every measurement of one op, dtype and size runs in a process
-of its own; implementations take turns, and the median is reported. Memory is what the peak of one
-call, results and gradients included, lies above the memory before it: resident memory on a CPU,
-the allocator's on a GPU. Baselines that are not installed or do not run are named and left out.
-On top stand the measured ceilings of the device: a large matrix product, and a copy.
+M = rows: positions times k = 5 slots. Every op, dtype and size runs in a process of its own;
+implementations take turns, and medians are reported: of `--repeats` calls after one that warms up,
+or of fewer where a call takes long. Memory is what the peak of one call, results and gradients
+included, lies above the memory before it: resident memory on a CPU, the allocator's on a GPU. On
+top stand the measured ceilings of the device (a large matrix product, and a copy), at the end the
+project's bars. Baselines that are not installed (`pip install -e '.[benchmark]'`) or do not run on
+this device are named and left out. The first size, the large one, takes only the passes that a bar
+is about, without the slowest baselines; `--all` takes everything everywhere.
 """
 
 import argparse
@@ -32,8 +35,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 import mtp_kernels as mk  # noqa: E402
 
 NUM_SLOTS = 5
-SIZES = ("10240,576,49152", "10240,960,49152")
-"""Rows, D, V: 2048 positions of 5 slots, for a model of 135M and for one of 360M parameters."""
+SIZES = ("10240,576,49152", "1280,960,49152")
+"""Rows, D, V: 2048 and 256 positions of 5 slots, with the output layers of two small models."""
+LARGE_NUMEL = 1 << 28
+"""Logits from which on only the passes of BARS and the quick baselines are measured."""
+SLOW = ("torch_linear_cross_entropy", "cut_cross_entropy", "mtp_kernels_logprob")
+"""Left out at such sizes."""
+CASE_SECONDS = 10.0
+"""No further call of a case whose timed calls took this long."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPS = ("linear_loss", "linear_logprob", "linear_kl", "linear_sample", "linear_verify")
 DECODE_ROWS = 80
@@ -62,6 +71,26 @@ class Result:
         return {("pass" if k == "pass_" else k): v for k, v in asdict(self).items()}
 
 
+@dataclass(frozen=True)
+class Bar:
+    """What an op must reach against another implementation."""
+
+    op: str
+    pass_: str
+    against: str
+    seconds: float
+    """At most this many times the other's time."""
+    memory: float | None
+    """At most this many times the other's extra memory; None: no bar."""
+
+
+BARS = (
+    Bar("linear_loss", "forward_backward", "naive", 1.0, 1 / 20),
+    Bar("linear_logprob", "forward", "compiled_naive", 1.0, 1 / 50),
+    Bar("linear_kl", "forward", "mtp_kernels_unshared", 0.7, None),
+)
+
+
 @dataclass
 class Case:
     """One implementation of one op and pass, ready to be called."""
@@ -69,16 +98,6 @@ class Case:
     impl: str
     pass_: str
     call: Callable[[], object]
-
-
-def no_grad(function: Callable[[], object]) -> Callable[[], object]:
-    """The function without gradients."""
-
-    def call() -> object:
-        with torch.no_grad():
-            return function()
-
-    return call
 
 
 def with_backward(function: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], object]:
@@ -125,19 +144,18 @@ def loss_cases(hidden: Tensor, weight: Tensor, target: Tensor) -> list[Case]:
         )
     except ImportError as error:
         print(f"cut_cross_entropy left out: {error}")
-    if hidden.is_cuda:
-        try:
-            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-            liger = LigerFusedLinearCrossEntropyLoss()
-            functions["liger"] = lambda: liger(weight, hidden, target)
-        except ImportError as error:
-            print(f"liger_kernel left out: {error}")
+        liger = LigerFusedLinearCrossEntropyLoss()  # Triton only: left out on a CPU
+        functions["liger"] = lambda: liger(weight, hidden, target)
+    except ImportError as error:
+        print(f"liger_kernel left out: {error}")
     cases = [
         Case(n, "forward_backward", with_backward(f, [hidden, weight]))
         for n, f in functions.items()
     ]
-    return cases + [Case(n, "forward", no_grad(f)) for n, f in functions.items()]
+    return cases + [Case(n, "forward", torch.no_grad()(f)) for n, f in functions.items()]
 
 
 def logprob_cases(hidden: Tensor, weight: Tensor, target: Tensor) -> list[Case]:
@@ -152,7 +170,7 @@ def logprob_cases(hidden: Tensor, weight: Tensor, target: Tensor) -> list[Case]:
     def mean(function: Callable[[], tuple[Tensor, ...]]) -> Callable[[], Tensor]:
         return lambda: sum(value.mean() for value in function())  # type: ignore[return-value]
 
-    cases = [Case(n, "forward", no_grad(f)) for n, f in functions.items()]
+    cases = [Case(n, "forward", torch.no_grad()(f)) for n, f in functions.items()]
     return cases + [
         Case(n, "forward_backward", with_backward(mean(f), [hidden, weight]))
         for n, f in functions.items()
@@ -196,7 +214,9 @@ def kl_cases(hidden: Tensor, weight: Tensor) -> list[Case]:
         functions["liger_jsd"] = lambda: liger(hidden, weight, apart, fixed, own)
     except ImportError as error:
         print(f"liger_kernel left out: {error}")
-    cases = [Case(n, "forward", no_grad(f)) for n, f in functions.items() if n != "liger_jsd"]
+    cases = [
+        Case(n, "forward", torch.no_grad()(f)) for n, f in functions.items() if n != "liger_jsd"
+    ]
     return cases + [
         Case(n, "forward_backward", with_backward(f, [hidden, weight]))
         for n, f in functions.items()
@@ -214,12 +234,12 @@ def sample_cases(hidden: Tensor, weight: Tensor) -> list[Case]:
 
     compiled = torch.compile(naive)
     return [
-        Case("naive", "forward", no_grad(naive)),
-        Case("compiled_naive", "forward", no_grad(compiled)),
+        Case("naive", "forward", torch.no_grad()(naive)),
+        Case("compiled_naive", "forward", torch.no_grad()(compiled)),
         Case(
             "mtp_kernels",
             "forward",
-            no_grad(lambda: mk.linear_sample(hidden, weight, seed=0, position=position)),
+            torch.no_grad()(lambda: mk.linear_sample(hidden, weight, seed=0, position=position)),
         ),
     ]
 
@@ -247,12 +267,14 @@ def verify_cases(hidden: Tensor, weight: Tensor) -> list[Case]:
         return accepted, torch.multinomial(residual, 1)
 
     return [
-        Case("naive", "forward", no_grad(naive)),
-        Case("compiled_naive", "forward", no_grad(torch.compile(naive))),
+        Case("naive", "forward", torch.no_grad()(naive)),
+        Case("compiled_naive", "forward", torch.no_grad()(torch.compile(naive))),
         Case(
             "mtp_kernels",
             "forward",
-            no_grad(lambda: mk.linear_verify(main, weight, draft, head, seed=0, position=position)),
+            torch.no_grad()(
+                lambda: mk.linear_verify(main, weight, draft, head, seed=0, position=position)
+            ),
         ),
     ]
 
@@ -296,47 +318,54 @@ def resident_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def extra_bytes_of(call: Callable[[], object]) -> int:
-    """How far the peak of one call lies above the memory before it."""
+def seconds_and_bytes(call: Callable[[], object], leaves: list[Tensor]) -> tuple[float, int]:
+    """Wall time of one call, and how far its peak lies above the memory before it."""
+    for leaf in leaves:
+        leaf.grad = None
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        seconds = seconds_of(call)
+        return seconds, torch.cuda.max_memory_allocated() - before
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident_bytes("VmRSS")
-    call()
-    return resident_bytes("VmHWM") - before
+    seconds = seconds_of(call)
+    return seconds, resident_bytes("VmHWM") - before
 
 
-def measure(op: str, size: str, dtype: str, repeats: int) -> list[Result]:
-    """Every implementation of an op on one size and dtype."""
+def wanted(op: str, case: Case, numel: int) -> bool:
+    """Whether a case is measured at a size without --all."""
+    small = numel < LARGE_NUMEL or op in ("linear_sample", "linear_verify")
+    return small or (case.impl not in SLOW and (op, case.pass_) in {(b.op, b.pass_) for b in BARS})
+
+
+def measure(op: str, size: str, dtype: str, repeats: int, everything: bool) -> list[Result]:
+    """The implementations of an op on one size and dtype."""
     rows, depth, vocab = (int(n) for n in size.split(","))
     if op in ("linear_sample", "linear_verify"):
         rows = min(rows, DECODE_ROWS)
-    runnable = []
+    runnable: list[tuple[Case, list[tuple[float, int]]]] = []
     cases, leaves = make_cases(op, rows, depth, vocab, DTYPES[dtype])
     for case in cases:
+        if not everything and not wanted(op, case, rows * vocab):
+            continue
         try:
             case.call()
-            runnable.append(case)
+            runnable.append((case, []))
         except Exception as error:  # a baseline that does not run is reported, and left out
             if case.impl.startswith("mtp_kernels"):
                 raise
             print(f"{case.impl} {case.pass_} left out: {str(error).splitlines()[0]}", flush=True)
-    taken: dict[int, list[float]] = {n: [] for n in range(len(runnable))}
     for _ in range(repeats):
-        for n, case in enumerate(runnable):
-            taken[n].append(seconds_of(case.call))
+        for case, taken in runnable:
+            if sum(seconds for seconds, _ in taken) < CASE_SECONDS:
+                taken.append(seconds_and_bytes(case.call, leaves))
     results = []
-    for n, case in enumerate(runnable):
-        for leaf in leaves:
-            leaf.grad = None
-        extra = extra_bytes_of(case.call)
-        seconds = statistics.median(taken[n])
+    for case, taken in runnable:
+        seconds = statistics.median(seconds for seconds, _ in taken)
+        extra = int(statistics.median(extra for _, extra in taken))
         results.append(Result(op, case.impl, dtype, rows, depth, vocab, case.pass_, seconds, extra))
     for result in results:
         base = {r.impl: r for r in results if r.pass_ == result.pass_}
@@ -376,8 +405,15 @@ def useful_work(result: Result) -> tuple[float, float]:
 
 
 def report(results: list[Result], peaks: dict[str, tuple[float, float]]) -> None:
-    """Prints a table."""
-    for r in results:
+    """Prints the table of one op, dtype and size."""
+    first = results[0]
+    print(f"\n{first.op}, {first.dtype}, {first.rows} rows, D = {first.D}, V = {first.V}")
+    print(
+        f"  {'pass':17}{'implementation':27}{'seconds':>9}{'MiB':>7}{'time /':>9}{'memory /':>9}"
+        f"{'time /':>10}{'TFLOP/s':>15}{'GB/s':>14}\n"
+        f"  {'':60}{'naive':>9}{'naive':>9}{'compiled':>10}{'(of ceiling)':>15}{'':>14}"
+    )
+    for r in sorted(results, key=lambda r: r.pass_):
         flop, moved = useful_work(r)
         peak_flop, peak_bytes = peaks[r.dtype]
         time_naive, memory_naive, time_compiled = (
@@ -385,13 +421,34 @@ def report(results: list[Result], peaks: dict[str, tuple[float, float]]) -> None
             for value in (r.time_over_naive, r.memory_over_naive, r.time_over_compiled)
         )
         print(
-            f"{r.op:15} {r.pass_:17} {r.dtype} {r.rows:6}x{r.D}x{r.V:<7} {r.impl:27} "
-            f"{r.seconds:8.3f} s {r.extra_bytes / 2**20:8.0f} MiB  x naive {time_naive:>6} time "
-            f"{memory_naive:>6} memory, x compiled {time_compiled:>6}  "
-            f"{flop / r.seconds / 1e12:7.3f} TFLOP/s ({flop / r.seconds / peak_flop:4.0%})  "
-            f"{moved / r.seconds / 1e9:6.1f} GB/s ({moved / r.seconds / peak_bytes:4.0%})",
+            f"  {r.pass_:17}{r.impl:27}{r.seconds:9.3f}{r.extra_bytes / 2**20:7.0f}"
+            f"{time_naive:>9}{memory_naive:>9}{time_compiled:>10}"
+            f"{flop / r.seconds / 1e12:9.3f} ({flop / r.seconds / peak_flop:3.0%})"
+            f"{moved / r.seconds / 1e9:8.1f} ({moved / r.seconds / peak_bytes:3.0%})",
             flush=True,
         )
+
+
+def report_bars(results: list[Result]) -> None:
+    """Prints one line for each bar, dtype and size that was measured."""
+    by_key = {(r.op, r.pass_, r.dtype, r.rows, r.D, r.V, r.impl): r for r in results}
+    print("\nbars")
+    for bar in BARS:
+        for (*key, impl), ours in by_key.items():
+            if (*key[:2], impl) != (bar.op, bar.pass_, "mtp_kernels"):
+                continue
+            other = by_key.get((*key, bar.against))
+            if other is None:
+                continue
+            time = ours.seconds / other.seconds
+            met = time <= bar.seconds
+            words = f"{time:.3f} of the time of {bar.against} (at most {bar.seconds:g})"
+            if bar.memory is not None:
+                memory = ours.extra_bytes / max(1, other.extra_bytes)
+                met &= memory <= bar.memory
+                words += f", 1/{1 / memory:.0f} of its memory (at most 1/{1 / bar.memory:.0f})"
+            where = f"{ours.op} {ours.pass_} {ours.dtype} {ours.rows}x{ours.D}x{ours.V}"
+            print(f"  {where}: {words}: {'met' if met else 'not met'}")
 
 
 def main() -> None:
@@ -402,13 +459,15 @@ def main() -> None:
     parser.add_argument("--dtype", action="append", choices=DTYPES)
     parser.add_argument("--size", action="append", help="rows,D,V")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--all", action="store_true", help="every pass and baseline at every size")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     if options.worker:
-        results = measure(options.op[0], options.size[0], options.dtype[0], options.repeats)
+        key = (options.op[0], options.size[0], options.dtype[0])
+        results = measure(*key, options.repeats, options.all)
         print(json.dumps([asdict(result) for result in results]))
         return
     dtypes = options.dtype or list(DTYPES)
@@ -421,15 +480,16 @@ def main() -> None:
             for dtype in dtypes:
                 command = [sys.executable, __file__, "--worker", "--op", op, "--dtype", dtype]
                 command += ["--size", size, "--repeats", str(options.repeats)]
-                command += ["--threads", str(options.threads)]
+                command += ["--threads", str(options.threads)] + ["--all"] * options.all
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
                 *notes, last = done.stdout.splitlines() or [""]
-                print("\n".join(notes), end="\n" if notes else "")
+                print("".join(f"{note}\n" for note in notes), end="")
                 if done.returncode:
                     sys.exit(f"{op} {dtype} {size} failed with status {done.returncode}")
                 results = [Result(**fields) for fields in json.loads(last)]
                 report(results, peaks)
                 everything += results
+    report_bars(everything)
     if options.json:
         print(json.dumps({"results": [result.as_json() for result in everything]}))
 

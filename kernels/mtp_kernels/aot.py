@@ -74,30 +74,30 @@ class Report:
         return found
 
 
-def kernel_source(kernel: str, config: Config) -> tuple[Any, dict[str, Any]]:
+def kernel_source(kernel: str, config: Config, target: str) -> tuple[Any, dict[str, Any]]:
     """(the JIT function, its constexprs) of a kernel's name in `configs.KERNELS`."""
     from mtp_kernels.linear_kl.triton import kl_gradient_kernel, kl_stats_kernel
     from mtp_kernels.linear_logprob.triton import row_gradient_kernel, row_stats_kernel
     from mtp_kernels.linear_loss.triton import gradient_from_logits_kernel
     from mtp_kernels.linear_sample.triton import sample_kernel
     from mtp_kernels.linear_verify.triton import residual_kernel
+    from mtp_kernels.tiles import Tile
 
-    tile = {"BV": config.vocab, "BD": config.depth, "HAS_BIAS": False, "HAS_SOFTCAP": False}
-    product = {"EVEN": True, "PRECISION": "tf32x3", "UPCAST": False}
-    train = {**tile, **product, "BM": config.rows}
-    decode = {**tile, **product, "BR": config.rows}
+    precision = "ieee" if target.startswith("gfx") else "tf32x3"
+    tile = Tile(config.rows, config.vocab, config.depth, True, precision, upcast=False)
+    options = {"HAS_BIAS": False, "HAS_SOFTCAP": False, "T": tile}
     table: dict[str, tuple[Any, dict[str, Any]]] = {
-        "row_stats": (row_stats_kernel, {**train, "STORE": False}),
-        "row_stats_store": (row_stats_kernel, {**train, "STORE": True}),
-        "row_gradient": (row_gradient_kernel, train),
+        "row_stats": (row_stats_kernel, {**options, "STORE": False}),
+        "row_stats_store": (row_stats_kernel, {**options, "STORE": True}),
+        "row_gradient": (row_gradient_kernel, options),
         "gradient_from_logits": (
             gradient_from_logits_kernel,
             {"HAS_SOFTCAP": False, "BV": config.vocab},
         ),
-        "kl_stats": (kl_stats_kernel, {**train, "REVERSE": False}),
-        "kl_gradient": (kl_gradient_kernel, {**train, "REVERSE": False, "OF_TEACHER": False}),
-        "sample": (sample_kernel, {**decode, "GREEDY": False, "STREAM": 0}),
-        "residual": (residual_kernel, {**decode, "STREAM": 2, "HAS_DRAFT_BIAS": False}),
+        "kl_stats": (kl_stats_kernel, {**options, "REVERSE": False}),
+        "kl_gradient": (kl_gradient_kernel, {**options, "REVERSE": False, "OF_TEACHER": False}),
+        "sample": (sample_kernel, {**options, "GREEDY": False, "STREAM": 0}),
+        "residual": (residual_kernel, {**options, "STREAM": 2, "HAS_DRAFT_BIAS": False}),
     }
     return table[kernel]
 
@@ -129,11 +129,9 @@ def compile_config(kernel: str, target: str, config: Config, operand: str = "bf1
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function, constexprs = kernel_source(kernel, config)
+    function, constexprs = kernel_source(kernel, config, target)
     if target.startswith("gfx"):
         gpu = GPUTarget("hip", target, 64)
-        if "PRECISION" in constexprs:
-            constexprs = {**constexprs, "PRECISION": "ieee"}
     else:
         gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     types = argument_types(function.arg_names, constexprs, operand)

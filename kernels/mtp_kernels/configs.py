@@ -6,6 +6,7 @@ is no autotuning: a result must not depend on which tile size won a race.
 
 import functools
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,9 +104,23 @@ def num_processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def num_splits(row_tiles: int, vocab_tiles: int, device: torch.device) -> int:
-    """Into how many parts the vocabulary is split: enough programs for eight waves."""
+class Grid(NamedTuple):
+    """Programs of a kernel that walks over parts of the vocabulary."""
+
+    row_tiles: int
+    """Tiles of rows."""
+    splits: int
+    """Parts of the vocabulary, walked over side by side."""
+    per_split: int
+    """Tiles of the vocabulary in a part; the last part may have fewer."""
+
+
+def split_grid(rows: int, vocab: int, config: Config, device: torch.device) -> Grid:
+    """As many parts of the vocabulary as make eight waves of programs on a device."""
+    row_tiles, vocab_tiles = -(-rows // config.rows), -(-vocab // config.vocab)
     if triton_interpreted():
-        return min(2, vocab_tiles)
-    wanted = -(-8 * num_processors(device.index or 0) // row_tiles)
-    return max(1, min(wanted, vocab_tiles))
+        wanted = 2
+    else:
+        wanted = -(-8 * num_processors(device.index or 0) // max(row_tiles, 1))
+    per_split = -(-vocab_tiles // max(1, min(wanted, vocab_tiles)))
+    return Grid(row_tiles, -(-vocab_tiles // per_split), per_split)

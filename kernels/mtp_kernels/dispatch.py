@@ -29,6 +29,8 @@ CHUNK_BYTES = 24 << 20
 """Working memory for one chunk of logits, in bytes, on a CPU."""
 TILE_ROWS = 1024
 """Rows of a tile where the vocabulary is cut as well."""
+ALIGNMENT = 64
+"""Rows and vocabulary ids of a tile are multiples of this: odd sizes slow the product down."""
 CHUNK_BYTES_TALL = 48 << 20
 """The same where each chunk costs a pass over [V, D], to read it or to add to its gradient."""
 CHUNK_BYTES_DEVICE = 512 << 20
@@ -108,9 +110,11 @@ def tile_of(rows: int, vocab: int, operand: Tensor) -> tuple[int, int]:
 
 
 def _even(total: int, most: int) -> int:
-    """The size of the fewest equal pieces of at most `most`."""
+    """The size of the fewest equal pieces of at most `most`, a multiple of ALIGNMENT if it fits."""
     pieces = max(1, -(-total // most))
-    return max(1, -(-total // pieces))
+    size = max(1, -(-total // pieces))
+    aligned = -(-size // ALIGNMENT) * ALIGNMENT
+    return min(aligned, total) if pieces > 1 and aligned <= most else size
 
 
 def maybe_compiled(

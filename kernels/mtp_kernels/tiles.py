@@ -1,15 +1,16 @@
 """What the Triton kernels share: the product tile, the logits' scaling and the noise.
 
-The interpreter computes bfloat16 products wrongly, so the launchers set UPCAST there.
+The interpreter computes bfloat16 products wrongly, so tiles are upcast there.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mtp_kernels.configs import Config
 from mtp_kernels.dispatch import triton_interpreted
 from mtp_kernels.noise import (
     LARGEST,
@@ -30,46 +31,74 @@ _W1 = tl.constexpr(WEYL_1)
 _LARGEST = tl.constexpr(LARGEST)
 
 
+class Tile(NamedTuple):
+    """What a kernel is compiled for: the sizes of its tiles and how it multiplies operands."""
+
+    rows: int
+    """Rows of hidden states."""
+    vocab: int
+    """Vocabulary ids."""
+    depth: int
+    """Elements of D per step of the product."""
+    even: bool
+    """True where D is whole steps."""
+    precision: str
+    """Of products of float32 operands: Triton's input_precision."""
+    upcast: bool
+    """True where operands are made float32 first."""
+
+
 @triton.jit
 def product_tile(
-    a_ptr,
-    b_ptr,
-    a_rows,
-    b_rows,
-    depth,
-    BA: tl.constexpr,
-    BB: tl.constexpr,
-    BD: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    a_ptr, b_ptr, a_rows, b_rows, depth, BA: tl.constexpr, BB: tl.constexpr, T: tl.constexpr
 ):
     """[BA, BB] float32 a[a_rows] times b[b_rows] transposed; rows are int64 and inside."""
-    k = tl.arange(0, BD)
+    k = tl.arange(0, T.depth)
     a_tile = a_ptr + a_rows[:, None] * depth + k[None, :]
     b_tile = b_ptr + b_rows[None, :] * depth + k[:, None]
     total = tl.zeros((BA, BB), dtype=tl.float32)
-    for start in range(0, depth, BD):
-        if EVEN:
+    for start in range(0, depth, T.depth):
+        if T.even:
             a = tl.load(a_tile)
             b = tl.load(b_tile)
         else:
             inside = k < depth - start
             a = tl.load(a_tile, mask=inside[None, :], other=0.0)
             b = tl.load(b_tile, mask=inside[:, None], other=0.0)
-        if UPCAST:
+        if T.upcast:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
-        a_tile += BD
-        b_tile += BD
+        total = tl.dot(a, b, total, input_precision=T.precision)
+        a_tile += T.depth
+        b_tile += T.depth
     return total
 
 
 @triton.jit
-def scale_tile(x, bias, softcap, inverse_temperature, HAS_SOFTCAP: tl.constexpr):
-    """Scaled logits of products x and a bias that broadcasts to them; finite."""
-    x = x + bias
+def logits_tile(
+    hidden,
+    weight,
+    bias,
+    rows,
+    ids,
+    depth,
+    softcap,
+    inverse_temperature,
+    VOCAB_FIRST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    T: tl.constexpr,
+):
+    """Finite scaled logits of int64 rows and ids: [rows, ids], or [ids, rows] where VOCAB_FIRST."""
+    if VOCAB_FIRST:
+        x = product_tile(weight, hidden, ids, rows, depth, T.vocab, T.rows, T)
+    else:
+        x = product_tile(hidden, weight, rows, ids, depth, T.rows, T.vocab, T)
+    offset = 0.0
+    if HAS_BIAS:
+        offset = tl.load(bias + ids).to(tl.float32)
+        offset = offset[:, None] if VOCAB_FIRST else offset[None, :]
+    x = x + offset  # also where it is 0: without this instruction most kernels use more registers
     if HAS_SOFTCAP:
         # tanh by exp: the interpreter has no libdevice. Both ends saturate without NaN.
         x = softcap * (1.0 - 2.0 / (tl.exp(2.0 * x / softcap) + 1.0))
@@ -87,7 +116,7 @@ def unscale_tile(dx, x, softcap, inverse_temperature, HAS_SOFTCAP: tl.constexpr)
 
 @triton.jit
 def gumbel_tile(seed, position, stream, ids):
-    """Gumbel noise of int64 seed and position [1, BR] and int32 vocabulary ids [BV, 1]."""
+    """Gumbel noise of int64 seed and position [1, rows] and int32 vocabulary ids [ids, 1]."""
     # Counters and keys stay as small as they broadcast: whole tiles of them would spill.
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
@@ -124,20 +153,24 @@ def log1p_negative(u):
     return exact
 
 
-def operand_options(hidden: Tensor, depth: int) -> dict[str, Any]:
-    """The constexprs that hang on the operands: whether D is whole steps, and the precision."""
+def tile_options(config: Config, *hidden: Tensor) -> dict[str, Any]:
+    """The tile and the launch options of a kernel whose products are of hidden states [R, D]."""
     nvidia = torch.version.hip is None and not triton_interpreted()
-    return {
-        "EVEN": hidden.shape[1] % depth == 0,
-        "PRECISION": "tf32x3" if nvidia else "ieee",
-        "UPCAST": triton_interpreted() and hidden.dtype != torch.float32,
-    }
+    tile = Tile(
+        config.rows,
+        config.vocab,
+        config.depth,
+        even=all(h.shape[1] % config.depth == 0 for h in hidden),
+        precision="tf32x3" if nvidia else "ieee",
+        upcast=triton_interpreted() and hidden[0].dtype != torch.float32,
+    )
+    return {"T": tile, "num_warps": config.warps, "num_stages": config.stages}
 
 
 def scaling_options(
     bias: Tensor | None, temperature: float, softcap: float | None
 ) -> dict[str, Any]:
-    """The arguments of `scale_tile` for a kernel."""
+    """The arguments of `logits_tile` that scale them."""
     return {
         "softcap": 1.0 if softcap is None else softcap,
         "inverse_temperature": 1.0 / temperature,

@@ -149,15 +149,6 @@ def test_a_plan_makes_every_teacher_once_and_meets_every_student_once(index, row
     assert made == sorted({teacher for teacher in index if teacher >= 0})
 
 
-@pytest.mark.usefixtures("chunked")
-def test_operator_registration():
-    student = operands((5,), 33, 8, torch.float32)
-    teacher = operands((3,), 33, 8, torch.float32)
-    index = torch.tensor([0, 1, 2, -1, 1])
-    arguments = (*student, None, *teacher, None, index, False, 1.0, None, "torch")
-    torch.library.opcheck(torch.ops.mtp_kernels.linear_kl.default, arguments)
-
-
 def test_wrong_arguments_say_what_is_expected():
     hidden, weight, teacher = torch.randn(3, 4), torch.randn(9, 4), torch.randn(3, 4)
     index = torch.arange(3)

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import SCALINGS, assert_as_good, operands, plain_logits
 from mtp_kernels import dispatch, linear_logprob
-from mtp_kernels.linear_logprob.reference import linear_logprob_reference
 from torch import Tensor
 
 PATHS = ("torch", "triton")
@@ -154,43 +153,11 @@ def test_tokens_with_a_shift_are_the_targets_written_out(impl):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.usefixtures("chunked")
-@pytest.mark.parametrize("impl", PATHS)
-def test_the_same_bits_in_every_run(impl):
-    target = torch.randint(0, 101, (37,))
-    case = (impl, torch.float32, target, 101, 24, True, {})
-    for first, second in zip(run(*case), run(*case), strict=True):
-        assert torch.equal(first, second)
-
-
 def test_small_problems_agree_with_the_reference_and_differentiate_twice():
     hidden, weight = operands((3,), 20, 4, torch.float32)
     out = linear_logprob(hidden, weight, torch.tensor([1, 2, 3]))
     (grad,) = torch.autograd.grad(out.logprob.sum(), hidden, create_graph=True)
     assert torch.autograd.grad(grad.square().sum(), weight)[0].abs().sum() > 0
-
-
-@pytest.mark.usefixtures("chunked")
-def test_compiles_without_graph_breaks():
-    hidden, weight = operands((5,), 33, 8, torch.float32)
-    target = torch.randint(0, 33, (5,))
-
-    def loss(h: Tensor, w: Tensor) -> Tensor:
-        out = linear_logprob(h, w, target, impl="torch")
-        return (out.logprob + out.entropy).sum()
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    ours = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
-    eager = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
-    for a, b in zip(ours, eager, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.usefixtures("chunked")
-def test_operator_registration():
-    hidden, weight = operands((5,), 33, 8, torch.float32)
-    arguments = (hidden, weight, None, torch.randint(0, 33, (5,)), 1.0, None, -100, "torch")
-    torch.library.opcheck(torch.ops.mtp_kernels.linear_logprob.default, arguments)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # in inductor
@@ -203,6 +170,11 @@ def test_compiled_chunks_agree_with_eager_ones(chunked, monkeypatch):
     monkeypatch.setattr(dispatch, "COMPILE_NUMEL", 0)
     for a, b in zip(run("torch", torch.float32, *case), eager, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    hidden, weight = torch.zeros(2, 4), torch.ones(101, 4)
+    assert linear_logprob(hidden, weight, torch.tensor([7, 49])).argmax.tolist() == [0, 0], "ties"
+    hidden, weight = (t.detach() for t in operands((37,), 101, 24, torch.float32))
+    argmax = linear_logprob(hidden, weight, target.clamp_min(0)).argmax
+    assert torch.equal(argmax, (hidden @ weight.T).argmax(-1))
 
 
 def test_nothing_is_compiled_for_small_problems_or_without_a_compiler(monkeypatch):
@@ -213,19 +185,6 @@ def test_nothing_is_compiled_for_small_problems_or_without_a_compiler(monkeypatc
     assert dispatch.maybe_compiled(body, 100, 20, sampling=True) is body
     monkeypatch.setattr(dispatch, "compiler_found", lambda: False)
     assert dispatch.maybe_compiled(body, 1 << 20, 1 << 20) is body
-
-
-@pytest.mark.parametrize("vocab", [49_152, 151_936])
-def test_real_vocabularies_in_bfloat16(vocab):
-    """A vocabulary in the middle of which nothing may be lost, in the dtype that is trained."""
-    hidden, weight = (t.detach() * 0.2 for t in operands((24,), vocab, 64, torch.bfloat16))
-    target = torch.randint(0, vocab, (24,))
-    out = linear_logprob(hidden, weight, target)
-    truth = linear_logprob_reference(
-        hidden.double(), weight.double(), None, target, 1.0, None, -100
-    )
-    plain = plain_logprob(hidden, weight, None, target)
-    assert_as_good(out[:3], plain, truth[:3])
 
 
 def test_wrong_arguments_say_what_is_expected():

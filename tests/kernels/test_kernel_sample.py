@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernel_cases import operands
 from mtp_kernels import configs, linear_logprob, linear_sample
 from mtp_kernels.linear_sample.reference import keep_likely
@@ -49,6 +51,26 @@ def test_every_path_draws_the_reference_tokens(impl, dtype):
     reference = linear_sample(hidden, weight, seed=seed, position=position, impl="reference")
     share = (ours.token == reference.token).float().mean()
     assert share == 1 if dtype == torch.float32 else share > 0.9
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("impl", PATHS)
+@settings(max_examples=12, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    vocab=st.integers(1, 80),
+    depth=st.integers(1, 40),
+    temperature=st.sampled_from([0.0, 0.5, 1.7]),
+    first=st.integers(0, 2**40),
+)
+def test_any_shape_temperature_and_position(impl, rows, vocab, depth, temperature, first):
+    hidden, weight = (t.detach() for t in operands((rows,), vocab, depth, torch.float32))
+    keys = {"seed": first - 7, "position": first + torch.arange(rows), "temperature": temperature}
+    ours = linear_sample(hidden, weight, impl=impl, **keys)
+    reference = linear_sample(hidden, weight, impl="reference", **keys)
+    assert (ours.token != reference.token).sum() <= 1  # two scores may be a rounding apart
+    scored = linear_logprob(hidden, weight, ours.token, temperature=temperature or 1.0)
+    torch.testing.assert_close(ours.logprob, scored.logprob, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("chunked")

@@ -13,6 +13,7 @@ from mtp_kernels.dispatch import (
 )
 from mtp_kernels.linear_kl.op import kl_op
 from mtp_kernels.linear_kl.plan import shifted_index
+from mtp_kernels.linear_kl.problem import Layer, Problem
 from mtp_kernels.linear_kl.reference import linear_kl_reference
 
 
@@ -87,13 +88,13 @@ def linear_kl(
     rows = hidden.reshape(-1, hidden.shape[-1])
     teachers = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
     impl = resolve_impl(impl, hidden)
-    flat = (rows, weight, bias, teachers, teacher_weight, teacher_bias, index.reshape(-1))
-    settings = (direction == "reverse", float(temperature), softcap)
+    student, teacher = Layer(rows, weight, bias), Layer(teachers, teacher_weight, teacher_bias)
+    settings = (index.reshape(-1), direction == "reverse", float(temperature), softcap)
     direct = is_direct(rows.shape[0], weight) and is_direct(rows.shape[0], teacher_weight)
     if impl == "reference" or (impl == "torch" and direct):
-        divergence = linear_kl_reference(*flat, *settings)
+        divergence = linear_kl_reference(Problem(student, teacher, *settings))
     else:
-        divergence, _ = kl_op(*flat, *settings, impl)
+        divergence, _ = kl_op(*student, *teacher, *settings, impl)
     return LinearKl(divergence.reshape(lead), index >= 0)
 
 

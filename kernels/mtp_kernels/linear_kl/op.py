@@ -1,10 +1,9 @@
 """`linear_kl` as registered operators, so that torch.compile sees one node without breaks."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from mtp_kernels.linear_kl.problem import Layer, Problem
 from mtp_kernels.linear_kl.torch import backward_torch, divergence_torch
 
 
@@ -23,13 +22,14 @@ def kl_op(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """([R] divergences, [R] the students' log-sum-exp), 0 where index is negative."""
-    student = (hidden, weight, bias)
-    teacher = (teacher_hidden, teacher_weight, teacher_bias)
+    student = Layer(hidden, weight.contiguous(), bias)
+    teacher = Layer(teacher_hidden, teacher_weight.contiguous(), teacher_bias)
+    problem = Problem(student, teacher, index, reverse, temperature, softcap)
     if impl == "triton":
         from mtp_kernels.linear_kl.triton import divergence_triton
 
-        return divergence_triton(*student, *teacher, index, reverse, temperature, softcap)
-    return divergence_torch(*student, *teacher, index, reverse, temperature, softcap)
+        return divergence_triton(problem)
+    return divergence_torch(problem)
 
 
 @kl_op.register_fake
@@ -58,15 +58,15 @@ def kl_backward_op(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients by the first six arguments; an empty tensor for each that is not needed."""
-    student = (hidden, weight, bias)
-    teacher = (teacher_hidden, teacher_weight, teacher_bias)
-    rest: tuple[Any, ...] = (index, divergence, lse, grad, reverse, temperature, softcap, needs)
+    student = Layer(hidden, weight.contiguous(), bias)
+    teacher = Layer(teacher_hidden, teacher_weight.contiguous(), teacher_bias)
+    problem = Problem(student, teacher, index, reverse, temperature, softcap)
     if impl == "triton":
         from mtp_kernels.linear_kl.triton import backward_triton
 
-        grads = backward_triton(*student, *teacher, *rest)
+        grads = backward_triton(problem, divergence, lse, grad, needs)
     else:
-        grads = backward_torch(*student, *teacher, *rest)
+        grads = backward_torch(problem, divergence, lse, grad, needs)
     return [hidden.new_empty(0) if g is None else g for g in grads]
 
 

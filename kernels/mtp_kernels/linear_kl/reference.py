@@ -3,33 +3,27 @@
 import torch
 from torch import Tensor
 
+from mtp_kernels.linear_kl.problem import Layer, Problem
 from mtp_kernels.linear_logprob.reference import reference_logits
 from mtp_kernels.rowstats import NEGATIVE
 
 
-def linear_kl_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    index: Tensor,
-    reverse: bool,
-    temperature: float,
-    softcap: float | None,
-) -> Tensor:
-    """[R] divergences in nats, 0 where index [R] is negative; see `linear_kl`."""
-    student = reference_logits(hidden, weight, bias, temperature, softcap)
-    log_q = torch.log_softmax(student, -1).clamp_min(NEGATIVE)
-    valid = index >= 0
-    if teacher_hidden.shape[0] == 0:
+def linear_kl_reference(problem: Problem) -> Tensor:
+    """[R] divergences in nats, 0 where the index is negative; see `linear_kl`."""
+    teacher, index = problem.teacher, problem.index
+    log_q = _log_probs(problem.student, problem)
+    if teacher.hidden.shape[0] == 0:
         return log_q.sum(-1) * 0.0
-    # Ids are gathered before the product: the definition makes a teacher row for every student.
-    rows = teacher_hidden.index_select(0, index.clamp_min(0))
-    teacher = reference_logits(rows, teacher_weight, teacher_bias, temperature, softcap)
-    log_p = torch.log_softmax(teacher, -1).clamp_min(NEGATIVE)
-    if reverse:
+    # Rows are gathered before the product: the definition makes a teacher row for every student.
+    rows = teacher.hidden.index_select(0, index.clamp_min(0))
+    log_p = _log_probs(teacher._replace(hidden=rows), problem)
+    if problem.reverse:
         log_p, log_q = log_q, log_p
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
-    return torch.where(valid, divergence, 0.0)
+    return torch.where(index >= 0, divergence, 0.0)
+
+
+def _log_probs(layer: Layer, problem: Problem) -> Tensor:
+    """[R, V] log-probabilities, finite."""
+    logits = reference_logits(*layer, *problem.scaling)
+    return torch.log_softmax(logits, -1).clamp_min(NEGATIVE)

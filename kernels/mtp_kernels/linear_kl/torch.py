@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mtp_kernels.dispatch import maybe_compiled, rows_per_chunk, statistics_dtype
 from mtp_kernels.linear_kl.plan import chunks, make_plan
+from mtp_kernels.linear_kl.problem import Problem
 from mtp_kernels.logits import accumulate_weight, product, scale, unscale
 from mtp_kernels.rowstats import NEGATIVE
 
@@ -50,42 +51,26 @@ def gradient_of_chunk(
     divergence: Tensor,
     lse: Tensor,
     grad: Tensor,
+    of_teacher: bool,
     reverse: bool,
     temperature: float,
     softcap: float | None,
 ) -> Tensor:
-    """[S, V] gradient by the students' raw products, in their dtype."""
+    """[S, V] gradient by the students' raw products, in their dtype.
+
+    With of_teacher: each student's part of the gradient by its teacher's scaled logits.
+    """
     x = scale(raw, bias, softcap, temperature)
     log_q = (x - lse[:, None]).clamp_min(NEGATIVE)
     log_p = teacher[place]
-    if reverse:
-        ds = log_q.exp() * (log_q - log_p - divergence[:, None])
+    if of_teacher != reverse:
+        # The gradient by the logits of what the expectation is over.
+        ours, other = (log_p, log_q) if of_teacher else (log_q, log_p)
+        dx = ours.exp() * (ours - other - divergence[:, None])
     else:
-        ds = log_q.exp() - log_p.exp()
-    return unscale(ds * grad[:, None], x, softcap, temperature).to(raw.dtype)
-
-
-def teacher_gradient_of_chunk(
-    raw: Tensor,
-    bias: Tensor | None,
-    teacher: Tensor,
-    place: Tensor,
-    divergence: Tensor,
-    lse: Tensor,
-    grad: Tensor,
-    reverse: bool,
-    temperature: float,
-    softcap: float | None,
-) -> Tensor:
-    """[S, V] each student's part of the gradient by its teacher's scaled logits."""
-    x = scale(raw, bias, softcap, temperature)
-    log_q = (x - lse[:, None]).clamp_min(NEGATIVE)
-    log_p = teacher[place]
-    if reverse:
-        dt = log_p.exp() - log_q.exp()
-    else:
-        dt = log_p.exp() * (log_p - log_q - divergence[:, None])
-    return dt * grad[:, None]
+        dx = log_p.exp() - log_q.exp() if of_teacher else log_q.exp() - log_p.exp()
+    dx = dx * grad[:, None]
+    return dx if of_teacher else unscale(dx, x, softcap, temperature).to(raw.dtype)
 
 
 def chunk_sizes(students: int, teachers: int, vocab: int, operand: Tensor) -> tuple[int, int]:
@@ -96,90 +81,67 @@ def chunk_sizes(students: int, teachers: int, vocab: int, operand: Tensor) -> tu
     )
 
 
-def divergence_torch(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    index: Tensor,
-    reverse: bool,
-    temperature: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """([R] divergences, [R] the students' lse), 0 where index [R] is negative."""
-    vocab = weight.shape[0]
-    plan = make_plan(index)
-    out = hidden.new_zeros(hidden.shape[0], dtype=statistics_dtype(hidden))
+def divergence_torch(problem: Problem) -> tuple[Tensor, Tensor]:
+    """([R] divergences, [R] the students' lse), 0 where the index is negative."""
+    hidden, weight, bias = problem.student
+    teacher_hidden, teacher_weight, teacher_bias = problem.teacher
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    plan = make_plan(problem.index)
+    out = hidden.new_zeros(rows, dtype=statistics_dtype(hidden))
     lse = torch.zeros_like(out)
-    scaling = (temperature, softcap)
+    settings = (problem.reverse, *problem.scaling)
     sizes = chunk_sizes(plan.students.shape[0], plan.teachers.shape[0], vocab, hidden)
-    teacher_body = maybe_compiled(log_probs, hidden.shape[0], vocab)
-    body = maybe_compiled(divergence_of_chunk, hidden.shape[0], vocab)
+    teacher_body = maybe_compiled(log_probs, rows, vocab)
+    body = maybe_compiled(divergence_of_chunk, rows, vocab)
     for chunk in chunks(plan, *sizes):
-        rows = teacher_hidden[plan.teachers[chunk.teachers]]
-        teacher = teacher_body(product(rows, teacher_weight), teacher_bias, *scaling)
+        inputs = teacher_hidden[plan.teachers[chunk.teachers]]
+        teacher = teacher_body(product(inputs, teacher_weight), teacher_bias, *problem.scaling)
         for part in chunk.students:
             students = plan.students[part]
             raw = product(hidden[students], weight)
             place = plan.place[part] - chunk.teachers.start
-            out[students], lse[students] = body(raw, bias, teacher, place, reverse, *scaling)
+            out[students], lse[students] = body(raw, bias, teacher, place, *settings)
     return out, lse
 
 
 def backward_torch(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    index: Tensor,
-    divergence: Tensor,
-    lse: Tensor,
-    grad: Tensor,
-    reverse: bool,
-    temperature: float,
-    softcap: float | None,
-    needs: list[bool],
+    problem: Problem, divergence: Tensor, lse: Tensor, grad: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
-    """Gradients by the first six arguments, each None unless `needs` asks for it."""
-    vocab = weight.shape[0]
-    plan = make_plan(index)
-    operands = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+    """Gradients by the student's and the teacher's hidden, weight and bias where `needs` asks."""
+    hidden, weight, bias = problem.student
+    teacher_hidden, teacher_weight, teacher_bias = problem.teacher
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    plan = make_plan(problem.index)
+    operands = (*problem.student, *problem.teacher)
     totals = [
         torch.zeros_like(t, dtype=statistics_dtype(t)) if need and t is not None else None
         for t, need in zip(operands, needs, strict=True)
     ]
-    scaling = (temperature, softcap)
     sizes = chunk_sizes(plan.students.shape[0], plan.teachers.shape[0], vocab, hidden)
-    teacher_body = maybe_compiled(log_probs, hidden.shape[0], vocab)
-    body = maybe_compiled(gradient_of_chunk, hidden.shape[0], vocab)
-    teacher_gradient = maybe_compiled(teacher_gradient_of_chunk, hidden.shape[0], vocab)
+    teacher_body = maybe_compiled(log_probs, rows, vocab)
+    body = maybe_compiled(gradient_of_chunk, rows, vocab)
     for chunk in chunks(plan, *sizes):
         teachers = plan.teachers[chunk.teachers]
-        rows = teacher_hidden[teachers]
-        raw_teacher = product(rows, teacher_weight)
-        teacher = teacher_body(raw_teacher, teacher_bias, *scaling)
+        teacher_inputs = teacher_hidden[teachers]
+        raw_teacher = product(teacher_inputs, teacher_weight)
+        teacher = teacher_body(raw_teacher, teacher_bias, *problem.scaling)
         dt = torch.zeros_like(teacher) if any(needs[3:]) else None
         for part in chunk.students:
             students = plan.students[part]
             inputs = hidden[students]
             raw = product(inputs, weight)
             place = plan.place[part] - chunk.teachers.start
-            row_values = (divergence[students], lse[students], grad[students], reverse)
+            pairs = (raw, bias, teacher, place, divergence[students], lse[students], grad[students])
+            settings = (problem.reverse, *problem.scaling)
             if dt is not None:
-                dt.index_add_(
-                    0, place, teacher_gradient(raw, bias, teacher, place, *row_values, *scaling)
-                )
+                dt.index_add_(0, place, body(*pairs, True, *settings))
             if any(needs[:3]):
-                ds = body(raw, bias, teacher, place, *row_values, *scaling)
+                ds = body(*pairs, False, *settings)
                 _add(totals[:3], ds.to(hidden.dtype), inputs, weight, students)
         if dt is not None:
-            x = scale(raw_teacher, teacher_bias, softcap, temperature)
-            dt = unscale(dt, x, softcap, temperature).to(teacher_hidden.dtype)
-            _add(totals[3:], dt, rows, teacher_weight, teachers)
+            x = scale(raw_teacher, teacher_bias, problem.softcap, problem.temperature)
+            dt = unscale(dt, x, problem.softcap, problem.temperature).to(teacher_hidden.dtype)
+            _add(totals[3:], dt, teacher_inputs, teacher_weight, teachers)
     return [t if t is None else t.to(o.dtype) for t, o in zip(totals, operands, strict=True)]  # type: ignore[union-attr]
 
 

@@ -16,19 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mtp_kernels.configs import config_for, num_splits
+from mtp_kernels.configs import config_for, split_grid
 from mtp_kernels.dispatch import rows_per_chunk
 from mtp_kernels.linear_kl.plan import Plan, chunks, make_plan
+from mtp_kernels.linear_kl.problem import Problem
 from mtp_kernels.linear_logprob.triton import stats_triton
 from mtp_kernels.logits import accumulate_weight
 from mtp_kernels.rowstats import finish
 from mtp_kernels.tiles import (
     NEG,
     check_triton,
-    operand_options,
-    product_tile,
-    scale_tile,
+    logits_tile,
     scaling_options,
+    tile_options,
     unscale_tile,
 )
 
@@ -51,37 +51,31 @@ def kl_stats_kernel(
     REVERSE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    BM: tl.constexpr,
-    BV: tl.constexpr,
-    BD: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    T: tl.constexpr,
 ):
     """Floats [splits, 4, R] = m, Z, A or B, P, for teacher logits [U, V] at rows place [R]."""
+    BR: tl.constexpr = T.rows
+    BV: tl.constexpr = T.vocab
     split = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
     row_inside = rows < num_rows
     safe_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
     teacher_row = tl.load(place + safe_rows).to(tl.int32)  # a chunk has less than 2**31 logits
     t_lse = tl.load(teacher_lse + teacher_row)
-    m = tl.full((BM,), NEG, tl.float32)
-    z = tl.zeros((BM,), tl.float32)
-    gap = tl.zeros((BM,), tl.float32)
-    mass = tl.zeros((BM,), tl.float32)
+    m = tl.full((BR,), NEG, tl.float32)
+    z = tl.zeros((BR,), tl.float32)
+    gap = tl.zeros((BR,), tl.float32)
+    mass = tl.zeros((BR,), tl.float32)
     first = tl.program_id(1) * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(vocab, BV))
     for tile in range(first, last):
         ids = tile * BV + tl.arange(0, BV)
         inside = ids < vocab
         safe_ids = tl.minimum(ids, vocab - 1).to(tl.int64)
-        s = product_tile(
-            hidden, weight, safe_rows, safe_ids, depth, BM, BV, BD, EVEN, PRECISION, UPCAST
-        )
-        offset = 0.0
-        if HAS_BIAS:
-            offset = tl.load(bias + safe_ids).to(tl.float32)[None, :]
-        s = scale_tile(s, offset, softcap, inverse_temperature, HAS_SOFTCAP)
+        s = logits_tile(
+            hidden, weight, bias, safe_rows, safe_ids, depth, softcap, inverse_temperature,
+            False, HAS_BIAS, HAS_SOFTCAP, T,
+        )  # fmt: skip
         s = tl.where(inside[None, :], s, NEG)
         t = tl.load(
             teacher + teacher_row[:, None] * vocab + ids[None, :], mask=inside[None, :], other=NEG
@@ -124,29 +118,23 @@ def kl_gradient_kernel(
     OF_TEACHER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    BM: tl.constexpr,
-    BV: tl.constexpr,
-    BD: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    T: tl.constexpr,
 ):
     """Out [R, V] by the student's products, or its part of the teacher's where OF_TEACHER.
 
     values [3, R] = KL, lse of the student, upstream gradient.
     """
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    BR: tl.constexpr = T.rows
+    BV: tl.constexpr = T.vocab
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
     safe_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
     ids = tl.program_id(1) * BV + tl.arange(0, BV)
     inside = ids < vocab
     safe_ids = tl.minimum(ids, vocab - 1).to(tl.int64)
-    s = product_tile(
-        hidden, weight, safe_rows, safe_ids, depth, BM, BV, BD, EVEN, PRECISION, UPCAST
-    )
-    offset = 0.0
-    if HAS_BIAS:
-        offset = tl.load(bias + safe_ids).to(tl.float32)[None, :]
-    s = scale_tile(s, offset, softcap, inverse_temperature, HAS_SOFTCAP)
+    s = logits_tile(
+        hidden, weight, bias, safe_rows, safe_ids, depth, softcap, inverse_temperature,
+        False, HAS_BIAS, HAS_SOFTCAP, T,
+    )  # fmt: skip
     teacher_row = tl.load(place + safe_rows).to(tl.int32)  # a chunk has less than 2**31 logits
     t = tl.load(
         teacher + teacher_row[:, None] * vocab + ids[None, :], mask=inside[None, :], other=0.0
@@ -169,38 +157,20 @@ def kl_gradient_kernel(
     tl.store(out + place_out, dx.to(out.dtype.element_ty), mask=mask)
 
 
-def divergence_triton(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    index: Tensor,
-    reverse: bool,
-    temperature: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """([R] divergences, [R] the students' lse), 0 where index [R] is negative."""
-    check_triton(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
-    weight, vocab = weight.contiguous(), weight.shape[0]
+def divergence_triton(problem: Problem) -> tuple[Tensor, Tensor]:
+    """([R] divergences, [R] the students' lse), 0 where the index is negative."""
+    check_triton(*problem.student, *problem.teacher)
+    hidden, weight, bias = problem.student
+    vocab = weight.shape[0]
     config = config_for("kl_stats", hidden)
-    plan = make_plan(index)
+    plan = make_plan(problem.index)
     out, lse = torch.zeros((2, hidden.shape[0]), device=hidden.device).unbind()
-    scaling = (temperature, softcap)
-    teacher_operands = (teacher_hidden, teacher_weight.contiguous(), teacher_bias)
     for chunk in chunks(plan, _teacher_rows(plan, vocab, hidden), max(hidden.shape[0], 1)):
-        teacher, teacher_lse = _teacher_chunk(plan, chunk.teachers, teacher_operands, *scaling)
+        teacher, teacher_lse = _teacher_chunk(plan, chunk.teachers, problem)
         for part in chunk.students:
             students = plan.students[part]
             inputs, count = hidden[students], students.shape[0]
-            row_tiles, vocab_tiles = (
-                triton.cdiv(count, config.rows),
-                triton.cdiv(vocab, config.vocab),
-            )
-            wanted = num_splits(row_tiles, vocab_tiles, hidden.device)
-            per_split = triton.cdiv(vocab_tiles, wanted)
-            splits = triton.cdiv(vocab_tiles, per_split)
+            row_tiles, splits, per_split = split_grid(count, vocab, config, hidden.device)
             floats = torch.empty((splits, 4, count), dtype=torch.float32, device=hidden.device)
             place = plan.place[part] - chunk.teachers.start
             kl_stats_kernel[(row_tiles, splits)](
@@ -215,17 +185,11 @@ def divergence_triton(
                 vocab,
                 hidden.shape[1],
                 per_split,
-                REVERSE=reverse,
-                **scaling_options(bias, temperature, softcap),
-                BM=config.rows,
-                BV=config.vocab,
-                BD=config.depth,
-                **operand_options(hidden, config.depth),
-                num_warps=config.warps,
-                num_stages=config.stages,
+                REVERSE=problem.reverse,
+                **scaling_options(bias, *problem.scaling),
+                **tile_options(config, hidden),
             )
-            values = _finish(floats, teacher_lse[place], reverse)
-            out[students], lse[students] = values
+            out[students], lse[students] = _finish(floats, teacher_lse[place], problem.reverse)
     return out.clone(), lse.clone()
 
 
@@ -233,19 +197,13 @@ def _teacher_rows(plan: Plan, vocab: int, hidden: Tensor) -> int:
     return rows_per_chunk(max(plan.teachers.shape[0], 1), vocab, hidden)
 
 
-def _teacher_chunk(
-    plan: Plan,
-    part: slice,
-    operands: tuple[Tensor, Tensor, Tensor | None],
-    temperature: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
+def _teacher_chunk(plan: Plan, part: slice, problem: Problem) -> tuple[Tensor, Tensor]:
     """([U, V] scaled logits in float32, [U] log-sum-exp) of a chunk's teacher rows."""
-    teacher_hidden, weight, bias = operands
-    rows = teacher_hidden[plan.teachers[part]]
+    hidden, weight, bias = problem.teacher
+    rows = hidden[plan.teachers[part]]
     logits = rows.new_empty((rows.shape[0], weight.shape[0]), dtype=torch.float32)
     nothing = torch.full((rows.shape[0],), -1, dtype=torch.int64, device=rows.device)
-    stats = stats_triton(rows, weight, bias, nothing, temperature, softcap, logits=logits)
+    stats = stats_triton(rows, weight, bias, nothing, *problem.scaling, logits=logits)
     return logits, finish(stats)[1]
 
 
@@ -262,48 +220,31 @@ def _finish(floats: Tensor, teacher_lse: Tensor, reverse: bool) -> tuple[Tensor,
 
 
 def backward_triton(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    index: Tensor,
-    divergence: Tensor,
-    lse: Tensor,
-    grad: Tensor,
-    reverse: bool,
-    temperature: float,
-    softcap: float | None,
-    needs: list[bool],
+    problem: Problem, divergence: Tensor, lse: Tensor, grad: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
-    """Gradients by the first six arguments, each None unless `needs` asks for it."""
-    weight, teacher_weight = weight.contiguous(), teacher_weight.contiguous()
-    vocab = weight.shape[0]
-    plan = make_plan(index)
-    operands = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+    """Gradients by the student's and the teacher's hidden, weight and bias where `needs` asks."""
+    hidden, weight, _ = problem.student
+    teacher_hidden, teacher_weight, _ = problem.teacher
+    plan = make_plan(problem.index)
+    operands = (*problem.student, *problem.teacher)
     totals = [
         torch.zeros_like(t, dtype=torch.float32) if need and t is not None else None
         for t, need in zip(operands, needs, strict=True)
     ]
-    scaling = (temperature, softcap)
-    teacher_operands = (teacher_hidden, teacher_weight, teacher_bias)
-    size = _teacher_rows(plan, vocab, hidden)
+    size = _teacher_rows(plan, weight.shape[0], hidden)
     for chunk in chunks(plan, size, size):
-        teacher, teacher_lse = _teacher_chunk(plan, chunk.teachers, teacher_operands, *scaling)
+        teacher_values = _teacher_chunk(plan, chunk.teachers, problem)
         for part in chunk.students:
             students = plan.students[part]
             place = plan.place[part] - chunk.teachers.start
             values = torch.stack((divergence[students], lse[students], grad[students])).float()
             inputs = hidden[students]
-            shared = (teacher, teacher_lse, place, values, reverse, *scaling)
+            pairs = (problem, inputs, *teacher_values, place, values)
             if any(needs[:3]):
-                ds = _logit_gradient(inputs, weight, bias, *shared, hidden.dtype, False)
-                _add(totals[:3], ds, inputs, weight, students)
+                _add(totals[:3], _logit_gradient(*pairs, False), inputs, weight, students)
             if any(needs[3:]):
-                dtype = teacher_hidden.dtype
-                dt = _logit_gradient(inputs, weight, bias, *shared, dtype, True)
                 meets = plan.teachers[plan.place[part]]
+                dt = _logit_gradient(*pairs, True)
                 _add(totals[3:], dt, teacher_hidden[meets], teacher_weight, meets)
     return [
         None if t is None or o is None else t.to(o.dtype)
@@ -312,22 +253,19 @@ def backward_triton(
 
 
 def _logit_gradient(
+    problem: Problem,
     inputs: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
     teacher: Tensor,
     teacher_lse: Tensor,
     place: Tensor,
     values: Tensor,
-    reverse: bool,
-    temperature: float,
-    softcap: float | None,
-    dtype: torch.dtype,
     of_teacher: bool,
 ) -> Tensor:
     """[S, V] gradient by the products of the students, or of the teachers they meet."""
+    _, weight, bias = problem.student
     config = config_for("kl_gradient", inputs)
     count, vocab = inputs.shape[0], weight.shape[0]
+    dtype = problem.teacher.hidden.dtype if of_teacher else inputs.dtype
     out = inputs.new_empty((count, vocab), dtype=dtype)
     kl_gradient_kernel[(triton.cdiv(count, config.rows), triton.cdiv(vocab, config.vocab))](
         inputs,
@@ -341,15 +279,10 @@ def _logit_gradient(
         count,
         vocab,
         inputs.shape[1],
-        REVERSE=reverse,
+        REVERSE=problem.reverse,
         OF_TEACHER=of_teacher,
-        **scaling_options(bias, temperature, softcap),
-        BM=config.rows,
-        BV=config.vocab,
-        BD=config.depth,
-        **operand_options(inputs, config.depth),
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **scaling_options(bias, *problem.scaling),
+        **tile_options(config, inputs),
     )
     return out
 

@@ -20,9 +20,15 @@ def stats_of_chunk(
     """RowStats, as a tuple, of raw products [R, V]; a negative target is in no part."""
     x = scale(raw, bias, softcap, temperature)
     maximum = x.amax(-1)
-    argmax = x.argmax(-1)
     relative = (x - maximum[:, None]).clamp_min(NEGATIVE)
     weight = relative.exp()
+    if torch.compiler.is_compiling():
+        # The first id that reaches the maximum, in the loop of the sums: argmax has a slow one.
+        last = x.shape[1] - 1
+        column = torch.arange(last + 1, dtype=torch.int32, device=x.device)
+        argmax = torch.where(relative == 0, column, last).amin(-1).long()
+    else:
+        argmax = x.argmax(-1)
     picked = x.gather(-1, target.clamp_min(0)[:, None])[:, 0]
     return (
         maximum,

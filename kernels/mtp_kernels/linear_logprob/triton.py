@@ -12,17 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mtp_kernels.configs import config_for, num_splits
+from mtp_kernels.configs import config_for, split_grid
 from mtp_kernels.dispatch import rows_per_chunk
 from mtp_kernels.logits import accumulate_weight
 from mtp_kernels.rowstats import RowStats, combine
 from mtp_kernels.tiles import (
     NEG,
     check_triton,
-    operand_options,
-    product_tile,
-    scale_tile,
+    logits_tile,
     scaling_options,
+    tile_options,
     unscale_tile,
 )
 
@@ -45,37 +44,31 @@ def row_stats_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     STORE: tl.constexpr,
-    BM: tl.constexpr,
-    BV: tl.constexpr,
-    BD: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    T: tl.constexpr,
 ):
     """Floats [splits, 4, R] = m, Z, X, y and argmax [splits, R]; logits [R, V] where STORE."""
+    BR: tl.constexpr = T.rows
+    BV: tl.constexpr = T.vocab
     split = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
     row_inside = rows < num_rows
     safe_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
     goal = tl.load(target + safe_rows)
-    m = tl.full((BM,), NEG, tl.float32)
-    z = tl.zeros((BM,), tl.float32)
-    x_moment = tl.zeros((BM,), tl.float32)
-    y = tl.zeros((BM,), tl.float32)
-    best = tl.zeros((BM,), tl.int32)
+    m = tl.full((BR,), NEG, tl.float32)
+    z = tl.zeros((BR,), tl.float32)
+    x_moment = tl.zeros((BR,), tl.float32)
+    y = tl.zeros((BR,), tl.float32)
+    best = tl.zeros((BR,), tl.int32)
     first = tl.program_id(1) * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(vocab, BV))
     for tile in range(first, last):
         ids = tile * BV + tl.arange(0, BV)
         inside = ids < vocab
         safe_ids = tl.minimum(ids, vocab - 1).to(tl.int64)
-        x = product_tile(
-            hidden, weight, safe_rows, safe_ids, depth, BM, BV, BD, EVEN, PRECISION, UPCAST
-        )
-        offset = 0.0
-        if HAS_BIAS:
-            offset = tl.load(bias + safe_ids).to(tl.float32)[None, :]
-        x = scale_tile(x, offset, softcap, inverse_temperature, HAS_SOFTCAP)
+        x = logits_tile(
+            hidden, weight, bias, safe_rows, safe_ids, depth, softcap, inverse_temperature,
+            False, HAS_BIAS, HAS_SOFTCAP, T,
+        )  # fmt: skip
         if STORE:
             place = safe_rows[:, None] * vocab + ids[None, :]
             tl.store(logits + place, x, mask=row_inside[:, None] & inside[None, :])
@@ -114,25 +107,19 @@ def row_gradient_kernel(
     inverse_temperature,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    BM: tl.constexpr,
-    BV: tl.constexpr,
-    BD: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    T: tl.constexpr,
 ):
     """Out [R, V] by the products, of values [5, R] = lse, H, g_logp, g_lse, g_H."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    BR: tl.constexpr = T.rows
+    BV: tl.constexpr = T.vocab
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
     safe_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
     ids = tl.program_id(1) * BV + tl.arange(0, BV)
     safe_ids = tl.minimum(ids, vocab - 1).to(tl.int64)
-    x = product_tile(
-        hidden, weight, safe_rows, safe_ids, depth, BM, BV, BD, EVEN, PRECISION, UPCAST
-    )
-    offset = 0.0
-    if HAS_BIAS:
-        offset = tl.load(bias + safe_ids).to(tl.float32)[None, :]
-    x = scale_tile(x, offset, softcap, inverse_temperature, HAS_SOFTCAP)
+    x = logits_tile(
+        hidden, weight, bias, safe_rows, safe_ids, depth, softcap, inverse_temperature,
+        False, HAS_BIAS, HAS_SOFTCAP, T,
+    )  # fmt: skip
     goal = tl.load(target + safe_rows)
     lse = tl.load(values + safe_rows)
     entropy = tl.load(values + num_rows + safe_rows)
@@ -163,9 +150,7 @@ def stats_triton(
     hidden, weight = hidden.contiguous(), weight.contiguous()
     rows, vocab = hidden.shape[0], weight.shape[0]
     config = config_for("row_stats" if logits is None else "row_stats_store", hidden)
-    row_tiles, vocab_tiles = triton.cdiv(rows, config.rows), triton.cdiv(vocab, config.vocab)
-    per_split = triton.cdiv(vocab_tiles, num_splits(max(row_tiles, 1), vocab_tiles, hidden.device))
-    splits = triton.cdiv(vocab_tiles, per_split)
+    row_tiles, splits, per_split = split_grid(rows, vocab, config, hidden.device)
     floats = hidden.new_empty((splits, 4, rows), dtype=torch.float32)
     argmax = torch.empty((splits, rows), dtype=torch.int64, device=hidden.device)
     if rows:
@@ -183,12 +168,7 @@ def stats_triton(
             per_split,
             **scaling_options(bias, temperature, softcap),
             STORE=logits is not None,
-            BM=config.rows,
-            BV=config.vocab,
-            BD=config.depth,
-            **operand_options(hidden, config.depth),
-            num_warps=config.warps,
-            num_stages=config.stages,
+            **tile_options(config, hidden),
         )
     maximum, total, moment, picked = floats.unbind(1)
     return combine(RowStats(maximum, total, moment, picked, argmax))
@@ -233,12 +213,7 @@ def backward_triton(
             vocab,
             hidden.shape[1],
             **scaling_options(bias, temperature, softcap),
-            BM=config.rows,
-            BV=config.vocab,
-            BD=config.depth,
-            **operand_options(hidden, config.depth),
-            num_warps=config.warps,
-            num_stages=config.stages,
+            **tile_options(config, hidden),
         )
         if grad_hidden is not None:
             torch.mm(dx, weight, out=grad_hidden[part])

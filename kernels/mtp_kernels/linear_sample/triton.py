@@ -10,17 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mtp_kernels.configs import config_for, num_splits
+from mtp_kernels.configs import config_for, split_grid
 from mtp_kernels.noise import STREAM_SAMPLE
 from mtp_kernels.rowstats import combine_best
 from mtp_kernels.tiles import (
     NEG,
     check_triton,
     gumbel_tile,
-    operand_options,
-    product_tile,
-    scale_tile,
+    logits_tile,
     scaling_options,
+    tile_options,
 )
 
 
@@ -44,14 +43,11 @@ def sample_kernel(
     STREAM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    BR: tl.constexpr,
-    BV: tl.constexpr,
-    BD: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    T: tl.constexpr,
 ):
     """Floats [splits, 4, R] = best score, its logit, m, Z and tokens [splits, R]."""
+    BR: tl.constexpr = T.rows
+    BV: tl.constexpr = T.vocab
     split = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
     row_inside = rows < num_rows
@@ -69,13 +65,10 @@ def sample_kernel(
         ids = tile * BV + tl.arange(0, BV)
         inside = ids < vocab
         safe_ids = tl.minimum(ids, vocab - 1).to(tl.int64)
-        x = product_tile(
-            weight, hidden, safe_ids, safe_rows, depth, BV, BR, BD, EVEN, PRECISION, UPCAST
-        )
-        offset = 0.0
-        if HAS_BIAS:
-            offset = tl.load(bias + safe_ids).to(tl.float32)[:, None]
-        x = scale_tile(x, offset, softcap, inverse_temperature, HAS_SOFTCAP)
+        x = logits_tile(
+            hidden, weight, bias, safe_rows, safe_ids, depth, softcap, inverse_temperature,
+            True, HAS_BIAS, HAS_SOFTCAP, T,
+        )  # fmt: skip
         x = tl.where(inside[:, None], x, NEG)
         score = x
         if not GREEDY:
@@ -115,9 +108,7 @@ def best_triton(
     hidden, weight = hidden.contiguous(), weight.contiguous()
     rows, vocab = hidden.shape[0], weight.shape[0]
     config = config_for("sample", hidden)
-    row_tiles, vocab_tiles = triton.cdiv(rows, config.rows), triton.cdiv(vocab, config.vocab)
-    per_split = triton.cdiv(vocab_tiles, num_splits(max(row_tiles, 1), vocab_tiles, hidden.device))
-    splits = triton.cdiv(vocab_tiles, per_split)
+    row_tiles, splits, per_split = split_grid(rows, vocab, config, hidden.device)
     floats = hidden.new_empty((splits, 4, rows), dtype=torch.float32)
     tokens = torch.empty((splits, rows), dtype=torch.int64, device=hidden.device)
     if rows:
@@ -137,12 +128,7 @@ def best_triton(
             GREEDY=temperature == 0,
             STREAM=STREAM_SAMPLE,
             **scaling_options(bias, temperature or 1.0, softcap),
-            BR=config.rows,
-            BV=config.vocab,
-            BD=config.depth,
-            **operand_options(hidden, config.depth),
-            num_warps=config.warps,
-            num_stages=config.stages,
+            **tile_options(config, hidden),
         )
     best, picked, maximum, total = floats.unbind(1)
     return combine_best(best, tokens, picked, maximum, total)

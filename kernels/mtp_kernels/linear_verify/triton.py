@@ -9,17 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mtp_kernels.configs import config_for, num_splits
+from mtp_kernels.configs import config_for, split_grid
 from mtp_kernels.noise import STREAM_RESIDUAL
 from mtp_kernels.rowstats import NEGATIVE, combine_best
 from mtp_kernels.tiles import (
     NEG,
     check_triton,
     gumbel_tile,
-    operand_options,
-    product_tile,
-    scale_tile,
+    logits_tile,
     scaling_options,
+    tile_options,
 )
 
 
@@ -49,14 +48,11 @@ def residual_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_DRAFT_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    BR: tl.constexpr,
-    BV: tl.constexpr,
-    BD: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    T: tl.constexpr,
 ):
     """Floats [splits, 2, 2, R] = best score and its log p, tokens [splits, 2, R]: residual, p."""
+    BR: tl.constexpr = T.rows
+    BV: tl.constexpr = T.vocab
     split = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
     row_inside = rows < num_rows
@@ -79,21 +75,14 @@ def residual_kernel(
         ids = tile * BV + column
         inside = (ids < vocab)[:, None]
         safe_ids = tl.minimum(ids, vocab - 1).to(tl.int64)
-        p = product_tile(
-            weight, hidden, safe_ids, safe_rows, depth, BV, BR, BD, EVEN, PRECISION, UPCAST
-        )
-        q = product_tile(
-            draft_weight, draft_hidden, safe_ids, safe_rows, draft_depth,
-            BV, BR, BD, EVEN, PRECISION, UPCAST,
-        )  # fmt: skip
-        p_offset = 0.0
-        if HAS_BIAS:
-            p_offset = tl.load(bias + safe_ids).to(tl.float32)[:, None]
-        q_offset = 0.0
-        if HAS_DRAFT_BIAS:
-            q_offset = tl.load(draft_bias + safe_ids).to(tl.float32)[:, None]
-        log_p = scale_tile(p, p_offset, softcap, inverse_temperature, HAS_SOFTCAP) - p_lse
-        log_q = scale_tile(q, q_offset, softcap, inverse_temperature, HAS_SOFTCAP) - q_lse
+        log_p = logits_tile(
+            hidden, weight, bias, safe_rows, safe_ids, depth, softcap, inverse_temperature,
+            True, HAS_BIAS, HAS_SOFTCAP, T,
+        ) - p_lse  # fmt: skip
+        log_q = logits_tile(
+            draft_hidden, draft_weight, draft_bias, safe_rows, safe_ids, draft_depth,
+            softcap, inverse_temperature, True, HAS_DRAFT_BIAS, HAS_SOFTCAP, T,
+        ) - q_lse  # fmt: skip
         residual = tl.exp(log_p) - tl.where(use_draft, tl.exp(log_q), 0.0)
         noise = gumbel_tile(key, where, STREAM, ids[:, None])
         score = tl.where(residual > 0, tl.log(tl.maximum(residual, 2e-38)) + noise, NEG)
@@ -144,13 +133,9 @@ def residual_triton(
     check_triton(hidden, weight, bias, draft_hidden, draft_weight, draft_bias)
     rows, vocab = hidden.shape[0], weight.shape[0]
     config = config_for("residual", hidden)
-    row_tiles, vocab_tiles = triton.cdiv(rows, config.rows), triton.cdiv(vocab, config.vocab)
-    per_split = triton.cdiv(vocab_tiles, num_splits(max(row_tiles, 1), vocab_tiles, hidden.device))
-    splits = triton.cdiv(vocab_tiles, per_split)
+    row_tiles, splits, per_split = split_grid(rows, vocab, config, hidden.device)
     floats = torch.empty((splits, 2, 2, rows), dtype=torch.float32, device=hidden.device)
     tokens = torch.empty((splits, 2, rows), dtype=torch.int64, device=hidden.device)
-    options = operand_options(hidden, config.depth)
-    options["EVEN"] &= draft_hidden.shape[1] % config.depth == 0
     if rows:
         residual_kernel[(splits, row_tiles)](
             hidden.contiguous(),
@@ -174,12 +159,7 @@ def residual_triton(
             STREAM=STREAM_RESIDUAL,
             **scaling_options(bias, temperature, softcap),
             HAS_DRAFT_BIAS=draft_bias is not None,
-            BR=config.rows,
-            BV=config.vocab,
-            BD=config.depth,
-            **options,
-            num_warps=config.warps,
-            num_stages=config.stages,
+            **tile_options(config, hidden, draft_hidden),
         )
     best, picked = (t.flatten(1) for t in floats.unbind(1))  # [splits, 2 R]
     zero = torch.zeros_like(best)

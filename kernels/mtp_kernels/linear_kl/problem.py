@@ -1,0 +1,36 @@
+"""What a divergence is taken of: the arguments that every path of `linear_kl` shares."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Layer(NamedTuple):
+    """An output layer and the rows it is applied to; D may differ between two layers."""
+
+    hidden: Tensor
+    """[R, D] hidden states."""
+    weight: Tensor
+    """[V, D] output matrix, hidden's dtype."""
+    bias: Tensor | None
+    """[V] added to the logits, or None."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """R student rows, N teacher rows over one vocabulary, and who meets whom."""
+
+    student: Layer
+    teacher: Layer
+    index: Tensor
+    """[R] int64 teacher row of each student row, negative where there is none."""
+    reverse: bool
+    """False: KL(teacher || student); True: KL(student || teacher)."""
+    temperature: float
+    softcap: float | None
+
+    @property
+    def scaling(self) -> tuple[float, float | None]:
+        """(temperature, softcap)."""
+        return self.temperature, self.softcap
