@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from .advantage import AdvantageConfig
+from .algorithms import ADVANTAGES
 from .objectives import ObjectiveConfig
 from .optim import OptimizerConfig
 from .reward import RewardConfig
@@ -75,6 +76,12 @@ class StageConfig:
             raise ValueError(f"{key}.objective must give some stream a weight above 0, got none")
         if self.kind == "supervised" and "policy" in active:
             raise ValueError(f"{key}.objective.policy needs {key}.kind=rl, got supervised")
+        self.objective.policy.validate(f"{key}.objective.policy")
+        if self.advantage.kind not in (None, *ADVANTAGES):
+            raise ValueError(
+                f"{key}.advantage.kind must be null or one of {', '.join(ADVANTAGES)}, got "
+                f"{self.advantage.kind!r}"
+            )
         if not (self.train_main or self.train_head):
             raise ValueError(f"{key} must train main, the head or both, got neither")
         if self.train_head and not self.objective.uses_head:

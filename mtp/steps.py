@@ -8,7 +8,7 @@ import torch
 from .advantage import group_advantages
 from .batch import TextBatch, collate_rollouts, collate_text
 from .evaluate import true_step_share
-from .reward import score
+from .reward import Rewards, score
 from .rollout import sample
 from .run import Run
 from .stage import StageConfig
@@ -74,6 +74,16 @@ def supervised_batches(
     return batches, {"num_text_tokens": sum(len(p) + len(c) for p, c in samples)}
 
 
+def advantages_of(run: Run, stage: StageConfig, rewards: Rewards) -> torch.Tensor:
+    """[P, G] by the stage's rule, or its algorithm's."""
+    kind = stage.advantage.kind or stage.objective.policy.preset.advantage
+    batch = None
+    if kind == "batch_std" and run.fabric.world_size > 1:
+        mine = rewards.total.to(run.fabric.device)
+        batch = torch.as_tensor(run.fabric.all_gather(mine)).cpu()
+    return group_advantages(rewards.total, rewards.outcomes, kind, batch)
+
+
 def rollout_batches(
     run: Run, name: str, stage: StageConfig, step: int
 ) -> tuple[list[list[TextBatch]], dict[str, Any]]:
@@ -94,7 +104,7 @@ def rollout_batches(
         )
     rollout_seconds = time.monotonic() - began
     rewards = score(run.task, text, rollouts, stage.reward)
-    advantages = group_advantages(rewards.total, rewards.outcomes, stage.advantage)
+    advantages = advantages_of(run, stage, rewards)
     minibatches: list[list[TextBatch]] = [
         [
             collate_rollouts(

@@ -39,6 +39,16 @@ def sum_over_processes(fabric: Fabric, values: dict[str, float]) -> dict[str, fl
     return dict(zip(names, total.tolist(), strict=True))
 
 
+def max_over_processes(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
+    """The largest of each named number over all processes, which must hold the same names."""
+    if fabric.world_size == 1:
+        return values
+    names = sorted(values)
+    mine = torch.tensor([values[n] for n in names], device=fabric.device, dtype=torch.float64)
+    largest = torch.as_tensor(fabric.all_reduce(mine, reduce_op="max"))
+    return dict(zip(names, largest.tolist(), strict=True))
+
+
 def update(
     fabric: Fabric,
     model: Any,
@@ -75,6 +85,7 @@ def update(
     counts = global_counts(fabric, objective, batches)
     sums: dict[str, float] = {}
     seen: dict[str, float] = {}
+    maxima: dict[str, float] = {}
 
     def add(name: str, value: float, count: float) -> None:
         sums[name] = sums.get(name, 0.0) + value
@@ -106,10 +117,13 @@ def update(
             add(f"loss/{name}", float(term.total.detach()), 0.0)
             for metric, (value, count) in term.metrics.items():
                 add(metric, float(value), count)
+            for metric, value in term.maxima.items():
+                maxima[metric] = max(maxima.get(metric, 0.0), float(value))
         add("loss", float(loss.detach()), 0.0)
 
     sums, seen = sum_over_processes(fabric, sums), sum_over_processes(fabric, seen)
     metrics = {name: sums[name] / seen[name] for name in sums if seen[name]}
+    metrics |= max_over_processes(fabric, maxima)
     metrics["loss"] = sums["loss"]
     metrics |= {f"loss/{n}": sums[f"loss/{n}"] / max(c, 1.0) for n, c in counts.items()}
     metrics |= {f"num_tokens/{n}": c for n, c in counts.items()}

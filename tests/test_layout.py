@@ -16,11 +16,15 @@ LAYERS = [
     ["tasks.rows"],
     ["tasks"],
     ["text", "batch", "advantage", "optim", "checkpoint", "logger", "runtime"],
+    ["algorithms.algorithm", "algorithms.ratio"],
+    ["algorithms.grpo", "algorithms.dapo", "algorithms.dr_grpo", "algorithms.rloo"]
+    + ["algorithms.gspo", "algorithms.cispo", "algorithms.reinforce_pp"],
+    ["algorithms"],
     ["rollout"],
     ["reward", "evaluate", "models"],
     ["objectives.scored", "objectives.stream"],
     ["objectives.main_ce", "objectives.head_ce", "objectives.head_kl"]
-    + ["objectives.policy", "objectives.leash"],
+    + ["objectives.policy", "objectives.leash", "objectives.preserve"],
     ["objectives"],
     ["update", "stage", "report"],
     ["export", "sweep"],
