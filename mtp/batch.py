@@ -216,3 +216,41 @@ def collate_rollouts(
         head_sampled=head_sampled,
         head_old=head_sampled,
     )
+
+
+def collate_slow_rollouts(
+    prompts: list[list[int]],
+    out: Decoded,
+    advantages: Tensor,
+    rows: list[int],
+    plan: PhasePlan,
+    num_slots: int,
+    pad_id: int,
+) -> RolloutBatch:
+    """Rollouts that main wrote alone, with every position of a fast phase as an anchor.
+
+    Main's tokens are its actions. The head's rows score what main wrote after each anchor, of which
+    the head had no part: `head_sampled` is main's log-probability of the token. Arguments are those
+    of `collate_rollouts`, and `plan`: the phases in fast mode.
+    """
+    lengths = out.lengths.tolist()
+    completions = [out.tokens[row, : lengths[row]].tolist() for row in rows]
+    samples = [(prompts[row], ids) for row, ids in zip(rows, completions, strict=True)]
+    text = collate_text(samples, plan, num_slots, pad_id)
+    time = text.tokens.shape[1]
+    sampled = torch.zeros(len(rows), time)
+    for index, row in enumerate(rows):
+        start = len(prompts[row])
+        sampled[index, start : start + lengths[row]] = out.logprobs[row, : lengths[row]]
+    advantage_of = advantages[torch.tensor(rows)]
+    main_sampled = sampled.flatten()[text.main_rows + 1]
+    head_sampled = sampled.flatten()[text.head_positions + 1]
+    return RolloutBatch(
+        **{f.name: getattr(text, f.name) for f in fields(TextBatch)},
+        main_advantages=advantage_of[text.main_rows // time],
+        main_sampled=main_sampled,
+        main_old=main_sampled,
+        head_advantages=advantage_of[text.head_positions // time],
+        head_sampled=head_sampled,
+        head_old=head_sampled,
+    )

@@ -29,6 +29,10 @@ class EvaluationConfig:
     batch_size: int = 256
     num_samples: int = 4
     """Completions shown in the log after each stage."""
+    reference: str = "first"
+    """What measures how ordinary thoughts are: main as the `first` stage or a named one left it,
+    `start` (the model that the run began from), or a folder that mtp saved. It should not be what
+    the leash compares with; `reference_in_loss` in the summary says whether it is."""
 
 
 def decode_all(

@@ -30,6 +30,7 @@ LAYERS = [
     ["export", "sweep"],
     ["config"],
     ["run"],
+    ["groups", "reference"],
     ["steps"],
     ["trainer"],
     ["cli"],
