@@ -55,7 +55,15 @@ def sample_groups(run: Run, name: str, stage: StageConfig, step: int) -> Groups:
             )
         seconds += time.monotonic() - began
         parts.append(part)
-        rewards.append(score(run.task, run.text, part, stage.reward))
+        judged = score(
+            run.task,
+            run.text,
+            part,
+            stage.reward,
+            max_new_tokens=run.config.decoding.max_new_tokens,
+            reference=run.reference,
+        )
+        rewards.append(judged)
         num_informative = sum(int(informative(r.outcomes).sum()) for r in rewards)
         is_short = {"short": float(num_informative < share)}
         if not sum_over_processes(run.fabric, is_short)["short"]:

@@ -23,15 +23,16 @@ def stage_reference(config: RunConfig, name: str) -> str | None:
     """
     stages = config.active_stages()
     stage, earlier = stages[name], list(stages)[: list(stages).index(name)]
-    if not stage.objective.uses_reference:
+    if not stage.uses_reference:
         return None
-    stream = "leash" if stage.objective.leash.weight else "preserve"
+    users = [f"objective.{s}" for s in ("leash", "preserve") if s in stage.objective.active()]
+    user = users[0] if users else "reward.legibility_cost"
     key = f"stages.{name}.reference"
     if stage.reference == START:
         return START
     if not earlier:
         raise ValueError(
-            f"stages.{name}.objective.{stream} needs a stage before it, since {key}="
+            f"stages.{name}.{user} needs a stage before it, since {key}="
             f"{stage.reference} is a model as a stage left it; {key}=start is the model that the "
             "run began from"
         )

@@ -51,6 +51,8 @@ class Run:
     """`MetricsLog`, or `NoLog` in processes other than the first."""
     progress: Progress
     stop: StopRequest
+    reference: Any = None
+    """Frozen model that the current stage is held to; None where it is held to none."""
 
     def seed_of(self, *purpose: object) -> int:
         """Seed of one purpose: a function of the run's seed, the process and the purpose."""

@@ -70,6 +70,11 @@ class StageConfig:
     evaluate_every: int = 0
     """Steps between two evaluations on a smaller set; 0 evaluates at the end only."""
 
+    @property
+    def uses_reference(self) -> bool:
+        """True if the loss or the reward compares with a frozen reference."""
+        return self.objective.uses_reference or bool(self.reward.legibility_cost)
+
     def validate(self, name: str) -> None:
         """Raises ValueError naming the key of an impossible value."""
         key = f"stages.{name}"
@@ -103,6 +108,7 @@ class StageConfig:
             raise ValueError(f"{key}.objective.policy needs {key}.kind=rl, got supervised")
         self.objective.policy.validate(f"{key}.objective.policy")
         self.objective.leash.validate(f"{key}.objective.leash")
+        self.reward.validate(f"{key}.reward")
         if self.kind == "supervised" and self.objective.leash.kind != "full":
             raise ValueError(
                 f"{key}.objective.leash.kind={self.objective.leash.kind} estimates from rollouts, "

@@ -7,8 +7,8 @@ import torch
 
 from .advantage import group_advantages, informative
 from .batch import RolloutBatch, TextBatch, collate_rollouts, collate_slow_rollouts, collate_text
-from .evaluate import true_step_share
 from .groups import Groups, sample_groups
+from .legibility import true_step_share, unigram_drift
 from .objectives import score_batch
 from .reward import Rewards
 from .run import Run, draw
@@ -175,4 +175,7 @@ def rollout_metrics(
     true = true_step_share([rollouts], run.task, run.text)
     if true is not None:
         metrics["true_steps"] = true
+    drift = unigram_drift([rollouts], run.text)
+    if drift is not None:
+        metrics["unigram_drift"] = drift
     return metrics

@@ -30,6 +30,7 @@ from .reference import (
     save_start,
 )
 from .report import completions_rows, print_completions, print_table, save_curves
+from .rollout import Rollouts
 from .run import Progress, Run
 from .runtime import StopRequest
 from .stage import StageConfig
@@ -100,7 +101,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         )
         try:
             if state is not None:
-                log.truncate(state["log_offset"])
+                log.truncate(state["log_offset"], progress.global_step)
             else:
                 save_start(run)
             log.start_wandb(state["wandb_id"] if state else None)
@@ -153,7 +154,7 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
         for part, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][part])
         set_rng_state(state["rng"])
-    reference = frozen_for_stage(run, name)
+    run.reference = frozen_for_stage(run, name)
     wrapped.train()
     began = saved = time.monotonic()
     done_before = progress.stage_seconds
@@ -176,7 +177,7 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
                     channel_gradient=stage.channel_gradient_at(step),
                     logits_detach=stage.logits_detach,
                     sampler=config.decoding.sampler() if stage.kind == "rl" else None,
-                    reference=reference,
+                    reference=run.reference,
                     check_gradients=step == first_step,
                     impl=config.kernels,
                 )
@@ -214,7 +215,7 @@ def heard(run: Run) -> bool:
 
 def interim_evaluation(run: Run, name: str, stage: StageConfig) -> None:
     """A small evaluation within a stage, for the log and the curves."""
-    figures, _ = evaluate(
+    figures, shown = evaluate(
         run.model,
         run.text,
         run.task,
@@ -225,6 +226,15 @@ def interim_evaluation(run: Run, name: str, stage: StageConfig) -> None:
         controls=False,
     )
     record(run, name, figures)
+    log_completions(run, name, shown)
+
+
+def log_completions(run: Run, name: str, shown: list[Rollouts]) -> list[dict[str, Any]]:
+    """A few completions of an evaluation into the log."""
+    number = run.config.evaluation.num_samples
+    rows = completions_rows(shown, run.task, run.text, number, name)
+    run.log.write_completions(rows, run.progress.global_step)
+    return rows
 
 
 def record(run: Run, name: str, figures: dict[str, Any]) -> None:
@@ -261,9 +271,7 @@ def end_stage(run: Run, name: str, stage: StageConfig, seconds: float) -> None:
     progress.summaries.append(
         {"name": name, **figures, "reference_in_loss": in_loss, "seconds": round(seconds, 1)}
     )
-    num_samples = config.evaluation.num_samples
-    rows = completions_rows(shown, run.task, run.text, num_samples, name)
-    run.log.write_completions(rows, progress.global_step)
+    rows = log_completions(run, name, shown)
     print_completions(run.console, name, rows, progress.summaries[-1])
     progress.stage, progress.step, progress.stage_seconds = progress.stage + 1, 0, 0.0
     save_checkpoint(run, {})
@@ -328,7 +336,8 @@ def clear(folder: Path) -> None:
     """Remove what an earlier run wrote, and nothing else."""
     for name in ("checkpoints", "stages", "start", "export", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("summary.json", "metrics.jsonl", "metrics.csv", "config.yaml", "curves.png"):
+    files = ("metrics.jsonl", "metrics.csv", "completions.jsonl", "config.yaml", "curves.png")
+    for name in ("summary.json", *files):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -21,6 +21,7 @@ LAYERS = [
     + ["algorithms.gspo", "algorithms.cispo", "algorithms.reinforce_pp"],
     ["algorithms"],
     ["rollout"],
+    ["legibility"],
     ["reward", "evaluate", "models"],
     ["objectives.scored", "objectives.stream"],
     ["objectives.main_ce", "objectives.head_ce", "objectives.head_kl"]
