@@ -15,13 +15,13 @@ LAYERS = [
     ["tasks.reasoning_gym", "tasks.user_reward"],
     ["tasks.rows"],
     ["tasks"],
-    ["text", "batch", "advantage", "optim", "checkpoint", "logger", "runtime"],
+    ["text", "batch", "advantage", "optim", "checkpoint", "logger", "runtime", "interval"],
     ["algorithms.algorithm", "algorithms.ratio"],
     ["algorithms.grpo", "algorithms.dapo", "algorithms.dr_grpo", "algorithms.rloo"]
     + ["algorithms.gspo", "algorithms.cispo", "algorithms.reinforce_pp"],
     ["algorithms"],
     ["rollout"],
-    ["legibility"],
+    ["legibility", "arms"],
     ["reward", "evaluate", "models"],
     ["objectives.scored", "objectives.stream"],
     ["objectives.main_ce", "objectives.head_ce", "objectives.head_kl"]
