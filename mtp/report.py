@@ -101,18 +101,27 @@ def print_completions(
 
 
 def save_curves(points: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against passes per problem over training, a line a stage, and against steps."""
+    """Accuracy against passes per problem, a line a stage; accuracy and true steps against steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    left, right, legible = panels
     stages = list(dict.fromkeys(point["stage"] for point in points))
     for color, stage in zip(
         plt.cm.viridis_r([0.1 + 0.25 * i for i in range(9)]), stages, strict=False
     ):
         mine = [p for p in points if p["stage"] == stage]
+        checked = [p for p in mine if "true_steps" in p]
+        legible.plot(
+            [p["global_step"] for p in checked],
+            [p["true_steps"] for p in checked],
+            "o-",
+            color=color,
+            markersize=4,
+        )
         for mode, style, marker in (("slow", "--", "s"), ("fast", "-", "o")):
             with_mode = [p for p in mine if f"{mode}_accuracy" in p]
             if not with_mode:
@@ -137,9 +146,10 @@ def save_curves(points: list[dict[str, Any]], path: Path) -> None:
             )
     left.set(xlabel="passes per problem", ylabel="held-out accuracy", ylim=(-0.03, 1.03))
     right.set(xlabel="step", ylim=(-0.03, 1.03))
+    legible.set(xlabel="step", ylabel="true steps in thoughts", ylim=(-0.03, 1.03))
     left.set_xlim(left=0)
     left.legend(fontsize=7)
-    for axes in (left, right):
+    for axes in panels:
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
