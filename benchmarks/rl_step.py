@@ -1,11 +1,12 @@
 """One RL step of mtp and of TRL's GRPOTrainer, side by side on this machine.
 
     python benchmarks/rl_step.py [--json] [--rollouts 16,128] [--tokens 128] [--repeats 2]
+                                 [--experiment smollm2_rl]
 
-A step samples rollouts, judges them and updates the weights. Both sides have SmolLM2-135M, the
-same problems, prompts, group size, number of rollouts and of tokens (no rollout ends early),
-micro-batches, precision and loss (DAPO's), no reference model, and a process of their own, in
-which one step is run before the ones that are timed; medians are reported.
+A step samples rollouts, judges them and updates the weights. Both sides have the same main (the
+experiment's, SmolLM2-135M by default), problems, prompts, group size, number of rollouts and of
+tokens (no rollout ends early), micro-batches, precision and loss (DAPO's), no reference model, and
+a process of their own, in which one step is run before the timed ones; medians are reported.
 
 For TRL every token is a pass. The most that fast mode can be faster at sampling is
 (k + 1) t(1) / t(k + 1), with t(n) the time of a pass of n new tokens, measured here too. Replay is
@@ -37,15 +38,15 @@ CACHED = 64
 """Tokens in the cache when a pass is timed."""
 
 
-def configuration() -> Any:
-    """Model, head, task and text as experiment=smollm2_rl has them."""
+def configuration(experiment: str) -> Any:
+    """Model, head, task and text as the experiment has them."""
     from hydra import compose, initialize_config_dir
 
     from mtp.config import register_configs, to_run_config
 
     register_configs()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return to_run_config(compose("train", ["experiment=smollm2_rl", "run_dir=none"]))
+        return to_run_config(compose("train", [f"experiment={experiment}", "run_dir=none"]))
 
 
 def clock(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -65,7 +66,7 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def mtp_side(num_rollouts: int, num_tokens: int, repeats: int) -> dict[str, float]:
+def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) -> dict[str, float]:
     """Seconds of mtp's step and its parts; then the two yardsticks, after the peak is read."""
     import torch
     from lightning.fabric import Fabric
@@ -81,7 +82,7 @@ def mtp_side(num_rollouts: int, num_tokens: int, repeats: int) -> dict[str, floa
     from mtp.rollout import sample
     from mtp.update import update
 
-    config = configuration()
+    config = configuration(experiment)
     task = config.task.build()
     torch.manual_seed(1)
     model, text = build_model(config.model, config.head, config.decoding, task)
@@ -205,23 +206,21 @@ def speed_limit(fabric: Any, model: Any, num_rows: int, repeats: int) -> float:
     return model.num_slots * seconds[1] / seconds[model.num_slots]
 
 
-def trl_side(num_rollouts: int, num_tokens: int, repeats: int) -> dict[str, float]:
+def trl_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) -> dict[str, float]:
     """Seconds of a step of TRL's GRPOTrainer, and of its generation."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, GgufConfig, TrainerCallback
+    from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from mtp.models import build_model, source_folder
+    from mtp.models import build_model, save_model
 
-    config = configuration()
+    config = configuration(experiment)
     task = config.task.build()
-    _, text = build_model(config.model, config.head, config.decoding, task)
-    model = AutoModelForCausalLM.from_pretrained(
-        source_folder(config.model.source),
-        gguf_file=config.model.gguf_file,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    model.resize_token_embeddings(len(text.tokenizer))
+    main, text = build_model(config.model, config.head, config.decoding, task)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(main, text, Path(folder))
+        del main
+        model = AutoModelForCausalLM.from_pretrained(folder)  # main alone: the head is skipped
     examples = [task.example("train", i) for i in range(num_rollouts // GROUP_SIZE)]
     prompts = [text.tokenizer.decode(text.prompt_ids(e.prompt)) for e in examples]
     steps: list[float] = []
@@ -289,10 +288,13 @@ def trl_side(num_rollouts: int, num_tokens: int, repeats: int) -> dict[str, floa
 SIDES = {"mtp": mtp_side, "trl": trl_side}
 
 
-def measure(side: str, num_rollouts: int, num_tokens: int, repeats: int) -> dict[str, float]:
+def measure(
+    side: str, experiment: str, num_rollouts: int, num_tokens: int, repeats: int
+) -> dict[str, float]:
     """A side's numbers, from a process of its own."""
     command = [sys.executable, __file__, "--side", side, "--rollouts", str(num_rollouts)]
     command += ["--tokens", str(num_tokens), "--repeats", str(repeats)]
+    command += ["--experiment", experiment]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -300,9 +302,9 @@ def measure(side: str, num_rollouts: int, num_tokens: int, repeats: int) -> dict
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(num_rollouts: int, num_tokens: int, repeats: int) -> dict[str, Any]:
+def compare(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) -> dict[str, Any]:
     """Both sides at one size."""
-    mtp, trl = (measure(side, num_rollouts, num_tokens, repeats) for side in SIDES)
+    mtp, trl = (measure(side, experiment, num_rollouts, num_tokens, repeats) for side in SIDES)
     causal, limit = mtp.pop("causal_seconds"), mtp.pop("limit")
     speedup = trl["generation_seconds"] / mtp["rollout_seconds"]
     return {
@@ -341,6 +343,7 @@ def main() -> None:
     parser.add_argument("--rollouts", default="16,128", help="sizes, with commas between")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each rollout")
     parser.add_argument("--repeats", type=int, default=2, help="timed steps of each size")
+    parser.add_argument("--experiment", default="smollm2_rl", help="whose main, head and task")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     sizes = [int(size) for size in given.rollouts.split(",")]
@@ -348,11 +351,13 @@ def main() -> None:
     if bad or given.tokens < 1 or given.repeats < 1:
         parser.error(f"--rollouts must be multiples of {GROUP_SIZE}, the others at least 1")
     if given.side:
-        print(json.dumps(SIDES[given.side](sizes[0], given.tokens, given.repeats)))
+        print(
+            json.dumps(SIDES[given.side](given.experiment, sizes[0], given.tokens, given.repeats))
+        )
         return
     results = []
     for size in sizes:
-        results.append(compare(size, given.tokens, given.repeats))
+        results.append(compare(given.experiment, size, given.tokens, given.repeats))
         if not given.json:
             show(results[-1])
     if given.json:

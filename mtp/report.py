@@ -101,7 +101,7 @@ def print_completions(
 
 
 def save_curves(points: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against passes per problem, a line a stage; accuracy and true steps against steps."""
+    """Accuracy against passes per problem, a line a stage; it and true steps against steps."""
     import matplotlib
 
     matplotlib.use("Agg")
