@@ -16,8 +16,8 @@ from .text import TextFormat
 class RewardConfig:
     """Shaping terms, kept apart from the outcome: groups are filtered on the outcome alone.
 
-    The reward that advantages are made of is the outcome plus the terms: none of them can make a
-    group in which nothing was solved teach.
+    The reward that advantages are made of is the outcome plus the terms. Under the group rules none
+    of them can make a group in which nothing was solved teach; `batch_std` has no such filter.
     """
 
     pass_cost: float = 0.0
