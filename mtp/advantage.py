@@ -5,24 +5,47 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+EPSILON = 1e-4
+"""Added to a standard deviation before dividing by it."""
+
 
 @dataclass(kw_only=True)
 class AdvantageConfig:
-    """GRPO's group baseline."""
+    """The baseline that a reward is compared with."""
 
-    std_normalize: bool = True
-    """Divide the centred reward by the group's standard deviation + 1e-4 (GRPO). Without it steps
-    of a group shrink as its rewards agree (Dr.GRPO)."""
+    kind: str | None = None
+    """`group_std`: (r - mean of the group) / deviation of the group (GRPO). `group_mean`: without
+    the division (Dr.GRPO). `leave_one_out`: r - mean of the group's other rollouts (RLOO).
+    `batch_std`: (r - mean of the batch) / deviation of the batch (REINFORCE++). None: the rule of
+    `objective.policy.algorithm`."""
 
 
-def group_advantages(rewards: Tensor, outcomes: Tensor, config: AdvantageConfig) -> Tensor:
+def informative(outcomes: Tensor) -> Tensor:
+    """[P, G] raw outcomes -> [P] bool: False for a group whose outcomes all agree."""
+    return (outcomes != outcomes[:, :1]).any(1)
+
+
+def group_advantages(
+    rewards: Tensor, outcomes: Tensor, kind: str, batch: Tensor | None = None
+) -> Tensor:
     """Shaped rewards and raw outcomes [P, G] -> advantages [P, G].
 
-    A group whose *outcomes* all agree gets zero: filtering on a shaped reward would keep groups in
-    which nothing was solved.
+    Under the three group rules a group whose *outcomes* all agree gets zero: filtering on a shaped
+    reward would keep groups in which nothing was solved. `batch_std` has no group to filter.
+
+    Args:
+        rewards: outcomes plus shaping terms.
+        outcomes: 1.0 or 0.0.
+        kind: see `AdvantageConfig.kind`.
+        batch: rewards of all processes, for `batch_std`; None: `rewards` are all there are.
     """
+    if kind == "batch_std":
+        batch = rewards if batch is None else batch
+        return (rewards - batch.mean()) / (batch.std(correction=0) + EPSILON)
     centred = rewards - rewards.mean(1, keepdim=True)
-    if config.std_normalize:
-        centred = centred / (rewards.std(1, keepdim=True, correction=0) + 1e-4)
-    agree = (outcomes == outcomes[:, :1]).all(1, keepdim=True)
-    return torch.where(agree, 0.0, centred)
+    if kind == "group_std":
+        centred = centred / (rewards.std(1, keepdim=True, correction=0) + EPSILON)
+    elif kind == "leave_one_out":
+        size = rewards.shape[1]
+        centred = centred * (size / (size - 1))
+    return torch.where(informative(outcomes)[:, None], centred, 0.0)

@@ -59,10 +59,35 @@ class RolloutBatch(TextBatch):
     """[R] advantage of the rollout that the row belongs to."""
     main_sampled: Tensor
     """[R] log-probability under which the token was sampled."""
+    main_old: Tensor
+    """[R] log-probability that ratios are taken to: the sampler's, or a replay's before the
+    update."""
     head_advantages: Tensor
     """[M]"""
     head_sampled: Tensor
     """[M]"""
+    head_old: Tensor
+    """[M]"""
+
+    @property
+    def main_rollouts(self) -> Tensor:
+        """[R] row of `tokens` that each of main's rows belongs to."""
+        return self.main_rows // self.tokens.shape[1]
+
+    @property
+    def head_rollouts(self) -> Tensor:
+        """[M] the same of the head's."""
+        return self.head_positions // self.tokens.shape[1]
+
+    @property
+    def main_blocks(self) -> Tensor:
+        """[R] a number of the pass that wrote each of main's tokens: its anchor."""
+        return self.main_rows
+
+    @property
+    def head_blocks(self) -> Tensor:
+        """[M] the same of the head's."""
+        return self.anchors[self.head_rows // max(1, self.slot_inputs.shape[1])]
 
 
 def pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -181,10 +206,51 @@ def collate_rollouts(
     scored = following_slots[anchors, 1:] == torch.arange(1, num_slots)
     text = _text_batch(tokens, main_rows, anchors, blocks, scored)
     advantage_of = advantages[torch.tensor(rows)]
+    main_sampled, head_sampled = sampled[text.main_rows + 1], sampled[text.head_positions + 1]
     return RolloutBatch(
         **{f.name: getattr(text, f.name) for f in fields(TextBatch)},
         main_advantages=advantage_of[text.main_rows // time],
-        main_sampled=sampled[text.main_rows + 1],
+        main_sampled=main_sampled,
+        main_old=main_sampled,
         head_advantages=advantage_of[text.head_positions // time],
-        head_sampled=sampled[text.head_positions + 1],
+        head_sampled=head_sampled,
+        head_old=head_sampled,
+    )
+
+
+def collate_slow_rollouts(
+    prompts: list[list[int]],
+    out: Decoded,
+    advantages: Tensor,
+    rows: list[int],
+    plan: PhasePlan,
+    num_slots: int,
+    pad_id: int,
+) -> RolloutBatch:
+    """Rollouts that main wrote alone, with every position of a fast phase as an anchor.
+
+    Main's tokens are its actions. The head's rows score what main wrote after each anchor, of which
+    the head had no part: `head_sampled` is main's log-probability of the token. Arguments are those
+    of `collate_rollouts`, and `plan`: the phases in fast mode.
+    """
+    lengths = out.lengths.tolist()
+    completions = [out.tokens[row, : lengths[row]].tolist() for row in rows]
+    samples = [(prompts[row], ids) for row, ids in zip(rows, completions, strict=True)]
+    text = collate_text(samples, plan, num_slots, pad_id)
+    time = text.tokens.shape[1]
+    sampled = torch.zeros(len(rows), time)
+    for index, row in enumerate(rows):
+        start = len(prompts[row])
+        sampled[index, start : start + lengths[row]] = out.logprobs[row, : lengths[row]]
+    advantage_of = advantages[torch.tensor(rows)]
+    main_sampled = sampled.flatten()[text.main_rows + 1]
+    head_sampled = sampled.flatten()[text.head_positions + 1]
+    return RolloutBatch(
+        **{f.name: getattr(text, f.name) for f in fields(TextBatch)},
+        main_advantages=advantage_of[text.main_rows // time],
+        main_sampled=main_sampled,
+        main_old=main_sampled,
+        head_advantages=advantage_of[text.head_positions // time],
+        head_sampled=head_sampled,
+        head_old=head_sampled,
     )

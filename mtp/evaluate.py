@@ -1,7 +1,6 @@
 """Held-out accuracy and its controls: both modes, an empty and a wrong thought, true steps.
 
-Decoding is greedy. Every figure is over the same problems. The reference that measures how ordinary
-a thought is must not be the one that training is leashed to.
+Decoding is greedy. Every figure is over the same problems.
 """
 
 from collections.abc import Callable
@@ -9,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mtp_kernels import linear_logprob
 
-from .batch import pad
 from .generation_mtp import Sampler
+from .legibility import reference_figures, true_step_share, unigram_drift
 from .rollout import DecodingConfig, Rollouts, sample
 from .tasks.base import Example, Task
 from .text import TextFormat
@@ -29,6 +27,10 @@ class EvaluationConfig:
     batch_size: int = 256
     num_samples: int = 4
     """Completions shown in the log after each stage."""
+    reference: str = "first"
+    """What measures how ordinary thoughts are: main as the `first` stage or a named one left it,
+    `start` (the model that the run began from), or a folder that mtp saved. It should not be what
+    the leash compares with; `reference_in_loss` in the summary says whether it is."""
 
 
 def decode_all(
@@ -74,42 +76,6 @@ def accuracy(
     return right / total
 
 
-def true_step_share(batches: list[Rollouts], task: Task, text: TextFormat) -> float | None:
-    """Share of the thoughts' steps that are true; None for a task whose steps cannot be checked."""
-    true = total = 0
-    for batch in batches:
-        for row in range(len(batch.prompts)):
-            steps = task.true_steps(text.thought_text(batch.completion(row)))
-            if steps is None:
-                return None
-            true, total = true + steps[0], total + steps[1]
-    return true / total if total else 0.0
-
-
-@torch.no_grad()
-def reference_nats(batches: list[Rollouts], text: TextFormat, reference: Any) -> float | None:
-    """Mean -log p per thought token under a frozen reference; None where there are no thoughts."""
-    nats = count = 0.0
-    device = next(reference.parameters()).device
-    weight = reference.get_output_embeddings().weight
-    for batch in batches:
-        thoughts = [text.split(batch.completion(r))[0] for r in range(len(batch.prompts))]
-        tokens, lengths = pad(
-            [p + t for p, t in zip(batch.prompts, thoughts, strict=True)], text.pad_id
-        )
-        starts = torch.tensor([len(p) for p in batch.prompts])
-        at = torch.arange(tokens.shape[1])
-        scored = (at >= starts[:, None] - 1) & (at < lengths[:, None] - 1)
-        rows = scored.flatten().nonzero()[:, 0]
-        if not len(rows):
-            continue
-        hidden = reference.score(tokens.to(device)).main_hidden.flatten(0, 1)[rows.to(device)]
-        targets = tokens.flatten()[rows + 1].to(device)
-        nats -= float(linear_logprob(hidden, weight, targets).logprob.sum())
-        count += len(rows)
-    return nats / count if count else None
-
-
 def evaluate(
     model: Any,
     text: TextFormat,
@@ -133,7 +99,7 @@ def evaluate(
         batch_size: rows decoded at once.
         use_head: False leaves the figures of fast mode null.
         controls: also answer behind an empty and behind a wrong thought (another problem's).
-        reference: frozen model for `reference_nats_per_token`; null without one.
+        reference: frozen model for `reference_nats_per_token`, by slot too; null without one.
     """
     size = task.size("test")
     num_problems = num_problems if size is None else min(num_problems, size)
@@ -169,9 +135,10 @@ def evaluate(
             given = decode_all(model, text, examples, "slow", decoding, batch_size, wrong)
             figures["wrong_thought_accuracy"] = accuracy(given, task, text.bare_answer_text)
     figures["true_steps"] = true_step_share(shown, task, text)
-    figures["reference_nats_per_token"] = (
-        None if reference is None else reference_nats(shown, text, reference)
-    )
+    figures["unigram_drift"] = unigram_drift(shown, text)
+    figures["reference_nats_per_token"] = None
+    if reference is not None:
+        figures |= reference_figures(shown, text, reference, text.num_slots if use_head else 1)
     figures["num_problems"] = num_problems
     return figures, shown
 

@@ -40,6 +40,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, config: LoggerConfig, run_config: dict[str, Any]):
         self.path = folder / "metrics.jsonl"
+        self.completions_path = folder / "completions.jsonl"
         self._file = self.path.open("a")
         self._wandb: Any = None
         self.run_id: str | None = None
@@ -75,10 +76,14 @@ class MetricsLog:
         self._file.flush()
         return self.path.stat().st_size
 
-    def truncate(self, offset: int) -> None:
-        """Forget what a resumed run will write again."""
+    def truncate(self, offset: int, global_step: int) -> None:
+        """Forget what a resumed run will write again: all behind an offset, and behind a step."""
         self._file.flush()
         self._file.truncate(offset)
+        if self.completions_path.is_file():
+            rows = read_records(self.completions_path)
+            kept = [json.dumps(row) + "\n" for row in rows if row["global_step"] <= global_step]
+            self.completions_path.write_text("".join(kept))
 
     def write(self, stage: str, step: int, global_step: int, values: dict[str, Any]) -> None:
         """One record."""
@@ -89,7 +94,10 @@ class MetricsLog:
             self._wandb.log({k: v for k, v in record.items() if v is not None})
 
     def write_completions(self, rows: list[dict[str, Any]], global_step: int) -> None:
-        """Sampled completions, as a wandb table."""
+        """Sampled completions, into `completions.jsonl` and as a wandb table."""
+        with self.completions_path.open("a") as file:
+            for row in rows:
+                file.write(json.dumps({"global_step": global_step, **row}) + "\n")
         if self._wandb is None or not rows:
             return
         import wandb

@@ -1,5 +1,12 @@
-"""What a person sees of a run: the table, the curves, a few completions."""
+"""What a person sees of a run: the table, the curves, a few completions.
 
+`python -m mtp.report FOLDER` prints the table over the arms of a comparison, such as runs/rl_proof,
+and writes its summary.json and arms.png.
+"""
+
+import argparse
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .arms import aggregate, read_runs, save_plot
+from .logger import make_console
 from .rollout import Rollouts
 from .tasks.base import Task
 from .text import TextFormat
@@ -92,18 +101,27 @@ def print_completions(
 
 
 def save_curves(points: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against passes per problem over training, a line a stage, and against steps."""
+    """Accuracy against passes per problem, a line a stage; it and true steps against steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    left, right, legible = panels
     stages = list(dict.fromkeys(point["stage"] for point in points))
     for color, stage in zip(
         plt.cm.viridis_r([0.1 + 0.25 * i for i in range(9)]), stages, strict=False
     ):
         mine = [p for p in points if p["stage"] == stage]
+        checked = [p for p in mine if "true_steps" in p]
+        legible.plot(
+            [p["global_step"] for p in checked],
+            [p["true_steps"] for p in checked],
+            "o-",
+            color=color,
+            markersize=4,
+        )
         for mode, style, marker in (("slow", "--", "s"), ("fast", "-", "o")):
             with_mode = [p for p in mine if f"{mode}_accuracy" in p]
             if not with_mode:
@@ -128,10 +146,72 @@ def save_curves(points: list[dict[str, Any]], path: Path) -> None:
             )
     left.set(xlabel="passes per problem", ylabel="held-out accuracy", ylim=(-0.03, 1.03))
     right.set(xlabel="step", ylim=(-0.03, 1.03))
+    legible.set(xlabel="step", ylabel="true steps in thoughts", ylim=(-0.03, 1.03))
     left.set_xlim(left=0)
     left.legend(fontsize=7)
-    for axes in (left, right):
+    for axes in panels:
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+ARM_COLUMNS = {
+    "start_fast_accuracy": "start",
+    "fast_accuracy": "fast",
+    "slow_accuracy": "slow",
+    "true_steps": "true steps",
+    "empty_thought_accuracy": "empty",
+    "wrong_thought_accuracy": "wrong",
+    "fast_passes": "passes",
+    "reference_nats_per_token": "nats",
+}
+"""Accuracy at the start and after, in fast and slow mode, behind an empty and a wrong thought."""
+
+
+def print_arms(console: Console, summary: dict[str, Any]) -> None:
+    """One row an arm."""
+    table = Table(title="held-out accuracy by arm: means over seeds, ± half the 95 % interval")
+    table.add_column("arm")
+    for title in ("seeds", *ARM_COLUMNS.values()):
+        table.add_column(title, justify="right", no_wrap=True)
+    for arm, figures in summary["arms"].items():
+        cells = [arm_cell(name, figures[name]) for name in ARM_COLUMNS]
+        table.add_row(escape(arm), str(len(figures["seeds"])), *cells)
+    console.print(table)
+
+
+def arm_cell(name: str, value: Any) -> str:
+    """A mean as the table shows it, with its interval where it has one."""
+    if not isinstance(value, dict):
+        return cell(name, value)
+    if value["low"] is None:
+        return cell(name, value["mean"])
+    return f"{100 * value['mean']:.1f} ± {100 * (value['high'] - value['mean']):.1f} %"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table over a comparison's arms; the exit code is 2 after an error."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mtp.report",
+        description="Print the table over the arms of a comparison; write summary.json and "
+        "arms.png beside them.",
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="of a comparison, such as runs/rl_proof"
+    )
+    folder = parser.parse_args(argv).folder
+    try:
+        runs = read_runs(folder)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    summary = aggregate(runs)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    save_plot(runs, summary, folder / "arms.png")
+    print_arms(make_console(), summary)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

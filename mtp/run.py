@@ -11,7 +11,7 @@ from rich.console import Console
 
 from .config import RunConfig
 from .runtime import StopRequest
-from .tasks.base import Task
+from .tasks.base import Example, Task, training_index
 from .text import TextFormat
 
 
@@ -51,6 +51,8 @@ class Run:
     """`MetricsLog`, or `NoLog` in processes other than the first."""
     progress: Progress
     stop: StopRequest
+    reference: Any = None
+    """Frozen model that the current stage is held to; None where it is held to none."""
 
     def seed_of(self, *purpose: object) -> int:
         """Seed of one purpose: a function of the run's seed, the process and the purpose."""
@@ -64,3 +66,18 @@ class Run:
     def stage_folder(self, name: str) -> Path:
         """The model as a stage left it."""
         return self.folder / "stages" / name
+
+
+def draw(run: Run, number: int) -> list[Example]:
+    """The next `number` training examples, of which this process takes its share."""
+    config, progress = run.config, run.progress
+    rank, world = run.fabric.global_rank, run.fabric.world_size
+    if number % world:
+        raise ValueError(f"a step's {number} examples must divide evenly over {world} processes")
+    size = run.task.size("train")
+    positions = range(progress.position + rank, progress.position + number, world)
+    progress.position += number
+    return [
+        run.task.example("train", training_index(position, size, config.seed))
+        for position in positions
+    ]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from .advantage import AdvantageConfig
+from .algorithms import ADVANTAGES
 from .objectives import ObjectiveConfig
 from .optim import OptimizerConfig
 from .reward import RewardConfig
@@ -22,6 +23,14 @@ class StageConfig:
     train_head: bool = True
     channel_gradient: float = 1.0
     """Scale of the head's gradient on main: 1 opens the channel, 0 closes it."""
+    channel_ramp_steps: int = 0
+    """Steps over which the scale rises evenly from 0 to `channel_gradient`; 0: constant."""
+    logits_detach: bool = False
+    """Keep the head's gradient off an output matrix that it shares with main. The channel, through
+    the taps, stays as `channel_gradient` has it."""
+    reference: str = "previous"
+    """What the leash and the preservation compare with: the model as the `previous` or the `first`
+    stage left it, or an earlier stage by name; `start`: the model that the run began from."""
     batch_size: int = 64
     """Supervised: sequences a step, over all processes."""
     num_anchors: int = 0
@@ -35,6 +44,20 @@ class StageConfig:
     """RL: G, rollouts of each prompt."""
     num_minibatches: int = 1
     """RL: optimizer steps on each batch of rollouts, each on its own share of the prompts."""
+    rollout_mode: str = "fast"
+    """RL: `fast`: the head's tokens are executed. `slow`: main writes alone, and the head's rows
+    score what main wrote (an auxiliary loss)."""
+    recompute_old: bool = False
+    """RL: take ratios to the log-probabilities of a replay before the update, one more forward, and
+    not to the sampler's. Then `objective.policy.correction_cap` corrects for their difference."""
+    drop_uninformative: bool = False
+    """RL: leave groups whose outcomes all agree out of the replay."""
+    max_rounds: int = 1
+    """RL: with `drop_uninformative`, sample `num_prompts` further prompts up to so many times until
+    there are `num_prompts` informative groups (DAPO's dynamic sampling)."""
+    num_solved: int = 0
+    """RL: solved examples mixed into each optimizer step, for main_ce and head_ce (supervised
+    replay), over all processes."""
     micro_batch_size: int = 0
     """Sequences of one forward and backward; 0 takes a step's sequences at once."""
     gradient_checkpointing: bool = False
@@ -47,16 +70,22 @@ class StageConfig:
     evaluate_every: int = 0
     """Steps between two evaluations on a smaller set; 0 evaluates at the end only."""
 
+    @property
+    def uses_reference(self) -> bool:
+        """True if the loss or the reward compares with a frozen reference."""
+        return self.objective.uses_reference or bool(self.reward.legibility_cost)
+
     def validate(self, name: str) -> None:
         """Raises ValueError naming the key of an impossible value."""
         key = f"stages.{name}"
         if self.kind not in KINDS:
             raise ValueError(f"{key}.kind must be supervised or rl, got {self.kind!r}")
-        for field_name in ("batch_size", "num_prompts", "num_minibatches"):
+        for field_name in ("batch_size", "num_prompts", "num_minibatches", "max_rounds"):
             if getattr(self, field_name) < 1:
                 value = getattr(self, field_name)
                 raise ValueError(f"{key}.{field_name} must be at least 1, got {value}")
-        for field_name in ("steps", "num_anchors", "micro_batch_size", "evaluate_every"):
+        at_least_0 = ("steps", "num_anchors", "micro_batch_size", "evaluate_every", "num_solved")
+        for field_name in (*at_least_0, "channel_ramp_steps", "channel_gradient"):
             if getattr(self, field_name) < 0:
                 value = getattr(self, field_name)
                 raise ValueError(f"{key}.{field_name} must be 0 or above, got {value}")
@@ -70,11 +99,26 @@ class StageConfig:
                 f"{key}.num_minibatches must divide {key}.num_prompts={self.num_prompts}, got "
                 f"{self.num_minibatches}"
             )
+        if self.kind == "rl":
+            self._validate_rl(key)
         active = self.objective.active()
         if not active:
             raise ValueError(f"{key}.objective must give some stream a weight above 0, got none")
         if self.kind == "supervised" and "policy" in active:
             raise ValueError(f"{key}.objective.policy needs {key}.kind=rl, got supervised")
+        self.objective.policy.validate(f"{key}.objective.policy")
+        self.objective.leash.validate(f"{key}.objective.leash")
+        self.reward.validate(f"{key}.reward")
+        if self.kind == "supervised" and self.objective.leash.kind != "full":
+            raise ValueError(
+                f"{key}.objective.leash.kind={self.objective.leash.kind} estimates from rollouts, "
+                f"got {key}.kind=supervised; use kind=full"
+            )
+        if self.advantage.kind not in (None, *ADVANTAGES):
+            raise ValueError(
+                f"{key}.advantage.kind must be null or one of {', '.join(ADVANTAGES)}, got "
+                f"{self.advantage.kind!r}"
+            )
         if not (self.train_main or self.train_head):
             raise ValueError(f"{key} must train main, the head or both, got neither")
         if self.train_head and not self.objective.uses_head:
@@ -84,3 +128,29 @@ class StageConfig:
             )
         self.main.validate(f"{key}.main")
         self.head.validate(f"{key}.head")
+
+    def _validate_rl(self, key: str) -> None:
+        if self.rollout_mode not in ("fast", "slow"):
+            raise ValueError(f"{key}.rollout_mode must be fast or slow, got {self.rollout_mode!r}")
+        if self.max_rounds > 1 and not self.drop_uninformative:
+            raise ValueError(
+                f"{key}.max_rounds={self.max_rounds} samples until enough groups are informative; "
+                f"set {key}.drop_uninformative=true"
+            )
+        reads = self.objective.reads_solved
+        if reads and not self.num_solved:
+            raise ValueError(
+                f"{key}.objective.main_ce and head_ce read solved examples: set {key}.num_solved "
+                "to a number a step, or on_rollouts=true to score the rollouts"
+            )
+        if self.num_solved and not reads:
+            raise ValueError(
+                f"{key}.num_solved={self.num_solved} examples are read by no stream; give "
+                f"{key}.objective.main_ce or head_ce a weight"
+            )
+
+    def channel_gradient_at(self, step: int) -> float:
+        """The scale in a step counted from 0."""
+        if step >= self.channel_ramp_steps:
+            return self.channel_gradient
+        return self.channel_gradient * step / self.channel_ramp_steps

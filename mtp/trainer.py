@@ -20,9 +20,17 @@ from .config import RunConfig, save_run_config
 from .evaluate import evaluate
 from .export import export
 from .logger import MetricsLog, StageProgress, make_console
-from .models import build_model, has_head, load_model, save_model
+from .models import build_model, has_head, save_model
 from .optim import build_optimizer, split_parameters
+from .reference import (
+    check_references,
+    frozen_for_evaluation,
+    frozen_for_stage,
+    reference_in_loss,
+    save_start,
+)
 from .report import completions_rows, print_completions, print_table, save_curves
+from .rollout import Rollouts
 from .run import Progress, Run
 from .runtime import StopRequest
 from .stage import StageConfig
@@ -47,6 +55,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         Interrupted: after a signal; the checkpoint is saved.
     """
     config.validate()
+    check_references(config)
     fabric = config.fabric.build()
     console = make_console(quiet=not fabric.is_global_zero)
     folder, full_steps = Path(config.run_dir), {}
@@ -92,7 +101,9 @@ def train(config: RunConfig) -> dict[str, Any]:
         )
         try:
             if state is not None:
-                log.truncate(state["log_offset"])
+                log.truncate(state["log_offset"], progress.global_step)
+            else:
+                save_start(run)
             log.start_wandb(state["wandb_id"] if state else None)
             for index, (name, stage) in enumerate(config.active_stages().items()):
                 if index >= progress.stage:
@@ -143,7 +154,7 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
         for part, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][part])
         set_rng_state(state["rng"])
-    reference = frozen_reference(run, stage)
+    run.reference = frozen_for_stage(run, name)
     wrapped.train()
     began = saved = time.monotonic()
     done_before = progress.stage_seconds
@@ -163,9 +174,10 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
                     batches,
                     stage.objective,
                     clip_norms={part: settings[part].clip_norm for part in optimizers},
-                    channel_gradient=stage.channel_gradient,
+                    channel_gradient=stage.channel_gradient_at(step),
+                    logits_detach=stage.logits_detach,
                     sampler=config.decoding.sampler() if stage.kind == "rl" else None,
-                    reference=reference,
+                    reference=run.reference,
                     check_gradients=step == first_step,
                     impl=config.kernels,
                 )
@@ -193,26 +205,6 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
     end_stage(run, name, stage, done_before + time.monotonic() - began)
 
 
-def frozen_reference(run: Run, stage: StageConfig) -> Any:
-    """Main as the stage found it; None where no stream compares with it."""
-    if not stage.objective.uses_reference:
-        return None
-    names = list(run.config.active_stages())
-    index = run.progress.stage
-    if index == 0:
-        raise ValueError(
-            f"stages.{names[0]}.objective.leash needs a stage before it: the reference is main as "
-            "that stage left it"
-        )
-    return load_frozen(run, names[index - 1])
-
-
-def load_frozen(run: Run, name: str) -> Any:
-    """The model as a stage left it, without gradients."""
-    model, _ = load_model(run.stage_folder(name), run.config.model.torch_dtype())
-    return model.to(run.fabric.device).requires_grad_(False).eval()
-
-
 def heard(run: Run) -> bool:
     """True once some stage up to the current one trains the head, or it came with the model."""
     if run.came_with_head:
@@ -223,7 +215,7 @@ def heard(run: Run) -> bool:
 
 def interim_evaluation(run: Run, name: str, stage: StageConfig) -> None:
     """A small evaluation within a stage, for the log and the curves."""
-    figures, _ = evaluate(
+    figures, shown = evaluate(
         run.model,
         run.text,
         run.task,
@@ -234,6 +226,15 @@ def interim_evaluation(run: Run, name: str, stage: StageConfig) -> None:
         controls=False,
     )
     record(run, name, figures)
+    log_completions(run, name, shown)
+
+
+def log_completions(run: Run, name: str, shown: list[Rollouts]) -> list[dict[str, Any]]:
+    """A few completions of an evaluation into the log."""
+    number = run.config.evaluation.num_samples
+    rows = completions_rows(shown, run.task, run.text, number, name)
+    run.log.write_completions(rows, run.progress.global_step)
+    return rows
 
 
 def record(run: Run, name: str, figures: dict[str, Any]) -> None:
@@ -255,7 +256,6 @@ def end_stage(run: Run, name: str, stage: StageConfig, seconds: float) -> None:
             run.stage_folder(name), lambda folder: save_model(run.model, run.text, folder)
         )
     run.fabric.barrier()
-    first = next(iter(config.active_stages()))
     figures, shown = evaluate(
         run.model,
         run.text,
@@ -264,13 +264,14 @@ def end_stage(run: Run, name: str, stage: StageConfig, seconds: float) -> None:
         num_problems=config.evaluation.num_problems,
         batch_size=config.evaluation.batch_size,
         use_head=heard(run),
-        reference=load_frozen(run, first),
+        reference=frozen_for_evaluation(run),
     )
     record(run, name, figures)
-    progress.summaries.append({"name": name, **figures, "seconds": round(seconds, 1)})
-    num_samples = config.evaluation.num_samples
-    rows = completions_rows(shown, run.task, run.text, num_samples, name)
-    run.log.write_completions(rows, progress.global_step)
+    in_loss = reference_in_loss(config, name)
+    progress.summaries.append(
+        {"name": name, **figures, "reference_in_loss": in_loss, "seconds": round(seconds, 1)}
+    )
+    rows = log_completions(run, name, shown)
     print_completions(run.console, name, rows, progress.summaries[-1])
     progress.stage, progress.step, progress.stage_seconds = progress.stage + 1, 0, 0.0
     save_checkpoint(run, {})
@@ -321,7 +322,7 @@ def headline(
     """The figures that the progress bar shows."""
     last: dict[str, Any] = next((p for p in reversed(points) if p["stage"] == stage), {})
     return {
-        "loss": metrics["loss"],
+        "loss": metrics.get("loss"),
         "reward": metrics.get("reward"),
         "passes": metrics.get("passes"),
         "true": metrics.get("true_steps"),
@@ -333,9 +334,10 @@ def headline(
 
 def clear(folder: Path) -> None:
     """Remove what an earlier run wrote, and nothing else."""
-    for name in ("checkpoints", "stages", "export", "wandb"):
+    for name in ("checkpoints", "stages", "start", "export", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("summary.json", "metrics.jsonl", "metrics.csv", "config.yaml", "curves.png"):
+    files = ("metrics.jsonl", "metrics.csv", "completions.jsonl", "config.yaml", "curves.png")
+    for name in ("summary.json", *files):
         (folder / name).unlink(missing_ok=True)
 
 

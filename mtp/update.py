@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 
-from .batch import TextBatch
+from .batch import RolloutBatch, TextBatch
 from .generation_mtp import Sampler
-from .objectives import ObjectiveConfig, score_batch
+from .objectives import ObjectiveConfig, score_batch, scores_head
 
 
 def global_counts(
-    fabric: Fabric, objective: ObjectiveConfig, batches: list[TextBatch]
+    fabric: Fabric, objective: ObjectiveConfig, batches: list[TextBatch], in_rl: bool
 ) -> dict[str, float]:
     """Tokens of each stream over all micro-batches and processes."""
     totals: dict[str, float] = {}
     for batch in batches:
-        for name, count in objective.counts(batch).items():
+        for name, count in objective.counts(batch, in_rl).items():
             totals[name] = totals.get(name, 0.0) + count
     return sum_over_processes(fabric, totals)
 
@@ -39,6 +39,16 @@ def sum_over_processes(fabric: Fabric, values: dict[str, float]) -> dict[str, fl
     return dict(zip(names, total.tolist(), strict=True))
 
 
+def max_over_processes(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
+    """The largest of each named number over all processes, which must hold the same names."""
+    if fabric.world_size == 1:
+        return values
+    names = sorted(values)
+    mine = torch.tensor([values[n] for n in names], device=fabric.device, dtype=torch.float64)
+    largest = torch.as_tensor(fabric.all_reduce(mine, reduce_op="max"))
+    return dict(zip(names, largest.tolist(), strict=True))
+
+
 def update(
     fabric: Fabric,
     model: Any,
@@ -48,6 +58,7 @@ def update(
     *,
     clip_norms: dict[str, float],
     channel_gradient: float = 1.0,
+    logits_detach: bool = False,
     sampler: Sampler | None = None,
     reference: Any = None,
     check_gradients: bool = False,
@@ -59,10 +70,12 @@ def update(
         fabric: runs backward, clipping and reduction.
         model: the model as wrapped by `fabric`.
         optimizers: by emitter, `main` and `head`; an absent emitter is not trained.
-        batches: micro-batches of this process, in their own sizes.
+        batches: micro-batches of this process, in their own sizes. If one is of rollouts, this is
+            an RL step, and the others are solved examples for the supervised streams.
         objective: streams and weights.
         clip_norms: largest gradient norm of each emitter.
         channel_gradient: scale of the head's gradient on main.
+        logits_detach: keep the head's gradient off an output matrix shared with main.
         sampler: the distribution that rollouts came from.
         reference: frozen model whose rows the leash compares with.
         impl: implementation of `mtp_kernels` ops.
@@ -72,9 +85,11 @@ def update(
         ValueError: if the gradient is not finite, or missing where it was to be checked.
     """
     parts = model.module
-    counts = global_counts(fabric, objective, batches)
+    in_rl = any(isinstance(batch, RolloutBatch) for batch in batches)
+    counts = global_counts(fabric, objective, batches, in_rl)
     sums: dict[str, float] = {}
     seen: dict[str, float] = {}
+    maxima: dict[str, float] = {}
 
     def add(name: str, value: float, count: float) -> None:
         sums[name] = sums.get(name, 0.0) + value
@@ -82,6 +97,7 @@ def update(
 
     for index, batch in enumerate(batches):
         is_last = index == len(batches) - 1
+        streams = objective.streams(batch, in_rl)
         with fabric.no_backward_sync(model, enabled=not is_last):
             rows = None
             with fabric.autocast():
@@ -90,14 +106,15 @@ def update(
                     parts,
                     batch,
                     channel_gradient=channel_gradient,
-                    use_head=objective.uses_head,
+                    use_head=scores_head(streams),
+                    logits_detach=logits_detach,
                     impl=impl,
                 )
-                if reference is not None:
+                if reference is not None and streams.keys() & {"leash", "preserve"}:
                     with torch.no_grad():
                         hidden = reference.score(batch.tokens).main_hidden.flatten(0, 1)
                     rows = (hidden, reference.get_output_embeddings().weight)
-                terms = objective.terms(scored, batch, sampler or Sampler(), rows)
+                terms = objective.terms(scored, batch, sampler or Sampler(), rows, in_rl)
             loss = torch.stack(
                 [t.weight * t.total / max(counts[n], 1.0) for n, t in terms.items()]
             ).sum()
@@ -106,10 +123,13 @@ def update(
             add(f"loss/{name}", float(term.total.detach()), 0.0)
             for metric, (value, count) in term.metrics.items():
                 add(metric, float(value), count)
+            for metric, value in term.maxima.items():
+                maxima[metric] = max(maxima.get(metric, 0.0), float(value))
         add("loss", float(loss.detach()), 0.0)
 
     sums, seen = sum_over_processes(fabric, sums), sum_over_processes(fabric, seen)
     metrics = {name: sums[name] / seen[name] for name in sums if seen[name]}
+    metrics |= max_over_processes(fabric, maxima)
     metrics["loss"] = sums["loss"]
     metrics |= {f"loss/{n}": sums[f"loss/{n}"] / max(c, 1.0) for n, c in counts.items()}
     metrics |= {f"num_tokens/{n}": c for n, c in counts.items()}

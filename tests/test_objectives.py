@@ -8,7 +8,7 @@ import torch
 from lightning.fabric import Fabric
 from tiny import CLOSE, EOS, PAD, tiny_model
 
-from mtp.advantage import AdvantageConfig, group_advantages
+from mtp.algorithms import clipped
 from mtp.batch import collate_rollouts, collate_text, pad
 from mtp.generation_mtp import PhasePlan, Sampler, decode
 from mtp.objectives import ObjectiveConfig, score_batch
@@ -60,25 +60,11 @@ def test_kl_of_rows_by_hand():
     ],
 )
 def test_the_clipped_surrogate_by_hand(ratio, advantage, loss, has_gradient):
-    rows = emitter([[0.5, 0.5]], [0])
-    rows.hidden.requires_grad_(True)
-    sampled = torch.tensor([math.log(0.5 / ratio)])
-    term = Policy(weight=1.0)._term(
-        "main", rows, sampled, torch.tensor([advantage]), 1.0, Sampler()
-    )
-    assert math.isclose(term.total.item(), loss, rel_tol=1e-5)
-    term.total.backward()
-    assert bool(rows.hidden.grad.abs().sum() > 1e-6) == has_gradient
-
-
-def test_group_advantages_by_hand():
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.3, 0.1, 0.2, 0.2]])
-    outcomes = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
-    plain = group_advantages(rewards, outcomes, AdvantageConfig(std_normalize=False))
-    assert plain[0].tolist() == [0.5, -0.5, -0.5, 0.5]
-    assert plain[1].tolist() == [0.0] * 4, "a group in which nothing was solved teaches nothing"
-    normed = group_advantages(rewards, outcomes, AdvantageConfig())
-    assert torch.allclose(normed[0], torch.tensor([1.0, -1.0, -1.0, 1.0]), atol=1e-3)
+    logprob = torch.tensor([math.log(0.5 * ratio)], requires_grad=True)
+    gain = clipped((logprob - math.log(0.5)).exp(), logprob, torch.tensor([advantage]), 0.2, 0.28)
+    assert math.isclose(-gain.item(), loss, rel_tol=1e-5)
+    gain.sum().backward()
+    assert bool(logprob.grad.abs() > 1e-6) == has_gradient
 
 
 def test_head_slot_weights_weigh_loss_and_count():

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from mtp.interval import t_quantile
 from mtp.logger import make_console
 from mtp.runtime import StopRequest, hand_on
-from mtp.sweep import group_by_seed, main, read_jobs, report, run_job, t_quantile
+from mtp.sweep import group_by_seed, main, read_jobs, report, run_job
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,6 +15,9 @@ class HeadCE:
     """`head_ce`"""
 
     weight: float = 0.0
+    on_rollouts: bool = False
+    """In an RL stage: score the policy's own rollouts. False: solved examples that are mixed into
+    the step, `num_solved` of them."""
     slot_weights: list[float] = field(default_factory=list)
     """Weight of slots 1..K; empty weighs all alike. The sum is divided by the weights' sum."""
 

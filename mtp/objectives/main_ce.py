@@ -12,6 +12,9 @@ class MainCE:
     """`main_ce`"""
 
     weight: float = 0.0
+    on_rollouts: bool = False
+    """In an RL stage: score the policy's own rollouts. False: solved examples that are mixed into
+    the step, `num_solved` of them."""
 
     def counts(self, batch: TextBatch) -> dict[str, float]:
         """Tokens of main."""

@@ -1,10 +1,12 @@
-"""The policy objective: clipped importance ratios, token by token, each emitter over its own count.
+"""The policy objective: what rollouts teach through their advantages, each emitter over its count.
 
-    L = - sum_t min(r_t A, clip(r_t, 1 - low, 1 + high) A) / count,   r_t = p(t) / p_sampled(t)
+    L = - sum_t w_t surrogate(r_t, A) / count
 
-GRPO (Shao et al. 2024, arXiv 2402.03300) with DAPO's asymmetric clip (Yu et al. 2025, arXiv
-2503.14476). The action of a pass is its block, and the log-probability of a block is the sum over
-its kept slots, so main's tokens and the head's are all actions of the one policy.
+The action of a pass is its block, and the log-probability of a block is the sum over its kept
+slots, so main's tokens and the head's are all actions of one policy. Advantage, ratio r, surrogate
+and count are those of an algorithm of `mtp.algorithms`. w_t is 1, or with `correction_cap` the
+truncated importance weight of Yao et al. 2025 ("Your efficient RL framework secretly brings you
+off-policy RL training"), for samplers whose log-probabilities differ from replay's.
 """
 
 from dataclasses import dataclass
@@ -12,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..batch import RolloutBatch, TextBatch
+from ..algorithms import ALGORITHMS, NORMALIZERS, RATIOS, Algorithm, importance_ratio, segment_sum
+from ..batch import RolloutBatch
 from ..generation_mtp import Sampler
-from .scored import PLAIN, Emitter, Scored
-from .stream import Term, mean_of
+from .scored import PLAIN, Scored
+from .stream import Term, max_of, mean_of
 
 
 @dataclass(kw_only=True)
@@ -26,50 +29,130 @@ class Policy:
     """Of main's tokens."""
     head_weight: float = 1.0
     """Of the head's tokens, times `weight`."""
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    """Clip-higher: unlikely tokens may grow faster than likely ones shrink."""
+    algorithm: str = "dapo"
+    """grpo, dapo, dr_grpo, rloo, gspo, cispo or reinforce_pp; sets whatever below is null."""
+    ratio: str | None = None
+    """`token`, `block`, `sequence` (GSPO's) or `rollout`; see `mtp/algorithms/ratio.py`."""
+    normalizer: str | None = None
+    """`tokens`, `sequences`, `rollouts` or `length`; see `mtp/algorithms/algorithm.py`."""
+    length: int = 0
+    """Tokens, for the normaliser `length`; decoding.max_new_tokens is the usual choice."""
+    clip_low: float | None = None
+    """Ratios of main's tokens are clipped to 1 - clip_low .. 1 + clip_high."""
+    clip_high: float | None = None
+    head_clip_low: float | None = None
+    """Of the head's tokens; null: as main's."""
+    head_clip_high: float | None = None
+    correction_cap: float = 0.0
+    """Largest truncated importance weight p_old / p_sampled of a token, 2 being usual; 0: none.
+    Has an effect where `stages.*.recompute_old` takes p_old from replay."""
 
-    def counts(self, batch: TextBatch) -> dict[str, float]:
-        """Tokens of each emitter."""
-        return {"policy_main": len(batch.main_rows), "policy_head": len(batch.head_rows)}
+    @property
+    def preset(self) -> Algorithm:
+        """The algorithm that was named."""
+        return ALGORITHMS[self.algorithm]
+
+    def validate(self, key: str) -> None:
+        """Raises ValueError naming the key of an impossible value."""
+        for name, known in (
+            ("algorithm", list(ALGORITHMS)),
+            ("ratio", [None, *RATIOS]),
+            ("normalizer", [None, *NORMALIZERS]),
+        ):
+            if getattr(self, name) not in known:
+                shown = ", ".join("null" if value is None else value for value in known)
+                raise ValueError(
+                    f"{key}.{name} must be one of {shown}, got {getattr(self, name)!r}"
+                )
+        if self._normalizer == "length" and self.length < 1:
+            raise ValueError(
+                f"{key}.length must be the number of tokens that a rollout's sum is divided by, "
+                f"got {self.length}; set it to the value of decoding.max_new_tokens"
+            )
+        names = ("clip_low", "clip_high", "head_clip_low", "head_clip_high", "correction_cap")
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{key}.{name} must be 0 or above, got {value}")
+
+    @property
+    def _normalizer(self) -> str:
+        return self.normalizer or self.preset.normalizer
+
+    def clips(self) -> dict[str, tuple[float, float]]:
+        """(low, high) by emitter."""
+        low = self.preset.clip_low if self.clip_low is None else self.clip_low
+        high = self.preset.clip_high if self.clip_high is None else self.clip_high
+        return {
+            "main": (low, high),
+            "head": (
+                low if self.head_clip_low is None else self.head_clip_low,
+                high if self.head_clip_high is None else self.head_clip_high,
+            ),
+        }
+
+    def counts(self, batch: RolloutBatch) -> dict[str, float]:
+        """What each emitter's sum is divided by, over all micro-batches."""
+        rollouts = {"main": batch.main_rollouts, "head": batch.head_rollouts}
+        return {f"policy_{name}": self._count(ids, batch) for name, ids in rollouts.items()}
+
+    def _count(self, rollouts: Tensor, batch: RolloutBatch) -> float:
+        if self._normalizer == "tokens":
+            return len(rollouts)
+        if self._normalizer == "sequences":
+            return len(rollouts.unique())
+        return len(batch.tokens) * (self.length if self._normalizer == "length" else 1)
 
     def terms(
         self, scored: Scored, batch: RolloutBatch, sampler: Sampler = PLAIN
     ) -> dict[str, Term]:
-        """Clipped surrogate of each emitter, under the distribution that the rollouts came from."""
-        rows = {
-            "main": (scored.main, batch.main_sampled, batch.main_advantages, self.weight),
-            "head": (
-                scored.head,
-                batch.head_sampled,
-                batch.head_advantages,
-                self.weight * self.head_weight,
-            ),
-        }
-        return {
-            f"policy_{name}": self._term(name, *values, sampler) for name, values in rows.items()
-        }
+        """Surrogate of each emitter, under the distribution that the rollouts came from."""
+        stats = {"main": scored.main.stats(sampler), "head": scored.head.stats(sampler)}
+        old = {"main": batch.main_old, "head": batch.head_old}
+        sampled = {"main": batch.main_sampled, "head": batch.head_sampled}
+        advantages = {"main": batch.main_advantages, "head": batch.head_advantages}
+        rollouts = {"main": batch.main_rollouts, "head": batch.head_rollouts}
+        weights = {"main": self.weight, "head": self.weight * self.head_weight}
+        num_main = len(batch.main_rows)
+        ratios = importance_ratio(
+            torch.cat([stats[name].logprob - old[name] for name in ("main", "head")]),
+            self.ratio or self.preset.ratio,
+            torch.cat([batch.main_blocks, batch.head_blocks]),
+            torch.cat([batch.main_rollouts, batch.head_rollouts]),
+        )
+        ratio = {"main": ratios[:num_main], "head": ratios[num_main:]}
+        terms = {}
+        for name, (low, high) in self.clips().items():
+            logprob = stats[name].logprob
+            gain = self.preset.surrogate(ratio[name], logprob, advantages[name], low, high)
+            if self.correction_cap:
+                gain = gain * (old[name] - sampled[name]).exp().clamp(max=self.correction_cap)
+            if self._normalizer == "sequences":
+                gain = gain / segment_sum(torch.ones_like(gain), rollouts[name])
+            metrics, maxima = _metrics(
+                name, ratio[name], advantages[name], logprob - sampled[name], low, high
+            )
+            metrics[f"{name}/entropy"] = mean_of(stats[name].entropy)
+            terms[f"policy_{name}"] = Term(-gain.sum(), weights[name], metrics, maxima)
+        return terms
 
-    def _term(
-        self,
-        name: str,
-        emitter: Emitter,
-        sampled: Tensor,
-        advantages: Tensor,
-        weight: float,
-        sampler: Sampler,
-    ) -> Term:
-        stats = emitter.stats(sampler)
-        difference = stats.logprob - sampled
-        ratio = difference.exp()
-        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
-        surrogate = torch.minimum(ratio * advantages, clipped * advantages)
-        with torch.no_grad():
-            metrics = {
-                f"{name}/entropy": mean_of(stats.entropy),
-                f"{name}/clip_ratio": mean_of(ratio * advantages > clipped * advantages),
-                f"{name}/sampling_logp_difference": mean_of(difference.abs()),
-                f"{name}/importance_sampling_ratio": mean_of(ratio),
-            }
-        return Term(-surrogate.sum(), weight, metrics)
+
+@torch.no_grad()
+def _metrics(
+    name: str, ratio: Tensor, advantages: Tensor, difference: Tensor, low: float, high: float
+) -> tuple[dict[str, tuple[Tensor, int]], dict[str, Tensor]]:
+    """How far the policy is from the sampler, and how many tokens the clip holds back."""
+    is_low = (ratio < 1 - low) & (advantages < 0)
+    is_high = (ratio > 1 + high) & (advantages > 0)
+    metrics = {
+        f"{name}/clip_ratio": mean_of(is_low | is_high),
+        f"{name}/clip_ratio_low": mean_of(is_low),
+        f"{name}/clip_ratio_high": mean_of(is_high),
+        f"{name}/sampling_logp_difference": mean_of(difference.abs()),
+        f"{name}/importance_sampling_ratio": mean_of(difference.exp()),
+    }
+    maxima = {
+        f"{name}/sampling_logp_difference_max": max_of(difference.abs()),
+        f"{name}/importance_sampling_ratio_max": max_of(difference.exp()),
+    }
+    return metrics, maxima

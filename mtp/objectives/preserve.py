@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..batch import TextBatch
-from .scored import Emitter, Scored
+from ..generation_mtp import Sampler
+from .scored import PLAIN, Emitter, Scored
 from .stream import Term, mean_of
 
 
@@ -28,9 +29,17 @@ class Preserve:
         return {"preserve": len(batch.main_rows) + len(batch.head_positions)}
 
     def terms(
-        self, scored: Scored, batch: TextBatch, reference_hidden: Tensor, reference_weight: Tensor
+        self,
+        scored: Scored,
+        batch: TextBatch,
+        reference_hidden: Tensor,
+        reference_weight: Tensor,
+        sampler: Sampler = PLAIN,
     ) -> dict[str, Term]:
-        """Sum of the divergence over the written tokens, in nats; see `Leash.terms`."""
+        """Sum of the divergence over the written tokens, in nats; see `Leash.terms`.
+
+        The distributions are those of temperature 1, whatever the sampler is.
+        """
         rows = torch.cat([batch.main_rows, batch.head_positions])
         main = scored.main
         everywhere = Emitter(

@@ -106,6 +106,7 @@ def score_batch(
     *,
     channel_gradient: float,
     use_head: bool,
+    logits_detach: bool = False,
     impl: str = "auto",
 ) -> Scored:
     """One forward of main over the batch's text and of the head at its anchors.
@@ -116,6 +117,7 @@ def score_batch(
         batch: text and rows.
         channel_gradient: scale of the head's gradient on main's parameters.
         use_head: False skips the head and its rows.
+        logits_detach: True keeps the head's gradient off an output matrix shared with main.
         impl: implementation of `mtp_kernels` ops.
     """
     if use_head and len(batch.anchors):
@@ -130,5 +132,6 @@ def score_batch(
     main = Emitter(
         flat[batch.main_rows], parts.get_output_embeddings().weight, batch.main_targets, impl
     )
-    head = Emitter(head_hidden, parts.head_output_weight(channel_gradient), head_targets, impl)
+    head_weight = parts.head_output_weight(0.0 if logits_detach else channel_gradient)
+    head = Emitter(head_hidden, head_weight, head_targets, impl)
     return Scored(main, head, flat)

@@ -47,6 +47,8 @@ class RowsConfig(TaskConfig):
     """exact, math (equality by math-verify) or `package.module:function`."""
     reward_style: str = "auto"
     """Signature of that function: trl, verl, reasoning_gym; auto tells it by parameter names."""
+    reward_seconds: float = 10.0
+    """Longest that function may take over an answer, which is then worth 0."""
     right_at: float = 1.0
     """An answer is right if its reward is at least this."""
 
@@ -73,7 +75,7 @@ class Rows(Task):
         self.config = config
         self.name = f"rows/{Path(config.source).name}"
         self.right_at = config.right_at
-        self._reward = load_reward(config.reward, config.reward_style)
+        self._reward = load_reward(config.reward, config.reward_style, config.reward_seconds)
         rows = load_rows(config.source, config.subset, config.train_split, "task.source")
         train = self._examples(rows, config.source)
         if config.test_source is None and config.test_split is None:

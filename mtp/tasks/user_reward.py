@@ -12,12 +12,21 @@ Every style sees the extracted final answer, never the thought before it: a rewa
 whole text can be paid by naming every candidate. A function may leave out parameters it does not
 need. Token ids are not known here; a function that looks into `completion_ids` is told so.
 
+A reward runs under a time limit: code that a policy's answer sends into an endless loop must not
+stop a run. An answer that takes too long is worth 0, with one warning. The limit interrupts Python
+code; a C function that never looks at signals, such as a power of huge integers, it cannot.
+
 Left out: rewards that compare the completions of a group, and TRL's message lists.
 """
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from .base import Example
@@ -25,6 +34,7 @@ from .math_answer import MathJudge
 
 Reward = Callable[[Example, str], float]
 """(example, final answer) -> score."""
+_log = logging.getLogger(__name__)
 STYLES = ("trl", "verl", "reasoning_gym")
 _NEEDED = {
     "verl": {"solution_str", "ground_truth"},
@@ -38,8 +48,8 @@ def exact(example: Example, answer: str) -> float:
     return float(answer == example.answer)
 
 
-def load_reward(path: str, style: str = "auto") -> Reward:
-    """The reward that `task.reward` and `task.reward_style` name.
+def load_reward(path: str, style: str = "auto", seconds: float = 10.0) -> Reward:
+    """The reward that `task.reward` and `task.reward_style` name, `seconds` at most an answer.
 
     Raises ValueError naming the key if the path cannot be imported or the style not be told.
     """
@@ -53,7 +63,58 @@ def load_reward(path: str, style: str = "auto") -> Reward:
     function = import_function(path)
     style = detect_style(function, path) if style == "auto" else style
     adapter = {"trl": _trl, "verl": _verl, "reasoning_gym": _reasoning_gym}[style]
-    return adapter(function)
+    return limited(adapter(function), path, seconds)
+
+
+class TookTooLong(BaseException):
+    """Raised within a reward at its time limit; no `except Exception` of its own stops it."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise `TookTooLong` in the body after so many seconds.
+
+    Raises RuntimeError outside the main thread, where Python delivers no signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("a reward's time limit needs the main thread, which signals reach")
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise TookTooLong
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def limited(reward: Reward, path: str, seconds: float) -> Reward:
+    """The reward, worth 0 for an answer over which it takes longer than `seconds`."""
+    if seconds <= 0:
+        raise ValueError(f"task.reward_seconds must be above 0, got {seconds}")
+    warned = False
+
+    def within(example: Example, answer: str) -> float:
+        nonlocal warned
+        try:
+            with time_limit(seconds):
+                return reward(example, answer)
+        except TookTooLong:
+            if not warned:
+                _log.warning(
+                    "%s took over task.reward_seconds=%g for the answer %r, which is worth 0; "
+                    "further ones are not reported",
+                    path,
+                    seconds,
+                    answer[:80],
+                )
+            warned = True
+            return 0.0
+
+    return within
 
 
 def import_function(path: str) -> Callable[..., Any]:

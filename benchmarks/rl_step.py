@@ -1,0 +1,368 @@
+"""One RL step of mtp and of TRL's GRPOTrainer, side by side on this machine.
+
+    python benchmarks/rl_step.py [--json] [--rollouts 16,128] [--tokens 128] [--repeats 2]
+                                 [--experiment smollm2_rl]
+
+A step samples rollouts, judges them and updates the weights. Both sides have the same main (the
+experiment's, SmolLM2-135M by default), problems, prompts, group size, number of rollouts and of
+tokens (no rollout ends early), micro-batches, precision and loss (DAPO's), no reference model, and
+a process of their own, in which one step is run before the timed ones; medians are reported.
+
+For TRL every token is a pass. The most that fast mode can be faster at sampling is
+(k + 1) t(1) / t(k + 1), with t(n) the time of a pass of n new tokens, measured here too. Replay is
+compared with a plain causal forward and backward of main alone over the very same text, and
+`peak_bytes` is the largest resident memory of the process, its imports and weights included.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+GROUP_SIZE = 8
+MICRO_BATCH = 16
+CLIP_NORM = 0.3
+LEARNING_RATE = 1e-6
+CACHED = 64
+"""Tokens in the cache when a pass is timed."""
+
+
+def configuration(experiment: str) -> Any:
+    """Model, head, task and text as the experiment has them."""
+    from hydra import compose, initialize_config_dir
+
+    from mtp.config import register_configs, to_run_config
+
+    register_configs()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return to_run_config(compose("train", [f"experiment={experiment}", "run_dir=none"]))
+
+
+def clock(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of a call, and what it returns."""
+    began = time.perf_counter()
+    out = call()
+    return time.perf_counter() - began, out
+
+
+def medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each named number."""
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) -> dict[str, float]:
+    """Seconds of mtp's step and its parts; then the two yardsticks, after the peak is read."""
+    import torch
+    from lightning.fabric import Fabric
+
+    from mtp.advantage import group_advantages
+    from mtp.batch import collate_rollouts
+    from mtp.generation_mtp import PhasePlan, Sampler
+    from mtp.models import build_model
+    from mtp.objectives import ObjectiveConfig
+    from mtp.objectives.policy import Policy
+    from mtp.optim import OptimizerConfig, build_optimizer, split_parameters
+    from mtp.reward import RewardConfig, score
+    from mtp.rollout import sample
+    from mtp.update import update
+
+    config = configuration(experiment)
+    task = config.task.build()
+    torch.manual_seed(1)
+    model, text = build_model(config.model, config.head, config.decoding, task)
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    settings = OptimizerConfig(lr=LEARNING_RATE)
+    optimizers = {
+        part: build_optimizer(parameters, settings)
+        for part, parameters in split_parameters(model).items()
+    }
+    wrapped = fabric.setup_module(model)
+    wrapped.mark_forward_method("score")
+    optimizers = {part: fabric.setup_optimizers(o) for part, o in optimizers.items()}
+    stepping = 0.0
+
+    def timed(step: Callable[[], Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal stepping
+            seconds, out = clock(lambda: step(*args, **kwargs))
+            stepping += seconds
+            return out
+
+        return call
+
+    for optimizer in optimizers.values():
+        optimizer.step = timed(optimizer.step)
+    examples = [task.example("train", i) for i in range(num_rollouts // GROUP_SIZE)]
+    endless = PhasePlan(keep=[text.num_slots], opened_by=[None], eos_ids=[])
+    objective = ObjectiveConfig(policy=Policy(weight=1.0))
+
+    def roll() -> Any:
+        with fabric.autocast():
+            return sample(
+                model, text, examples, endless, Sampler(),
+                max_new_tokens=num_tokens, group_size=GROUP_SIZE,
+            )  # fmt: skip
+
+    def collate(rollouts: Any) -> list[Any]:
+        rewards = score(task, text, rollouts, RewardConfig(), max_new_tokens=num_tokens)
+        advantages = group_advantages(rewards.total, rewards.outcomes, "group_std").flatten()
+        # Untrained heads solve nothing; noise stands for advantages so that no gradient is zero.
+        advantages = advantages + 0.1 * torch.randn(num_rollouts)
+        return [
+            collate_rollouts(
+                rollouts.prompts, rollouts.out, advantages,
+                list(range(at, min(at + MICRO_BATCH, num_rollouts))), text.num_slots, text.pad_id,
+            )
+            for at in range(0, num_rollouts, MICRO_BATCH)
+        ]  # fmt: skip
+
+    clip_norms = {"main": CLIP_NORM, "head": CLIP_NORM}
+    rows, batches = [], []
+    for _ in range(repeats + 1):
+        stepping = 0.0
+        rollout_seconds, rollouts = clock(roll)
+        reward_seconds, batches = clock(lambda sampled=rollouts: collate(sampled))
+        update_seconds, _ = clock(
+            lambda given=batches: update(
+                fabric, wrapped, optimizers, given, objective,
+                clip_norms=clip_norms, sampler=Sampler(),
+            )
+        )  # fmt: skip
+        rows.append(
+            {
+                "seconds": rollout_seconds + reward_seconds + update_seconds,
+                "rollout_seconds": rollout_seconds,
+                "replay_seconds": update_seconds - stepping,
+                "update_seconds": stepping,
+            }
+        )
+    result = medians(rows[1:]) | {"peak_bytes": peak_bytes()}
+    result["causal_seconds"] = causal_seconds(fabric, wrapped, batches, repeats)
+    result["limit"] = speed_limit(fabric, model, num_rollouts, repeats)
+    return result
+
+
+def causal_seconds(fabric: Any, wrapped: Any, batches: list[Any], repeats: int) -> float:
+    """Seconds of main's forward and backward over the text, every written token scored."""
+    import torch
+
+    from mtp.objectives.scored import Emitter
+
+    def call() -> None:
+        for batch in batches:
+            with fabric.autocast():
+                hidden = wrapped.score(batch.tokens).main_hidden.flatten(0, 1)
+                rows = torch.cat([batch.main_rows, batch.head_positions])
+                weight = wrapped.module.get_output_embeddings().weight
+                scored = Emitter(hidden[rows], weight, batch.tokens.flatten()[rows + 1])
+                loss = -scored.stats().logprob.mean()
+            fabric.backward(loss)
+        for parameter in wrapped.parameters():
+            parameter.grad = None
+
+    call()
+    return statistics.median(clock(call)[0] for _ in range(repeats))
+
+
+def speed_limit(fabric: Any, model: Any, num_rows: int, repeats: int) -> float:
+    """(k + 1) t(1) / t(k + 1), each t over a cache of `CACHED` tokens a row."""
+    import torch
+
+    from mtp.generation_mtp import BlockCache
+
+    seconds = {}
+    with torch.no_grad(), fabric.autocast():
+        cache = BlockCache(model.config.num_hidden_layers)
+
+        def forward(first: int, number: int) -> None:
+            positions = torch.arange(first, first + number).expand(num_rows, number)
+            mask = cache.place(positions, first + number)
+            tokens = torch.zeros(num_rows, number, dtype=torch.long)
+            last = torch.full((num_rows,), number - 1)
+            main_row, _ = model.anchor_rows(tokens, last, positions, mask, cache)
+            main_row @ model.get_output_embeddings().weight.T
+
+        forward(0, CACHED)
+        for number in (1, model.num_slots):
+            forward(CACHED, number)
+            passes = [clock(lambda n=number: forward(CACHED, n))[0] for _ in range(5 * repeats)]
+            seconds[number] = statistics.median(passes)
+    return model.num_slots * seconds[1] / seconds[model.num_slots]
+
+
+def trl_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) -> dict[str, float]:
+    """Seconds of a step of TRL's GRPOTrainer, and of its generation."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from mtp.models import build_model, save_model
+
+    config = configuration(experiment)
+    task = config.task.build()
+    main, text = build_model(config.model, config.head, config.decoding, task)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(main, text, Path(folder))
+        del main
+        model = AutoModelForCausalLM.from_pretrained(folder)  # main alone: the head is skipped
+    examples = [task.example("train", i) for i in range(num_rollouts // GROUP_SIZE)]
+    prompts = [text.tokenizer.decode(text.prompt_ids(e.prompt)) for e in examples]
+    steps: list[float] = []
+    generation: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            steps.append(time.perf_counter() - self.began)
+
+    def reward(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+        # As on mtp's side: noise, so that no gradient is zero.
+        import random
+
+        given = zip(completions, answer, strict=True)
+        return [float(c.strip() == a) + 0.1 * random.random() for c, a in given]
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model=model,
+            reward_funcs=reward,
+            processing_class=text.tokenizer,
+            train_dataset=Dataset.from_dict(
+                {"prompt": prompts, "answer": [e.answer for e in examples]}
+            ),
+            callbacks=[Clock()],
+            args=GRPOConfig(
+                output_dir=folder,
+                use_cpu=True,
+                bf16=True,
+                gradient_checkpointing=False,
+                per_device_train_batch_size=min(MICRO_BATCH, num_rollouts),
+                gradient_accumulation_steps=max(1, num_rollouts // MICRO_BATCH),
+                num_generations=GROUP_SIZE,
+                max_completion_length=num_tokens,
+                generation_kwargs={"min_new_tokens": num_tokens},
+                loss_type="dapo",
+                beta=0.0,
+                temperature=1.0,
+                max_grad_norm=CLIP_NORM,
+                learning_rate=LEARNING_RATE,
+                max_steps=repeats + 1,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+            ),
+        )
+        generate = trainer._generate_single_turn
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            seconds, out = clock(lambda: generate(*args, **kwargs))
+            generation.append(seconds)
+            return out
+
+        trainer._generate_single_turn = timed
+        trainer.train()
+    pairs = zip(steps[1:], generation[1:], strict=True)
+    rows = [{"seconds": whole, "generation_seconds": part} for whole, part in pairs]
+    return medians(rows) | {"peak_bytes": peak_bytes()}
+
+
+SIDES = {"mtp": mtp_side, "trl": trl_side}
+
+
+def measure(
+    side: str, experiment: str, num_rollouts: int, num_tokens: int, repeats: int
+) -> dict[str, float]:
+    """A side's numbers, from a process of its own."""
+    command = [sys.executable, __file__, "--side", side, "--rollouts", str(num_rollouts)]
+    command += ["--tokens", str(num_tokens), "--repeats", str(repeats)]
+    command += ["--experiment", experiment]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"error: {side}, {num_rollouts} rollouts:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) -> dict[str, Any]:
+    """Both sides at one size."""
+    mtp, trl = (measure(side, experiment, num_rollouts, num_tokens, repeats) for side in SIDES)
+    causal, limit = mtp.pop("causal_seconds"), mtp.pop("limit")
+    speedup = trl["generation_seconds"] / mtp["rollout_seconds"]
+    return {
+        "rollouts": num_rollouts,
+        "mtp": mtp,
+        "trl": trl,
+        "trl_over_mtp": trl["seconds"] / mtp["seconds"],
+        "rollout_over_limit": speedup / limit,
+        "replay_over_causal": mtp["replay_seconds"] / causal,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """One size as text."""
+    mtp, trl = result["mtp"], result["trl"]
+    print(f"{result['rollouts']} rollouts")
+    print(
+        f"  mtp {mtp['seconds']:.2f} s: rollouts {mtp['rollout_seconds']:.2f}, replay "
+        f"{mtp['replay_seconds']:.2f}, update {mtp['update_seconds']:.2f}; "
+        f"{mtp['peak_bytes'] / 2**30:.2f} GiB"
+    )
+    print(
+        f"  TRL {trl['seconds']:.2f} s: generation {trl['generation_seconds']:.2f}; "
+        f"{trl['peak_bytes'] / 2**30:.2f} GiB"
+    )
+    print(
+        f"  TRL / mtp {result['trl_over_mtp']:.2f}; rollouts reach "
+        f"{100 * result['rollout_over_limit']:.0f} % of the limit; replay is "
+        f"{result['replay_over_causal']:.2f} of a plain causal pass"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+    parser.add_argument("--rollouts", default="16,128", help="sizes, with commas between")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of each rollout")
+    parser.add_argument("--repeats", type=int, default=2, help="timed steps of each size")
+    parser.add_argument("--experiment", default="smollm2_rl", help="whose main, head and task")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    sizes = [int(size) for size in given.rollouts.split(",")]
+    bad = [size for size in sizes if size % GROUP_SIZE or size < 1]
+    if bad or given.tokens < 1 or given.repeats < 1:
+        parser.error(f"--rollouts must be multiples of {GROUP_SIZE}, the others at least 1")
+    if given.side:
+        print(
+            json.dumps(SIDES[given.side](given.experiment, sizes[0], given.tokens, given.repeats))
+        )
+        return
+    results = []
+    for size in sizes:
+        results.append(compare(given.experiment, size, given.tokens, given.repeats))
+        if not given.json:
+            show(results[-1])
+    if given.json:
+        print(json.dumps({"results": results}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

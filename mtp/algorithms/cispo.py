@@ -1,0 +1,20 @@
+"""CISPO (MiniMax-M1, 2025, arXiv 2506.13585): the ratio is a bounded weight, no token is dropped.
+
+    maximize  sg(clip(r, 1 - low, 1 + high)) A log p
+
+The bound from below is left open (`clip_low` 1), and a ratio counts at most five times.
+"""
+
+from torch import Tensor
+
+from .algorithm import Algorithm
+
+
+def weighted_logprob(
+    ratio: Tensor, logprob: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+) -> Tensor:
+    """The surrogate above: gradient reaches every token through its log-probability."""
+    return ratio.detach().clamp(1 - clip_low, 1 + clip_high) * advantages * logprob
+
+
+CISPO = Algorithm(surrogate=weighted_logprob, clip_low=1.0, clip_high=4.0)

@@ -1,0 +1,10 @@
+"""DAPO's loss (Yu et al. 2025, arXiv 2503.14476): every token weighs the same, clip-higher.
+
+Unlikely tokens may grow faster than likely ones shrink. The paper's two other parts are settings of
+the stage: `drop_uninformative` with `max_rounds` is dynamic sampling, `reward.overlong_buffer` the
+soft punishment of overlong rollouts.
+"""
+
+from .algorithm import Algorithm
+
+DAPO = Algorithm(advantage="group_std", normalizer="tokens", clip_high=0.28)

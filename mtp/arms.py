@@ -1,0 +1,144 @@
+"""Runs of one comparison as a table of arms: what each mean is, over seeds, and how sure.
+
+An arm is what its runs' names share: `rl_proof/executed_open/3` is seed 3 of arm `executed_open`.
+Runs of the arm `start` are where the others began. Figures are those of a run's last stage.
+
+Left out: tests between arms, and an interval where only one seed has ended.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from .interval import interval
+from .logger import read_records
+
+WITH_INTERVAL = ("fast_accuracy", "slow_accuracy", "true_steps")
+MEANS = (
+    "empty_thought_accuracy",
+    "wrong_thought_accuracy",
+    "fast_passes",
+    "reference_nats_per_token",
+    "unigram_drift",
+)
+START = "start"
+
+
+@dataclass(frozen=True)
+class ArmRun:
+    """A run that has ended."""
+
+    arm: str
+    seed: int
+    figures: dict[str, Any]
+    """Of its last stage."""
+    curve: list[tuple[int, float]]
+    """(step, fast accuracy) of its last stage's evaluations."""
+
+
+def read_runs(folder: Path) -> list[ArmRun]:
+    """All runs that have ended below a folder.
+
+    Raises ValueError if there are none, or if two are of one arm and seed.
+    """
+    found: dict[tuple[str, int], Path] = {}
+    runs = []
+    for path in sorted(folder.rglob("summary.json")):
+        home = path.parent
+        if not (home / "config.yaml").is_file():
+            continue
+        config = yaml.safe_load((home / "config.yaml").read_text())
+        parts = PurePosixPath(config["name"]).parts
+        if len(parts) < 2:
+            continue
+        key = parts[-2], int(config["seed"])
+        if key in found:
+            raise ValueError(
+                f"{home} and {found[key]} are both seed {key[1]} of {key[0]}; keep one of them"
+            )
+        found[key] = home
+        last = json.loads(path.read_text())["stages"][-1]
+        curve = [
+            (record["step"], record["eval/fast_accuracy"])
+            for record in read_records(home / "metrics.jsonl")
+            if record["stage"] == last["name"] and record.get("eval/fast_accuracy") is not None
+        ]
+        runs.append(ArmRun(*key, last, curve))
+    if not runs:
+        raise ValueError(
+            f"{folder} holds no run of an arm that has ended; give the folder of a comparison, "
+            "such as runs/rl_proof, whose runs are named COMPARISON/ARM/SEED"
+        )
+    return runs
+
+
+def aggregate(runs: list[ArmRun]) -> dict[str, Any]:
+    """What `summary.json` of a comparison holds: `{"arms": {arm: figures}}`."""
+    starts = {run.seed: run.figures for run in runs if run.arm == START}
+    arms: dict[str, Any] = {}
+    for arm in dict.fromkeys(run.arm for run in runs if run.arm != START):
+        mine = sorted((run for run in runs if run.arm == arm), key=lambda run: run.seed)
+        began = [starts.get(run.seed, {}).get("fast_accuracy") for run in mine]
+        arms[arm] = {
+            "seeds": [run.seed for run in mine],
+            "start_fast_accuracy": _mean(began),
+            **{name: _mean([run.figures.get(name) for run in mine]) for name in MEANS},
+            **{name: _interval([run.figures.get(name) for run in mine]) for name in WITH_INTERVAL},
+        }
+    return {"arms": arms}
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """The mean; None if a run lacks the figure."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _interval(values: list[float | None]) -> dict[str, float | None]:
+    """Mean and the ends of its interval; no ends for a single run."""
+    if len(values) < 2:
+        return {"mean": values[0], "low": None, "high": None}
+    center, half = interval(values)
+    if center is None or half is None:
+        return {"mean": None, "low": None, "high": None}
+    return {"mean": center, "low": center - half, "high": center + half}
+
+
+def save_plot(runs: list[ArmRun], summary: dict[str, Any], path: Path) -> None:
+    """Fast accuracy over steps, a line an arm, and each arm's figures with their intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    arms = list(summary["arms"])
+    colors = [plt.colormaps["tab10"](i % 10) for i in range(len(arms))]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for arm, color in zip(arms, colors, strict=True):
+        curves = [dict(run.curve) for run in runs if run.arm == arm and run.curve]
+        for curve in curves:
+            left.plot(list(curve), list(curve.values()), color=color, alpha=0.2, linewidth=1)
+        shared = sorted(set.intersection(*map(set, curves))) if curves else []
+        means = [sum(curve[step] for curve in curves) / len(curves) for step in shared]
+        left.plot(shared, means, color=color, label=arm)
+    left.set(xlabel="step of RL", ylabel="fast accuracy, held-out", ylim=(-0.03, 1.03))
+    left.legend(fontsize=7)
+    for offset, (name, marker) in enumerate(zip(WITH_INTERVAL, "osD", strict=True)):
+        for row, (arm, color) in enumerate(zip(arms, colors, strict=True)):
+            value = summary["arms"][arm][name]
+            at = row + 0.2 * (offset - 1)
+            label = name.replace("_", " ") if row == 0 else None
+            if value["mean"] is not None:
+                right.plot(value["mean"], at, marker, color=color, markersize=5, label=label)
+            if value["low"] is not None:
+                right.plot([value["low"], value["high"]], [at, at], color=color)
+    right.set(yticks=range(len(arms)), yticklabels=arms, xlabel="mean, 95 % interval")
+    right.invert_yaxis()
+    right.legend(fontsize=7)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

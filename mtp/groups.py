@@ -1,0 +1,122 @@
+"""Groups of rollouts that a policy learns from: sampled until enough of them are informative.
+
+A group whose raw outcomes all agree has no advantage: its replay would cost as much as another's
+and teach nothing. DAPO's dynamic sampling (Yu et al. 2025) leaves such groups out and samples on.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from .advantage import informative
+from .generation_mtp import Decoded
+from .reward import Rewards, score
+from .rollout import Rollouts, sample
+from .run import Run, draw
+from .stage import StageConfig
+from .update import sum_over_processes
+
+
+@dataclass
+class Groups:
+    """What one step sampled, and which groups of it are used."""
+
+    rollouts: Rollouts
+    """All of it: P prompts times G completions."""
+    rewards: Rewards
+    """[P, G]"""
+    used: list[int]
+    """Indices of the groups that are replayed, at most the stage's share of this process."""
+    seconds: float
+    """Spent on sampling, without judging."""
+
+
+def sample_groups(run: Run, name: str, stage: StageConfig, step: int) -> Groups:
+    """Sample and judge rollouts, in rounds, and choose the groups to learn from."""
+    parts: list[Rollouts] = []
+    rewards: list[Rewards] = []
+    seconds = 0.0
+    share = stage.num_prompts // run.fabric.world_size
+    for number in range(stage.max_rounds):
+        examples = draw(run, stage.num_prompts)
+        purpose = (name, step, number) if number else (name, step)
+        began = time.monotonic()
+        with run.fabric.autocast():
+            part = sample(
+                run.model,
+                run.text,
+                examples,
+                run.text.plan(stage.rollout_mode),
+                run.config.decoding.sampler(),
+                max_new_tokens=run.config.decoding.max_new_tokens,
+                group_size=stage.group_size,
+                generator=run.generator(*purpose),
+            )
+        seconds += time.monotonic() - began
+        parts.append(part)
+        judged = score(
+            run.task,
+            run.text,
+            part,
+            stage.reward,
+            max_new_tokens=run.config.decoding.max_new_tokens,
+            reference=run.reference,
+        )
+        rewards.append(judged)
+        num_informative = sum(int(informative(r.outcomes).sum()) for r in rewards)
+        is_short = {"short": float(num_informative < share)}
+        if not sum_over_processes(run.fabric, is_short)["short"]:
+            break
+    judged = join_rewards(rewards)
+    used = list(range(len(judged.outcomes)))
+    if stage.drop_uninformative:
+        used = choose(run, stage, informative(judged.outcomes))[:share]
+    return Groups(join_rollouts(parts), judged, used, seconds)
+
+
+def choose(run: Run, stage: StageConfig, is_informative: torch.Tensor) -> list[int]:
+    """Informative groups; none at all if no process has any.
+
+    A process that has fewer than it takes optimizer steps adds groups without advantage, so that
+    all processes take the same steps.
+    """
+    chosen: list[int] = is_informative.nonzero()[:, 0].tolist()
+    if not sum_over_processes(run.fabric, {"chosen": float(len(chosen))})["chosen"]:
+        return []
+    missing = max(0, stage.num_minibatches - len(chosen))
+    return chosen + (~is_informative).nonzero()[:missing, 0].tolist()
+
+
+def join_rollouts(parts: list[Rollouts]) -> Rollouts:
+    """Rollouts of several rounds as one."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(part.out.tokens.shape[1] for part in parts)
+
+    def joined(name: str, fill: float) -> torch.Tensor:
+        values = [getattr(part.out, name) for part in parts]
+        if values[0].ndim == 2:
+            pads = [(0, longest - v.shape[1]) for v in values]
+            values = [
+                torch.nn.functional.pad(v, p, value=fill) for v, p in zip(values, pads, strict=True)
+            ]
+        return torch.cat(values)
+
+    fills = {"slots": -1}
+    names = ("tokens", "slots", "logprobs", "lengths", "passes", "finished")
+    return Rollouts(
+        [example for part in parts for example in part.examples],
+        parts[0].group_size,
+        [prompt for part in parts for prompt in part.prompts],
+        Decoded(**{name: joined(name, fills.get(name, 0)) for name in names}),
+    )
+
+
+def join_rewards(parts: list[Rewards]) -> Rewards:
+    """Rewards of several rounds as one."""
+    return Rewards(
+        torch.cat([part.outcomes for part in parts]),
+        torch.cat([part.total for part in parts]),
+        {name: torch.cat([part.terms[name] for part in parts]) for name in parts[0].terms},
+    )

@@ -1,0 +1,117 @@
+"""Frozen models that a run compares with: the leash's in the loss, and evaluation's beside it.
+
+A figure that training pushes on measures nothing, so the two should be different models.
+`reference_in_loss` in a stage's summary says whether they were.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import save_atomically
+from .config import RunConfig
+from .models import load_model, save_model
+from .run import Run
+
+START = "start"
+"""The model that the run began from."""
+
+
+def stage_reference(config: RunConfig, name: str) -> str | None:
+    """The stage, or `start`, that a stage's streams compare with; None if none of them does.
+
+    Raises ValueError naming the key if there is no such model by the time the stage begins.
+    """
+    stages = config.active_stages()
+    stage, earlier = stages[name], list(stages)[: list(stages).index(name)]
+    if not stage.uses_reference:
+        return None
+    users = [f"objective.{s}" for s in ("leash", "preserve") if s in stage.objective.active()]
+    user = users[0] if users else "reward.legibility_cost"
+    key = f"stages.{name}.reference"
+    if stage.reference == START:
+        return START
+    if not earlier:
+        raise ValueError(
+            f"stages.{name}.{user} needs a stage before it, since {key}="
+            f"{stage.reference} is a model as a stage left it; {key}=start is the model that the "
+            "run began from"
+        )
+    if stage.reference in ("previous", "first"):
+        return earlier[-1 if stage.reference == "previous" else 0]
+    if stage.reference not in earlier:
+        raise ValueError(
+            f"{key} must be previous, first, start or a stage before {name} ({', '.join(earlier)}),"
+            f" got {stage.reference!r}"
+        )
+    return stage.reference
+
+
+def evaluation_reference(config: RunConfig) -> str:
+    """The stage, `start` or folder that `reference_nats_per_token` is measured with.
+
+    Raises ValueError naming the key if it is none of them.
+    """
+    stages, given = list(config.active_stages()), config.evaluation.reference
+    if given == "first":
+        return stages[0]
+    if given == START or given in stages or (Path(given) / "config.json").is_file():
+        return given
+    raise ValueError(
+        f"evaluation.reference must be first, start, a stage ({', '.join(stages)}) or a folder "
+        f"that mtp saved, got {given!r}"
+    )
+
+
+def check_references(config: RunConfig) -> None:
+    """Raise ValueError if a stage or the evaluation asks for a model that will not be there."""
+    for name in config.active_stages():
+        stage_reference(config, name)
+    evaluation_reference(config)
+
+
+def reference_in_loss(config: RunConfig, name: str) -> bool:
+    """True if what measures the thoughts after a stage is what the stage was held to, or itself."""
+    measured_with = evaluation_reference(config)
+    return measured_with in (name, stage_reference(config, name))
+
+
+def save_start(run: Run) -> None:
+    """Keep the model that the run begins from, if something compares with it."""
+    config = run.config
+    names = [stage_reference(config, name) for name in config.active_stages()]
+    if START in (*names, evaluation_reference(config)) and run.fabric.is_global_zero:
+        save_atomically(
+            folder_of(run, START), lambda folder: save_model(run.model, run.text, folder)
+        )
+    run.fabric.barrier()
+
+
+def folder_of(run: Run, name: str) -> Path:
+    """Where a model is: as a stage left it, as the run began, or a folder."""
+    if name == START:
+        return run.folder / START
+    return run.stage_folder(name) if name in run.config.active_stages() else Path(name)
+
+
+def frozen_for_stage(run: Run, name: str) -> Any:
+    """What the current stage's streams compare with; None if none of them does."""
+    reference = stage_reference(run.config, name)
+    return None if reference is None else load_frozen(run, reference)
+
+
+def frozen_for_evaluation(run: Run) -> Any:
+    """What measures the thoughts; None as long as the stage that leaves it has not ended."""
+    reference = evaluation_reference(run.config)
+    is_there = (folder_of(run, reference) / "config.json").is_file()
+    return load_frozen(run, reference) if is_there else None
+
+
+def load_frozen(run: Run, name: str) -> Any:
+    """The model, without gradients. Raises ValueError if its vocabulary is not the run's."""
+    model, text = load_model(folder_of(run, name), run.config.model.torch_dtype())
+    if text.tokenizer.get_vocab() != run.text.tokenizer.get_vocab():  # type: ignore[attr-defined]
+        raise ValueError(
+            f"the reference {name} has another vocabulary than the model; a divergence compares "
+            "the same tokens"
+        )
+    return model.to(run.fabric.device).requires_grad_(False).eval()

@@ -1,0 +1,161 @@
+"""Groups that are left out, dynamic sampling, and RL stages with everything switched on."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_objectives import rollouts
+from test_trainer import config, records
+from tiny import tiny_model
+
+import mtp.groups as groups
+from mtp.groups import choose, join_rewards, join_rollouts
+from mtp.reward import Rewards
+from mtp.rollout import Rollouts
+from mtp.steps import shares
+from mtp.tasks.base import Example
+from mtp.trainer import train
+
+RL_ONLY = ["stages.head.steps=0", "stages.joint.steps=0", "stages.main.steps=2"]
+ALONE = SimpleNamespace(fabric=SimpleNamespace(world_size=1))
+
+
+def test_rollouts_of_several_rounds_keep_their_text():
+    model = tiny_model()
+    parts = []
+    for seed in (0, 5):
+        prompts, out, _ = rollouts(model, seed)
+        examples = [Example(f"{seed}/{i}", "") for i in range(2)]
+        parts.append(Rollouts(examples, 2, prompts, out))
+    joined = join_rollouts(parts)
+    for part, at in zip(parts, (0, 4), strict=True):
+        for row in range(4):
+            assert joined.completion(at + row) == part.completion(row)
+            assert joined.example(at + row) == part.example(row)
+            assert joined.prompts[at + row] == part.prompts[row]
+    zeros = Rewards(torch.zeros(2, 2), torch.zeros(2, 2), {"passes": torch.zeros(2, 2)})
+    ones = Rewards(torch.ones(1, 2), torch.ones(1, 2), {"passes": torch.ones(1, 2)})
+    assert join_rewards([zeros, ones]).terms["passes"].tolist() == [[0, 0], [0, 0], [1, 1]]
+
+
+def test_informative_groups_are_chosen_and_filled_up_to_the_number_of_steps():
+    stage = SimpleNamespace(num_minibatches=2)
+    some = torch.tensor([False, True, False, False])
+    assert choose(ALONE, stage, some) == [1, 0]
+    assert choose(ALONE, stage, torch.tensor([True, False, True, True])) == [0, 2, 3]
+    assert choose(ALONE, stage, torch.zeros(4, dtype=torch.bool)) == []
+
+
+def test_shares_differ_by_one_at_most():
+    assert shares([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4, 5]]
+    assert shares([7], 2) == [[], [7]]
+
+
+def outcomes_in_turn(*rows):
+    """A stand-in for `score`: the outcomes of each call's groups, all right, all wrong or mixed."""
+    turn = itertools.cycle(rows)
+    kinds = {"mixed": [1.0, 0.0, 0.0, 1.0], "wrong": [0.0] * 4, "right": [1.0] * 4}
+
+    def judge(task, text, sampled, settings, **others):
+        outcomes = torch.tensor([kinds[kind] for kind in next(turn)])
+        return Rewards(outcomes, outcomes, {})
+
+    return judge
+
+
+def rl_records(folder):
+    return [r for r in records(folder) if r["stage"] == "rl" and "reward" in r]
+
+
+def test_dynamic_sampling_goes_on_until_there_are_enough_groups(tmp_path, monkeypatch):
+    first, second = ("mixed", "wrong", "right", "wrong"), ("mixed", "mixed", "wrong", "mixed")
+    monkeypatch.setattr(groups, "score", outcomes_in_turn(first, second))
+    more = ["stages.rl.steps=1", "stages.rl.drop_uninformative=true", "stages.rl.max_rounds=3"]
+    train(config(tmp_path, *RL_ONLY, *more))
+    (record,) = rl_records(tmp_path)
+    assert record["groups/sampled"] == 8, "two rounds of four prompts: the third was not needed"
+    assert record["groups/informative"] == record["groups/used"] == 4
+    assert record["reward"] == pytest.approx((4 * 0.5 + 1) / 8), "over all that was sampled"
+    assert record["frac_reward_zero_std"] == 0.5
+
+
+def test_groups_without_advantage_cost_no_replay_and_a_step_may_have_none(tmp_path, monkeypatch):
+    one, none = ("wrong", "mixed", "right", "wrong"), ("wrong", "wrong", "right", "wrong")
+    monkeypatch.setattr(groups, "score", outcomes_in_turn(one, none))
+    more = ["stages.rl.steps=2", "stages.rl.drop_uninformative=true"]
+    train(config(tmp_path, *RL_ONLY, *more))
+    first, second = rl_records(tmp_path)
+    assert first["groups/used"] == 1 and second["groups/used"] == 0
+    assert first["num_tokens/policy_main"] < 4 * first["passes"] * 4
+    assert "loss" in first and "loss" not in second, "nothing to learn from: no optimizer step"
+
+
+def test_every_setting_of_rl_at_once_takes_its_steps(tmp_path):
+    overrides = [
+        "stages.rl.num_minibatches=2",
+        "stages.rl.recompute_old=true",
+        "stages.rl.objective.policy.correction_cap=2.0",
+        "stages.rl.objective.policy.ratio=block",
+        "stages.rl.objective.leash.kind=k3",
+        "stages.rl.objective.leash.reverse=true",
+        "stages.rl.objective.preserve.weight=0.1",
+        "stages.rl.objective.main_ce.weight=0.1",
+        "stages.rl.objective.head_kl.weight=0.1",
+        "stages.rl.num_solved=3",
+        "stages.rl.channel_ramp_steps=3",
+        "stages.rl.logits_detach=true",
+        "stages.rl.reference=start",
+        "stages.rl.steps=2",
+    ]
+    summary = train(config(tmp_path, *RL_ONLY, *overrides))
+    record = rl_records(tmp_path)[-1]
+    for name in ("loss/main_ce", "loss/head_kl", "loss/leash_head", "loss/preserve"):
+        assert record[name] >= 0.0, name
+    assert "supervised/main/accuracy" in record
+    assert (tmp_path / "start" / "config.json").is_file()
+    assert summary["stages"][-1]["reference_in_loss"] is False
+
+
+def test_the_auxiliary_policy_trains_the_head_on_what_main_wrote(tmp_path):
+    overrides = [
+        "stages.rl.rollout_mode=slow",
+        "stages.rl.recompute_old=true",
+        "stages.rl.steps=1",
+    ]
+    train(config(tmp_path, *RL_ONLY, *overrides))
+    (record,) = rl_records(tmp_path)
+    assert record["passes"] == record["completions/mean_length"], "slow: a token a pass"
+    assert record["num_tokens/policy_head"] > record["num_tokens/policy_main"]
+    assert record["head/clip_ratio"] == 0.0, "ratios are taken to the head's own probabilities"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.rl.reference=joint", "stages.rl.reference must be previous, first, start or"),
+        ("evaluation.reference=nowhere", "evaluation.reference must be first, start, a stage"),
+    ],
+)
+def test_references_that_will_not_be_there_are_refused_at_once(tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        train(config(tmp_path / "run", *RL_ONLY, override))
+    assert not (tmp_path / "run").exists()
+
+
+def test_rl_alone_is_held_to_what_it_began_from(tmp_path):
+    train(config(tmp_path / "warm", "stages.joint.steps=0", "stages.rl.steps=0"))
+    source = tmp_path / "warm" / "stages" / "head"
+    other = tmp_path / "warm" / "stages" / "main"
+    alone = ["stages.main.steps=0", "stages.head.steps=0", "stages.joint.steps=0"]
+    settings = [
+        f"model.source={source}",
+        "stages.rl.reference=start",
+        f"evaluation.reference={other}",
+        "stages.rl.steps=1",
+    ]
+    summary = train(config(tmp_path / "rl", *alone, *settings))
+    (stage,) = summary["stages"]
+    assert stage["reference_in_loss"] is False and stage["reference_nats_per_token"] > 0
+    record = rl_records(tmp_path / "rl")[0]
+    assert record["main/kl"] == pytest.approx(0.0, abs=1e-4), "the first step is at the reference"
