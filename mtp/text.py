@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .generation_mtp import Phase, PhasePlan
+from .generation_mtp import Phase, PhasePlan, make_plan
 from .tasks.base import Example
 
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -79,16 +79,19 @@ class TextFormat:
         return ids[0]
 
     def plan(self, mode: str = "fast") -> PhasePlan:
-        """The phases as the pass loop takes them; `slow` runs every phase in slow mode."""
-        plan = PhasePlan(
-            keep=[self.num_slots if p.mode == "fast" else 1 for p in self.phases.values()],
-            opened_by=[
+        """The phases as the pass loop takes them: `fast` runs each in its own mode, `slow` and
+        `verified` run all in that mode.
+        """
+        return make_plan(
+            list(self.phases.values()),
+            [
                 None if p.opened_by is None else self.delimiter_id(p.opened_by)
                 for p in self.phases.values()
             ],
+            num_slots=self.num_slots,
             eos_ids=[self.eos_id],
+            mode=mode,
         )
-        return plan if mode == "fast" else plan.as_slow()
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The prompt through the chat template, ended by the first phase's delimiter."""
