@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
 from .cache_mtp import BlockCache
@@ -201,7 +201,8 @@ class MTPGenerationMixin:
         if prompts is None:
             raise ValueError("input_ids must be given to generate with mtp_mode")
         attention = kwargs.pop("attention_mask", None)
-        process, stop = kwargs.pop("logits_processor", None), kwargs.pop("stopping_criteria", None)
+        process = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
+        stop = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
         streamer = kwargs.pop("streamer", None)
         if streamer is not None and len(prompts) > 1:
             raise ValueError(
@@ -218,6 +219,8 @@ class MTPGenerationMixin:
         eos_ids = plans[0].eos_ids
         if attention is None:
             attention = torch.ones_like(prompts)
+        if not bool(attention.any(1).all()):
+            raise ValueError("attention_mask leaves a row without a token; give every row a prompt")
         order = attention.long().argsort(dim=1, descending=True, stable=True)
         if streamer is not None:
             streamer.put(prompts.cpu())
@@ -230,8 +233,8 @@ class MTPGenerationMixin:
             max_new_tokens=setting.get("max_new_tokens", 256),
             pad_id=setting.get("pad_token_id", eos_ids[0] if eos_ids else 0),
             generator=generator,
-            process=process or None,
-            stop=stop or None,
+            process=process if len(process) else None,  # type: ignore[arg-type]
+            stop=stop if len(stop) else None,
             on_block=None if streamer is None else lambda block: put_block(streamer, block),
         )
         if streamer is not None:
