@@ -31,10 +31,15 @@ class BlockCacheLayer(CacheLayerMixin):
             more = self.cache.capacity - self.keys.shape[2]
             self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, more))
             self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
-        where = self.cache.positions[:, None, :, None].expand_as(key_states)
-        self.keys.scatter_(2, where, key_states)
-        self.values.scatter_(2, where, value_states)
-        length = self.cache.length
+        length, new = self.cache.length, key_states.shape[2]
+        if len(key_states) == 1:
+            # The only row ends where the cache does.
+            self.keys[:, :, length - new : length] = key_states
+            self.values[:, :, length - new : length] = value_states
+        else:
+            where = self.cache.positions[:, None, :, None].expand_as(key_states)
+            self.keys.scatter_(2, where, key_states)
+            self.values.scatter_(2, where, value_states)
         return self.keys[:, :, :length], self.values[:, :, :length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -55,20 +60,24 @@ class BlockCache(Cache):
     is to move a row's start back.
     """
 
-    def __init__(self, num_layers: int):
+    def __init__(self, num_layers: int, num_rows: int):
+        self.num_rows = num_rows
         self.capacity = 0
         self.length = 0
         self.positions = torch.empty(0)
         super().__init__(layers=[BlockCacheLayer(self) for _ in range(num_layers)])
 
-    def place(self, positions: Tensor, length: int) -> Tensor:
-        """Say where the next forward writes: positions [B, L], all below `length`.
+    def place(self, positions: Tensor, length: int) -> Tensor | None:
+        """Say where the next forward writes: positions [B, L], the last of them `length` - 1.
 
-        Returns the attention mask [B, 1, L, length], True where a query may look.
+        Returns the attention mask [B, 1, L, length], True where a query may look; None for the one
+        query of a batch of one, which may look everywhere.
         """
         self.positions, self.length = positions, length
         if length > self.capacity:
             self.capacity = max(length, 2 * self.capacity, 64)
+        if self.num_rows == 1 and positions.shape[1] == 1:
+            return None
         keys = torch.arange(length, device=positions.device)
         return keys <= positions[:, None, :, None]
 

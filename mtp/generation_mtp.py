@@ -19,7 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.utils import ModelOutput
 
 from .cache_mtp import BlockCache
-from .passes_mtp import FORCED, Block, Decoded, decode
+from .passes_mtp import decode
 from .phases_mtp import (
     MODES,
     Phase,
@@ -29,6 +29,7 @@ from .phases_mtp import (
     phases_from_json,
     phases_to_json,
 )
+from .records_mtp import FORCED, Block, Decoded
 from .sampling_mtp import Sampler
 
 __all__ = [
@@ -115,7 +116,7 @@ class MTPGenerationMixin:
         """
         positions = start[:, None] + torch.arange(fed.shape[1], device=fed.device)
         mask = cache.place(positions, length)
-        if self.config._attn_implementation == "eager":
+        if mask is not None and self.config._attn_implementation == "eager":
             mask = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill(
                 ~mask, torch.finfo(self.dtype).min
             )

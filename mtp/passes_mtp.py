@@ -20,7 +20,6 @@ V vocabulary, D main width.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,55 +27,13 @@ from torch import Tensor
 
 from .cache_mtp import BlockCache
 from .phases_mtp import PhasePlan, PlanTables, check_plans
+from .records_mtp import FORCED, Block, Decoded, Slots
 from .sampling_mtp import Sampler, Verdict, verify
-
-FORCED = -2
-"""In place of a slot: the token was written in the model's stead, to close a phase."""
 
 Process = Callable[[Tensor, Tensor], Tensor]
 """What a `LogitsProcessor` does: token ids [B, T] and scores [B, V] -> scores [B, V]."""
 Stop = Callable[[Tensor, Any], Tensor]
 """What a `StoppingCriteria` does: token ids [B, T] and None -> [B] bool."""
-
-
-@dataclass
-class Decoded:
-    """What the pass loop wrote, per row of the batch: B rows, at most L tokens."""
-
-    tokens: Tensor
-    """[B, L] int64, padded on the right with the pad id."""
-    slots: Tensor
-    """[B, L] int64: whose distribution each token follows. 0: main's; 1..K: the head's slot; -1 on
-    padding; -2 (`FORCED`): nobody's. All tokens of a verified phase follow main's."""
-    logprobs: Tensor
-    """[B, L] float32 under that distribution, as the sampler makes it; 0 on padding and forced."""
-    lengths: Tensor
-    """[B] int64 tokens."""
-    passes: Tensor
-    """[B] int64 forward passes of main."""
-    finished: Tensor
-    """[B] bool: ended by an end-of-sequence token or a stopping criterion, not by the limit."""
-    accepted: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
-    """[B, L] int64: the slot of the head that had proposed the token, which main accepted; 0 for
-    all others. Empty in a record that no pass loop made."""
-
-
-@dataclass
-class Block:
-    """The tokens that a pass added to each running row: R rows, at most W tokens."""
-
-    rows: Tensor
-    """[R] int64 which rows of the batch."""
-    tokens: Tensor
-    """[R, W] int64."""
-    slots: Tensor
-    """[R, W] int64, see `Decoded`."""
-    accepted: Tensor
-    """[R, W] int64, see `Decoded`."""
-    logprobs: Tensor
-    """[R, W] float32, see `Decoded`."""
-    lengths: Tensor
-    """[R] int64 tokens that count; 0 for a row that has ended."""
 
 
 @torch.no_grad()
@@ -170,10 +127,12 @@ class PassLoop:
         self.max_new_tokens, self.pad_id, self.generator = max_new_tokens, pad_id, generator
         self.process, self.stop = process, stop
         self.tables = PlanTables(plans, max_new_tokens + 1, device)
+        # Sampled drafts are judged by the distributions that they were drawn from.
+        self.keeps_distributions = self.tables.has_verified and sampler.temperature > 0
         self.prompts, self.prompt_lengths = prompts, prompt_lengths
         self.main_weight = model.get_output_embeddings().weight
         self.head_weight = model.head_output_weight()
-        self.cache = BlockCache(model.config.num_hidden_layers)
+        self.cache = BlockCache(model.config.num_hidden_layers, num_rows)
 
         # What is written: rows of the batch. Beyond the limit there is room for what a cut drops.
         room = max_new_tokens + 2 * model.num_slots
@@ -196,13 +155,17 @@ class PassLoop:
         self.fed, self.num_fresh = prompts, prompt_lengths
         self.drafts, self.num_drafts = prompts[:, :0], torch.zeros_like(prompt_lengths)
         self.draft_log_probs: Tensor | None = None  # [R, J, V], of sampled drafts
+        self.head_logits: Tensor | None = None  # [R, K, V], where made together with main's
+        keep = self.tables.keep[self.rows, self.phase]
+        self.all_use_head = bool((keep > 1).all())
         self.start = torch.zeros_like(prompt_lengths)  # position of the first token that is fed
         self.length = prompts.shape[1]  # of the cache after the pass
 
     def run_pass(self) -> tuple[Block, bool]:
         """One pass of all running rows: what it added, and whether any row goes on."""
         hidden, taps = self.model.main_states(self.fed, self.start, self.cache, self.length)
-        verdict = self.main_tokens(hidden)
+        self.head_logits = None
+        verdict = self.main_tokens(hidden, taps)
         prefix = verdict.num_accepted
         ended = self.enter_phases(self.drafts, prefix)
         block, block_logprobs, kept, proposed = self.head_tokens(taps, verdict, ended)
@@ -225,12 +188,12 @@ class PassLoop:
         self.write(added, ended)
         return added, self.advance(added, prefix, block[:, 1:], proposed)
 
-    def main_tokens(self, hidden: Tensor) -> Verdict:
-        """What main accepts of the drafts, and its own token after them: hidden [R, L, D]."""
+    def main_tokens(self, hidden: Tensor, taps: list[Tensor]) -> Verdict:
+        """What main accepts of the drafts, and its own token after them: [R, L, D] each."""
         row, at = torch.arange(len(self.rows), device=hidden.device), self.num_fresh - 1
         width = self.drafts.shape[1]
         if not width:
-            logits = hidden[row, at] @ self.main_weight.T
+            logits = self.anchor_logits(hidden[row, at], [tap[row, at] for tap in taps])
             if self.process is not None:
                 logits = self.process(self.context(row, self.drafts, 0 * at), logits.float())
             token, logprob = self.sampler.sample(logits, self.generator)
@@ -250,6 +213,21 @@ class PassLoop:
             self.sampler,
             self.generator,
         )
+
+    def anchor_logits(self, hidden: Tensor, taps: list[Tensor]) -> Tensor:
+        """Main's logits [R, V] at the anchors, [R, D] each.
+
+        The slots of a parallel head do not wait for main's token. Where all rows use them and the
+        output matrix is shared, one read of it serves both; `head_logits` keeps the head's part.
+        """
+        shared = self.head_weight is self.main_weight and not self.model.mtp_head.sequential
+        if not (shared and self.all_use_head):
+            return hidden @ self.main_weight.T
+        slots = self.model.mtp_head(self.model.mtp_head.message(torch.stack(taps, 1)))
+        rows = torch.cat([hidden[:, None], slots[:, : self.tables.num_head_slots]], 1)
+        logits = rows @ self.main_weight.T  # [R, 1 + K, V]
+        self.head_logits = logits[:, 1:]
+        return logits[:, 0]
 
     def head_tokens(
         self, taps: list[Tensor], verdict: Verdict, ended: Tensor
@@ -279,14 +257,15 @@ class PassLoop:
             stops = (self.plan.opened(token) >= 0) | self.plan.is_end(token)
             chosen = ((keep > 1) & ~stops & runs & (~verified | (room > 1))).nonzero()[:, 0]
             if len(chosen):
-                at = (self.num_fresh - 1 + prefix)[chosen]
-                heard = torch.stack([tap[chosen, at] for tap in taps], 1)
-                written = self.head_slots(heard, block, chosen, prefix)
-                block[chosen, 1:], logprobs[chosen, 1:], num_sure[chosen], log_probs = written
-                if self.tables.has_verified and self.sampler.temperature > 0:
-                    shape = (len(token), *log_probs.shape[1:])
-                    self.draft_log_probs = log_probs.new_zeros(shape)
-                    self.draft_log_probs[chosen] = log_probs
+                at = self.num_fresh - 1 + prefix
+                written = self.head_slots(taps, at[chosen], chosen, prefix[chosen], token[chosen])
+                block[chosen, 1:], logprobs[chosen, 1:] = written.tokens, written.logprobs
+                is_sure = written.likeliest >= self.tables.sure[chosen, self.phase[chosen], None]
+                num_sure[chosen] = is_sure.long().cumprod(1).sum(1)
+                if self.keeps_distributions:
+                    shape = (len(token), *written.log_probs.shape[1:])
+                    self.draft_log_probs = written.log_probs.new_zeros(shape)
+                    self.draft_log_probs[chosen] = written.log_probs
         kept = torch.minimum(torch.where(verified, 1, keep), num_sure + 1)
         kept = torch.minimum(torch.minimum(kept, self.plan.cut(block)), room)
         kept = torch.where(runs, kept, 0)
@@ -298,43 +277,46 @@ class PassLoop:
         return block, logprobs, kept, proposed
 
     def head_slots(
-        self, heard: Tensor, block: Tensor, chosen: Tensor, prefix: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sample the head's tokens behind t_0, `block[chosen, 0]`: taps [F, taps, D] of F rows.
+        self, taps: list[Tensor], at: Tensor, chosen: Tensor, prefix: Tensor, token: Tensor
+    ) -> Slots:
+        """Sample the head's tokens in `chosen` rows [F] behind t_0, `token` [F].
 
-        Returns tokens and log-probabilities [F, K], how many slots come before the first that is
-        under the threshold [F], and the distributions [F, K, V].
+        taps [R, L, D] each; `at` [F] are the anchors, `prefix` [F] the drafts accepted before t_0.
         """
-        head, model, width = self.model.mtp_head, self.model, self.tables.num_head_slots
-        message = head.message(heard)
-        sure = self.tables.sure[chosen, self.phase[chosen], None]
-        if not head.sequential and self.process is None:
-            logits = head(message)[:, :width] @ self.head_weight.T
-            log_probs = self.sampler.log_probs(logits)
-            tokens = self.sampler.choose(logits, log_probs, self.generator)
-        else:
-            rows = None if head.sequential else head(message)
-            tokens = block[chosen, :0]
-            state, token, parts = None, block[chosen, 0], []
-            for slot in range(width):
-                if rows is None:
-                    embeds = model.head_embed(token[:, None])
-                    hidden, state = head.step(message, embeds, slot, state)
-                    logits = hidden[:, 0] @ self.head_weight.T
-                else:
-                    logits = rows[:, slot] @ self.head_weight.T
-                if self.process is not None:
-                    said = torch.cat([block[chosen, :1], tokens], 1)
-                    said = splice(prefix[chosen], self.drafts[chosen], said)
-                    text = self.context(chosen, said, prefix[chosen] + slot + 1)
-                    logits = self.process(text, logits.float())
-                parts.append(self.sampler.log_probs(logits))
-                token = self.sampler.choose(logits, parts[-1], self.generator)
-                tokens = torch.cat([tokens, token[:, None]], 1)
-            log_probs = torch.stack(parts, 1)
-        logprobs = log_probs.gather(2, tokens[..., None])[..., 0]
-        is_sure = log_probs.amax(-1) >= sure
-        return tokens, logprobs, is_sure.long().cumprod(1).sum(1), log_probs
+        head, width = self.model.mtp_head, self.tables.num_head_slots
+        ready = None if self.head_logits is None else self.head_logits[chosen]  # [F, K, V]
+        if ready is None:
+            message = head.message(torch.stack([tap[chosen, at] for tap in taps], 1))
+            if not head.sequential:
+                ready = head(message)[:, :width] @ self.head_weight.T
+        if ready is not None and self.process is None:
+            return self.draw(ready)
+        said, state, drawn = token[:, None], None, []
+        for slot in range(width):
+            if ready is None:
+                embeds = self.model.head_embed(said[:, -1:])
+                hidden, state = head.step(message, embeds, slot, state)
+                logits = hidden[:, 0] @ self.head_weight.T
+            else:
+                logits = ready[:, slot]
+            if self.process is not None:
+                text = splice(prefix, self.drafts[chosen], said)
+                text = self.context(chosen, text, prefix + slot + 1)
+                logits = self.process(text, logits.float())
+            drawn.append(self.draw(logits[:, None]))
+            said = torch.cat([said, drawn[-1].tokens], 1)
+        return Slots.join(drawn)
+
+    def draw(self, logits: Tensor) -> Slots:
+        """Sample slots of the head from their logits [F, J, V]."""
+        log_probs = self.sampler.log_probs(logits)
+        tokens = self.sampler.choose(logits, log_probs, self.generator)
+        return Slots(
+            tokens,
+            log_probs.gather(2, tokens[..., None])[..., 0],
+            log_probs.amax(2),
+            log_probs if self.keeps_distributions else log_probs[..., :0],
+        )
 
     def context(self, index: Tensor, extra: Tensor, num_extra: Tensor) -> Tensor:
         """Text of running rows, `index` [F], with `num_extra` [F] tokens of `extra` [F, E] behind.
@@ -425,8 +407,16 @@ class PassLoop:
         self.num_fresh = torch.where(self.active, added.lengths - prefix, 1)
         self.num_drafts = torch.where(self.active, proposed, 0)
         num_fed = self.num_fresh + self.num_drafts
-        figures = (self.active.sum(), num_fed.max(), self.start.max(), self.num_drafts.max())
-        num_active, widest, farthest, num_drafts = torch.stack(figures).tolist()
+        keep = self.tables.keep.gather(1, self.phase[:, None])[:, 0]
+        figures = (
+            self.active.sum(),
+            num_fed.max(),
+            self.start.max(),
+            self.num_drafts.max(),
+            torch.where(self.active, keep, 2).min(),
+        )
+        num_active, widest, farthest, num_drafts, fewest = torch.stack(figures).tolist()
+        self.all_use_head = fewest > 1
         if not num_active:
             return False
         self.drafts = drafts[:, :num_drafts]
