@@ -95,13 +95,19 @@ class TextFormat:
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The prompt through the chat template, ended by the first phase's delimiter."""
+        return self.conversation_ids([{"role": "user", "content": prompt}])
+
+    def conversation_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """A conversation that the user spoke last in, as a prompt for the next answer.
+
+        Without a chat template there is no way to tell who speaks: the last message alone.
+        """
         tokenizer: Any = self.tokenizer
         if tokenizer.chat_template is None:
-            text = prompt
+            text = messages[-1]["content"]
         else:
-            messages = [{"role": "user", "content": prompt}]
             if self.system_prompt is not None:
-                messages.insert(0, {"role": "system", "content": self.system_prompt})
+                messages = [{"role": "system", "content": self.system_prompt}, *messages]
             text = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )

@@ -18,7 +18,7 @@ LAYERS = [
     ["tasks.rows"],
     ["tasks"],
     ["text", "batch", "advantage", "optim", "checkpoint", "logger", "runtime"],
-    ["rollout"],
+    ["rollout", "live"],
     ["reward", "evaluate", "models"],
     ["objectives.scored", "objectives.stream"],
     ["objectives.main_ce", "objectives.head_ce", "objectives.head_kl"]
