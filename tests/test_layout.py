@@ -22,7 +22,7 @@ LAYERS = [
     ["reward", "evaluate", "models"],
     ["objectives.scored", "objectives.stream"],
     ["objectives.main_ce", "objectives.head_ce", "objectives.head_kl"]
-    + ["objectives.policy", "objectives.leash"],
+    + ["objectives.policy", "objectives.leash", "objectives.preserve"],
     ["objectives"],
     ["update", "stage", "report"],
     ["export", "sweep"],
