@@ -1,4 +1,4 @@
-"""The command `mtp`: write text with a trained model, evaluate it, export it.
+"""The command `mtp`: write text with a trained model, talk with it, evaluate it, export it.
 
 Errors are one line on standard error and exit code 2. Heavy imports wait until a command runs, so
 `--help` answers at once.
@@ -7,12 +7,13 @@ Errors are one line on standard error and exit code 2. Heavy imports wait until 
 import argparse
 import json
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from rich.console import Console
 
     from .config import RunConfig
@@ -111,8 +112,20 @@ def choose_device(name: str) -> str:
     return ("cuda" if has_gpu else "cpu") if name == "auto" else name
 
 
-def generate(arguments: argparse.Namespace) -> None:
-    """`mtp generate`."""
+@dataclass
+class Writer:
+    """A model that is ready to write, as `mtp generate` and `mtp chat` were asked to."""
+
+    console: "Console"
+    model: Any
+    text: "TextFormat"
+    mode: str
+    write: "Callable[[list[int], str], list[int]]"
+    """(prompt ids, mode) -> completion ids, shown as they come."""
+
+
+def open_writer(arguments: argparse.Namespace) -> Writer:
+    """The model of a writing command. Raises ValueError for settings that it cannot follow."""
     opened = open_model(arguments.folder, arguments.stage)
     mode = arguments.mode or ("fast" if opened.head_is_trained else "slow")
     if mode == "fast" and not opened.head_is_trained:
@@ -120,14 +133,14 @@ def generate(arguments: argparse.Namespace) -> None:
     import torch
 
     from .generation_mtp import Sampler
+    from .live import write_live
     from .logger import make_console
-    from .rollout import sample
-    from .tasks.base import Example
 
-    sampler = Sampler(temperature=arguments.temperature)
+    sampler = Sampler(
+        temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p
+    )
     device = choose_device(arguments.device)
     model, text = opened.load(device)
-    check_characters(text, arguments.prompt)
     limit = arguments.max_new_tokens
     if limit is None and opened.config is not None:
         limit = opened.config.decoding.max_new_tokens
@@ -135,26 +148,52 @@ def generate(arguments: argparse.Namespace) -> None:
         limit = model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     if limit < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {limit}")
-    began = time.perf_counter()
-    rollouts = sample(
-        model,
-        text,
-        [Example(prompt=arguments.prompt, answer="")],
-        text.plan(mode),
-        sampler,
-        max_new_tokens=limit,
-        generator=torch.Generator(device=device).manual_seed(arguments.seed),
-    )
-    seconds = time.perf_counter() - began
-    ids, slots = rollouts.completion(0), rollouts.out.slots[0].tolist()
+    generator = torch.Generator(device=device).manual_seed(arguments.seed)
     console = make_console()
-    print_text(console, arguments.prompt, token_texts(text, ids), slots)
-    passes = int(rollouts.out.passes[0])
-    console.print(
-        f"{mode}: {len(ids)} tokens in {passes} passes, {len(ids) / passes:.2f} tokens per pass, "
-        f"{len(ids) / seconds:.0f} tokens/s"
-        + ("" if rollouts.out.finished[0] else f"; cut at {limit} new tokens"),
-        style="dim",
+
+    def write(prompt: list[int], mode: str) -> list[int]:
+        plan = text.plan(mode)
+        if arguments.max_thought_tokens is not None:
+            plan.max_tokens[0] = arguments.max_thought_tokens
+        given = {"mode": mode, "max_new_tokens": limit, "generator": generator}
+        return write_live(console, model, text, prompt, plan, sampler, **given)
+
+    return Writer(console, model, text, mode, write)
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """`mtp generate`."""
+    writer = open_writer(arguments)
+    check_characters(writer.text, arguments.prompt)
+    prompt = writer.text.prompt_ids(arguments.prompt)
+    style = "dim" if writer.console.is_terminal else ""
+    writer.console.print(arguments.prompt, end=" ", style=style)
+    writer.write(prompt, writer.mode)
+
+
+def chat(arguments: argparse.Namespace) -> None:
+    """`mtp chat`."""
+    from .live import HELP, converse
+
+    writer = open_writer(arguments)
+    console = writer.console
+    if console.is_terminal:
+        console.print(HELP, style="dim")
+
+    def said() -> "Iterator[str]":
+        while True:
+            try:
+                yield console.input("> " if console.is_terminal else "")
+            except EOFError:
+                return
+
+    converse(
+        said(),
+        console,
+        writer.text,
+        writer.write,
+        mode=writer.mode,
+        check=lambda message: check_characters(writer.text, message),
     )
 
 
@@ -169,39 +208,6 @@ def check_characters(text: "TextFormat", prompt: str) -> None:
     ]
     if bad:
         raise ValueError(f"the model's tokenizer does not know {' '.join(map(repr, bad))}")
-
-
-def token_texts(text: "TextFormat", ids: list[int]) -> list[str]:
-    """What each token adds to the text. Bytes of an unfinished character come with its last one."""
-    pieces, shown = [], ""
-    for end in range(1, len(ids) + 1):
-        whole = str(text.tokenizer.decode(ids[:end]))
-        is_open = whole.endswith("�") and end < len(ids)
-        pieces.append("" if is_open else whole[len(shown) :])
-        shown = shown if is_open else whole
-    return pieces
-
-
-def print_text(console: "Console", prompt: str, pieces: list[str], slots: list[int]) -> None:
-    """The prompt and the completion: coloured by emitter, or passes divided by `|`.
-
-    Args:
-        console: colours are used if it is a terminal.
-        prompt: shown first.
-        pieces: text of each token.
-        slots: slot of each token; 0 is main's and begins a pass. Padding may follow.
-    """
-    from rich.text import Text
-
-    shown = Text(prompt + " ", style="dim" if console.is_terminal else "")
-    for index, (piece, slot) in enumerate(zip(pieces, slots, strict=False)):
-        if console.is_terminal:
-            shown.append(piece, style="not dim bold yellow" if slot == 0 else "not dim cyan")
-        else:
-            shown.append(("|" if slot == 0 and index else "") + piece)
-    console.print(shown)
-    if console.is_terminal:
-        console.print(Text.assemble(("main", "bold yellow"), " ", ("head", "cyan")))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -274,6 +280,27 @@ def export(arguments: argparse.Namespace) -> None:
     print(f"exported {opened.folder} to {arguments.out}")
 
 
+def add_writing_options(sub: argparse.ArgumentParser) -> None:
+    """Options of the commands that write text."""
+    sub.add_argument(
+        "--mode",
+        choices=["fast", "slow", "verified"],
+        help="fast: each phase in its own mode, fast phases keep all tokens of a pass (the default "
+        "where the head is trained); slow: one token a pass; verified: main's own text, the head "
+        "proposes and main decides",
+    )
+    sub.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="default: what the model was trained with"
+    )
+    sub.add_argument(
+        "--max-thought-tokens", type=int, metavar="N", help="close the first phase after N tokens"
+    )
+    sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy")
+    sub.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all tokens")
+    sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1: all tokens")
+    sub.add_argument("--seed", type=int, default=1, help="of sampling, above temperature 0")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -290,17 +317,11 @@ def make_parser() -> argparse.ArgumentParser:
     a_run = "a run's folder, such as runs/default"
     sub = command("generate", generate, "write text with a model", f"{a_run}, or an exported one")
     sub.add_argument("prompt", metavar="PROMPT", help="the user's message, such as 37+85+46=")
-    sub.add_argument(
-        "--mode",
-        choices=["fast", "slow"],
-        help="fast: fast phases keep all tokens of a pass (the default where the head is trained); "
-        "slow: one token a pass",
-    )
-    sub.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="default: what the model was trained with"
-    )
-    sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy")
-    sub.add_argument("--seed", type=int, default=1, help="of sampling, above temperature 0")
+    writers = [sub]
+    sub = command("chat", chat, "talk with a model", f"{a_run}, or an exported one")
+    writers.append(sub)
+    for sub in writers:
+        add_writing_options(sub)
     sub = command("evaluate", evaluate, "measure a run's model on held-out problems", a_run)
     sub.add_argument(
         "--num-problems", type=int, metavar="N", help="default: the run's evaluation.num_problems"

@@ -121,6 +121,8 @@ def model_card(model: Any, text: TextFormat, summary: dict[str, Any], config: An
         counts["head" if name.startswith("mtp_head.") else "main"] += parameter.numel()
     fast = [name for name, phase in text.phases.items() if phase.mode == "fast"]
     slow = [name for name, phase in text.phases.items() if phase.mode == "slow"]
+    verified = [name for name, phase in text.phases.items() if phase.mode == "verified"]
+    checked = f" In a verified phase ({_listed(verified)}) main checks them." if verified else ""
     slots = model.num_slots
     parts = [
         "---\n" + "\n".join(meta) + "\n---",
@@ -130,16 +132,17 @@ def model_card(model: Any, text: TextFormat, summary: dict[str, Any], config: An
         f"({counts['head']:,} parameters, `{model.mtp_settings.type}`) that listens to main's "
         f"residual stream after layers {model.mtp_taps} and writes the next {slots - 1} tokens of "
         f"the same pass. In a fast phase ({_listed(fast)}) all of them are kept, up to {slots} "
-        f"tokens a pass; in a slow phase ({_listed(slow)}) only main's own token is kept.",
+        f"tokens a pass; in a slow phase ({_listed(slow)}) only main's own token is kept.{checked}",
         "## Use",
         "Main alone, with nothing but transformers. The loading report lists the head's weights "
         "(`mtp_head.*`) as unexpected: they are left aside.",
         _snippet(text, config, head=False),
-        "Main with its head. The code is in this folder (`modeling_mtp.py`, `generation_mtp.py`), "
-        "so no other package is needed.",
+        "Main with its head. The code is in this folder (`*_mtp.py`), so no other package is "
+        "needed.",
         _snippet(text, config, head=True),
-        "`fast` decodes each phase in its own mode, `slow` all of them one token per pass. Without "
-        "`mtp_mode`, `generate` is the stock one on main.",
+        "`fast` decodes each phase in its own mode, `slow` all of them one token per pass, "
+        "`verified` gives main's own text in fewer passes: the head proposes and main decides. "
+        "Without `mtp_mode`, `generate` is the stock one on main.",
         "## Measured",
         _table(summary),
         "## Provenance",
@@ -268,8 +271,9 @@ def _limitations(config: Any) -> str:
             "- A thought that a model was rewarded for need not be a true account of how it found "
             "the answer; compare the table's true steps and thought controls.",
             "- With `mtp_mode`, `generate` takes `max_new_tokens`, `do_sample`, `temperature`, "
-            "`top_k`, `top_p`, `eos_token_id`, `pad_token_id` and `return_dict_in_generate`; any "
-            "other option is an error.",
+            "`top_k`, `top_p`, `eos_token_id`, `pad_token_id`, `return_dict_in_generate`, "
+            "`logits_processor`, `stopping_criteria`, `streamer`, `mtp_k` and "
+            "`max_thought_tokens`; any other option is an error.",
         ]
     )
 

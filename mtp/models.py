@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, GgufConfig
 from transformers import logging as hf_logging
 
-from .generation_mtp import Phase, phases_to_json
+from .generation_mtp import Phase, phases_from_json, phases_to_json
 from .modeling_mtp import FAMILIES, HeadConfig
 from .rollout import DecodingConfig
 from .tasks.base import Task
@@ -208,13 +208,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Tex
         model = cls.from_pretrained(folder, dtype=dtype or "auto")
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     saved = model.generation_config.mtp_phases
-    phases = {
-        p["name"]: Phase(
-            mode=p["mode"],
-            opened_by=None if p["opened_by"] is None else str(tokenizer.decode([p["opened_by"]])),
-        )
-        for p in saved
-    }
+    phases = phases_from_json(saved, lambda token: str(tokenizer.decode([token])))
     system = getattr(model.generation_config, "mtp_system_prompt", None)
     return model, TextFormat(tokenizer, phases, model.num_slots, system_prompt=system)
 

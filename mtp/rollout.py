@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .batch import pad
-from .generation_mtp import Decoded, Phase, PhasePlan, Sampler, decode
+from .generation_mtp import Decoded, Phase, PhasePlan, Sampler, check_phases, decode
 from .tasks.base import Example
 from .text import TextFormat
 
@@ -29,11 +29,7 @@ class DecodingConfig:
             raise ValueError(
                 f"decoding.max_new_tokens must be at least 1, got {self.max_new_tokens}"
             )
-        for name, phase in self.phases.items():
-            if phase.mode not in ("fast", "slow"):
-                raise ValueError(
-                    f"decoding.phases.{name}.mode must be fast or slow, got {phase.mode!r}"
-                )
+        check_phases(self.phases, "decoding.phases")
         try:
             return Sampler(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
         except ValueError as error:

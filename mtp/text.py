@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .generation_mtp import Phase, PhasePlan
+from .generation_mtp import Phase, PhasePlan, make_plan
 from .tasks.base import Example
 
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -79,26 +79,35 @@ class TextFormat:
         return ids[0]
 
     def plan(self, mode: str = "fast") -> PhasePlan:
-        """The phases as the pass loop takes them; `slow` runs every phase in slow mode."""
-        plan = PhasePlan(
-            keep=[self.num_slots if p.mode == "fast" else 1 for p in self.phases.values()],
-            opened_by=[
+        """The phases as the pass loop takes them: `fast` runs each in its own mode, `slow` and
+        `verified` run all in that mode.
+        """
+        return make_plan(
+            list(self.phases.values()),
+            [
                 None if p.opened_by is None else self.delimiter_id(p.opened_by)
                 for p in self.phases.values()
             ],
+            num_slots=self.num_slots,
             eos_ids=[self.eos_id],
+            mode=mode,
         )
-        return plan if mode == "fast" else plan.as_slow()
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The prompt through the chat template, ended by the first phase's delimiter."""
+        return self.conversation_ids([{"role": "user", "content": prompt}])
+
+    def conversation_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """A conversation that the user spoke last in, as a prompt for the next answer.
+
+        Without a chat template there is no way to tell who speaks: the last message alone.
+        """
         tokenizer: Any = self.tokenizer
         if tokenizer.chat_template is None:
-            text = prompt
+            text = messages[-1]["content"]
         else:
-            messages = [{"role": "user", "content": prompt}]
             if self.system_prompt is not None:
-                messages.insert(0, {"role": "system", "content": self.system_prompt})
+                messages = [{"role": "system", "content": self.system_prompt}, *messages]
             text = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )

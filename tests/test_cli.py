@@ -11,10 +11,11 @@ from rich.console import Console
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
-from mtp.cli import main, print_text, token_texts
+from mtp.cli import main
 from mtp.config import RunConfig, load_run_config, save_run_config
 from mtp.evaluate import EvaluationConfig, evaluate
-from mtp.generation_mtp import Phase
+from mtp.generation_mtp import FORCED, Block, Phase
+from mtp.live import LiveText, TextPieces, converse
 from mtp.modeling_mtp import HeadConfig
 from mtp.models import generation_config, load_model, save_model
 from mtp.objectives import ObjectiveConfig
@@ -146,18 +147,71 @@ def test_tokens_of_an_unfinished_character_wait_for_its_last_one():
         def decode(self, ids):
             return bytes(ids).decode(errors="replace")
 
-    text = type("Text", (), {"tokenizer": Tokenizer()})()
-    assert token_texts(text, list("aé!".encode())) == ["a", "", "é", "!"]
-    assert token_texts(text, [97, 0xC3]) == ["a", "�"]
+    pieces = TextPieces(Tokenizer())
+    assert [pieces.add(byte) for byte in "aé!".encode()] == ["a", "", "é", "!"]
+    pieces = TextPieces(Tokenizer())
+    assert [pieces.add(97), pieces.add(0xC3), pieces.pending()] == ["a", "", "�"]
 
 
 def test_a_terminal_shows_the_emitters_in_colours():
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, color_system="standard", width=80)
-    print_text(console, "1+2=", ["3", ";", "4"], [0, 1, 0, -1])
+    live = LiveText(console, character_tokenizer("0123456789;", []))
+    ids = live.tokenizer.encode("3;45", add_special_tokens=False)
+    row = [torch.tensor([values]) for values in (ids, [0, 1, 0, FORCED], [0, 0, 2, 0])]
+    live(Block(torch.tensor([0]), *row, torch.zeros(1, 4), torch.tensor([4])))
     shown = file.getvalue()
-    assert "\x1b[1;33m3" in shown and "\x1b[36m;" in shown and "\x1b[1;33m4" in shown
+    assert "\x1b[1;33m3" in shown and "\x1b[36m;" in shown
+    assert "\x1b[32m4" in shown and "\x1b[35m5" in shown
     assert "|" not in shown
+
+
+def test_verified_text_is_slow_text(run, capsys):
+    texts = []
+    for mode in ("slow", "verified"):
+        assert main(["generate", str(run), "12+34=", "--mode", mode]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[1].startswith(f"{mode}: ")
+        texts.append(lines[0].replace("|", ""))
+    assert texts[0] == texts[1]
+
+
+def test_a_thought_budget_closes_the_thought(run, capsys):
+    arguments = ["--mode", "slow", "--max-thought-tokens", "3"]
+    assert main(["generate", str(run), "12+34=", *arguments]) == 0
+    text = capsys.readouterr().out.splitlines()[0].split(" ")[1]
+    assert text.index("</think>") <= len("1|2|3")
+
+
+def test_a_conversation_goes_on_until_it_is_quit():
+    text = TextFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), PHASES, 4)
+    console = Console(file=io.StringIO())
+    asked = []
+
+    def write(prompt, mode):
+        asked.append((text.tokenizer.decode(prompt), mode))
+        return text.completion_ids("1;", str(len(asked)))
+
+    def check(message):
+        if "x" in message:
+            raise ValueError("no x")
+
+    lines = ["1+", "", "2+x", "3+", "/mode slow", "/mode warp", "4+", "/new", "5+", "/quit", "6+"]
+    converse(lines, console, text, write, mode="fast", check=check)
+    assert asked == [
+        ("1+<think>", "fast"),
+        ("1+13+<think>", "fast"),
+        ("1+13+24+<think>", "slow"),
+        ("5+<think>", "slow"),
+    ]
+    shown = console.file.getvalue()
+    assert "error: no x" in shown and shown.count("/mode fast|slow|verified") == 1
+
+
+def test_chat_reads_messages_from_standard_input(run, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("1+2=\n/quit\n"))
+    assert main(["chat", str(run), "--mode", "slow"]) == 0
+    assert "slow: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stage", ["main", "head"])
@@ -249,7 +303,7 @@ def test_a_config_that_does_not_fit_names_the_file(run, tmp_path, change, messag
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["evaluate"], ["export"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["evaluate"], ["export"]])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])

@@ -144,7 +144,7 @@ def test_the_trusting_door_decodes_the_same_tokens_where_mtp_is_not_importable(t
                     tmp_path / name, family, tied=same, type=head, shared_embeddings=same
                 )
                 expected[name] = {"class": type(model).__name__}
-                for mode in ("fast", "slow"):
+                for mode in ("fast", "slow", "verified"):
                     out = model.generate(**given, mtp_mode=mode, return_dict_in_generate=True)
                     expected[name][mode] = [out.sequences.tolist(), out.passes.tolist()]
                     expected[name][f"{mode}_logprobs"] = out.logprobs.tolist()
@@ -163,7 +163,7 @@ for name in {list(expected)}:
         {str(tmp_path)!r} + "/" + name, trust_remote_code=True
     )
     got[name] = {{"class": type(model).__name__}}
-    for mode in ("fast", "slow"):
+    for mode in ("fast", "slow", "verified"):
         out = model.generate(**given, mtp_mode=mode, return_dict_in_generate=True)
         got[name][mode] = [out.sequences.tolist(), out.passes.tolist()]
         got[name][mode + "_logprobs"] = out.logprobs.tolist()
@@ -174,7 +174,7 @@ print(json.dumps(got))
     got = json.loads(run_alone(script, cache))
     assert got.keys() == expected.keys()
     for name, values in expected.items():
-        exact = {key: values[key] for key in ("class", "fast", "slow")}
+        exact = {key: values[key] for key in ("class", "fast", "slow", "verified")}
         assert {key: got[name][key] for key in exact} == exact
         assert values["fast"] != values["slow"]
         for key in ("logits", "fast_logprobs", "slow_logprobs"):
@@ -213,9 +213,10 @@ def test_config_and_generation_config_tell_both_doors_what_they_need(tmp_path):
     assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_mtp.Qwen3MTPForCausalLM"}
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["max_new_tokens"] == 12
+    rest = {"min_probability": 0.0, "max_tokens": None}
     assert generation["mtp_phases"] == [
-        {"name": "thought", "mode": "fast", "opened_by": 2},
-        {"name": "answer", "mode": "slow", "opened_by": 3},
+        {"name": "thought", "mode": "fast", "opened_by": 2, **rest},
+        {"name": "answer", "mode": "slow", "opened_by": 3, **rest},
     ]
 
 

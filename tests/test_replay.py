@@ -1,4 +1,7 @@
-"""Replay: one parallel forward gives the sampler's log-probabilities, for every mode and head."""
+"""Replay: one parallel forward gives the sampler's log-probabilities, for every mode and head.
+
+All tokens of a verified phase are scored as main's, and forced ones not at all.
+"""
 
 import pytest
 import torch
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import CLOSE, EOS, PAD, tiny_model
 
 from mtp.batch import collate_rollouts, pad
-from mtp.generation_mtp import PhasePlan, Sampler, decode
+from mtp.generation_mtp import FORCED, PhasePlan, Sampler, decode
 from mtp.objectives import score_batch
 
 MODELS = {
@@ -22,7 +25,7 @@ MODELS = {
 @given(
     which=st.sampled_from(sorted(MODELS)),
     prompts=st.lists(st.lists(st.integers(3, 22), min_size=1, max_size=9), min_size=1, max_size=7),
-    mode=st.sampled_from(["fast", "slow", "all fast"]),
+    mode=st.sampled_from(["fast", "slow", "all fast", "verified", "sure", "closed"]),
     sampler=st.sampled_from(
         [
             Sampler(),
@@ -38,9 +41,12 @@ MODELS = {
 def test_replay_gives_the_samplers_log_probabilities(which, prompts, mode, sampler, seed):
     model = MODELS[which]
     plan = PhasePlan(
-        keep={"fast": [4, 1], "slow": [1, 1], "all fast": [4, 4]}[mode],
+        keep={"slow": [1, 1], "all fast": [4, 4]}.get(mode, [4, 1]),
         opened_by=[None, CLOSE],
         eos_ids=[EOS],
+        verified=[mode == "verified", False],
+        min_probability=[0.5 if mode == "sure" else 0.0, 0.0],
+        max_tokens=[6 if mode == "closed" else None, None],
     )
     tokens, lengths = pad(prompts, PAD)
     out = decode(
@@ -57,8 +63,10 @@ def test_replay_gives_the_samplers_log_probabilities(which, prompts, mode, sampl
     batch = collate_rollouts(prompts, out, torch.arange(len(prompts)).float(), rows, 4, PAD)
     scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
     main, head = scored.main.stats(sampler).logprob, scored.head.stats(sampler).logprob
-    assert len(main) + len(head) == int(out.lengths.sum())
-    assert len(main) == int(out.passes.sum())
+    assert len(main) + len(head) == int((out.lengths - (out.slots == FORCED).sum(1)).sum())
+    assert len(main) == int((out.slots == 0).sum())
+    if mode in ("fast", "slow", "all fast", "sure"):
+        assert len(main) == int(out.passes.sum())
     assert torch.allclose(main, batch.main_sampled, atol=1e-4)
     assert torch.allclose(head, batch.head_sampled, atol=1e-4)
     total = out.logprobs.sum()

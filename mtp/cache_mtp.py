@@ -1,0 +1,87 @@
+"""A key-value cache indexed by position, so that the rows of a batch may grow at different rates.
+
+Travels with exported checkpoints: imports torch and transformers only.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class BlockCacheLayer(CacheLayerMixin):
+    """Keys and values of one layer, stored at their position: [B, heads, capacity, width]."""
+
+    def __init__(self, cache: "BlockCache"):
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rows, heads, _, width = key_states.shape
+        self.keys = key_states.new_zeros(rows, heads, self.cache.capacity, width)
+        self.values = value_states.new_zeros(rows, heads, self.cache.capacity, width)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        if self.keys.shape[2] < self.cache.capacity:
+            more = self.cache.capacity - self.keys.shape[2]
+            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, more))
+            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
+        length, new = self.cache.length, key_states.shape[2]
+        if len(key_states) == 1:
+            # The only row ends where the cache does.
+            self.keys[:, :, length - new : length] = key_states
+            self.values[:, :, length - new : length] = value_states
+        else:
+            where = self.cache.positions[:, None, :, None].expand_as(key_states)
+            self.keys.scatter_(2, where, key_states)
+            self.values.scatter_(2, where, value_states)
+        return self.keys[:, :, :length], self.values[:, :, :length]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class BlockCache(Cache):
+    """A cache whose index is the token's position, so that rows may grow at different rates.
+
+    Rows are padded on the right. A padded position is overwritten by the row's next block before
+    any query can reach it, so the mask is simply: key position <= query position. To drop tokens
+    is to move a row's start back.
+    """
+
+    def __init__(self, num_layers: int, num_rows: int):
+        self.num_rows = num_rows
+        self.capacity = 0
+        self.length = 0
+        self.positions = torch.empty(0)
+        super().__init__(layers=[BlockCacheLayer(self) for _ in range(num_layers)])
+
+    def place(self, positions: Tensor, length: int) -> Tensor | None:
+        """Say where the next forward writes: positions [B, L], the last of them `length` - 1.
+
+        Returns the attention mask [B, 1, L, length], True where a query may look; None for the one
+        query of a batch of one, which may look everywhere.
+        """
+        self.positions, self.length = positions, length
+        if length > self.capacity:
+            self.capacity = max(length, 2 * self.capacity, 64)
+        if self.num_rows == 1 and positions.shape[1] == 1:
+            return None
+        keys = torch.arange(length, device=positions.device)
+        return keys <= positions[:, None, :, None]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows only."""
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]

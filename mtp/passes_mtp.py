@@ -1,0 +1,451 @@
+"""The pass loop: one forward of main and one block of up to K + 1 tokens at a time, batched.
+
+At the last position of the context (the anchor) main samples t_0 and the head t_1..t_K. A row in a
+fast phase keeps all, in a slow phase t_0 only. A block is cut after the first phase delimiter or
+end-of-sequence token in it, so no token of a slow phase is ever the head's. Kept tokens go through
+main in the next pass, as ordinary tokens.
+
+In a verified phase the head's tokens are drafts. They go through main behind t_0 in the next pass,
+which keeps the longest prefix that main accepts and draws its own next token after it: no pass is
+spent on verifying alone, and the text follows main's distribution. Rows of one batch may be in
+different modes.
+
+Random numbers are drawn for main's tokens of all running rows first, then for the head's slots of
+the rows that use them; for one generator the tokens of a batch are always the same.
+
+Travels with exported checkpoints: imports torch, transformers and siblings only.
+
+Shapes: B rows of the batch, R rows still running, L tokens fed to a pass, J drafts, K head slots,
+V vocabulary, D main width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache_mtp import BlockCache
+from .phases_mtp import PhasePlan, PlanTables, check_plans
+from .records_mtp import FORCED, Block, Decoded, Slots
+from .sampling_mtp import Sampler, Verdict, verify
+
+Process = Callable[[Tensor, Tensor], Tensor]
+"""What a `LogitsProcessor` does: token ids [B, T] and scores [B, V] -> scores [B, V]."""
+Stop = Callable[[Tensor, Any], Tensor]
+"""What a `StoppingCriteria` does: token ids [B, T] and None -> [B] bool."""
+
+
+@torch.no_grad()
+def decode(
+    model: Any,
+    prompts: Tensor,
+    prompt_lengths: Tensor,
+    plan: PhasePlan | Sequence[PhasePlan],
+    sampler: Sampler,
+    *,
+    max_new_tokens: int,
+    pad_id: int,
+    generator: torch.Generator | None = None,
+    process: Process | None = None,
+    stop: Stop | None = None,
+    on_block: Callable[[Block], None] | None = None,
+) -> Decoded:
+    """Run the pass loop until every row has ended or has `max_new_tokens` tokens.
+
+    Args:
+        model: an `MTPMixin` model.
+        prompts: [B, T] int64, padded on the right.
+        prompt_lengths: [B] int64, at least 1.
+        plan: phases, see `PhasePlan`: one for all rows, or one for each. Plans of one batch share
+            their delimiters and end tokens.
+        sampler: how tokens are drawn.
+        max_new_tokens: most tokens a row may get; a last block is cut to it.
+        pad_id: fills the unused end of each row.
+        generator: source of randomness for sampling.
+        process: changes the scores of every slot, main's and the head's, before the sampler. It is
+            given the text up to the slot, padded on the left.
+        stop: asked after every token, with the text so far, padded on the left; a block is cut
+            where it says True.
+        on_block: called after each pass.
+
+    Raises ValueError for plans that the model cannot follow.
+    """
+    plans = [plan] * len(prompts) if isinstance(plan, PhasePlan) else list(plan)
+    check_plans(plans, len(prompts), model.num_slots, model.config.vocab_size)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    loop = PassLoop(
+        model,
+        prompts,
+        prompt_lengths,
+        plans,
+        sampler,
+        max_new_tokens,
+        pad_id,
+        generator,
+        process,
+        stop,
+    )
+    goes_on = True
+    while goes_on:
+        added, goes_on = loop.run_pass()
+        if on_block is not None:
+            on_block(added)
+    return loop.decoded()
+
+
+def splice(count: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """`count` [R] columns of `first` [R, J], then `second` [R, W], then anything: [R, J + W]."""
+    width = first.shape[1]
+    if not width:
+        return second
+    both = torch.cat([first, second], 1)
+    column = torch.arange(both.shape[1], device=both.device)
+    source = torch.where(column < count[:, None], column, column + width - count[:, None])
+    return both.gather(1, source.clamp(max=both.shape[1] - 1))
+
+
+class PassLoop:
+    """A batch between passes."""
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Tensor,
+        prompt_lengths: Tensor,
+        plans: list[PhasePlan],
+        sampler: Sampler,
+        max_new_tokens: int,
+        pad_id: int,
+        generator: torch.Generator | None,
+        process: Process | None,
+        stop: Stop | None,
+    ):
+        device, num_rows = prompts.device, len(prompts)
+        self.model, self.plan, self.sampler = model, plans[0], sampler
+        self.max_new_tokens, self.pad_id, self.generator = max_new_tokens, pad_id, generator
+        self.process, self.stop = process, stop
+        self.tables = PlanTables(plans, max_new_tokens + 1, device)
+        # Sampled drafts are judged by the distributions that they were drawn from.
+        self.keeps_distributions = self.tables.has_verified and sampler.temperature > 0
+        self.prompts, self.prompt_lengths = prompts, prompt_lengths
+        self.main_weight = model.get_output_embeddings().weight
+        self.head_weight = model.head_output_weight()
+        self.cache = BlockCache(model.config.num_hidden_layers, num_rows)
+
+        # What is written: rows of the batch. Beyond the limit there is room for what a cut drops.
+        room = max_new_tokens + 2 * model.num_slots
+        self.out = Decoded(
+            tokens=torch.full((num_rows, room), pad_id, device=device),
+            slots=torch.full((num_rows, room), -1, device=device),
+            logprobs=torch.zeros(num_rows, room, device=device),
+            lengths=torch.zeros(num_rows, dtype=torch.long, device=device),
+            passes=torch.zeros(num_rows, dtype=torch.long, device=device),
+            finished=torch.zeros(num_rows, dtype=torch.bool, device=device),
+            accepted=torch.zeros(num_rows, room, dtype=torch.long, device=device),
+        )
+
+        # Rows still running; `rows` says where they belong in the above.
+        self.rows = torch.arange(num_rows, device=device)
+        self.active = torch.ones(num_rows, dtype=torch.bool, device=device)
+        self.phase = self.plan.phase_after(prompts).gather(1, prompt_lengths[:, None] - 1)[:, 0]
+        self.in_phase = torch.zeros_like(prompt_lengths)  # output tokens of the current phase
+        # A pass is fed `num_fresh` tokens that are kept, then `num_drafts` that may be.
+        self.fed, self.num_fresh = prompts, prompt_lengths
+        self.drafts, self.num_drafts = prompts[:, :0], torch.zeros_like(prompt_lengths)
+        self.draft_log_probs: Tensor | None = None  # [R, J, V], of sampled drafts
+        self.head_logits: Tensor | None = None  # [R, K, V], where made together with main's
+        keep = self.tables.keep[self.rows, self.phase]
+        self.all_use_head = bool((keep > 1).all())
+        self.start = torch.zeros_like(prompt_lengths)  # position of the first token that is fed
+        self.length = prompts.shape[1]  # of the cache after the pass
+
+    def run_pass(self) -> tuple[Block, bool]:
+        """One pass of all running rows: what it added, and whether any row goes on."""
+        hidden, taps = self.model.main_states(self.fed, self.start, self.cache, self.length)
+        self.head_logits = None
+        verdict = self.main_tokens(hidden, taps)
+        prefix = verdict.num_accepted
+        ended = self.enter_phases(self.drafts, prefix)
+        block, block_logprobs, kept, proposed = self.head_tokens(taps, verdict, ended)
+        ended |= self.enter_phases(block, kept)
+
+        tokens = splice(prefix, self.drafts, block)
+        logprobs = splice(prefix, verdict.logprobs[:, :-1], block_logprobs)
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        of_block = columns - prefix[:, None]
+        slots, accepted = of_block.clamp(min=0), torch.where(of_block < 0, columns + 1, 0)
+        total = prefix + kept
+        if self.tables.has_budgets:
+            tokens, slots, total = self.close_phases(tokens, slots, total, ended)
+            logprobs, accepted = (torch.nn.functional.pad(x, (0, 1)) for x in (logprobs, accepted))
+            logprobs = torch.where(slots == FORCED, 0.0, logprobs)
+            accepted = torch.where(slots == FORCED, 0, accepted)
+        if self.stop is not None:
+            total, ended = self.stop_rows(tokens, total, ended)
+        added = Block(self.rows, tokens, slots, accepted, logprobs, total)
+        self.write(added, ended)
+        return added, self.advance(added, prefix, block[:, 1:], proposed)
+
+    def main_tokens(self, hidden: Tensor, taps: list[Tensor]) -> Verdict:
+        """What main accepts of the drafts, and its own token after them: [R, L, D] each."""
+        row, at = torch.arange(len(self.rows), device=hidden.device), self.num_fresh - 1
+        width = self.drafts.shape[1]
+        if not width:
+            logits = self.anchor_logits(hidden[row, at], [tap[row, at] for tap in taps])
+            if self.process is not None:
+                logits = self.process(self.context(row, self.drafts, 0 * at), logits.float())
+            token, logprob = self.sampler.sample(logits, self.generator)
+            return Verdict(torch.zeros_like(token), token, logprob[:, None])
+        columns = at[:, None] + torch.arange(width + 1, device=hidden.device)
+        columns = columns.clamp(max=hidden.shape[1] - 1)
+        logits = hidden[row[:, None], columns] @ self.main_weight.T  # [R, J + 1, V]
+        if self.process is not None:
+            texts = [self.context(row, self.drafts, 0 * at + j) for j in range(width + 1)]
+            parts = [self.process(text, logits[:, j].float()) for j, text in enumerate(texts)]
+            logits = torch.stack(parts, 1)
+        return verify(
+            logits,
+            self.drafts,
+            self.num_drafts,
+            self.draft_log_probs,
+            self.sampler,
+            self.generator,
+        )
+
+    def anchor_logits(self, hidden: Tensor, taps: list[Tensor]) -> Tensor:
+        """Main's logits [R, V] at the anchors, [R, D] each.
+
+        The slots of a parallel head do not wait for main's token. Where all rows use them and the
+        output matrix is shared, one read of it serves both; `head_logits` keeps the head's part.
+        """
+        shared = self.head_weight is self.main_weight and not self.model.mtp_head.sequential
+        if not (shared and self.all_use_head):
+            return hidden @ self.main_weight.T
+        slots = self.model.mtp_head(self.model.mtp_head.message(torch.stack(taps, 1)))
+        rows = torch.cat([hidden[:, None], slots[:, : self.tables.num_head_slots]], 1)
+        logits = rows @ self.main_weight.T  # [R, 1 + K, V]
+        self.head_logits = logits[:, 1:]
+        return logits[:, 0]
+
+    def head_tokens(
+        self, taps: list[Tensor], verdict: Verdict, ended: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Main's token and, in rows that use it, the head's behind: taps [R, L, D] each.
+
+        ended [R]: rows whose last accepted draft ended the sequence. Returns the block [R, 1 + K]
+        and its log-probabilities, how many of its tokens are kept [R] and, of those of the head,
+        how many are drafts [R].
+        """
+        prefix, token = verdict.num_accepted, verdict.token
+        row, width = torch.arange(len(token), device=token.device), self.tables.num_head_slots
+        block = torch.full((len(token), 1 + width), self.pad_id, device=token.device)
+        logprobs = torch.zeros(block.shape, device=token.device)
+        block[:, 0], logprobs[:, 0] = token, verdict.logprobs.gather(1, prefix[:, None])[:, 0]
+        keep, verified, budget = (
+            table[row, self.phase]
+            for table in (self.tables.keep, self.tables.verified, self.tables.budget)
+        )
+        left = self.max_new_tokens - self.out.lengths[self.rows] - prefix
+        room = torch.minimum(left, budget - self.in_phase)
+        runs = self.active & ~ended
+        num_sure = torch.zeros_like(prefix)
+        self.draft_log_probs = None
+        if width:
+            # A block that already ends at slot 0 needs no head.
+            stops = (self.plan.opened(token) >= 0) | self.plan.is_end(token)
+            chosen = ((keep > 1) & ~stops & runs & (~verified | (room > 1))).nonzero()[:, 0]
+            if len(chosen):
+                at = self.num_fresh - 1 + prefix
+                written = self.head_slots(taps, at[chosen], chosen, prefix[chosen], token[chosen])
+                block[chosen, 1:], logprobs[chosen, 1:] = written.tokens, written.logprobs
+                is_sure = written.likeliest >= self.tables.sure[chosen, self.phase[chosen], None]
+                num_sure[chosen] = is_sure.long().cumprod(1).sum(1)
+                if self.keeps_distributions:
+                    shape = (len(token), *written.log_probs.shape[1:])
+                    self.draft_log_probs = written.log_probs.new_zeros(shape)
+                    self.draft_log_probs[chosen] = written.log_probs
+        kept = torch.minimum(torch.where(verified, 1, keep), num_sure + 1)
+        kept = torch.minimum(torch.minimum(kept, self.plan.cut(block)), room)
+        kept = torch.where(runs, kept, 0)
+        proposed = torch.zeros_like(kept)
+        if width and self.tables.has_verified:
+            drafts = torch.minimum(torch.minimum(keep - 1, num_sure), room - 1)
+            drafts = torch.minimum(drafts, self.plan.cut(block[:, 1:]))
+            proposed = torch.where(runs & verified, drafts.clamp(min=0), 0)
+        return block, logprobs, kept, proposed
+
+    def head_slots(
+        self, taps: list[Tensor], at: Tensor, chosen: Tensor, prefix: Tensor, token: Tensor
+    ) -> Slots:
+        """Sample the head's tokens in `chosen` rows [F] behind t_0, `token` [F].
+
+        taps [R, L, D] each; `at` [F] are the anchors, `prefix` [F] the drafts accepted before t_0.
+        """
+        head, width = self.model.mtp_head, self.tables.num_head_slots
+        ready = None if self.head_logits is None else self.head_logits[chosen]  # [F, K, V]
+        if ready is None:
+            message = head.message(torch.stack([tap[chosen, at] for tap in taps], 1))
+            if not head.sequential:
+                ready = head(message)[:, :width] @ self.head_weight.T
+        if ready is not None and self.process is None:
+            return self.draw(ready)
+        said, state, drawn = token[:, None], None, []
+        for slot in range(width):
+            if ready is None:
+                embeds = self.model.head_embed(said[:, -1:])
+                hidden, state = head.step(message, embeds, slot, state)
+                logits = hidden[:, 0] @ self.head_weight.T
+            else:
+                logits = ready[:, slot]
+            if self.process is not None:
+                text = splice(prefix, self.drafts[chosen], said)
+                text = self.context(chosen, text, prefix + slot + 1)
+                logits = self.process(text, logits.float())
+            drawn.append(self.draw(logits[:, None]))
+            said = torch.cat([said, drawn[-1].tokens], 1)
+        return Slots.join(drawn)
+
+    def draw(self, logits: Tensor) -> Slots:
+        """Sample slots of the head from their logits [F, J, V]."""
+        log_probs = self.sampler.log_probs(logits)
+        tokens = self.sampler.choose(logits, log_probs, self.generator)
+        return Slots(
+            tokens,
+            log_probs.gather(2, tokens[..., None])[..., 0],
+            log_probs.amax(2),
+            log_probs if self.keeps_distributions else log_probs[..., :0],
+        )
+
+    def context(self, index: Tensor, extra: Tensor, num_extra: Tensor) -> Tensor:
+        """Text of running rows, `index` [F], with `num_extra` [F] tokens of `extra` [F, E] behind.
+
+        Padded on the left: [F, longest].
+        """
+        rows = self.rows[index]
+        known = self.prompt_lengths[rows] + self.out.lengths[rows]
+        text = splice(self.prompt_lengths[rows], self.prompts[rows], self.out.tokens[rows])
+        text, length = splice(known, text, extra), known + num_extra
+        longest = int(length.max())
+        source = torch.arange(longest, device=text.device) - longest + length[:, None]
+        return torch.where(source < 0, self.pad_id, text.gather(1, source.clamp(min=0)))
+
+    def enter_phases(self, tokens: Tensor, count: Tensor) -> Tensor:
+        """Take note of `count` [R] more tokens of `tokens` [R, J], of which only the last may be a
+        delimiter or an end token. Returns [R] bool, True where it is an end token.
+        """
+        if not tokens.shape[1]:
+            return torch.zeros_like(self.active)
+        last = tokens.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0]
+        begun = self.plan.opened(last)
+        enters = (count > 0) & (begun >= 0)
+        self.phase = torch.where(enters, begun, self.phase)
+        self.in_phase = torch.where(enters, 0, self.in_phase + count)
+        return (count > 0) & self.plan.is_end(last)
+
+    def close_phases(
+        self, tokens: Tensor, slots: Tensor, total: Tensor, ended: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Write the next phase's delimiter behind the tokens of rows whose phase is used up.
+
+        tokens, slots [R, W] and total [R] -> the same, [R, W + 1] and [R].
+        """
+        row = torch.arange(len(total), device=total.device)
+        used_up = self.in_phase >= self.tables.budget[row, self.phase]
+        full = self.active & ~ended & used_up
+        full &= self.out.lengths[self.rows] + total < self.max_new_tokens
+        closer = self.tables.closer[self.phase]
+        at = torch.arange(tokens.shape[1] + 1, device=total.device) == total[:, None]
+        at &= full[:, None]
+        tokens, slots = (torch.nn.functional.pad(x, (0, 1)) for x in (tokens, slots))
+        tokens = torch.where(at, closer[:, None], tokens)
+        slots = torch.where(at, FORCED, slots)
+        self.phase = torch.where(full, self.plan.opened(closer), self.phase)
+        self.in_phase = torch.where(full, 0, self.in_phase)
+        return tokens, slots, total + full
+
+    def stop_rows(self, tokens: Tensor, total: Tensor, ended: Tensor) -> tuple[Tensor, Tensor]:
+        """Cut `tokens` [R, W] after the first at which the stopping criterion is met.
+
+        total, ended [R] -> the same, with rows that it stopped counted as ended.
+        """
+        assert self.stop is not None
+        row, stopped = torch.arange(len(total), device=total.device), torch.zeros_like(ended)
+        for count in range(1, tokens.shape[1] + 1):
+            told = self.stop(self.context(row, tokens, total.clamp(max=count)), None)
+            now = told & self.active & ~stopped & (total >= count)
+            total, stopped = torch.where(now, count, total), stopped | now
+        return total, ended | stopped
+
+    def write(self, added: Block, ended: Tensor) -> None:
+        """Copy what a pass added to the output."""
+        out, rows = self.out, self.rows
+        columns = torch.arange(added.tokens.shape[1], device=rows.device)
+        is_kept = columns < added.lengths[:, None]
+        where = rows[:, None], out.lengths[rows, None] + columns
+        out.tokens[where] = torch.where(is_kept, added.tokens, self.pad_id)
+        out.slots[where] = torch.where(is_kept, added.slots, -1)
+        out.logprobs[where] = torch.where(is_kept, added.logprobs, 0.0)
+        out.accepted[where] = torch.where(is_kept, added.accepted, 0)
+        out.lengths[rows] += added.lengths
+        out.passes[rows] += self.active.long()
+        out.finished[rows] |= self.active & ended
+        self.active = self.active & ~ended & (out.lengths[rows] < self.max_new_tokens)
+
+    def advance(self, added: Block, prefix: Tensor, drafts: Tensor, proposed: Tensor) -> bool:
+        """Prepare the next pass; False if no row goes on.
+
+        prefix [R]: added tokens that main has already read, as drafts. proposed [R]: how many of
+        `drafts` [R, K] are fed behind the tokens that it has not.
+        """
+        fresh, columns = added.tokens, torch.arange(added.tokens.shape[1], device=prefix.device)
+        if self.drafts.shape[1]:
+            fresh = fresh.gather(1, (columns + prefix[:, None]).clamp(max=fresh.shape[1] - 1))
+        # An inactive row is fed one token at position 0 until half of the rows are inactive.
+        self.start = torch.where(self.active, self.start + self.num_fresh + prefix, 0)
+        self.num_fresh = torch.where(self.active, added.lengths - prefix, 1)
+        self.num_drafts = torch.where(self.active, proposed, 0)
+        num_fed = self.num_fresh + self.num_drafts
+        keep = self.tables.keep.gather(1, self.phase[:, None])[:, 0]
+        figures = (
+            self.active.sum(),
+            num_fed.max(),
+            self.start.max(),
+            self.num_drafts.max(),
+            torch.where(self.active, keep, 2).min(),
+        )
+        num_active, widest, farthest, num_drafts, fewest = torch.stack(figures).tolist()
+        self.all_use_head = fewest > 1
+        if not num_active:
+            return False
+        self.drafts = drafts[:, :num_drafts]
+        if not num_drafts:
+            self.draft_log_probs = None
+        elif self.draft_log_probs is not None:
+            self.draft_log_probs = self.draft_log_probs[:, :num_drafts]
+        fed = splice(self.num_fresh, fresh, self.drafts) if num_drafts else fresh
+        columns = torch.arange(fed.shape[1], device=fed.device)
+        fed = torch.where(columns < num_fed[:, None], fed, self.pad_id)
+        self.fed, self.length = fed[:, :widest], farthest + widest
+        if 2 * num_active <= len(self.rows):
+            self.select(self.active.nonzero()[:, 0])
+        return True
+
+    def select(self, chosen: Tensor) -> None:
+        """Go on with the chosen rows only."""
+        self.cache.select(chosen)
+        self.tables.select(chosen)
+        for name in ("rows", "active", "phase", "in_phase", "start"):
+            setattr(self, name, getattr(self, name)[chosen])
+        for name in ("fed", "num_fresh", "drafts", "num_drafts"):
+            setattr(self, name, getattr(self, name)[chosen])
+        if self.draft_log_probs is not None:
+            self.draft_log_probs = self.draft_log_probs[chosen]
+
+    def decoded(self) -> Decoded:
+        """The output, cut to its longest row."""
+        out, longest = self.out, int(self.out.lengths.max())
+        for name in ("tokens", "slots", "logprobs", "accepted"):
+            setattr(out, name, getattr(out, name)[:, :longest])
+        return out

@@ -1,0 +1,74 @@
+"""What the pass loop writes: a whole batch, one pass of it, the head's slots of one pass.
+
+Travels with exported checkpoints: imports torch only.
+
+Shapes: B rows of the batch, L their tokens, R rows still running, W tokens of a pass, F rows that
+use the head, J of its slots, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FORCED = -2
+"""In place of a slot: the token was written in the model's stead, to close a phase."""
+
+
+@dataclass
+class Decoded:
+    """What the pass loop wrote, per row of the batch: B rows, at most L tokens."""
+
+    tokens: Tensor
+    """[B, L] int64, padded on the right with the pad id."""
+    slots: Tensor
+    """[B, L] int64: whose distribution each token follows. 0: main's; 1..K: the head's slot; -1 on
+    padding; -2 (`FORCED`): nobody's. All tokens of a verified phase follow main's."""
+    logprobs: Tensor
+    """[B, L] float32 under that distribution, as the sampler makes it; 0 on padding and forced."""
+    lengths: Tensor
+    """[B] int64 tokens."""
+    passes: Tensor
+    """[B] int64 forward passes of main."""
+    finished: Tensor
+    """[B] bool: ended by an end-of-sequence token or a stopping criterion, not by the limit."""
+    accepted: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
+    """[B, L] int64: the slot of the head that had proposed the token, which main accepted; 0 for
+    all others. Empty in a record that no pass loop made."""
+
+
+@dataclass
+class Block:
+    """The tokens that a pass added to each running row: R rows, at most W tokens."""
+
+    rows: Tensor
+    """[R] int64 which rows of the batch."""
+    tokens: Tensor
+    """[R, W] int64."""
+    slots: Tensor
+    """[R, W] int64, see `Decoded`."""
+    accepted: Tensor
+    """[R, W] int64, see `Decoded`."""
+    logprobs: Tensor
+    """[R, W] float32, see `Decoded`."""
+    lengths: Tensor
+    """[R] int64 tokens that count; 0 for a row that has ended."""
+
+
+class Slots(NamedTuple):
+    """What the head wrote in J slots of F rows."""
+
+    tokens: Tensor
+    """[F, J] int64."""
+    logprobs: Tensor
+    """[F, J] float32 of the tokens."""
+    likeliest: Tensor
+    """[F, J] float32: log-probability of the likeliest token, which the threshold is held to."""
+    log_probs: Tensor
+    """[F, J, V] float32, or [F, J, 0] where nobody will ask for it."""
+
+    @classmethod
+    def join(cls, parts: list["Slots"]) -> "Slots":
+        """Consecutive slots of the same rows."""
+        return cls(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
