@@ -165,7 +165,7 @@ def test_operators_are_registered_as_torch_asks(op):
     }
     operator = getattr(torch.ops.mtp_kernels, op).default
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if op != "linear_loss":  # its gradients are outputs, which that check cannot partition
+    if op != "linear_loss":  # whose gradients are outputs: see docs/kernels.md
         checks.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(operator, arguments[op], test_utils=checks)
 
