@@ -258,10 +258,13 @@ class PassLoop:
             chosen = ((keep > 1) & ~stops & runs & (~verified | (room > 1))).nonzero()[:, 0]
             if len(chosen):
                 at = self.num_fresh - 1 + prefix
-                written = self.head_slots(taps, at[chosen], chosen, prefix[chosen], token[chosen])
-                block[chosen, 1:], logprobs[chosen, 1:] = written.tokens, written.logprobs
-                is_sure = written.likeliest >= self.tables.sure[chosen, self.phase[chosen], None]
-                num_sure[chosen] = is_sure.long().cumprod(1).sum(1)
+                sure = self.tables.sure[chosen, self.phase[chosen], None]
+                written = self.head_slots(
+                    taps, at[chosen], chosen, prefix[chosen], token[chosen], sure
+                )
+                end = 1 + written.tokens.shape[1]
+                block[chosen, 1:end], logprobs[chosen, 1:end] = written.tokens, written.logprobs
+                num_sure[chosen] = (written.likeliest >= sure).long().cumprod(1).sum(1)
                 if self.keeps_distributions:
                     shape = (len(token), *written.log_probs.shape[1:])
                     self.draft_log_probs = written.log_probs.new_zeros(shape)
@@ -277,11 +280,18 @@ class PassLoop:
         return block, logprobs, kept, proposed
 
     def head_slots(
-        self, taps: list[Tensor], at: Tensor, chosen: Tensor, prefix: Tensor, token: Tensor
+        self,
+        taps: list[Tensor],
+        at: Tensor,
+        chosen: Tensor,
+        prefix: Tensor,
+        token: Tensor,
+        sure: Tensor,
     ) -> Slots:
         """Sample the head's tokens in `chosen` rows [F] behind t_0, `token` [F].
 
         taps [R, L, D] each; `at` [F] are the anchors, `prefix` [F] the drafts accepted before t_0.
+        Slots that no row is `sure` [F, 1] enough to reach are left out.
         """
         head, width = self.model.mtp_head, self.tables.num_head_slots
         ready = None if self.head_logits is None else self.head_logits[chosen]  # [F, K, V]
@@ -292,6 +302,7 @@ class PassLoop:
         if ready is not None and self.process is None:
             return self.draw(ready)
         said, state, drawn = token[:, None], None, []
+        going = torch.ones_like(token, dtype=torch.bool)
         for slot in range(width):
             if ready is None:
                 embeds = self.model.head_embed(said[:, -1:])
@@ -304,6 +315,10 @@ class PassLoop:
                 text = self.context(chosen, text, prefix + slot + 1)
                 logits = self.process(text, logits.float())
             drawn.append(self.draw(logits[:, None]))
+            if self.tables.has_thresholds:
+                going = going & (drawn[-1].likeliest >= sure)[:, 0]
+                if not bool(going.any()):
+                    break
             said = torch.cat([said, drawn[-1].tokens], 1)
         return Slots.join(drawn)
 
