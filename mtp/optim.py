@@ -1,7 +1,13 @@
-"""Optimizers of main and head: separate rates, schedules and clips."""
+"""Optimizers of main and head: separate rates, schedules and clips.
+
+Muon (Jordan et al. 2024; its update scaled to AdamW's as in Liu et al. 2025, arXiv 2502.16982)
+moves the matrices of hidden layers, and AdamW everything else.
+"""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,9 +15,14 @@ from torch import nn
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW of one emitter in one stage."""
+    """The optimizer of one emitter in one stage."""
 
+    algorithm: str = "adamw"
+    """`adamw`, or `muon` for the matrices of hidden layers and AdamW for the rest."""
     lr: float = 1e-3
+    muon_lr_ratio: float = 3.0
+    """Muon's rate over `lr`. At 1 an update has the root mean square of AdamW's in large models;
+    small models with noisy gradients make larger ones."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.0
     """Applied to matrices only."""
@@ -24,6 +35,10 @@ class OptimizerConfig:
 
     def validate(self, key: str) -> None:
         """Raises ValueError naming the key of an impossible value."""
+        if self.algorithm not in ("adamw", "muon"):
+            raise ValueError(f"{key}.algorithm must be adamw or muon, got {self.algorithm!r}")
+        if self.muon_lr_ratio <= 0:
+            raise ValueError(f"{key}.muon_lr_ratio must be above 0, got {self.muon_lr_ratio}")
         if self.lr < 0:
             raise ValueError(f"{key}.lr must be 0 or above, got {self.lr}")
         if self.clip_norm <= 0:
@@ -43,23 +58,74 @@ class OptimizerConfig:
         return self.lr * (self.final_lr_ratio + (1 - self.final_lr_ratio) * shape)
 
 
-def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Parameters of main and of the head, shared matrices counted with main."""
-    parts: dict[str, list[nn.Parameter]] = {"main": [], "head": []}
+def split_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Parameters of main and of the head by name, shared matrices counted with main."""
+    parts: dict[str, dict[str, nn.Parameter]] = {"main": {}, "head": {}}
     for name, parameter in model.named_parameters():
-        parts["head" if name.startswith("mtp_head.") else "main"].append(parameter)
+        parts["head" if name.startswith("mtp_head.") else "main"][name] = parameter
     return parts
 
 
-def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    groups = [
-        {
-            "params": [p for p in parameters if p.ndim >= 2],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon and AdamW on parameters of their own, behind one interface.
+
+    The groups are those of the two, so a rate that is set here is theirs.
+    """
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
+        self.parts = {"muon": muon, "adamw": adamw}
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step of both. A closure is not taken."""
+        assert closure is None
+        for part in self.parts.values():
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of both, by name."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What `state_dict` gave."""
+        for name, part in self.parts.items():
+            part.load_state_dict(state_dict[name])
+        self.param_groups[:] = [g for part in self.parts.values() for g in part.param_groups]
+
+
+def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """True for the matrices of hidden layers: neither embeddings nor output matrices."""
+    return parameter.ndim == 2 and not ("embed" in name or "lm_head" in name)
+
+
+def build_optimizer(
+    parameters: dict[str, nn.Parameter], config: OptimizerConfig
+) -> torch.optim.Optimizer:
+    """The optimizer of an emitter's parameters, with weight decay on matrices only."""
     betas = (config.betas[0], config.betas[1])
+    muon_names = [n for n, p in parameters.items() if is_hidden_matrix(n, p)]
+    if config.algorithm == "adamw":
+        muon_names = []
+    rest = [p for n, p in parameters.items() if n not in set(muon_names)]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+    if not muon_names:
+        return adamw
+    muon = torch.optim.Muon(
+        [parameters[name] for name in muon_names],
+        lr=config.lr * config.muon_lr_ratio,
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    muon.param_groups[0]["lr_ratio"] = config.muon_lr_ratio
+    return MuonWithAdamW(muon, adamw)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group the rate, times the group's own ratio where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_ratio", 1.0)

@@ -21,7 +21,7 @@ from .evaluate import evaluate
 from .export import export
 from .logger import MetricsLog, StageProgress, make_console
 from .models import build_model, has_head, save_model
-from .optim import build_optimizer, split_parameters
+from .optim import build_optimizer, set_lr, split_parameters
 from .reference import (
     check_references,
     frozen_for_evaluation,
@@ -88,7 +88,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     log: Any = NoLog()
     if fabric.is_global_zero:
         log = MetricsLog(folder, config.logger, asdict(config))
-    sizes = {name: sum(p.numel() for p in ps) for name, ps in split_parameters(model).items()}
+    parts = split_parameters(model)
+    sizes = {name: sum(p.numel() for p in part.values()) for name, part in parts.items()}
     console.print(
         f"{task.name}: main {sizes['main']:,} parameters, head {sizes['head']:,} "
         f"({config.head.type}, {config.head.num_slots} slots, taps {model.mtp_taps}); "
@@ -135,7 +136,7 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
     parameters = split_parameters(model)
     trained = {"main": stage.train_main, "head": stage.train_head}
     for part, is_trained in trained.items():
-        for parameter in parameters[part]:
+        for parameter in parameters[part].values():
             parameter.requires_grad_(is_trained)
     if stage.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -162,8 +163,7 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
     with StageProgress(name, stage.steps, progress.step, run.console) as bar:
         for step in range(progress.step, stage.steps):
             for part, optimizer in optimizers.items():
-                for group in optimizer.param_groups:
-                    group["lr"] = settings[part].lr_at(step, stage.steps)
+                set_lr(optimizer, settings[part].lr_at(step, stage.steps))
             step_began = time.monotonic()
             minibatches, metrics = step_batches(run, name, stage, step)
             for batches in minibatches:

@@ -29,6 +29,17 @@ REDUCED = [
     "stages.joint.main.decay=cosine",
     "stages.joint.head.lr=3e-3",
     "stages.joint.head.decay=cosine",
+    *(
+        f"stages.{stage}.{part}.algorithm=adamw"
+        for stage, part in (
+            ("main", "main"),
+            ("head", "head"),
+            ("joint", "main"),
+            ("joint", "head"),
+        )
+    ),
+    "stages.joint.main.final_lr_ratio=0.1",
+    "stages.joint.head.final_lr_ratio=0.1",
     "stages.rl.steps=8",
     "stages.rl.num_prompts=16",
     "stages.rl.group_size=8",

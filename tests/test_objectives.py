@@ -150,7 +150,8 @@ def test_an_update_does_not_depend_on_the_size_of_micro_batches(kind):
         wrapped.mark_forward_method("score")
         parts = split_parameters(model)
         optimizers = {
-            part: fabric.setup_optimizers(torch.optim.SGD(parts[part], lr=0.1)) for part in parts
+            part: fabric.setup_optimizers(torch.optim.SGD(parts[part].values(), lr=0.1))
+            for part in parts
         }
         metrics = update(
             fabric, wrapped, optimizers, batches, OBJECTIVES[kind],
@@ -173,7 +174,8 @@ def test_main_and_head_are_clipped_apart():
     wrapped.mark_forward_method("score")
     parts = split_parameters(model)
     optimizers = {
-        part: fabric.setup_optimizers(torch.optim.SGD(parts[part], lr=1.0)) for part in parts
+        part: fabric.setup_optimizers(torch.optim.SGD(parts[part].values(), lr=1.0))
+        for part in parts
     }
     clip_norms = {"main": 1e-3, "head": 1e-2}
     update(
