@@ -221,14 +221,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from .evaluate import evaluate as measure
     from .logger import make_console
     from .models import load_model
+    from .reference import evaluation_reference, folder_of
 
     device = choose_device(arguments.device)
     task = config.task.build()
     model, text = opened.load(device)
-    first = arguments.folder / "stages" / opened.stages_so_far()[0]
+    source = folder_of(config, arguments.folder, evaluation_reference(config))
     reference = None
-    if (first / "config.json").is_file():
-        reference = load_model(first, config.model.torch_dtype())[0].to(device).eval()
+    if (source / "config.json").is_file():
+        reference = load_model(source, config.model.torch_dtype())[0].to(device).eval()
     figures, _ = measure(
         model,
         text,

@@ -81,16 +81,17 @@ def save_start(run: Run) -> None:
     names = [stage_reference(config, name) for name in config.active_stages()]
     if START in (*names, evaluation_reference(config)) and run.fabric.is_global_zero:
         save_atomically(
-            folder_of(run, START), lambda folder: save_model(run.model, run.text, folder)
+            folder_of(config, run.folder, START),
+            lambda folder: save_model(run.model, run.text, folder),
         )
     run.fabric.barrier()
 
 
-def folder_of(run: Run, name: str) -> Path:
+def folder_of(config: RunConfig, run_folder: Path, name: str) -> Path:
     """Where a model is: as a stage left it, as the run began, or a folder."""
     if name == START:
-        return run.folder / START
-    return run.stage_folder(name) if name in run.config.active_stages() else Path(name)
+        return run_folder / START
+    return run_folder / "stages" / name if name in config.active_stages() else Path(name)
 
 
 def frozen_for_stage(run: Run, name: str) -> Any:
@@ -102,13 +103,15 @@ def frozen_for_stage(run: Run, name: str) -> Any:
 def frozen_for_evaluation(run: Run) -> Any:
     """What measures the thoughts; None as long as the stage that leaves it has not ended."""
     reference = evaluation_reference(run.config)
-    is_there = (folder_of(run, reference) / "config.json").is_file()
+    is_there = (folder_of(run.config, run.folder, reference) / "config.json").is_file()
     return load_frozen(run, reference) if is_there else None
 
 
 def load_frozen(run: Run, name: str) -> Any:
     """The model, without gradients. Raises ValueError if its vocabulary is not the run's."""
-    model, text = load_model(folder_of(run, name), run.config.model.torch_dtype())
+    model, text = load_model(
+        folder_of(run.config, run.folder, name), run.config.model.torch_dtype()
+    )
     if text.tokenizer.get_vocab() != run.text.tokenizer.get_vocab():  # type: ignore[attr-defined]
         raise ValueError(
             f"the reference {name} has another vocabulary than the model; a divergence compares "
