@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 ARMS = {
     "executed_closed": {"channel_gradient": 0.0},
     "leash_only": {"objective.policy.weight": 0.0},
-    "no_leash": {"objective.leash.weight": 0.0},
+    "no_leash": {"objective.leash.weight": 0.0, "objective.preserve.weight": 0.0},
     "main_leash": {"objective.leash.head_weight": 0.0},
     "auxiliary_ce": {
         "rollout_mode": "slow",
