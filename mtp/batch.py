@@ -198,21 +198,25 @@ def collate_rollouts(
     tokens, _ = pad(texts, pad_id)
     slot_of = torch.nn.utils.rnn.pad_sequence(slots, batch_first=True, padding_value=-1)
     sampled = torch.nn.utils.rnn.pad_sequence(logprobs, batch_first=True).flatten()
-    time = tokens.shape[1]
     main_rows = (slot_of == 0).flatten().nonzero()[:, 0] - 1
     following_slots = _windows(slot_of, num_slots, -1).flatten(0, 1)
     anchors = main_rows[following_slots[main_rows, 1] == 1] if num_slots > 1 else main_rows[:0]
     blocks = _windows(tokens, num_slots, pad_id).flatten(0, 1)[anchors]
     scored = following_slots[anchors, 1:] == torch.arange(1, num_slots)
     text = _text_batch(tokens, main_rows, anchors, blocks, scored)
-    advantage_of = advantages[torch.tensor(rows)]
+    return _rollout_batch(text, sampled, advantages[torch.tensor(rows)])
+
+
+def _rollout_batch(text: TextBatch, sampled: Tensor, advantages: Tensor) -> RolloutBatch:
+    """Each row with its rollout's advantage, of [B], and its token's log-probability, of [B * T]."""
+    time = text.tokens.shape[1]
     main_sampled, head_sampled = sampled[text.main_rows + 1], sampled[text.head_positions + 1]
     return RolloutBatch(
         **{f.name: getattr(text, f.name) for f in fields(TextBatch)},
-        main_advantages=advantage_of[text.main_rows // time],
+        main_advantages=advantages[text.main_rows // time],
         main_sampled=main_sampled,
         main_old=main_sampled,
-        head_advantages=advantage_of[text.head_positions // time],
+        head_advantages=advantages[text.head_positions // time],
         head_sampled=head_sampled,
         head_old=head_sampled,
     )
@@ -237,20 +241,8 @@ def collate_slow_rollouts(
     completions = [out.tokens[row, : lengths[row]].tolist() for row in rows]
     samples = [(prompts[row], ids) for row, ids in zip(rows, completions, strict=True)]
     text = collate_text(samples, plan, num_slots, pad_id)
-    time = text.tokens.shape[1]
-    sampled = torch.zeros(len(rows), time)
+    sampled = torch.zeros(text.tokens.shape)
     for index, row in enumerate(rows):
         start = len(prompts[row])
         sampled[index, start : start + lengths[row]] = out.logprobs[row, : lengths[row]]
-    advantage_of = advantages[torch.tensor(rows)]
-    main_sampled = sampled.flatten()[text.main_rows + 1]
-    head_sampled = sampled.flatten()[text.head_positions + 1]
-    return RolloutBatch(
-        **{f.name: getattr(text, f.name) for f in fields(TextBatch)},
-        main_advantages=advantage_of[text.main_rows // time],
-        main_sampled=main_sampled,
-        main_old=main_sampled,
-        head_advantages=advantage_of[text.head_positions // time],
-        head_sampled=head_sampled,
-        head_old=head_sampled,
-    )
+    return _rollout_batch(text, sampled.flatten(), advantages[torch.tensor(rows)])
