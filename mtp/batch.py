@@ -208,7 +208,7 @@ def collate_rollouts(
 
 
 def _rollout_batch(text: TextBatch, sampled: Tensor, advantages: Tensor) -> RolloutBatch:
-    """Each row with its rollout's advantage, of [B], and its token's log-probability, of [B * T]."""
+    """Gives each row its rollout's advantage [B] and its token's log-probability [B * T]."""
     time = text.tokens.shape[1]
     main_sampled, head_sampled = sampled[text.main_rows + 1], sampled[text.head_positions + 1]
     return RolloutBatch(
