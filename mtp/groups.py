@@ -15,7 +15,7 @@ from .reward import Rewards, score
 from .rollout import Rollouts, sample
 from .run import Run, draw
 from .stage import StageConfig
-from .update import sum_over_processes
+from .update import over_processes
 
 
 @dataclass
@@ -66,7 +66,7 @@ def sample_groups(run: Run, name: str, stage: StageConfig, step: int) -> Groups:
         rewards.append(judged)
         num_informative = sum(int(informative(r.outcomes).sum()) for r in rewards)
         is_short = {"short": float(num_informative < share)}
-        if not sum_over_processes(run.fabric, is_short)["short"]:
+        if not over_processes(run.fabric, is_short, "sum")["short"]:
             break
     judged = join_rewards(rewards)
     used = list(range(len(judged.outcomes)))
@@ -82,7 +82,7 @@ def choose(run: Run, stage: StageConfig, is_informative: torch.Tensor) -> list[i
     all processes take the same steps.
     """
     chosen: list[int] = is_informative.nonzero()[:, 0].tolist()
-    if not sum_over_processes(run.fabric, {"chosen": float(len(chosen))})["chosen"]:
+    if not over_processes(run.fabric, {"chosen": float(len(chosen))}, "sum")["chosen"]:
         return []
     missing = max(0, stage.num_minibatches - len(chosen))
     return chosen + (~is_informative).nonzero()[:missing, 0].tolist()

@@ -26,27 +26,17 @@ def global_counts(
     for batch in batches:
         for name, count in objective.counts(batch, in_rl).items():
             totals[name] = totals.get(name, 0.0) + count
-    return sum_over_processes(fabric, totals)
+    return over_processes(fabric, totals, "sum")
 
 
-def sum_over_processes(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
-    """Named numbers added up over all processes, which must hold the same names."""
+def over_processes(fabric: Fabric, values: dict[str, float], op: str) -> dict[str, float]:
+    """The `sum` or `max` of each number over all processes, which must hold the same names."""
     if fabric.world_size == 1:
         return values
     names = sorted(values)
     mine = torch.tensor([values[n] for n in names], device=fabric.device, dtype=torch.float64)
-    total = torch.as_tensor(fabric.all_reduce(mine, reduce_op="sum"))
-    return dict(zip(names, total.tolist(), strict=True))
-
-
-def max_over_processes(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
-    """The largest of each named number over all processes, which must hold the same names."""
-    if fabric.world_size == 1:
-        return values
-    names = sorted(values)
-    mine = torch.tensor([values[n] for n in names], device=fabric.device, dtype=torch.float64)
-    largest = torch.as_tensor(fabric.all_reduce(mine, reduce_op="max"))
-    return dict(zip(names, largest.tolist(), strict=True))
+    reduced = torch.as_tensor(fabric.all_reduce(mine, reduce_op=op))
+    return dict(zip(names, reduced.tolist(), strict=True))
 
 
 def update(
@@ -127,9 +117,9 @@ def update(
                 maxima[metric] = max(maxima.get(metric, 0.0), float(value))
         add("loss", float(loss.detach()), 0.0)
 
-    sums, seen = sum_over_processes(fabric, sums), sum_over_processes(fabric, seen)
+    sums, seen = over_processes(fabric, sums, "sum"), over_processes(fabric, seen, "sum")
     metrics = {name: sums[name] / seen[name] for name in sums if seen[name]}
-    metrics |= max_over_processes(fabric, maxima)
+    metrics |= over_processes(fabric, maxima, "max")
     metrics["loss"] = sums["loss"]
     metrics |= {f"loss/{n}": sums[f"loss/{n}"] / max(c, 1.0) for n, c in counts.items()}
     metrics |= {f"num_tokens/{n}": c for n, c in counts.items()}
