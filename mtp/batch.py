@@ -4,11 +4,14 @@ A batch is flat text plus lists of rows. A row of main is a position of the text
 is a slot of an anchor. Everything is packed: no row is there that is not scored, so each stream's
 count is the length of its list.
 
+Rollouts that say the same, in the same blocks, share one text, which goes through the models once;
+each has rows of its own. Small policies repeat themselves a lot within a group.
+
 Example, K = 2, text `p a b c d` with prompt `p`, blocks `a b c` (all kept) and `d`:
 main rows are positions 0 (writes a) and 3 (writes d); the anchor 0 has head rows (0, slot 1) -> b
 and (0, slot 2) -> c, which lie at text positions 1 and 2.
 
-Shapes: B sequences, T time, R main rows, N anchors, K head slots, M head rows.
+Shapes: B texts, T time, R main rows, N anchors, K head slots, M head rows, G rollouts.
 """
 
 from dataclasses import dataclass, fields
@@ -55,13 +58,17 @@ class TextBatch:
 class RolloutBatch(TextBatch):
     """Text sampled by the policy, with what the policy objective needs, row by row."""
 
+    main_rollouts: Tensor
+    """[R] number of the rollout that the row belongs to, 0..G-1."""
     main_advantages: Tensor
-    """[R] advantage of the rollout that the row belongs to."""
+    """[R] its advantage."""
     main_sampled: Tensor
     """[R] log-probability under which the token was sampled."""
     main_old: Tensor
     """[R] log-probability that ratios are taken to: the sampler's, or a replay's before the
     update."""
+    head_rollouts: Tensor
+    """[M]"""
     head_advantages: Tensor
     """[M]"""
     head_sampled: Tensor
@@ -70,24 +77,22 @@ class RolloutBatch(TextBatch):
     """[M]"""
 
     @property
-    def main_rollouts(self) -> Tensor:
-        """[R] row of `tokens` that each of main's rows belongs to."""
-        return self.main_rows // self.tokens.shape[1]
-
-    @property
-    def head_rollouts(self) -> Tensor:
-        """[M] the same of the head's."""
-        return self.head_positions // self.tokens.shape[1]
+    def num_rollouts(self) -> int:
+        """G. Main writes in every rollout."""
+        return len(self.main_rollouts.unique())
 
     @property
     def main_blocks(self) -> Tensor:
-        """[R] a number of the pass that wrote each of main's tokens: its anchor."""
-        return self.main_rows
+        """[R] a number of the pass that wrote each of main's tokens."""
+        time = self.tokens.shape[1]
+        return self.main_rollouts * time + self.main_rows % time
 
     @property
     def head_blocks(self) -> Tensor:
         """[M] the same of the head's."""
-        return self.anchors[self.head_rows // max(1, self.slot_inputs.shape[1])]
+        time = self.tokens.shape[1]
+        anchors = self.anchors[self.head_rows // max(1, self.slot_inputs.shape[1])]
+        return self.head_rollouts * time + anchors % time
 
 
 def pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -188,38 +193,91 @@ def collate_rollouts(
         num_slots: K + 1.
         pad_id: fills rows on the right.
     """
-    texts, slots, logprobs = [], [], []
-    for row in rows:
-        length = int(out.lengths[row])
-        texts.append(prompts[row] + out.tokens[row, :length].tolist())
+    chosen = Chosen(prompts, out, rows)
+    slots = []
+    for row in chosen.texts:
         before = torch.full((len(prompts[row]),), -1)
-        slots.append(torch.cat([before, out.slots[row, :length]]))
-        logprobs.append(torch.cat([torch.zeros(len(before)), out.logprobs[row, :length]]))
-    tokens, _ = pad(texts, pad_id)
+        slots.append(torch.cat([before, out.slots[row, : int(out.lengths[row])]]))
+    tokens, _ = pad([prompts[row] + chosen.completion(row) for row in chosen.texts], pad_id)
     slot_of = torch.nn.utils.rnn.pad_sequence(slots, batch_first=True, padding_value=-1)
-    sampled = torch.nn.utils.rnn.pad_sequence(logprobs, batch_first=True).flatten()
     main_rows = (slot_of == 0).flatten().nonzero()[:, 0] - 1
     following_slots = _windows(slot_of, num_slots, -1).flatten(0, 1)
     anchors = main_rows[following_slots[main_rows, 1] == 1] if num_slots > 1 else main_rows[:0]
     blocks = _windows(tokens, num_slots, pad_id).flatten(0, 1)[anchors]
     scored = following_slots[anchors, 1:] == torch.arange(1, num_slots)
-    text = _text_batch(tokens, main_rows, anchors, blocks, scored)
-    return _rollout_batch(text, sampled, advantages[torch.tensor(rows)])
+    return chosen.batch(_text_batch(tokens, main_rows, anchors, blocks, scored), advantages)
 
 
-def _rollout_batch(text: TextBatch, sampled: Tensor, advantages: Tensor) -> RolloutBatch:
-    """Gives each row its rollout's advantage [B] and its token's log-probability [B * T]."""
-    time = text.tokens.shape[1]
-    main_sampled, head_sampled = sampled[text.main_rows + 1], sampled[text.head_positions + 1]
-    return RolloutBatch(
-        **{f.name: getattr(text, f.name) for f in fields(TextBatch)},
-        main_advantages=advantages[text.main_rows // time],
-        main_sampled=main_sampled,
-        main_old=main_sampled,
-        head_advantages=advantages[text.head_positions // time],
-        head_sampled=head_sampled,
-        head_old=head_sampled,
-    )
+class Chosen:
+    """Rollouts picked for a batch, and which of them say the same in the same blocks."""
+
+    def __init__(self, prompts: list[list[int]], out: Decoded, rows: list[int]):
+        self.prompts, self.out, self.rows = prompts, out, rows
+        said: dict[tuple, int] = {}
+        self.texts: list[int] = []
+        """[B] the first rollout of each text."""
+        text_of = []
+        for row in rows:
+            slots = out.slots[row, : int(out.lengths[row])].tolist()
+            key = (tuple(prompts[row]), tuple(self.completion(row)), tuple(slots))
+            if key not in said:
+                said[key] = len(said)
+                self.texts.append(row)
+            text_of.append(said[key])
+        self.text_of = torch.tensor(text_of)
+        """[G] number of each rollout's text."""
+
+    def completion(self, row: int) -> list[int]:
+        """Ids that a rollout wrote."""
+        return self.out.tokens[row, : int(self.out.lengths[row])].tolist()
+
+    def batch(self, text: TextBatch, advantages: Tensor) -> RolloutBatch:
+        """Gives each rollout rows of its own, with its advantage and log-probabilities.
+
+        text: the rows of each text; advantages: [all rollouts].
+        """
+        time = text.tokens.shape[1]
+        sampled = torch.zeros(len(self.rows), time)
+        for index, row in enumerate(self.rows):
+            start, length = len(self.prompts[row]), int(self.out.lengths[row])
+            sampled[index, start : start + length] = self.out.logprobs[row, :length]
+        of_main, main_rollouts = self.copies(text.main_rows // time)
+        of_head, head_rollouts = self.copies(text.head_positions // time)
+        rows = {
+            f.name: getattr(text, f.name)[of_main if f.name.startswith("main_") else of_head]
+            for f in fields(TextBatch)
+            if f.name.startswith(("main_", "head_"))
+        }
+        main_sampled = sampled[main_rollouts, rows["main_rows"] % time + 1]
+        head_sampled = sampled[head_rollouts, rows["head_positions"] % time + 1]
+        given = advantages[torch.tensor(self.rows)]
+        return RolloutBatch(
+            tokens=text.tokens,
+            anchors=text.anchors,
+            slot_inputs=text.slot_inputs,
+            **rows,
+            main_rollouts=main_rollouts,
+            main_advantages=given[main_rollouts],
+            main_sampled=main_sampled,
+            main_old=main_sampled,
+            head_rollouts=head_rollouts,
+            head_advantages=given[head_rollouts],
+            head_sampled=head_sampled,
+            head_old=head_sampled,
+        )
+
+    def copies(self, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """texts [R] of rows -> the row to copy and the rollout that gets it, [sum of copies] each.
+
+        A row is copied for every rollout that shares its text.
+        """
+        by_text = self.text_of.argsort(stable=True)
+        number = self.text_of.bincount()
+        begins = number.cumsum(0) - number
+        times = number[texts]
+        source = torch.arange(len(texts)).repeat_interleave(times)
+        nth = torch.arange(len(source)) - (times.cumsum(0) - times)[source]
+        return source, by_text[begins[texts[source]] + nth]
 
 
 def collate_slow_rollouts(
@@ -237,12 +295,6 @@ def collate_slow_rollouts(
     the head had no part: `head_sampled` is main's log-probability of the token. Arguments are those
     of `collate_rollouts`, and `plan`: the phases in fast mode.
     """
-    lengths = out.lengths.tolist()
-    completions = [out.tokens[row, : lengths[row]].tolist() for row in rows]
-    samples = [(prompts[row], ids) for row, ids in zip(rows, completions, strict=True)]
-    text = collate_text(samples, plan, num_slots, pad_id)
-    sampled = torch.zeros(text.tokens.shape)
-    for index, row in enumerate(rows):
-        start = len(prompts[row])
-        sampled[index, start : start + lengths[row]] = out.logprobs[row, : lengths[row]]
-    return _rollout_batch(text, sampled.flatten(), advantages[torch.tensor(rows)])
+    chosen = Chosen(prompts, out, rows)
+    samples = [(prompts[row], chosen.completion(row)) for row in chosen.texts]
+    return chosen.batch(collate_text(samples, plan, num_slots, pad_id), advantages)

@@ -82,6 +82,7 @@ class BlockCache(Cache):
         return keys <= positions[:, None, :, None]
 
     def select(self, rows: Tensor) -> None:
-        """Keep the given rows only."""
+        """Go on with the given rows, some of which may be the same."""
+        self.num_rows = len(rows)
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]

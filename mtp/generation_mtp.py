@@ -57,13 +57,13 @@ HONOURED = (
     "top_p",
     "eos_token_id",
     "pad_token_id",
+    "num_return_sequences",
     "return_dict_in_generate",
 )
 """Fields of a generation config, or arguments of `generate`, that the pass loop reads."""
 
 NEUTRAL: dict[str, Any] = {
     "num_beams": 1,
-    "num_return_sequences": 1,
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "min_length": 0,
@@ -193,8 +193,8 @@ class MTPGenerationMixin:
                 to every slot), stopping_criteria (asked after every token) and streamer (given a
                 block at a time).
 
-        Returns [B, T + L] ids, or `MTPGenerateOutput`. Raises ValueError, before any pass, for what
-        the pass loop cannot do.
+        Returns [B * num_return_sequences, T + L] ids, or `MTPGenerateOutput`. Raises ValueError,
+        before any pass, for what the pass loop cannot do.
         """
         if mtp_mode is None:
             return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
@@ -205,11 +205,15 @@ class MTPGenerationMixin:
         process = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
         stop = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
         streamer = kwargs.pop("streamer", None)
-        if streamer is not None and len(prompts) > 1:
-            raise ValueError(
-                f"streamer takes one sequence at a time, got a batch of {len(prompts)}"
-            )
         setting = read_settings(generation_config or self.generation_config, kwargs)
+        copies = setting.get("num_return_sequences", 1)
+        if streamer is not None and len(prompts) * copies > 1:
+            raise ValueError(f"streamer takes one sequence at a time, got {len(prompts) * copies}")
+        if copies > 1 and not setting.get("do_sample"):
+            raise ValueError(
+                f"num_return_sequences={copies} greedy sequences of a prompt would be the same; "
+                "set do_sample=True"
+            )
         modes = [mtp_mode] * len(prompts) if isinstance(mtp_mode, str) else list(mtp_mode)
         by_mode = {mode: self.phase_plan(mode, mtp_k, max_thought_tokens) for mode in modes}
         eos = setting.get("eos_token_id")
@@ -237,10 +241,11 @@ class MTPGenerationMixin:
             process=process if len(process) else None,  # type: ignore[arg-type]
             stop=stop if len(stop) else None,
             on_block=None if streamer is None else lambda block: put_block(streamer, block),
+            num_return_sequences=copies,
         )
         if streamer is not None:
             streamer.end()
-        sequences = torch.cat([prompts, out.tokens], 1)
+        sequences = torch.cat([prompts.repeat_interleave(copies, 0), out.tokens], 1)
         if not setting.get("return_dict_in_generate"):
             return sequences
         return MTPGenerateOutput(

@@ -50,6 +50,7 @@ def decode(
     process: Process | None = None,
     stop: Stop | None = None,
     on_block: Callable[[Block], None] | None = None,
+    num_return_sequences: int = 1,
 ) -> Decoded:
     """Run the pass loop until every row has ended or has `max_new_tokens` tokens.
 
@@ -68,6 +69,8 @@ def decode(
         stop: asked after every token, with the text so far, padded on the left; a block is cut
             where it says True.
         on_block: called after each pass.
+        num_return_sequences: continuations of each prompt, n. The prompt is read once for all of
+            them, and row i of the output continues prompt i // n.
 
     Raises ValueError for plans that the model cannot follow.
     """
@@ -75,17 +78,20 @@ def decode(
     check_plans(plans, len(prompts), model.num_slots, model.config.vocab_size)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if num_return_sequences < 1:
+        raise ValueError(f"num_return_sequences must be at least 1, got {num_return_sequences}")
     loop = PassLoop(
         model,
-        prompts,
-        prompt_lengths,
-        plans,
+        prompts.repeat_interleave(num_return_sequences, 0),
+        prompt_lengths.repeat_interleave(num_return_sequences),
+        [plan for plan in plans for _ in range(num_return_sequences)],
         sampler,
         max_new_tokens,
         pad_id,
         generator,
         process,
         stop,
+        num_return_sequences,
     )
     goes_on = True
     while goes_on:
@@ -121,6 +127,7 @@ class PassLoop:
         generator: torch.Generator | None,
         process: Process | None,
         stop: Stop | None,
+        num_copies: int,
     ):
         device, num_rows = prompts.device, len(prompts)
         self.model, self.plan, self.sampler = model, plans[0], sampler
@@ -132,7 +139,8 @@ class PassLoop:
         self.prompts, self.prompt_lengths = prompts, prompt_lengths
         self.main_weight = model.get_output_embeddings().weight
         self.head_weight = model.head_output_weight()
-        self.cache = BlockCache(model.config.num_hidden_layers, num_rows)
+        self.num_copies = num_copies  # rows next to each other that are still the same
+        self.cache = BlockCache(model.config.num_hidden_layers, num_rows // num_copies)
 
         # What is written: rows of the batch. Beyond the limit there is room for what a cut drops.
         room = max_new_tokens + 2 * model.num_slots
@@ -163,7 +171,7 @@ class PassLoop:
 
     def run_pass(self) -> tuple[Block, bool]:
         """One pass of all running rows: what it added, and whether any row goes on."""
-        hidden, taps = self.model.main_states(self.fed, self.start, self.cache, self.length)
+        hidden, taps = self.read()
         self.head_logits = None
         verdict = self.main_tokens(hidden, taps)
         prefix = verdict.num_accepted
@@ -187,6 +195,17 @@ class PassLoop:
         added = Block(self.rows, tokens, slots, accepted, logprobs, total)
         self.write(added, ended)
         return added, self.advance(added, prefix, block[:, 1:], proposed)
+
+    def read(self) -> tuple[Tensor, list[Tensor]]:
+        """Main's forward over what is fed, equal rows once: hidden rows [R, L, D], each tap's."""
+        copies, self.num_copies = self.num_copies, 1
+        fed, start = self.fed[::copies], self.start[::copies]
+        hidden, taps = self.model.main_states(fed, start, self.cache, self.length)
+        if copies == 1:
+            return hidden, taps
+        source = torch.arange(len(self.rows), device=hidden.device) // copies
+        self.cache.select(source)
+        return hidden[source], [tap[source] for tap in taps]
 
     def main_tokens(self, hidden: Tensor, taps: list[Tensor]) -> Verdict:
         """What main accepts of the drafts, and its own token after them: [R, L, D] each."""

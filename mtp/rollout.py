@@ -77,7 +77,6 @@ def sample(
     prompts = [text.prompt_ids(example.prompt) for example in examples]
     if prefixes is not None:
         prompts = [p + prefix for p, prefix in zip(prompts, prefixes, strict=True)]
-    prompts = [prompt for prompt in prompts for _ in range(group_size)]
     device = next(model.parameters()).device
     tokens, lengths = pad(prompts, text.pad_id)
     training = model.training
@@ -91,7 +90,9 @@ def sample(
         max_new_tokens=max_new_tokens,
         pad_id=text.pad_id,
         generator=generator,
+        num_return_sequences=group_size,
     )
     model.train(training)
     record = Decoded(**{name: value.cpu() for name, value in vars(out).items()})
+    prompts = [prompt for prompt in prompts for _ in range(group_size)]
     return Rollouts(examples, group_size, prompts, record)

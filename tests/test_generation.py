@@ -9,6 +9,10 @@ from tiny import CLOSE, EOS, PAD, VOCABULARY, tiny_model
 from mtp.batch import pad
 from mtp.generation_mtp import PhasePlan, Sampler, decode
 
+PHASES = [
+    {"name": "thought", "mode": "fast", "opened_by": None},
+    {"name": "answer", "mode": "slow", "opened_by": CLOSE},
+]
 RAGGED = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [4, 4]]
 
 
@@ -162,10 +166,7 @@ def test_impossible_sampling_is_an_error_that_names_the_key(settings_):
 
 def test_generate_takes_left_padding_and_returns_what_decode_does(plan):
     model = tiny_model()
-    model.generation_config.mtp_phases = [
-        {"name": "thought", "mode": "fast", "opened_by": None},
-        {"name": "answer", "mode": "slow", "opened_by": CLOSE},
-    ]
+    model.generation_config.mtp_phases = PHASES
     width = max(map(len, RAGGED))
     ids = torch.tensor([[PAD] * (width - len(p)) + p for p in RAGGED])
     mask = (ids != PAD).long()
@@ -186,3 +187,43 @@ def test_generate_takes_left_padding_and_returns_what_decode_does(plan):
     with pytest.raises(ValueError, match="mtp_mode"):
         model.generate(ids, mtp_mode="warp")
     assert int(out.sequences.max()) < VOCABULARY
+
+
+@pytest.mark.parametrize("mode", ["fast", "slow", "verified"])
+def test_sequences_of_one_prompt_are_those_of_the_prompt_repeated(mode, plan):
+    model = tiny_model()
+    plan = {"fast": plan, "slow": plan.as_slow(), "verified": plan.as_verified(4)}[mode]
+    tokens, lengths = pad(RAGGED, PAD)
+    settings_ = {"max_new_tokens": 20, "pad_id": PAD}
+
+    def generator():
+        return torch.Generator().manual_seed(2)
+
+    out = decode(
+        model, tokens, lengths, plan, Sampler(), generator=generator(),
+        num_return_sequences=3, **settings_,
+    )  # fmt: skip
+    expected = decode(
+        model, tokens.repeat_interleave(3, 0), lengths.repeat_interleave(3), plan, Sampler(),
+        generator=generator(), **settings_,
+    )  # fmt: skip
+    assert completions(out) == completions(expected)
+    assert torch.equal(out.slots, expected.slots)
+    assert torch.allclose(out.logprobs, expected.logprobs, atol=1e-5)
+    one = decode(
+        model, tokens[:1], lengths[:1], plan, Sampler(), generator=generator(),
+        num_return_sequences=2, **settings_,
+    )  # fmt: skip
+    assert len(one.tokens) == 2 and one.tokens[0].tolist() != one.tokens[1].tolist()
+
+
+def test_generate_returns_several_sequences_of_a_prompt():
+    model = tiny_model()
+    model.generation_config.mtp_phases = PHASES
+    ids = torch.tensor([[5, 6], [8, 9]])
+    out = model.generate(
+        ids, mtp_mode="fast", do_sample=True, num_return_sequences=2, max_new_tokens=8
+    )
+    assert out.shape[0] == 4 and out[:, :2].tolist() == [[5, 6], [5, 6], [8, 9], [8, 9]]
+    with pytest.raises(ValueError, match="num_return_sequences=2 greedy.*do_sample"):
+        model.generate(ids, mtp_mode="fast", num_return_sequences=2)

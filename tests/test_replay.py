@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tiny import CLOSE, EOS, PAD, tiny_model
 
 from mtp.batch import collate_rollouts, pad
-from mtp.generation_mtp import FORCED, PhasePlan, Sampler, decode
+from mtp.generation_mtp import FORCED, Decoded, PhasePlan, Sampler, decode
 from mtp.objectives import score_batch
+from mtp.objectives.policy import Policy
 
 MODELS = {
     (family, head, shared): tiny_model(family, type=head, shared_embeddings=shared)
@@ -88,3 +89,40 @@ def test_micro_batches_hold_the_same_rows_as_one_batch(head, plan):
     for name in ("main_targets", "head_targets", "head_slots", "main_advantages", "head_sampled"):
         joined = torch.cat([getattr(part, name) for part in parts])
         assert torch.equal(joined, getattr(whole, name)), name
+
+
+@pytest.mark.parametrize("ratio", ["token", "block", "sequence", "rollout"])
+def test_rollouts_that_say_the_same_share_a_text_and_count_apart(ratio, plan):
+    model = tiny_model()
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12]]
+    tokens, lengths = pad(prompts, PAD)
+    out = decode(
+        model, tokens, lengths, plan, Sampler(), max_new_tokens=20, pad_id=PAD,
+        generator=torch.Generator().manual_seed(3),
+    )  # fmt: skip
+    copies = torch.tensor([0, 1, 0, 2, 0, 1])
+    out = Decoded(**{name: value[copies] for name, value in vars(out).items()})
+    out.logprobs = out.logprobs - 0.1 * torch.arange(6.0)[:, None] * (out.slots >= 0)
+    prompts = [prompts[i] for i in copies]
+    advantages = torch.tensor([1.0, 2.0, -3.0, 4.0, 0.5, -1.0])
+    policy = Policy(weight=1.0, ratio=ratio, normalizer="sequences", clip_low=0.3, clip_high=0.3)
+
+    def loss_of(groups: list[list[int]]) -> tuple[torch.Tensor, dict[str, float]]:
+        total, counts = torch.zeros(()), dict.fromkeys(("policy_main", "policy_head"), 0.0)
+        for rows in groups:
+            batch = collate_rollouts(prompts, out, advantages, rows, 4, PAD)
+            assert len(batch.tokens) == len({int(copies[row]) for row in rows})
+            assert batch.num_rollouts == len(rows)
+            scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+            terms = policy.terms(scored, batch)
+            total = total + sum(term.weight * term.total for term in terms.values())
+            counts = {name: counts[name] + n for name, n in policy.counts(batch).items()}
+        return total, counts
+
+    together, counts = loss_of([[0, 1, 2, 3, 4, 5]])
+    apart, counts_apart = loss_of([[row] for row in range(6)])
+    assert counts == counts_apart
+    assert torch.allclose(together, apart, rtol=1e-5)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    gradient, expected = (torch.autograd.grad(x, weight)[0] for x in (together, apart))
+    assert torch.allclose(gradient, expected, rtol=1e-3, atol=float(expected.abs().max()) * 1e-5)

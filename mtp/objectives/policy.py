@@ -101,7 +101,7 @@ class Policy:
             return len(rollouts)
         if self._normalizer == "sequences":
             return len(rollouts.unique())
-        return len(batch.tokens) * (self.length if self._normalizer == "length" else 1)
+        return batch.num_rollouts * (self.length if self._normalizer == "length" else 1)
 
     def terms(
         self, scored: Scored, batch: RolloutBatch, sampler: Sampler = PLAIN
