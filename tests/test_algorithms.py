@@ -54,7 +54,7 @@ def run(policy: Policy, correction: float = 1.0):
     emitters, leaves = {}, {}
     for name, ratios in (("main", MAIN), ("head", HEAD)):
         leaf = (torch.tensor(ratios) * 0.1).log().requires_grad_(True)
-        stats = RowStats(leaf, torch.zeros(3), torch.zeros(3, dtype=torch.bool))
+        stats = RowStats(leaf, torch.zeros(3))
         emitters[name] = SimpleNamespace(stats=lambda sampler, stats=stats: stats)
         leaves[name] = leaf
     policy.validate("policy")

@@ -52,7 +52,7 @@ def ours(algorithm: str, **settings) -> tuple[float, torch.Tensor]:
     )
 
     def emitter(values: torch.Tensor) -> SimpleNamespace:
-        stats = RowStats(values, torch.zeros_like(values), torch.zeros(len(values)).bool())
+        stats = RowStats(values, torch.zeros_like(values))
         return SimpleNamespace(stats=lambda sampler: stats)
 
     scored = SimpleNamespace(main=emitter(logprob[MASK]), head=emitter(torch.zeros(0)))

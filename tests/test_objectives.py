@@ -34,9 +34,16 @@ def emitter(rows: list[list[float]], targets: list[int]) -> Emitter:
 def test_row_statistics_by_hand():
     stats = emitter([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]], [1, 2]).stats()
     assert torch.allclose(stats.logprob.exp(), torch.tensor([0.25, 0.8]))
-    assert stats.correct.tolist() == [False, True]
     entropy = 0.5 * math.log(2) + 0.5 * math.log(4)
     assert math.isclose(float(stats.entropy[0]), entropy, rel_tol=1e-5)
+
+
+def test_cross_entropy_of_rows_by_hand():
+    rows = emitter([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]], [1, 2])
+    out = rows.cross_entropy(torch.tensor([2.0, 0.5]))
+    assert torch.allclose(out.loss, torch.tensor(-2 * math.log(0.25) - 0.5 * math.log(0.8)))
+    assert torch.allclose(rows.cross_entropy().loss, torch.tensor(-math.log(0.25 * 0.8)))
+    assert (out.argmax == rows.targets).tolist() == [False, True]
 
 
 def test_kl_of_rows_by_hand():

@@ -39,12 +39,9 @@ class HeadCE:
 
     def terms(self, scored: Scored, batch: TextBatch) -> dict[str, Term]:
         """Weighted sum of -log p over the head's tokens."""
-        stats = scored.head.stats()
-        metrics = {
-            "head/accuracy": mean_of(stats.correct),
-            "head/entropy": mean_of(stats.entropy),
-        }
+        out = scored.head.cross_entropy(self._weights(batch))
+        correct = out.argmax == batch.head_targets
+        metrics = {"head/accuracy": mean_of(correct), "head/entropy": mean_of(out.entropy)}
         for slot in range(1, batch.slot_inputs.shape[1] + 1):
-            metrics[f"head/accuracy_{slot}"] = mean_of(stats.correct[batch.head_slots == slot])
-        loss = -(self._weights(batch) * stats.logprob).sum()
-        return {"head_ce": Term(loss, self.weight, metrics)}
+            metrics[f"head/accuracy_{slot}"] = mean_of(correct[batch.head_slots == slot])
+        return {"head_ce": Term(out.loss, self.weight, metrics)}

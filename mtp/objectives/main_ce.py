@@ -22,9 +22,9 @@ class MainCE:
 
     def terms(self, scored: Scored, batch: TextBatch) -> dict[str, Term]:
         """Sum of -log p over main's tokens."""
-        stats = scored.main.stats()
+        out = scored.main.cross_entropy()
         metrics = {
-            "main/accuracy": mean_of(stats.correct),
-            "main/entropy": mean_of(stats.entropy),
+            "main/accuracy": mean_of(out.argmax == batch.main_targets),
+            "main/entropy": mean_of(out.entropy),
         }
-        return {"main_ce": Term(-stats.logprob.sum(), self.weight, metrics)}
+        return {"main_ce": Term(out.loss, self.weight, metrics)}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from mtp_kernels import linear_kl, linear_logprob
+from mtp_kernels import LinearLoss, linear_kl, linear_logprob, linear_loss
 from torch import Tensor
 
 from ..batch import TextBatch
@@ -25,8 +25,6 @@ class RowStats(NamedTuple):
     """[R] log-probability of the target."""
     entropy: Tensor
     """[R] nats; without gradient."""
-    correct: Tensor
-    """[R] bool: the likeliest token is the target."""
 
 
 @dataclass
@@ -59,8 +57,7 @@ class Emitter:
                     temperature=sampler.temperature or 1.0,
                     impl=self.impl,
                 )
-                correct = out.argmax == self.targets
-                self._stats[key] = RowStats(out.logprob, out.entropy.detach(), correct)
+                self._stats[key] = RowStats(out.logprob, out.entropy.detach())
         return self._stats[key]
 
     def _truncated_stats(self, sampler: Sampler) -> RowStats:
@@ -68,8 +65,18 @@ class Emitter:
         log_probs = sampler.log_probs(self.hidden @ self.weight.T)
         with torch.no_grad():
             entropy = -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1)
-            correct = log_probs.argmax(-1) == self.targets
-        return RowStats(log_probs.gather(-1, self.targets[:, None])[:, 0], entropy, correct)
+        return RowStats(log_probs.gather(-1, self.targets[:, None])[:, 0], entropy)
+
+    def cross_entropy(self, row_weight: Tensor | None = None) -> LinearLoss:
+        """Sum over the rows of -log-probability of the target, weighted by `row_weight` [R].
+
+        Its gradient is made in the forward, so that logits are made once.
+        """
+        if row_weight is None:
+            row_weight = torch.ones_like(self.targets, dtype=torch.float32)
+        return linear_loss(
+            self.hidden, self.weight, self.targets, row_weight=row_weight, impl=self.impl
+        )
 
     def kl(self, hidden: Tensor, weight: Tensor, rows: Tensor, *, reverse: bool) -> Tensor:
         """[R] nats: KL(other || this) of each row, or KL(this || other) if `reverse`.
