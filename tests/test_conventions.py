@@ -206,5 +206,5 @@ def test_what_only_the_config_asks_for_is_refused_too(monkeypatch):
     model = make(close=40)
     with pytest.raises(ValueError, match="phase token 40 is not in the model's vocabulary of 23"):
         model.generate(PROMPT, mtp_mode="slow")
-    with pytest.raises(ValueError, match="one sequence at a time, got a batch of 2"):
+    with pytest.raises(ValueError, match="one sequence at a time, got 2"):
         model.generate(PROMPT.repeat(2, 1), mtp_mode="slow", streamer=Recorder())

@@ -4,34 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CLOSE, EOS, PAD, VOCABULARY, tiny_model
+from tiny import CLOSE, EOS, PAD, VOCABULARY, completions, run, tiny_model
 
-from mtp.batch import pad
-from mtp.generation_mtp import PhasePlan, Sampler, decode
+from mtp.generation_mtp import PhasePlan, Sampler
 
 PHASES = [
     {"name": "thought", "mode": "fast", "opened_by": None},
     {"name": "answer", "mode": "slow", "opened_by": CLOSE},
 ]
 RAGGED = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [4, 4]]
-
-
-def run(model, prompts, plan, sampler=None, seed=0, max_new_tokens=24):
-    tokens, lengths = pad(prompts, PAD)
-    return decode(
-        model,
-        tokens,
-        lengths,
-        plan,
-        sampler or Sampler(temperature=0),
-        max_new_tokens=max_new_tokens,
-        pad_id=PAD,
-        generator=torch.Generator().manual_seed(seed),
-    )
-
-
-def completions(out):
-    return [out.tokens[r, : out.lengths[r]].tolist() for r in range(len(out.tokens))]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -193,28 +174,13 @@ def test_generate_takes_left_padding_and_returns_what_decode_does(plan):
 def test_sequences_of_one_prompt_are_those_of_the_prompt_repeated(mode, plan):
     model = tiny_model()
     plan = {"fast": plan, "slow": plan.as_slow(), "verified": plan.as_verified(4)}[mode]
-    tokens, lengths = pad(RAGGED, PAD)
-    settings_ = {"max_new_tokens": 20, "pad_id": PAD}
-
-    def generator():
-        return torch.Generator().manual_seed(2)
-
-    out = decode(
-        model, tokens, lengths, plan, Sampler(), generator=generator(),
-        num_return_sequences=3, **settings_,
-    )  # fmt: skip
-    expected = decode(
-        model, tokens.repeat_interleave(3, 0), lengths.repeat_interleave(3), plan, Sampler(),
-        generator=generator(), **settings_,
-    )  # fmt: skip
+    out = run(model, RAGGED, plan, Sampler(), num_return_sequences=3)
+    expected = run(model, [prompt for prompt in RAGGED for _ in range(3)], plan, Sampler())
     assert completions(out) == completions(expected)
     assert torch.equal(out.slots, expected.slots)
     assert torch.allclose(out.logprobs, expected.logprobs, atol=1e-5)
-    one = decode(
-        model, tokens[:1], lengths[:1], plan, Sampler(), generator=generator(),
-        num_return_sequences=2, **settings_,
-    )  # fmt: skip
-    assert len(one.tokens) == 2 and one.tokens[0].tolist() != one.tokens[1].tolist()
+    first, second = completions(run(model, RAGGED[:1], plan, Sampler(), num_return_sequences=2))
+    assert first != second
 
 
 def test_generate_returns_several_sequences_of_a_prompt():

@@ -6,14 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CLOSE, EOS, PAD, VOCABULARY, tiny_model
+from tiny import CLOSE, EOS, VOCABULARY, completions, run, tiny_model
 
-from mtp.batch import pad
-from mtp.generation_mtp import PhasePlan, Sampler, decode
+from mtp.generation_mtp import PhasePlan, Sampler
 from mtp.sampling_mtp import verify
 
 RAGGED = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [4, 4]] + [[i, 22 - i] for i in range(3, 15)]
-GREEDY = Sampler(temperature=0)
 
 
 def opinionated(*args, **kwargs):
@@ -22,25 +20,6 @@ def opinionated(*args, **kwargs):
     with torch.no_grad():
         model.lm_head.weight[5:8] *= 4
     return model
-
-
-def run(model, prompts, plan, sampler=GREEDY, seed=0, max_new_tokens=24, **options):
-    tokens, lengths = pad(prompts, PAD)
-    return decode(
-        model,
-        tokens,
-        lengths,
-        plan,
-        sampler,
-        max_new_tokens=max_new_tokens,
-        pad_id=PAD,
-        generator=torch.Generator().manual_seed(seed),
-        **options,
-    )
-
-
-def completions(out):
-    return [out.tokens[r, : out.lengths[r]].tolist() for r in range(len(out.tokens))]
 
 
 @pytest.mark.parametrize("head", ["eavesdrop", "parallel"])

@@ -4,10 +4,13 @@ from dataclasses import asdict
 
 import torch
 
+from mtp.batch import pad
+from mtp.generation_mtp import Sampler, decode
 from mtp.modeling_mtp import FAMILIES, HeadConfig
 
 EOS, CLOSE, PAD = 1, 2, 0
 VOCABULARY = 23
+GREEDY = Sampler(temperature=0)
 
 
 def tiny_model(family: str = "llama", *, tied: bool = False, seed: int = 0, **head: object):
@@ -32,3 +35,24 @@ def tiny_model(family: str = "llama", *, tied: bool = False, seed: int = 0, **he
     settings = {"num_slots": 3, "hidden_size": 16, "intermediate_size": 24, **head}
     config.mtp = asdict(HeadConfig(**settings))
     return cls(config).eval()
+
+
+def run(model, prompts, plan, sampler=GREEDY, seed=0, max_new_tokens=24, **options):
+    """Decode prompts of different lengths."""
+    tokens, lengths = pad(prompts, PAD)
+    return decode(
+        model,
+        tokens,
+        lengths,
+        plan,
+        sampler,
+        max_new_tokens=max_new_tokens,
+        pad_id=PAD,
+        generator=torch.Generator().manual_seed(seed),
+        **options,
+    )
+
+
+def completions(out):
+    """The new tokens of each row."""
+    return [out.tokens[r, : out.lengths[r]].tolist() for r in range(len(out.tokens))]
