@@ -51,6 +51,7 @@ class TextFormat:
                     f"decoding.phases.{name}.opened_by is missing: every phase but the first needs "
                     "the delimiter token that opens it"
                 )
+        self._delimiter_ids: dict[str, int] = {}
         self.opener = self.phases[names[0]].opened_by
         self.closer = self.phases[names[-1]].opened_by
         for phase in self.phases.values():
@@ -70,12 +71,15 @@ class TextFormat:
 
     def delimiter_id(self, delimiter: str) -> int:
         """Id of a delimiter. Raises ValueError if the tokenizer has no single token for it."""
+        if delimiter in self._delimiter_ids:
+            return self._delimiter_ids[delimiter]
         ids = self.tokenizer.encode(delimiter, add_special_tokens=False)
         if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
             raise ValueError(
                 f"delimiter {delimiter!r} must be one token of the tokenizer, got {len(ids)}; add "
                 "it to model.add_tokens or choose another in decoding.phases"
             )
+        self._delimiter_ids[delimiter] = ids[0]
         return ids[0]
 
     def plan(self, mode: str = "fast") -> PhasePlan:
