@@ -6,6 +6,7 @@ a run that was stopped and resumed gives the very numbers of one that was not.
 
 import json
 import shutil
+import signal
 import time
 from copy import deepcopy
 from dataclasses import asdict
@@ -36,15 +37,15 @@ from .runtime import StopRequest
 from .stage import StageConfig
 from .steps import step_batches
 from .tasks.base import check_disjoint
-from .update import update
+from .update import over_processes, update
 
 
 class Interrupted(Exception):
     """The run was asked to stop by a signal and has saved a checkpoint."""
 
-    def __init__(self, message: str, signal: int):
+    def __init__(self, message: str, number: int):
         super().__init__(message)
-        self.signal = signal
+        self.signal = number
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -192,17 +193,26 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
                 interim_evaluation(run, name, stage)
             bar.step(step + 1, headline(metrics, progress.points, name))
             minutes = (time.monotonic() - saved) / 60
-            if run.stop.signal is not None or (minutes > config.checkpoint_minutes and not is_last):
+            asked = stop_signal(run)
+            if asked is not None or (minutes > config.checkpoint_minutes and not is_last):
                 progress.stage_seconds = done_before + time.monotonic() - began
                 save_checkpoint(run, optimizers)
                 saved = time.monotonic()
-                if run.stop.signal is not None:
+                if asked is not None:
                     raise Interrupted(
                         f"stopped in stage {name} after step {step + 1} of {stage.steps}; "
                         f"resume=true goes on from {run.folder}/checkpoints/last.ckpt",
-                        run.stop.signal,
+                        asked,
                     )
     end_stage(run, name, stage, done_before + time.monotonic() - began)
+
+
+def stop_signal(run: Run) -> int | None:
+    """The signal by which any process was asked to stop, so that all stop after the same step."""
+    mine = run.stop.signal
+    flags = {"signal": float(mine or 0), "requeue": float(mine == signal.SIGUSR2)}
+    asked = over_processes(run.fabric, flags, "max")
+    return signal.SIGUSR2 if asked["requeue"] else int(asked["signal"]) or None
 
 
 def heard(run: Run) -> bool:
