@@ -20,7 +20,7 @@ from .checkpoint import load_checkpoint, rng_state, save_atomically, set_rng_sta
 from .config import RunConfig, save_run_config
 from .evaluate import evaluate
 from .export import export
-from .logger import MetricsLog, StageProgress, make_console
+from .logger import MetricsLog, StageProgress, make_console, read_records
 from .models import build_model, has_head, save_model
 from .optim import build_optimizer, set_lr, split_parameters
 from .reference import (
@@ -38,6 +38,9 @@ from .stage import StageConfig
 from .steps import step_batches
 from .tasks.base import check_disjoint
 from .update import over_processes, update
+
+DRY_STEPS = 3
+"""Steps of each stage in a dry run."""
 
 
 class Interrupted(Exception):
@@ -114,18 +117,28 @@ def train(config: RunConfig) -> dict[str, Any]:
             summary = finish(run)
         finally:
             log.close()
-    if config.dry_run:
+    if config.dry_run and fabric.is_global_zero:
+        console.print(estimate(full_steps, summary, folder / "metrics.jsonl"))
         shutil.rmtree(folder)
-        console.print(estimate(full_steps, summary))
     return summary
 
 
-def estimate(full_steps: dict[str, int], summary: dict[str, Any]) -> str:
-    """What a full run costs, from the one step of each stage that a dry run took."""
-    seconds = {s["name"]: s["seconds"] * full_steps[s["name"]] for s in summary["stages"]}
-    parts = ", ".join(f"{name} {full_steps[name]} steps" for name in seconds)
-    minutes = sum(seconds.values()) / 60
-    return f"a full run would take about {minutes:.0f} min at most ({parts}; first steps are slow)"
+def estimate(full_steps: dict[str, int], summary: dict[str, Any], log: Path) -> str:
+    """What a full run costs, from the few steps of each stage that a dry run took.
+
+    The first steps of a stage also pay for what is compiled, for one shape and then for any; the
+    others are taken to cost what the last, in the `log`, did.
+    """
+    steps = {r["stage"]: r["step_time"] for r in read_records(log) if "step_time" in r}
+    minutes = {}
+    for stage in summary["stages"]:
+        name = stage["name"]
+        left = max(0, full_steps[name] - DRY_STEPS)
+        minutes[name] = (stage["seconds"] + steps[name] * left) / 60
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
+    return (
+        f"a full run would take about {sum(minutes.values()):.0f} min and its evaluations ({parts})"
+    )
 
 
 def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | None) -> None:
@@ -363,10 +376,10 @@ def check_same_run(config: RunConfig, saved: dict[str, Any]) -> None:
 
 
 def dry_config(config: RunConfig) -> RunConfig:
-    """The same run with one step a stage and small evaluations."""
+    """The same run with DRY_STEPS steps a stage and small evaluations."""
     config = deepcopy(config)
     for stage in config.active_stages().values():
-        stage.steps = 1
+        stage.steps = min(DRY_STEPS, stage.steps)
     config.evaluation.num_problems = min(8, config.evaluation.num_problems)
     config.overwrite, config.resume = True, False
     return config
