@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .generation_mtp import Decoded, PhasePlan
+from .generation_mtp import Decoded, PhasePlan, pad
 
 AnyBatch = TypeVar("AnyBatch", bound="TextBatch")
 
@@ -93,15 +93,6 @@ class RolloutBatch(TextBatch):
         time = self.tokens.shape[1]
         anchors = self.anchors[self.head_rows // max(1, self.slot_inputs.shape[1])]
         return self.head_rollouts * time + anchors % time
-
-
-def pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ragged ids -> [B, T] padded on the right, and lengths [B]."""
-    lengths = torch.tensor([len(s) for s in sequences])
-    tokens = torch.full((len(sequences), int(lengths.max())), pad_id)
-    for row, ids in enumerate(sequences):
-        tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-    return tokens, lengths
 
 
 def _windows(tokens: Tensor, width: int, pad_id: int) -> Tensor:

@@ -21,7 +21,7 @@ def character_tokenizer(alphabet: str, delimiters: list[str]) -> PreTrainedToken
     special = ["<pad>", "<eos>", *delimiters]
     vocabulary = {token: i for i, token in enumerate([*special, *sorted(set(alphabet))])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", padding_side="left"
