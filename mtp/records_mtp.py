@@ -74,6 +74,17 @@ class Decoded:
         """Token ids that a row wrote."""
         return self.tokens[row, : int(self.lengths[row])].tolist()
 
+    def ended_by(self, row: int) -> str:
+        """Why a row ended.
+
+        `end`: an end token or a stopping criterion; `limit`: `max_new_tokens`; `delimiter` and
+        `budget`: a token that closes a segment, written by the model or by force.
+        """
+        if not self.closed[row]:
+            return "end" if self.finished[row] else "limit"
+        is_forced = int(self.slots[row, int(self.lengths[row]) - 1]) == FORCED
+        return "budget" if is_forced else "delimiter"
+
 
 def pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Ragged ids -> [B, T] int64 padded on the right, and lengths [B] int64."""

@@ -30,7 +30,7 @@ from torch import Tensor
 from .memory_mtp import Memory
 from .passes_mtp import Process, Stop, decode
 from .phases_mtp import Phase, PhasePlan
-from .records_mtp import FORCED, Block, Decoded, pad
+from .records_mtp import Block, Decoded, pad
 from .sampling_mtp import Sampler
 
 
@@ -94,18 +94,6 @@ class Segments:
     def of(self, trajectory: int) -> list[int]:
         """Numbers of a trajectory's segments, in order."""
         return [i for i, owner in enumerate(self.owners) if owner == trajectory]
-
-    def ended_by(self, segment: int) -> str:
-        """Why a segment ended.
-
-        `summary`: the model closed its summary; `budget`: the summary was closed by force; `end`:
-        an end token or a stopping criterion; `limit`: `max_new_tokens`.
-        """
-        length = int(self.out.lengths[segment])
-        if self.out.closed[segment]:
-            is_forced = self.out.slots[segment, length - 1] == FORCED
-            return "budget" if is_forced else "summary"
-        return "end" if self.out.finished[segment] else "limit"
 
 
 def decode_segments(
@@ -219,15 +207,11 @@ class Story:
             self.memory = self.memory.edited(self.tokenizer.decode(summary), limit, self.measure)
             self.recent += [t for t in thought if t not in self.plan.marks]
             self.recent = self.recent[max(0, len(self.recent) - self.settings.recent_tokens) :]
-            phase = closing_phase(self.plan)
-            self.context = [
-                *self.prompt,
-                self.plan.opened_by[phase],
-                *self.plain_ids(self.memory.text),
-                self.plan.closed_by[phase],
-                self.plan.opened_by[0],
-                *self.recent,
-            ]
+            opener, closer = summary_marks(self.plan)
+            kept = [opener, *self.plain_ids(self.memory.text), closer]
+            think = self.plan.opened_by[0]
+            assert think is not None
+            self.context = [*self.prompt, *kept, think, *self.recent]
         self.memories.append(self.memory)
 
     def plain_ids(self, text: str) -> list[int]:
@@ -240,9 +224,15 @@ class Story:
         return len(self.plain_ids(text))
 
 
-def closing_phase(plan: PhasePlan) -> int:
-    """Index of the phase that closes a segment."""
-    return next(phase for phase, token in enumerate(plan.closed_by) if token is not None)
+def summary_marks(plan: PhasePlan) -> tuple[int, int]:
+    """Ids of the tokens that open and close the phase that closes a segment."""
+    opener, closer = next(
+        (opener, closer)
+        for opener, closer in zip(plan.opened_by, plan.closed_by, strict=True)
+        if closer is not None
+    )
+    assert opener is not None
+    return opener, closer
 
 
 def split_summary(written: list[int], plan: PhasePlan) -> tuple[list[int], list[int]]:
@@ -250,7 +240,7 @@ def split_summary(written: list[int], plan: PhasePlan) -> tuple[list[int], list[
 
     A segment that began in its summary has nothing before.
     """
-    opener = plan.opened_by[closing_phase(plan)]
+    opener, _ = summary_marks(plan)
     last = max((i for i, token in enumerate(written) if token == opener), default=-1)
     return written[: max(0, last)], written[last + 1 : -1]
 

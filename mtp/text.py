@@ -4,13 +4,14 @@ A completion is `thought </think> answer <eos>`: the prompt ends with the delimi
 first phase, as chat templates of thinking models do. Delimiters come from the decoding phases.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .generation_mtp import Phase, PhasePlan, make_plan
+from .generation_mtp import Phase, PhasePlan, SegmentSettings, check_segments, make_plan
+from .memory_mtp import ALPHABET
 from .tasks.base import Example
 
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -40,6 +41,7 @@ class TextFormat:
     num_slots: int
     """K + 1."""
     system_prompt: str | None = None
+    segments: SegmentSettings = field(default_factory=SegmentSettings)
 
     def __post_init__(self) -> None:
         if not self.phases:
@@ -53,9 +55,18 @@ class TextFormat:
                 )
         self.opener = self.phases[names[0]].opened_by
         self.closer = self.phases[names[-1]].opened_by
+        self.summary_ids = [
+            self.delimiter_id(phase.opened_by)
+            for phase in self.phases.values()
+            if phase.closed_by is not None and phase.opened_by is not None
+        ]
         for phase in self.phases.values():
-            if phase.opened_by is not None:
-                self.delimiter_id(phase.opened_by)
+            for delimiter in (phase.opened_by, phase.closed_by):
+                if delimiter is not None:
+                    self.delimiter_id(delimiter)
+        check_segments(self.segments, self.phases, "decoding")
+        if self.segments.max_segments > 1:
+            self._check_alphabet()
 
     @property
     def pad_id(self) -> int:
@@ -78,19 +89,33 @@ class TextFormat:
             )
         return ids[0]
 
+    def _check_alphabet(self) -> None:
+        """Raises ValueError if the tokenizer cannot write commands or the memory file."""
+        tokenizer: Any = self.tokenizer
+        unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {None}
+        lacking = [c for c in dict.fromkeys(ALPHABET) if unknown & set(self._encode(c))]
+        if lacking:
+            raise ValueError(
+                f"decoding.segments.max_segments={self.segments.max_segments} needs a tokenizer "
+                f"that knows the characters of memory commands, but not {lacking}; train a "
+                "tokenizer with them or set it to 1"
+            )
+
     def plan(self, mode: str = "fast") -> PhasePlan:
         """The phases as the pass loop takes them: `fast` runs each in its own mode, `slow` and
         `verified` run all in that mode.
         """
+
+        def ids(delimiters: list[str | None]) -> list[int | None]:
+            return [None if d is None else self.delimiter_id(d) for d in delimiters]
+
         return make_plan(
             list(self.phases.values()),
-            [
-                None if p.opened_by is None else self.delimiter_id(p.opened_by)
-                for p in self.phases.values()
-            ],
+            ids([phase.opened_by for phase in self.phases.values()]),
             num_slots=self.num_slots,
             eos_ids=[self.eos_id],
             mode=mode,
+            closed_by=ids([phase.closed_by for phase in self.phases.values()]),
         )
 
     def prompt_ids(self, prompt: str) -> list[int]:
@@ -140,12 +165,20 @@ class TextFormat:
         cut = len(body) - body[::-1].index(closer)
         return body[:cut], body[cut:] if ended else None
 
-    def thought_text(self, ids: list[int]) -> str:
-        """Text of a thought without its closing delimiter."""
+    def thought_of(self, ids: list[int]) -> list[int]:
+        """Completion ids -> ids of the thought up to its summary, with its closing delimiter."""
         thought, _ = self.split(ids)
-        if self.closer is not None and thought and thought[-1] == self.delimiter_id(self.closer):
-            thought = thought[:-1]
-        return self.tokenizer.decode(thought)  # type: ignore[return-value]
+        summary = next((i for i, token in enumerate(thought) if token in self.summary_ids), None)
+        return thought if summary is None else thought[: summary + 1]
+
+    def thought_text(self, *segments: list[int]) -> str:
+        """Text of a thought, given what each segment wrote, without closing delimiters."""
+        ends = [*self.summary_ids, *self.thought_ids("")]
+        thought: list[int] = []
+        for ids in segments:
+            part = self.thought_of(ids)
+            thought += part[:-1] if part and part[-1] in ends else part
+        return str(self.tokenizer.decode(thought))
 
     def answer_text(self, ids: list[int]) -> str | None:
         """The final answer, stripped; None if there is none."""

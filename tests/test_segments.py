@@ -119,7 +119,7 @@ def check_contexts(out, prompts, plan, options, copies):
             assert out.prompts[segment] == context
             written = out.out.completion(segment)
             assert bool(out.out.closed[segment]) == (not is_last)
-            assert (out.ended_by(segment) in ("end", "limit")) == is_last
+            assert (out.out.ended_by(segment) in ("end", "limit")) == is_last
             slots = out.out.slots[segment, : len(written)].tolist()
             before = plan.phase_after(torch.tensor([context + written]))[0, len(context) - 1 :]
             followed = plan if number + 1 < options.max_segments else plan.as_last_segment()
@@ -168,7 +168,7 @@ def test_budgets_close_thoughts_and_summaries_and_lead_to_the_answer_in_the_end(
             assert budget is None or in_phase <= budget or token == CLOSE
         if written[-1] == CLOSE and not is_third:
             is_forced = int(out.out.slots[segment, len(written) - 1]) == FORCED
-            assert out.ended_by(segment) == ("budget" if is_forced else "summary")
+            assert out.out.ended_by(segment) == ("budget" if is_forced else "delimiter")
     assert min(forced.values()) > 3, forced
 
 
