@@ -13,7 +13,9 @@ Travels with exported checkpoints: imports nothing.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-ALPHABET = "write delete:\n"
+DONE = "done"
+"""The key under which solved examples note the last step of a thought."""
+ALPHABET = f"write delete {DONE}:\n"
 """Characters of commands and of the file, beside those of keys and texts."""
 
 

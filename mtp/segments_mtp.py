@@ -137,12 +137,12 @@ def decode_segments(
     """
     plans = [plan] * len(prompts) if isinstance(plan, PhasePlan) else list(plan)
     copies, device = num_return_sequences, prompts.device
-    stories = [
-        Story(row[:length], plan, settings, tokenizer)
+    trajectories = [
+        Trajectory(row[:length], plan, settings, tokenizer)
         for row, length, plan in zip(prompts.tolist(), prompt_lengths.tolist(), plans, strict=True)
         for _ in range(copies)
     ]
-    running = list(range(len(stories)))
+    running = list(range(len(trajectories)))
     parts: list[Decoded] = []
     owners: list[int] = []
     for number in range(settings.max_segments):
@@ -164,27 +164,27 @@ def decode_segments(
         )
         parts.append(out)
         owners += running
-        for row, trajectory in enumerate(running):
-            stories[trajectory].add(out.completion(row), bool(out.closed[row]))
+        for row, i in enumerate(running):
+            trajectories[i].add(out.completion(row), bool(out.closed[row]))
         running = [running[row] for row in out.closed.nonzero()[:, 0].tolist()]
         if not running:
             break
         if on_segment is not None:
-            for trajectory in running:
-                on_segment(trajectory, stories[trajectory].context, stories[trajectory].memory)
-        copies, plans = 1, [stories[trajectory].plan for trajectory in running]
-        contexts = [stories[trajectory].context for trajectory in running]
+            for i in running:
+                on_segment(i, trajectories[i].context, trajectories[i].memory)
+        copies, plans = 1, [trajectories[i].plan for i in running]
+        contexts = [trajectories[i].context for i in running]
         prompts, prompt_lengths = (x.to(device) for x in pad(contexts, pad_id))
     order = sorted(range(len(owners)), key=owners.__getitem__)
     return Segments(
-        [context for story in stories for context in story.contexts],
+        [context for t in trajectories for context in t.contexts],
         Decoded.join(parts, pad_id).select(order),
         [owners[i] for i in order],
-        [memory for story in stories for memory in story.memories],
+        [memory for t in trajectories for memory in t.memories],
     )
 
 
-class Story:
+class Trajectory:
     """One trajectory between its segments."""
 
     def __init__(

@@ -48,7 +48,7 @@ def solved_batches(
     """`number` solved examples as batches, and the tokens of their text."""
     text = run.text
     generator = torch.Generator().manual_seed(run.seed_of(name, step))
-    samples = [text.example_ids(example) for example in draw(run, number)]
+    samples = [s for example in draw(run, number) for s in text.example_segments(example)]
     batches = [
         collate_text(
             [samples[i] for i in chosen],

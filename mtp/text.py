@@ -4,14 +4,17 @@ A completion is `thought </think> answer <eos>`: the prompt ends with the delimi
 first phase, as chat templates of thinking models do. Delimiters come from the decoding phases.
 """
 
+import re
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .generation_mtp import Phase, PhasePlan, SegmentSettings, check_segments, make_plan
-from .memory_mtp import ALPHABET
+from .memory_mtp import ALPHABET, DONE
+from .segments_mtp import Trajectory, summary_marks
 from .tasks.base import Example
 
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -192,8 +195,53 @@ class TextFormat:
         return str(self.tokenizer.decode(ids[:-1])).strip()
 
     def example_ids(self, example: Example) -> tuple[list[int], list[int]]:
-        """(prompt ids, completion ids) of a solved example."""
+        """(prompt ids, completion ids) of a solved example in one segment."""
         return self.prompt_ids(example.prompt), self.completion_ids(example.thought, example.answer)
+
+    def example_segments(self, example: Example) -> list[tuple[list[int], list[int]]]:
+        """(context ids, completion ids) of each segment of a solved example.
+
+        A thought within its budget is one segment. A longer one is told in segments of as many
+        whole steps as fit; steps end at `;` or a line's end, and each summary notes the last as
+        `write done STEP`. The last segment that is allowed holds the rest.
+
+        Raises ValueError naming the key if a summary is longer than its budget.
+        """
+        prompt, completion = self.example_ids(example)
+        names, limit = list(self.phases), self.segments.max_segments
+        budget = self.phases[names[0]].max_tokens
+        if limit == 1 or budget is None or example.thought is None:
+            return [(prompt, completion)]
+        plan = self.plan()
+        opener, closer = summary_marks(plan)
+        told = Trajectory(prompt, plan, self.segments, self.tokenizer)
+        samples = []
+        steps = re.findall(r"[^;\n]*[;\n]?", example.thought)
+        rest = [self._encode(step) for step in steps if step]
+        while len(samples) + 1 < limit and sum(map(len, rest)) > budget:
+            number = max(1, sum(total <= budget for total in accumulate(map(len, rest))))
+            said, rest = rest[:number], rest[number:]
+            note = f"write {DONE} " + str(self.tokenizer.decode(said[-1])).rstrip(";\n")
+            summary = self._encode(note)
+            self._check_summary(summary, plan)
+            thought = [token for step in said for token in step]
+            samples.append((told.context, [*thought, opener, *summary, closer]))
+            told.add(samples[-1][1], closed=True)
+        thought = [token for step in rest for token in step]
+        answer = completion[len(self.thought_ids(example.thought)) :]
+        last = [*thought, *self.thought_ids(""), *answer]
+        return [*samples, (told.context, last)]
+
+    def _check_summary(self, summary: list[int], plan: PhasePlan) -> None:
+        """Raises ValueError if a solved example's summary would be cut when it is decoded."""
+        phase = next(p for p, closer in enumerate(plan.closed_by) if closer is not None)
+        limit = plan.max_tokens[phase]
+        if limit is not None and len(summary) > limit:
+            raise ValueError(
+                f"decoding.phases.{list(self.phases)[phase]}.max_tokens must be at least "
+                f"{len(summary)} for solved examples, got {limit}: they note a step as "
+                f"{self.tokenizer.decode(summary)!r}"
+            )
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
