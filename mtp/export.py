@@ -207,8 +207,9 @@ def _segments(text: TextFormat) -> list[str]:
         f"It was trained to think in up to {settings.max_segments} segments: a summary edits a "
         f"memory file of at most {settings.memory_tokens} tokens, and thinking goes on with the "
         f"prompt, that file and the last {settings.recent_tokens} tokens of the thought.",
-        "```python\nout = model.generate_segments(**given, tokenizer=tokenizer)\n"
-        "print(tokenizer.decode(out.out.completion(-1)), out.memories[-1].text)\n```",
+        "```python\nsegments = model.generate_segments(**given, tokenizer=tokenizer)\n"
+        "print(tokenizer.decode(segments.out.completion(-1)))  # the last segment, with the answer\n"
+        "print(segments.memories[-1].text)\n```",
     ]
 
 
