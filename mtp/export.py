@@ -208,7 +208,7 @@ def _segments(text: TextFormat) -> list[str]:
         f"memory file of at most {settings.memory_tokens} tokens, and thinking goes on with the "
         f"prompt, that file and the last {settings.recent_tokens} tokens of the thought.",
         "```python\nsegments = model.generate_segments(**given, tokenizer=tokenizer)\n"
-        "print(tokenizer.decode(segments.out.completion(-1)))  # the last segment, with the answer\n"
+        "print(tokenizer.decode(segments.out.completion(-1)))  # the last, with the answer\n"
         "print(segments.memories[-1].text)\n```",
     ]
 
