@@ -215,7 +215,8 @@ class Chosen:
         mine = rows if owners is None else [owners[row] for row in rows]
         self.owners = torch.tensor(mine)
         """[S] the rollout of each segment."""
-        self.rollout_of = self.owners.unique(return_inverse=True)[1]
+        number = {owner: index for index, owner in enumerate(dict.fromkeys(mine))}
+        self.rollout_of = torch.tensor([number[owner] for owner in mine])
         """[S] its number in the batch, 0..G-1."""
         said: dict[tuple, int] = {}
         self.texts: list[int] = []

@@ -61,17 +61,21 @@ def rolled(seed=0, group_size=3):
 def test_all_segments_of_a_trajectory_share_its_advantage():
     _, out = rolled()
     advantages = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    segments = [*out.segments_of(4), *out.segments_of(1)]
+    rows = [4, 1, 3]
+    segments = [segment for row in rows for segment in out.segments_of(row)]
+    assert len(segments) > 3 and (out.out.slots[segments] > 0).any()
     batch = collate_rollouts(out.prompts, out.out, advantages, segments, 4, 0, out.owners)
-    assert batch.num_rollouts == 2
+    assert batch.num_rollouts == 3
     assert len(batch.main_rows) == int((out.out.slots[segments] == 0).sum())
     assert len(batch.main_blocks.unique()) == int(out.out.passes[segments].sum())
-    for number, row in enumerate([1, 4]):
-        mine = batch.main_rollouts == number
-        assert batch.main_advantages[mine].unique().tolist() == [float(advantages[row])]
-        assert int(mine.sum()) == int((out.out.slots[out.segments_of(row)] == 0).sum())
-        mine = batch.head_rollouts == number
-        assert batch.head_advantages[mine].unique().tolist() == [float(advantages[row])]
+    for number, row in enumerate(rows):
+        slots = out.out.slots[out.segments_of(row)]
+        for given, rollouts, is_mine in (
+            (batch.main_advantages, batch.main_rollouts, slots == 0),
+            (batch.head_advantages, batch.head_rollouts, slots > 0),
+        ):
+            expected = [float(advantages[row])] * int(is_mine.sum())
+            assert given[rollouts == number].tolist() == expected
 
 
 @pytest.mark.parametrize("ratio", ["token", "block", "sequence", "rollout"])
@@ -79,7 +83,7 @@ def test_all_segments_of_a_trajectory_share_its_advantage():
 def test_a_policys_loss_is_that_of_trajectories_however_they_are_batched(ratio, normalizer):
     model, out = rolled()
     out.out.logprobs = out.out.logprobs - 0.02 * (out.out.slots >= 0)
-    advantages = torch.tensor([1.0, -2.0, 3.0, -4.0, 0.5, 1.5])
+    advantages = torch.tensor([1.0, -2.0, 3.0, -4.0, 0.5, 3.5])
     policy = Policy(weight=1.0, ratio=ratio, normalizer=normalizer, clip_low=9, clip_high=9)
 
     def loss_of(groups):
@@ -88,7 +92,7 @@ def test_a_policys_loss_is_that_of_trajectories_however_they_are_batched(ratio, 
             batch = collate_rollouts(out.prompts, out.out, advantages, segments, 4, 0, out.owners)
             scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
             terms = policy.terms(scored, batch)
-            total = total + terms["policy_main"].total
+            total = total + terms["policy_main"].total.detach()
             counts = {name: counts[name] + n for name, n in policy.counts(batch).items()}
         return float(total), counts
 
@@ -249,20 +253,21 @@ class Script(LogitsProcessor):
     def __init__(self, text, summary):
         self.opener = text.delimiter_id("<summary>")
         self.summary = text.tokenizer.encode(summary, add_special_tokens=False)
+        self.marks = sorted(text.plan().marks)
 
     def __call__(self, input_ids, scores):
+        scores[:, self.marks] = -torch.inf
         for row, ids in enumerate(input_ids.tolist()):
-            if self.opener not in ids:
-                continue
-            written = len(ids) - 1 - max(i for i, t in enumerate(ids) if t == self.opener)
-            if written < len(self.summary):
+            last = max((i for i, token in enumerate(ids) if token == self.opener), default=None)
+            written = len(self.summary) if last is None else len(ids) - 1 - last
+            if self.summary[:written] == ids[len(ids) - written :] and written < len(self.summary):
                 scores[row] = -torch.inf
                 scores[row, self.summary[written]] = 0.0
         return scores
 
 
 def test_generate_segments_reads_its_settings_from_the_checkpoint():
-    model, script = tiny_model(), "write it 11\nwrong\ndelete w</summary>"
+    model, script = tiny_model(), "write it 11\nwrote\ndelete w</summary>"
     phases = PHASES | {
         "summary": Phase(mode="slow", opened_by="<summary>", closed_by="</summary>"),
     }
@@ -314,6 +319,12 @@ def test_texts_that_cannot_have_a_memory_are_refused():
     assert decoding.sampler() == Sampler()
 
 
+def prompt_of_segments(folder):
+    """A prompt that the final model answers in several segments."""
+    rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    return next(r["prompt"] for r in rows[::-1] if r["stage"] == "rl" and len(r["segments"]) > 1)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of a few steps whose thoughts are told in segments."""
@@ -339,8 +350,8 @@ def test_a_run_in_segments_is_replayed_exactly_and_keeps_its_memories(run):
     steps = [r for r in records(folder) if r["stage"] == "rl" and "reward" in r]
     assert len(steps) == 2
     for record in steps:
-        assert record["segments"] > 1.5
-        assert record["completions/forced_tokens"] > 0.5
+        assert record["segments"] > 1.1
+        assert record["completions/forced_tokens"] > 0.1
         assert record["main/sampling_logp_difference_max"] < 1e-3
         assert record["head/sampling_logp_difference_max"] < 1e-3
     assert summary["stages"][-1]["segments"] > 1.5
@@ -356,33 +367,34 @@ def test_a_run_in_segments_is_replayed_exactly_and_keeps_its_memories(run):
 
 def test_generate_shows_segments_and_the_memory_between_them(run, capsys):
     folder, _ = run
-    assert main(["generate", str(folder), "12+34+56=", "--mode", "fast"]) == 0
+    prompt = prompt_of_segments(folder)
+    assert main(["generate", str(folder), prompt, "--mode", "fast"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("12+34+56= ")
+    assert lines[0].startswith(f"{prompt} ")
     number = sum(line.startswith("memory: ") for line in lines) + 1
     assert number > 1
     assert f" and {number} segments, " in lines[-1]
-    assert main(["generate", str(folder), "12+34+56=", "--max-segments", "1"]) == 0
+    assert main(["generate", str(folder), prompt, "--max-segments", "1"]) == 0
     assert "memory" not in capsys.readouterr().out
-    assert main(["generate", str(folder), "12+34+56=", "--max-segments", "0"]) == 2
+    assert main(["generate", str(folder), prompt, "--max-segments", "0"]) == 2
     assert "segments.max_segments must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_an_export_writes_segments_where_mtp_is_not_installed(run, tmp_path):
-    folder = run[0] / "export"
+    folder, prompt = run[0] / "export", prompt_of_segments(run[0])
     assert {"memory_mtp.py", "segments_mtp.py"} <= {path.name for path in folder.iterdir()}
     code = f"""
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})
-ids = tokenizer("12+34+56=<think>", return_tensors="pt").input_ids
+ids = tokenizer("{prompt}<think>", return_tensors="pt").input_ids
 out = model.generate_segments(ids, tokenizer=tokenizer)
 print(out.prompts)
 """
     printed = run_alone(code, tmp_path)
     model, text = load_model(folder)
     assert text.segments == SegmentSettings(max_segments=3, recent_tokens=8, memory_tokens=32)
-    ids = torch.tensor([text.prompt_ids("12+34+56=")])
+    ids = torch.tensor([text.prompt_ids(prompt)])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     out = model.generate_segments(ids, tokenizer=tokenizer)
     assert str(out.prompts) == printed.strip().splitlines()[-1]
