@@ -7,7 +7,7 @@ Errors are one line on standard error and exit code 2. Heavy imports wait until 
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +132,7 @@ def open_writer(arguments: argparse.Namespace) -> Writer:
         raise ValueError(f"the head is untrained after stage {opened.stage}; use --mode slow")
     import torch
 
-    from .generation_mtp import Sampler
+    from .generation_mtp import Sampler, check_segments
     from .live import write_live
     from .logger import make_console
 
@@ -148,6 +148,9 @@ def open_writer(arguments: argparse.Namespace) -> Writer:
         limit = model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     if limit < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {limit}")
+    if arguments.max_segments is not None:
+        text.segments = replace(text.segments, max_segments=arguments.max_segments)
+        check_segments(text.segments, text.phases, "decoding")
     generator = torch.Generator(device=device).manual_seed(arguments.seed)
     console = make_console()
 
@@ -291,10 +294,16 @@ def add_writing_options(sub: argparse.ArgumentParser) -> None:
         "proposes and main decides",
     )
     sub.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="default: what the model was trained with"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="of each segment; default: what the model was trained with",
     )
     sub.add_argument(
         "--max-thought-tokens", type=int, metavar="N", help="close the first phase after N tokens"
+    )
+    sub.add_argument(
+        "--max-segments", type=int, metavar="N", help="default: what the model was trained with"
     )
     sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy")
     sub.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all tokens")

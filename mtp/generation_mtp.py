@@ -9,9 +9,9 @@ Travels with exported checkpoints: imports torch, transformers and siblings only
 Shapes: B rows, T prompt, L new tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.utils import ModelOutput
 
 from .cache_mtp import BlockCache
+from .memory_mtp import Memory
 from .passes_mtp import decode
 from .phases_mtp import (
     MODES,
@@ -29,8 +30,9 @@ from .phases_mtp import (
     phases_from_json,
     phases_to_json,
 )
-from .records_mtp import FORCED, Block, Decoded
+from .records_mtp import FORCED, Block, Decoded, pad
 from .sampling_mtp import Sampler
+from .segments_mtp import Segments, SegmentSettings, check_segments, decode_segments
 
 __all__ = [
     "FORCED",
@@ -39,12 +41,18 @@ __all__ = [
     "Decoded",
     "MTPGenerateOutput",
     "MTPGenerationMixin",
+    "Memory",
     "Phase",
     "PhasePlan",
     "Sampler",
+    "SegmentSettings",
+    "Segments",
     "check_phases",
+    "check_segments",
     "decode",
+    "decode_segments",
     "make_plan",
+    "pad",
     "phases_from_json",
     "phases_to_json",
 ]
@@ -104,6 +112,21 @@ class MTPGenerateOutput(ModelOutput):
     """[B] bool, ended by an end token or a stopping criterion."""
 
 
+class Request(NamedTuple):
+    """A call of `generate`, as `decode` takes it."""
+
+    given: Tensor
+    """[B, T] prompts as they were given."""
+    setting: dict[str, Any]
+    """Of `HONOURED`, what the call or its config sets."""
+    text: tuple[Tensor, Tensor, list[PhasePlan], Sampler]
+    """Prompts padded on the right, their lengths, their plans, the sampler."""
+    arguments: dict[str, Any]
+    """Keyword arguments of `decode`."""
+    streamer: Any
+    """transformers' streamer, or None."""
+
+
 class MTPGenerationMixin:
     """`generate` with `mtp_mode`. Without it, the stock `generate` runs on main alone."""
 
@@ -158,6 +181,7 @@ class MTPGenerationMixin:
             num_slots=self.num_slots if k is None else k + 1,
             eos_ids=[eos] if isinstance(eos, int) else list(eos or []),
             mode=mode,
+            closed_by=[entry.get("closed_by") for entry in saved],
         )
         if max_thought_tokens is not None:
             if max_thought_tokens < 1 or len(saved) < 2:
@@ -198,6 +222,104 @@ class MTPGenerationMixin:
         """
         if mtp_mode is None:
             return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+        request = self._read_request(
+            inputs, generation_config, mtp_mode, mtp_k, max_thought_tokens, generator, kwargs
+        )
+        prompts, setting = request.given, request.setting
+        padded, lengths, plans, sampler = request.text
+        copies, streamer = request.arguments["num_return_sequences"], request.streamer
+        if streamer is not None and len(prompts) * copies > 1:
+            raise ValueError(f"streamer takes one sequence at a time, got {len(prompts) * copies}")
+        if streamer is not None:
+            streamer.put(prompts.cpu())
+        out = decode(
+            self,
+            padded,
+            lengths,
+            [plan.as_last_segment() for plan in plans],
+            sampler,
+            on_block=None if streamer is None else lambda block: put_block(streamer, block),
+            **request.arguments,
+        )
+        if streamer is not None:
+            streamer.end()
+        sequences = torch.cat([prompts.repeat_interleave(copies, 0), out.tokens], 1)
+        if not setting.get("return_dict_in_generate"):
+            return sequences
+        return MTPGenerateOutput(
+            sequences=sequences,
+            slots=out.slots,
+            logprobs=out.logprobs,
+            passes=out.passes,
+            accepted=out.accepted,
+            finished=out.finished,
+        )
+
+    def generate_segments(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        tokenizer: Any,
+        mtp_mode: str | Sequence[str] = "fast",
+        mtp_k: int | None = None,
+        max_segments: int | None = None,
+        generator: torch.Generator | None = None,
+        on_block: Callable[[Block], None] | None = None,
+        on_segment: Callable[[int, list[int], Memory], None] | None = None,
+        **kwargs: Any,
+    ) -> Segments:
+        """Trajectories that summarize into a memory file and think on; see `segments_mtp`.
+
+        The settings saved with the checkpoint (`generation_config.mtp_segments`) say what a next
+        segment is given. Arguments are those of `generate`, `max_new_tokens` being a segment's, and
+
+        Args:
+            inputs: [B, T] token ids, padded on either side.
+            generation_config: of this call; the model's own by default.
+            tokenizer: of the model; it reads summaries and writes the memory file.
+            mtp_mode: for all phases' modes, or one for each row.
+            mtp_k: head slots of a pass; None: all that the head has.
+            max_segments: of a trajectory; None: as saved.
+            generator: source of randomness for sampling.
+            on_block: called after each pass.
+            on_segment: called with a trajectory's number, its next context and its memory.
+            kwargs: as in `generate`, without a streamer.
+
+        Raises ValueError, before any pass, for what cannot be done.
+        """
+        saved = getattr(self.generation_config, "mtp_segments", None)
+        settings = SegmentSettings(**(saved or {}))
+        if max_segments is not None:
+            settings.max_segments = max_segments
+        phases = getattr(self.generation_config, "mtp_phases", None) or []
+        check_segments(settings, phases_from_json(phases, str), "generation_config", "mtp_")
+        request = self._read_request(
+            inputs, generation_config, mtp_mode, mtp_k, None, generator, kwargs
+        )
+        if request.streamer is not None:
+            raise ValueError("generate_segments takes no streamer; give it on_block")
+        return decode_segments(
+            self,
+            *request.text,
+            settings=settings,
+            tokenizer=tokenizer,
+            on_block=on_block,
+            on_segment=on_segment,
+            **request.arguments,
+        )
+
+    def _read_request(
+        self,
+        inputs: Tensor | None,
+        generation_config: GenerationConfig | None,
+        mtp_mode: str | Sequence[str],
+        mtp_k: int | None,
+        max_thought_tokens: int | None,
+        generator: torch.Generator | None,
+        kwargs: dict[str, Any],
+    ) -> "Request":
+        """What `decode` is asked for. Raises ValueError for what it cannot do."""
         prompts = kwargs.pop("input_ids", inputs)
         if prompts is None:
             raise ValueError("input_ids must be given to generate with mtp_mode")
@@ -207,8 +329,6 @@ class MTPGenerationMixin:
         streamer = kwargs.pop("streamer", None)
         setting = read_settings(generation_config or self.generation_config, kwargs)
         copies = setting.get("num_return_sequences", 1)
-        if streamer is not None and len(prompts) * copies > 1:
-            raise ValueError(f"streamer takes one sequence at a time, got {len(prompts) * copies}")
         if copies > 1 and not setting.get("do_sample"):
             raise ValueError(
                 f"num_return_sequences={copies} greedy sequences of a prompt would be the same; "
@@ -227,35 +347,16 @@ class MTPGenerationMixin:
         if not bool(attention.any(1).all()):
             raise ValueError("attention_mask leaves a row without a token; give every row a prompt")
         order = attention.long().argsort(dim=1, descending=True, stable=True)
-        if streamer is not None:
-            streamer.put(prompts.cpu())
-        out = decode(
-            self,
-            prompts.gather(1, order),
-            attention.sum(1),
-            plans,
-            make_sampler(setting),
-            max_new_tokens=setting.get("max_new_tokens", 256),
-            pad_id=setting.get("pad_token_id", eos_ids[0] if eos_ids else 0),
-            generator=generator,
-            process=process if len(process) else None,  # type: ignore[arg-type]
-            stop=stop if len(stop) else None,
-            on_block=None if streamer is None else lambda block: put_block(streamer, block),
-            num_return_sequences=copies,
-        )
-        if streamer is not None:
-            streamer.end()
-        sequences = torch.cat([prompts.repeat_interleave(copies, 0), out.tokens], 1)
-        if not setting.get("return_dict_in_generate"):
-            return sequences
-        return MTPGenerateOutput(
-            sequences=sequences,
-            slots=out.slots,
-            logprobs=out.logprobs,
-            passes=out.passes,
-            accepted=out.accepted,
-            finished=out.finished,
-        )
+        text = prompts.gather(1, order), attention.sum(1), plans, make_sampler(setting)
+        arguments = {
+            "max_new_tokens": setting.get("max_new_tokens", 256),
+            "pad_id": setting.get("pad_token_id", eos_ids[0] if eos_ids else 0),
+            "generator": generator,
+            "process": process if len(process) else None,
+            "stop": stop if len(stop) else None,
+            "num_return_sequences": copies,
+        }
+        return Request(prompts, setting, text, arguments, streamer)
 
 
 def read_settings(config: GenerationConfig, given: dict[str, Any]) -> dict[str, Any]:
