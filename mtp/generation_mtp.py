@@ -214,29 +214,18 @@ class MTPGenerationMixin:
                 f"num_return_sequences={copies} greedy sequences of a prompt would be the same; "
                 "set do_sample=True"
             )
-        modes = [mtp_mode] * len(prompts) if isinstance(mtp_mode, str) else list(mtp_mode)
-        by_mode = {mode: self.phase_plan(mode, mtp_k, max_thought_tokens) for mode in modes}
-        eos = setting.get("eos_token_id")
-        for plan in by_mode.values():
-            if eos is not None:
-                plan.eos_ids = [eos] if isinstance(eos, int) else list(eos)
-        plans = [by_mode[mode] for mode in modes]
-        eos_ids = plans[0].eos_ids
-        if attention is None:
-            attention = torch.ones_like(prompts)
-        if not bool(attention.any(1).all()):
-            raise ValueError("attention_mask leaves a row without a token; give every row a prompt")
-        order = attention.long().argsort(dim=1, descending=True, stable=True)
+        plans = self.request_plans(mtp_mode, len(prompts), mtp_k, max_thought_tokens, setting)
+        right_padded, lengths = pad_right(prompts, attention)
         if streamer is not None:
             streamer.put(prompts.cpu())
         out = decode(
             self,
-            prompts.gather(1, order),
-            attention.sum(1),
+            right_padded,
+            lengths,
             plans,
             make_sampler(setting),
             max_new_tokens=setting.get("max_new_tokens", 256),
-            pad_id=setting.get("pad_token_id", eos_ids[0] if eos_ids else 0),
+            pad_id=pad_id_of(setting, plans),
             generator=generator,
             process=process if len(process) else None,  # type: ignore[arg-type]
             stop=stop if len(stop) else None,
@@ -256,6 +245,41 @@ class MTPGenerationMixin:
             accepted=out.accepted,
             finished=out.finished,
         )
+
+    def request_plans(
+        self,
+        mtp_mode: str | Sequence[str],
+        num_rows: int,
+        k: int | None,
+        max_thought_tokens: int | None,
+        setting: dict[str, Any],
+    ) -> list[PhasePlan]:
+        """The plan of each row of a request."""
+        modes = [mtp_mode] * num_rows if isinstance(mtp_mode, str) else list(mtp_mode)
+        by_mode = {mode: self.phase_plan(mode, k, max_thought_tokens) for mode in modes}
+        eos = setting.get("eos_token_id")
+        for plan in by_mode.values():
+            if eos is not None:
+                plan.eos_ids = [eos] if isinstance(eos, int) else list(eos)
+        return [by_mode[mode] for mode in modes]
+
+
+def pad_right(prompts: Tensor, attention: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Prompts [B, T] padded on either side -> padded on the right, and their lengths [B].
+
+    Raises ValueError for a row that the mask leaves no token.
+    """
+    if attention is None:
+        attention = torch.ones_like(prompts)
+    if not bool(attention.any(1).all()):
+        raise ValueError("attention_mask leaves a row without a token; give every row a prompt")
+    order = attention.long().argsort(dim=1, descending=True, stable=True)
+    return prompts.gather(1, order), attention.sum(1)
+
+
+def pad_id_of(setting: dict[str, Any], plans: list[PhasePlan]) -> int:
+    """What fills the unused end of each row."""
+    return setting.get("pad_token_id", plans[0].eos_ids[0] if plans[0].eos_ids else 0)
 
 
 def read_settings(config: GenerationConfig, given: dict[str, Any]) -> dict[str, Any]:

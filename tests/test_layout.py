@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["errors", "cache_mtp", "phases_mtp", "records_mtp", "sampling_mtp"] + ["tasks.base"],
     ["passes_mtp"],
-    ["generation_mtp"],
+    ["generation_mtp", "branches_mtp"],
+    ["tree_search_mtp"],
+    ["search_mtp"],
     ["modeling_mtp", "tasks.math_answer", "tasks.solvers", "tasks.running_sum"],
     ["tasks.reasoning_gym", "tasks.user_reward"],
     ["tasks.rows"],
