@@ -51,8 +51,10 @@ from .tree_search_mtp import mcts
 class Searched:
     """What a search found for B prompts."""
 
-    chosen: Decoded
-    """B rows: the text that was chosen for each prompt. Its passes are those of this text."""
+    chosen: list[Branch]
+    """[B] the text that was chosen for each prompt."""
+    out: Decoded
+    """The same as the pass loop records texts: B rows. `passes` are those of a text alone."""
     scores: Tensor
     """[B] float64 of the chosen texts."""
     texts: list[list[Branch]]
@@ -120,7 +122,8 @@ def search(
     found = [sorted(texts, key=rank) for texts in method(request, config, judge)]
     chosen = [choose(texts, config, answer_of) for texts in found]
     return Searched(
-        chosen=decoded(chosen, pad_id, prompts.device),
+        chosen=chosen,
+        out=decoded(chosen, pad_id, prompts.device),
         scores=torch.tensor([branch.score for branch in chosen], dtype=torch.float64),
         texts=found,
         passes=torch.tensor(request.spent.passes),
@@ -298,7 +301,7 @@ class MTPSearchMixin(MTPGenerationMixin):
             process=process if len(process) else None,  # type: ignore[arg-type]
             stop=stop if len(stop) else None,
         )
-        out = found.chosen
+        out = found.out
         return MTPSearchOutput(
             sequences=torch.cat([prompts, out.tokens], 1),
             slots=out.slots,

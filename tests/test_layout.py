@@ -27,6 +27,7 @@ LAYERS = [
     ["rollout", "live"],
     ["legibility", "arms"],
     ["reward", "evaluate", "models"],
+    ["evaluate_search"],
     ["objectives.scored", "objectives.stream"],
     ["objectives.main_ce", "objectives.head_ce", "objectives.head_kl"]
     + ["objectives.policy", "objectives.leash", "objectives.preserve"],
@@ -38,6 +39,7 @@ LAYERS = [
     ["groups", "reference"],
     ["steps"],
     ["trainer"],
+    ["cli_options"],
     ["cli"],
 ]
 """A module may import those of earlier layers; within a layer none imports another."""

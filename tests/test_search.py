@@ -184,7 +184,7 @@ def test_a_planted_text_is_found(config, mode, plan):
     found = look(tiny_model(), [[7], [8, 9]], plan_of(mode, plan), config, **options)
     for texts, score in zip(found.texts, found.scores.tolist(), strict=True):
         assert texts[0].text() == PLANTED and score == 1.0
-    assert found.chosen.tokens.tolist() == [PLANTED] * 2
+    assert found.out.tokens.tolist() == [PLANTED] * 2
     if config.method != "best_of_n":
         nodes = 2**8 - 1  # passes of slow mode that see every text
         limit = {"beam": 8, "mcts": 0.7 * nodes if config.rollouts else 80}[config.method]
@@ -284,8 +284,8 @@ def test_a_vote_can_choose_another_text_than_the_score(plan):
     config = SearchConfig(n=32, choose="majority")
     by_vote = look(tiny_model(), [[7]], plan.as_slow(), config, answer_of=answer_of, **options)
     assert [b.text() for b in by_score.texts[0]] == [b.text() for b in by_vote.texts[0]]
-    assert by_score.chosen.tokens.tolist() == [[5, 5]]
-    assert by_vote.chosen.tokens[0, 1] > 5
+    assert by_score.out.tokens.tolist() == [[5, 5]]
+    assert by_vote.out.tokens[0, 1] > 5
     assert by_vote.scores < by_score.scores
 
 
