@@ -11,7 +11,7 @@ branch that a new loop goes on with has none: main's text follows the same distr
 
 Travels with exported checkpoints: imports torch and siblings only.
 
-Shapes: B prompts, R running rows, C chosen ones, E blocks drawn of one pass, W positions.
+Shapes: B prompts, R running rows, W positions that a pass reads.
 """
 
 import math
@@ -60,9 +60,6 @@ class Branch:
     """Output tokens of that phase so far."""
     start: int = 0
     """Position of the first token that main has not read."""
-    part: Tensor | None = None
-    """[layers, 2, W, heads, d] keys and values of the positions from `start` on, once main has read
-    the block; kept only where a search comes back to it."""
 
     def __post_init__(self) -> None:
         before = self.parent
@@ -196,16 +193,25 @@ class Request:
         return [Branch(prompt=row) for row in range(len(self.prompts))]
 
 
+Parts = dict[Branch, Tensor]
+"""[layers, 2, W, heads, d] keys and values of the positions from a branch's `start` on, which main
+made when it read the branch's block."""
+
+
 class BranchLoop(PassLoop):
     """A pass loop whose rows are branches."""
 
     def __init__(
-        self, request: Request, branches: list[Branch], num_copies: int, keeps_parts: bool = False
+        self,
+        request: Request,
+        branches: list[Branch],
+        num_copies: int,
+        parts: Parts | None = None,
     ):
         """Begin at open branches, of which the next pass draws `num_copies` blocks each.
 
-        The branches are all without a block, or all of texts that main read in loops that kept
-        their parts. keeps_parts: so that a new loop can go on with any branch of this one.
+        The branches are all without a block, or `parts` holds those of all branches that they come
+        from. The loop adds the parts of what it reads.
         """
         of = [branch.prompt for branch in branches for _ in range(num_copies)]
         super().__init__(
@@ -221,7 +227,7 @@ class BranchLoop(PassLoop):
             request.stop,
             num_copies,
         )
-        self.spent, self.keeps_parts = request.spent, keeps_parts
+        self.spent, self.parts = request.spent, parts
         self.branches = {row: branches[row // num_copies] for row in range(len(of))}
         if branches[0].parent is not None:
             self.resume(branches, num_copies)
@@ -249,11 +255,12 @@ class BranchLoop(PassLoop):
         self.length = max(branch.start for branch in branches) + self.fed.shape[1]
         self.drafts = self.fed[:, :0]
         self.all_use_head = bool((self.tables.keep[self.rows, self.phase] > 1).all())
-        parts = [read_part(branch) for branch in branches]
-        longest = max(part.shape[2] for part in parts)
+        assert self.parts is not None
+        read = [read_part(branch, self.parts) for branch in branches]
+        longest = max(part.shape[2] for part in read)
         pad = torch.nn.functional.pad
-        parts = [pad(part, (0, 0, 0, 0, 0, longest - part.shape[2])) for part in parts]
-        self.cache.load(torch.stack(parts))
+        read = [pad(part, (0, 0, 0, 0, 0, longest - part.shape[2])) for part in read]
+        self.cache.load(torch.stack(read))
 
     def read(self) -> tuple[Tensor, list[Tensor]]:
         """As in the pass loop; notes its cost and, where they are kept, the branches' parts."""
@@ -261,18 +268,15 @@ class BranchLoop(PassLoop):
         read = self.num_fresh + self.num_drafts
         first = [x[::num_copies] for x in (self.rows, self.active, self.start, read)]
         states = super().read()
-        parts = None
-        if self.keeps_parts:
-            rows = torch.arange(len(first[0]), device=self.rows.device) * num_copies
-            parts = self.cache.part(rows, first[2], self.fed.shape[1])
-        for index, (row, active, _, number) in enumerate(torch.stack(first, 1).tolist()):
-            if not active:
-                continue
-            branch = self.branches[row]
-            self.spent.passes[branch.prompt] += 1
-            self.spent.tokens[branch.prompt] += number
-            if parts is not None:
-                branch.part = parts[index]
+        reading = torch.stack(first, 1).tolist()
+        for row, active, _, number in reading:
+            if active:
+                self.spent.passes[self.branches[row].prompt] += 1
+                self.spent.tokens[self.branches[row].prompt] += number
+        if self.parts is not None:
+            rows = torch.arange(len(reading), device=self.rows.device) * num_copies
+            made = self.cache.part(rows, first[2], self.fed.shape[1])
+            self.parts |= {self.branches[row]: made[i] for i, (row, *_) in enumerate(reading)}
         return states
 
     def step(self) -> list[Branch]:
@@ -328,16 +332,14 @@ class BranchLoop(PassLoop):
         self.branches = {row: branches[row // num_copies] for row in range(len(kept))}
 
 
-def read_part(branch: Branch) -> Tensor:
+def read_part(branch: Branch, parts: Parts) -> Tensor:
     """Keys and values of all positions before the branch's first unread one.
 
     Returns [layers, 2, start, heads, d].
     """
-    path, parts = branch.path(), []
-    for before, after in zip(path, path[1:], strict=False):
-        assert before.part is not None
-        parts.append(before.part[:, :, : after.start - before.start])
-    return torch.cat(parts, 2)
+    path = branch.path()
+    pairs = zip(path, path[1:], strict=False)
+    return torch.cat([parts[a][:, :, : b.start - a.start] for a, b in pairs], 2)
 
 
 def padded(rows: list[list[Any]], fill: Any) -> list[list[Any]]:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .branches_mtp import Branch, BranchLoop, Judge, Request, SearchConfig, give_scores
+from .branches_mtp import Branch, BranchLoop, Judge, Parts, Request, SearchConfig, give_scores
 
 
 @dataclass(eq=False)
@@ -101,6 +101,7 @@ def mcts(request: Request, config: SearchConfig, judge: Judge | None) -> list[li
     without a bonus.
     """
     trees = [Tree(root) for root in request.roots()]
+    parts: Parts = {}
     for number in range(config.n):
         growing = [tree for tree in trees if not tree.root.is_closed]
         if not growing:
@@ -110,7 +111,7 @@ def mcts(request: Request, config: SearchConfig, judge: Judge | None) -> list[li
             tree.descend(0.0 if is_last else config.exploration)
             for tree, is_last in zip(growing, last, strict=True)
         ]
-        grow(request, config, paths, [config.rollouts or is_last for is_last in last])
+        grow(request, config, parts, paths, [config.rollouts or is_last for is_last in last])
         give_scores(config, judge, [path[-1].branch for path in paths])
         for tree, path in zip(growing, paths, strict=True):
             tree.back_up(path)
@@ -118,7 +119,11 @@ def mcts(request: Request, config: SearchConfig, judge: Judge | None) -> list[li
 
 
 def grow(
-    request: Request, config: SearchConfig, paths: list[list[Node]], to_end: list[bool]
+    request: Request,
+    config: SearchConfig,
+    parts: Parts,
+    paths: list[list[Node]],
+    to_end: list[bool],
 ) -> None:
     """Lengthen each path by one pass, or by all passes to the end of its text."""
     pairs = zip(paths, to_end, strict=True)
@@ -126,7 +131,7 @@ def grow(
     if not running:
         return
     branches = [path[-1].branch for path, _ in running]
-    loop = BranchLoop(request, branches, config.expand, keeps_parts=True)
+    loop = BranchLoop(request, branches, config.expand, parts)
     while True:
         drawn: dict[Branch | None, list[Branch]] = {}
         for child in loop.step():
