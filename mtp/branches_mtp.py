@@ -164,7 +164,7 @@ class Spent:
 
 
 @dataclass(kw_only=True)
-class Request:
+class SearchRequest:
     """The arguments of `decode`, see there, and what has been spent on them."""
 
     model: Any
@@ -203,7 +203,7 @@ class BranchLoop(PassLoop):
 
     def __init__(
         self,
-        request: Request,
+        request: SearchRequest,
         branches: list[Branch],
         num_copies: int,
         parts: Parts | None = None,

@@ -151,7 +151,8 @@ def open_writer(arguments: argparse.Namespace) -> Writer:
     sampler = make_sampler(arguments, config)
     import torch
 
-    from .live import write_found, write_live
+    from .live import write_live
+    from .live_search import write_found
     from .logger import make_console
 
     device = choose_device(arguments.device)

@@ -11,7 +11,7 @@ Shapes: B rows, T prompt, L new tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +102,21 @@ class MTPGenerateOutput(ModelOutput):
     """[B, L] slot of the head that proposed a token which main accepted (verified mode), else 0."""
     finished: Tensor | None = None
     """[B] bool, ended by an end token or a stopping criterion."""
+
+
+class Request(NamedTuple):
+    """A call of `generate`, as `decode` takes it."""
+
+    given: Tensor
+    """[B, T] prompts as they were given."""
+    setting: dict[str, Any]
+    """Of `HONOURED`, what the call or its config sets."""
+    text: tuple[Tensor, Tensor, list[PhasePlan], Sampler]
+    """Prompts padded on the right, their lengths, their plans, the sampler."""
+    arguments: dict[str, Any]
+    """Keyword arguments of `decode`."""
+    streamer: Any
+    """transformers' streamer, or None."""
 
 
 class MTPGenerationMixin:
@@ -198,39 +213,24 @@ class MTPGenerationMixin:
         """
         if mtp_mode is None:
             return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
-        prompts = kwargs.pop("input_ids", inputs)
-        if prompts is None:
-            raise ValueError("input_ids must be given to generate with mtp_mode")
-        attention = kwargs.pop("attention_mask", None)
-        process = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
-        stop = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
-        streamer = kwargs.pop("streamer", None)
-        setting = read_settings(generation_config or self.generation_config, kwargs)
-        copies = setting.get("num_return_sequences", 1)
+        request = self._read_request(
+            inputs, generation_config, mtp_mode, mtp_k, max_thought_tokens, generator, kwargs
+        )
+        prompts, setting = request.given, request.setting
+        padded, lengths, plans, sampler = request.text
+        copies, streamer = request.arguments["num_return_sequences"], request.streamer
         if streamer is not None and len(prompts) * copies > 1:
             raise ValueError(f"streamer takes one sequence at a time, got {len(prompts) * copies}")
-        if copies > 1 and not setting.get("do_sample"):
-            raise ValueError(
-                f"num_return_sequences={copies} greedy sequences of a prompt would be the same; "
-                "set do_sample=True"
-            )
-        plans = self.request_plans(mtp_mode, len(prompts), mtp_k, max_thought_tokens, setting)
-        right_padded, lengths = pad_right(prompts, attention)
         if streamer is not None:
             streamer.put(prompts.cpu())
         out = decode(
             self,
-            right_padded,
+            padded,
             lengths,
             plans,
-            make_sampler(setting),
-            max_new_tokens=setting.get("max_new_tokens", 256),
-            pad_id=pad_id_of(setting, plans),
-            generator=generator,
-            process=process if len(process) else None,  # type: ignore[arg-type]
-            stop=stop if len(stop) else None,
+            sampler,
             on_block=None if streamer is None else lambda block: put_block(streamer, block),
-            num_return_sequences=copies,
+            **request.arguments,
         )
         if streamer is not None:
             streamer.end()
@@ -246,40 +246,54 @@ class MTPGenerationMixin:
             finished=out.finished,
         )
 
-    def request_plans(
+    def _read_request(
         self,
+        inputs: Tensor | None,
+        generation_config: GenerationConfig | None,
         mtp_mode: str | Sequence[str],
-        num_rows: int,
-        k: int | None,
+        mtp_k: int | None,
         max_thought_tokens: int | None,
-        setting: dict[str, Any],
-    ) -> list[PhasePlan]:
-        """The plan of each row of a request."""
-        modes = [mtp_mode] * num_rows if isinstance(mtp_mode, str) else list(mtp_mode)
-        by_mode = {mode: self.phase_plan(mode, k, max_thought_tokens) for mode in modes}
+        generator: torch.Generator | None,
+        kwargs: dict[str, Any],
+    ) -> "Request":
+        """What `decode` is asked for. Raises ValueError for what it cannot do."""
+        prompts = kwargs.pop("input_ids", inputs)
+        if prompts is None:
+            raise ValueError("input_ids must be given to generate with mtp_mode")
+        attention = kwargs.pop("attention_mask", None)
+        process = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
+        stop = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
+        streamer = kwargs.pop("streamer", None)
+        setting = read_settings(generation_config or self.generation_config, kwargs)
+        copies = setting.get("num_return_sequences", 1)
+        if copies > 1 and not setting.get("do_sample"):
+            raise ValueError(
+                f"num_return_sequences={copies} greedy sequences of a prompt would be the same; "
+                "set do_sample=True"
+            )
+        modes = [mtp_mode] * len(prompts) if isinstance(mtp_mode, str) else list(mtp_mode)
+        by_mode = {mode: self.phase_plan(mode, mtp_k, max_thought_tokens) for mode in modes}
         eos = setting.get("eos_token_id")
         for plan in by_mode.values():
             if eos is not None:
                 plan.eos_ids = [eos] if isinstance(eos, int) else list(eos)
-        return [by_mode[mode] for mode in modes]
-
-
-def pad_right(prompts: Tensor, attention: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Prompts [B, T] padded on either side -> padded on the right, and their lengths [B].
-
-    Raises ValueError for a row that the mask leaves no token.
-    """
-    if attention is None:
-        attention = torch.ones_like(prompts)
-    if not bool(attention.any(1).all()):
-        raise ValueError("attention_mask leaves a row without a token; give every row a prompt")
-    order = attention.long().argsort(dim=1, descending=True, stable=True)
-    return prompts.gather(1, order), attention.sum(1)
-
-
-def pad_id_of(setting: dict[str, Any], plans: list[PhasePlan]) -> int:
-    """What fills the unused end of each row."""
-    return setting.get("pad_token_id", plans[0].eos_ids[0] if plans[0].eos_ids else 0)
+        plans = [by_mode[mode] for mode in modes]
+        eos_ids = plans[0].eos_ids
+        if attention is None:
+            attention = torch.ones_like(prompts)
+        if not bool(attention.any(1).all()):
+            raise ValueError("attention_mask leaves a row without a token; give every row a prompt")
+        order = attention.long().argsort(dim=1, descending=True, stable=True)
+        text = prompts.gather(1, order), attention.sum(1), plans, make_sampler(setting)
+        arguments = {
+            "max_new_tokens": setting.get("max_new_tokens", 256),
+            "pad_id": setting.get("pad_token_id", eos_ids[0] if eos_ids else 0),
+            "generator": generator,
+            "process": process if len(process) else None,
+            "stop": stop if len(stop) else None,
+            "num_return_sequences": copies,
+        }
+        return Request(prompts, setting, text, arguments, streamer)
 
 
 def read_settings(config: GenerationConfig, given: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Text on the screen: block by block, coloured by emitter; what a search found; a conversation."""
+"""Text on the screen as it is written: block by block, coloured by emitter, and a conversation."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -7,12 +7,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.text import Text
 
-from .branches_mtp import SearchConfig
 from .generation_mtp import FORCED, MODES, Block, PhasePlan, Sampler, decode
-from .search_mtp import search
 from .text import TextFormat
 
 STYLES = {
@@ -88,21 +85,17 @@ class LiveText:
     def end(self, mode: str, note: str = "") -> None:
         """End the line and say how fast it was."""
         seconds = time.perf_counter() - self.began
-        self.end_line()
+        pending = self.pieces.pending() if self.pieces.shown < len(self.ids) else ""
+        self.console.print(pending)
+        if self.console.is_terminal:
+            legend = [(f"{who} ", style) for who, style in STYLES.items() if who in self.emitters]
+            self.console.print(Text.assemble(*legend))
         number, passes = len(self.ids), self.num_passes
         self.console.print(
             f"{mode}: {number} tokens in {passes} passes, "
             f"{number / passes:.2f} tokens per pass, {number / seconds:.0f} tokens/s{note}",
             style="dim",
         )
-
-    def end_line(self) -> None:
-        """End the line; on a terminal say which colour is whose."""
-        pending = self.pieces.pending() if self.pieces.shown < len(self.ids) else ""
-        self.console.print(pending)
-        if self.console.is_terminal:
-            legend = [(f"{who} ", style) for who, style in STYLES.items() if who in self.emitters]
-            self.console.print(Text.assemble(*legend))
 
 
 def write_live(
@@ -132,55 +125,6 @@ def write_live(
         on_block=live,
     )
     live.end(mode, "" if out.finished[0] else f"; cut at {max_new_tokens} new tokens")
-    return live.ids
-
-
-def write_found(
-    console: Console,
-    model: Any,
-    text: TextFormat,
-    prompt: list[int],
-    plan: PhasePlan,
-    sampler: Sampler,
-    config: SearchConfig,
-    *,
-    mode: str,
-    max_new_tokens: int,
-    generator: torch.Generator,
-) -> list[int]:
-    """Search for a completion of one prompt and show it, then the score and the final answer of
-    each text that was found. Returns the chosen ids.
-    """
-    device = next(model.parameters()).device
-    found = search(
-        model,
-        torch.tensor([prompt], device=device),
-        torch.tensor([len(prompt)], device=device),
-        plan,
-        sampler,
-        config,
-        max_new_tokens=max_new_tokens,
-        pad_id=text.pad_id,
-        answer_of=text.answer_text,
-        generator=generator,
-    )
-    (chosen,), (texts,) = found.chosen, found.texts
-    live = LiveText(console, text.tokenizer)
-    for branch in chosen.path()[1:]:
-        columns = (branch.tokens, branch.slots, branch.accepted, branch.logprobs)
-        row = [torch.tensor([column]) for column in columns]
-        live(Block(torch.tensor([0]), *row, torch.tensor([len(branch.tokens)])))
-    live.end_line()
-    for branch in texts:
-        answer = text.answer_text(branch.text())
-        shown = "no answer" if answer is None else escape(answer)
-        mark = "*" if branch is chosen else " "
-        console.print(f"{mark} {branch.score:8.4f}  {shown}", style="dim", highlight=False)
-    console.print(
-        f"{mode}, {config.method}: {len(texts)} texts, {int(found.passes[0])} passes, "
-        f"{int(found.tokens_read[0])} tokens read",
-        style="dim",
-    )
     return live.ids
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
 from .branches_mtp import (
@@ -28,8 +28,8 @@ from .branches_mtp import (
     Branch,
     BranchLoop,
     Judge,
-    Request,
     SearchConfig,
+    SearchRequest,
     give_scores,
     padded,
 )
@@ -38,10 +38,6 @@ from .generation_mtp import (
     MTPGenerationMixin,
     PhasePlan,
     Sampler,
-    make_sampler,
-    pad_id_of,
-    pad_right,
-    read_settings,
 )
 from .passes_mtp import Process, Stop
 from .tree_search_mtp import mcts
@@ -105,7 +101,7 @@ def search(
     that are no finite numbers.
     """
     config.check(sampler, judge, answer_of)
-    request = Request(
+    request = SearchRequest(
         model=model,
         prompts=prompts,
         prompt_lengths=prompt_lengths,
@@ -141,7 +137,9 @@ def read_config(values: dict[str, Any]) -> SearchConfig:
 
 
 @torch.no_grad()
-def best_of_n(request: Request, config: SearchConfig, judge: Judge | None) -> list[list[Branch]]:
+def best_of_n(
+    request: SearchRequest, config: SearchConfig, judge: Judge | None
+) -> list[list[Branch]]:
     """n sampled texts of each prompt, which is read once for all of them."""
     loop = BranchLoop(request, request.roots(), config.n)
     found: list[list[Branch]] = [[] for _ in request.prompts]
@@ -157,7 +155,7 @@ def best_of_n(request: Request, config: SearchConfig, judge: Judge | None) -> li
 
 
 @torch.no_grad()
-def beam(request: Request, config: SearchConfig, judge: Judge | None) -> list[list[Branch]]:
+def beam(request: SearchRequest, config: SearchConfig, judge: Judge | None) -> list[list[Branch]]:
     """The n branches of each prompt that stay when all have ended.
 
     After every pass a beam keeps the n best of what its branches grew into and of its texts that
@@ -273,37 +271,21 @@ class MTPSearchMixin(MTPGenerationMixin):
 
         Raises ValueError, before any pass, for what no search can do.
         """
-        prompts = kwargs.pop("input_ids", inputs)
-        if prompts is None:
-            raise ValueError("input_ids must be given to search")
         if isinstance(config, dict):
             config = read_config(config)
-        attention = kwargs.pop("attention_mask", None)
-        process = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
-        stop = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
-        setting = read_settings(generation_config or self.generation_config, kwargs)
-        if setting.get("num_return_sequences", 1) > 1:
+        request = self._read_request(
+            inputs, generation_config, mtp_mode, mtp_k, max_thought_tokens, generator, kwargs
+        )
+        if request.streamer is not None:
+            raise ValueError("search takes no streamer: it shows nothing before it has ended")
+        if request.arguments.pop("num_return_sequences") > 1:
             raise ValueError("search does not take num_return_sequences; set n in its config")
-        plans = self.request_plans(mtp_mode, len(prompts), mtp_k, max_thought_tokens, setting)
-        right_padded, lengths = pad_right(prompts, attention)
         found = search(
-            self,
-            right_padded,
-            lengths,
-            plans,
-            make_sampler(setting),
-            config,
-            max_new_tokens=setting.get("max_new_tokens", 256),
-            pad_id=pad_id_of(setting, plans),
-            judge=judge,
-            answer_of=answer_of,
-            generator=generator,
-            process=process if len(process) else None,  # type: ignore[arg-type]
-            stop=stop if len(stop) else None,
+            self, *request.text, config, judge=judge, answer_of=answer_of, **request.arguments
         )
         out = found.out
         return MTPSearchOutput(
-            sequences=torch.cat([prompts, out.tokens], 1),
+            sequences=torch.cat([request.given, out.tokens], 1),
             slots=out.slots,
             logprobs=out.logprobs,
             accepted=out.accepted,

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .branches_mtp import Branch, BranchLoop, Judge, Parts, Request, SearchConfig, give_scores
+from .branches_mtp import Branch, BranchLoop, Judge, Parts, SearchConfig, SearchRequest, give_scores
 
 
 @dataclass(eq=False)
@@ -93,7 +93,7 @@ class Tree:
 
 
 @torch.no_grad()
-def mcts(request: Request, config: SearchConfig, judge: Judge | None) -> list[list[Branch]]:
+def mcts(request: SearchRequest, config: SearchConfig, judge: Judge | None) -> list[list[Branch]]:
     """The ended texts that the simulations came to, of each prompt.
 
     The trees of a batch grow side by side, one simulation of each at a time. Where the judge scores
@@ -119,7 +119,7 @@ def mcts(request: Request, config: SearchConfig, judge: Judge | None) -> list[li
 
 
 def grow(
-    request: Request,
+    request: SearchRequest,
     config: SearchConfig,
     parts: Parts,
     paths: list[list[Node]],

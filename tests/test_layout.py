@@ -27,7 +27,7 @@ LAYERS = [
     ["rollout", "live"],
     ["legibility", "arms"],
     ["reward", "evaluate", "models"],
-    ["evaluate_search"],
+    ["evaluate_search", "live_search"],
     ["objectives.scored", "objectives.stream"],
     ["objectives.main_ce", "objectives.head_ce", "objectives.head_kl"]
     + ["objectives.policy", "objectives.leash", "objectives.preserve"],

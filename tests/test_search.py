@@ -357,7 +357,7 @@ def test_search_takes_what_generate_takes():
         ({"num_return_sequences": 2}, "set n in its config"),
         ({"mtp_mode": "warp"}, "mtp_mode must be one of"),
         ({"mtp_mode": ["fast", "slow"]}, r"one per row \(1\), got 2"),
-        ({"streamer": object()}, "does not take .'streamer'."),
+        ({"streamer": object()}, "takes no streamer"),
         ({"attention_mask": torch.zeros(1, 2)}, "row without a token"),
     ],
 )
