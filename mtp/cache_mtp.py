@@ -65,6 +65,7 @@ class BlockCache(Cache):
         self.capacity = 0
         self.length = 0
         self.positions = torch.empty(0)
+        self.chosen: Tensor | None = None  # rows that are kept, if they have not been copied yet
         super().__init__(layers=[BlockCacheLayer(self) for _ in range(num_layers)])
 
     def place(self, positions: Tensor, length: int) -> Tensor | None:
@@ -74,6 +75,10 @@ class BlockCache(Cache):
         query of a batch of one, which may look everywhere.
         """
         self.positions, self.length = positions, length
+        if self.chosen is not None:
+            for layer in self.layers:
+                layer.keys, layer.values = layer.keys[self.chosen], layer.values[self.chosen]
+            self.chosen = None
         if length > self.capacity:
             self.capacity = max(length, 2 * self.capacity, 64)
         if self.num_rows == 1 and positions.shape[1] == 1:
@@ -82,7 +87,27 @@ class BlockCache(Cache):
         return keys <= positions[:, None, :, None]
 
     def select(self, rows: Tensor) -> None:
-        """Go on with the given rows, some of which may be the same."""
+        """Go on with the given rows, some of which may be the same.
+
+        They are copied at the next `place`, so choosing twice copies once.
+        """
         self.num_rows = len(rows)
-        for layer in self.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        self.chosen = rows if self.chosen is None else self.chosen[rows]
+
+    def part(self, rows: Tensor, start: Tensor, width: int) -> Tensor:
+        """Keys and values of `width` positions from `start` [R] on, of the given rows [R].
+
+        Returns [R, layers, 2, width, heads, d].
+        """
+        rows = rows if self.chosen is None else self.chosen[rows]
+        where = start[:, None] + torch.arange(width, device=start.device)
+        both = [states for layer in self.layers for states in (layer.keys, layer.values)]
+        parts = torch.stack([states[rows[:, None], :, where] for states in both], 1)
+        return parts.unflatten(1, (-1, 2))
+
+    def load(self, parts: Tensor) -> None:
+        """Hold what `part` gave, from position 0 on: [R, layers, 2, T, heads, d]."""
+        self.num_rows, self.capacity, self.chosen = len(parts), parts.shape[3], None
+        for layer, states in zip(self.layers, parts.transpose(3, 4).unbind(1), strict=True):
+            layer.keys, layer.values = states[:, 0].contiguous(), states[:, 1].contiguous()
+            layer.is_initialized = True

@@ -11,11 +11,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .cli_options import (
+    DEFAULT_SEED,
+    add_sampling_options,
+    add_search_options,
+    add_writing_options,
+    make_sampler,
+    search_config,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from rich.console import Console
 
+    from .branches_mtp import SearchConfig
     from .config import RunConfig
     from .text import TextFormat
 
@@ -40,6 +50,15 @@ class Opened:
         return self.config is None or any(
             self.config.stages[name].train_head for name in self.stages_so_far()
         )
+
+    def choose_mode(self, mode: str | None) -> str:
+        """The mode asked for, else fast where the head is trained and slow where it is not.
+
+        Raises ValueError for fast mode with an untrained head.
+        """
+        if mode == "fast" and not self.head_is_trained:
+            raise ValueError(f"the head is untrained after stage {self.stage}; use --mode slow")
+        return mode or ("fast" if self.head_is_trained else "slow")
 
     def stages_so_far(self) -> list[str]:
         """Names of the run's stages up to this one."""
@@ -127,18 +146,16 @@ class Writer:
 def open_writer(arguments: argparse.Namespace) -> Writer:
     """The model of a writing command. Raises ValueError for settings that it cannot follow."""
     opened = open_model(arguments.folder, arguments.stage)
-    mode = arguments.mode or ("fast" if opened.head_is_trained else "slow")
-    if mode == "fast" and not opened.head_is_trained:
-        raise ValueError(f"the head is untrained after stage {opened.stage}; use --mode slow")
+    mode = opened.choose_mode(arguments.mode)
+    config = search_config(arguments)
+    sampler = make_sampler(arguments, config)
     import torch
 
-    from .generation_mtp import Sampler, check_segments
+    from .generation_mtp import check_segments
     from .live import write_live
+    from .live_search import write_found
     from .logger import make_console
 
-    sampler = Sampler(
-        temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p
-    )
     device = choose_device(arguments.device)
     model, text = opened.load(device)
     limit = arguments.max_new_tokens
@@ -151,7 +168,8 @@ def open_writer(arguments: argparse.Namespace) -> Writer:
     if arguments.max_segments is not None:
         text.segments = replace(text.segments, max_segments=arguments.max_segments)
         check_segments(text.segments, text.phases, "decoding")
-    generator = torch.Generator(device=device).manual_seed(arguments.seed)
+    seed = DEFAULT_SEED if arguments.seed is None else arguments.seed
+    generator = torch.Generator(device=device).manual_seed(seed)
     console = make_console()
 
     def write(prompt: list[int], mode: str) -> list[int]:
@@ -159,6 +177,8 @@ def open_writer(arguments: argparse.Namespace) -> Writer:
         if arguments.max_thought_tokens is not None:
             plan.max_tokens[0] = arguments.max_thought_tokens
         given = {"mode": mode, "max_new_tokens": limit, "generator": generator}
+        if config is not None:
+            return write_found(console, model, text, prompt, plan, sampler, config, **given)
         return write_live(console, model, text, prompt, plan, sampler, **given)
 
     return Writer(console, model, text, mode, write)
@@ -221,10 +241,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
     number = arguments.num_problems
     if number is not None and number < 1:
         raise ValueError(f"--num-problems must be at least 1, got {number}")
+    search = search_config(arguments)
+    if search is not None:
+        evaluate_search(arguments, opened, search, number or config.evaluation.num_problems)
+        return
     from .evaluate import evaluate as measure
     from .logger import make_console
     from .models import load_model
     from .reference import evaluation_reference, folder_of
+    from .report import COLUMNS
 
     device = choose_device(arguments.device)
     task = config.task.build()
@@ -246,19 +271,64 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps({"name": opened.stage, **figures}, indent=2))
     else:
-        print_figures(make_console(), f"{arguments.folder}, stage {opened.stage}", figures)
+        title = f"{arguments.folder}, stage {opened.stage}"
+        print_figures(make_console(), title, figures, COLUMNS)
 
 
-def print_figures(console: "Console", title: str, figures: dict[str, Any]) -> None:
+def evaluate_search(
+    arguments: argparse.Namespace, opened: Opened, config: "SearchConfig", num_problems: int
+) -> None:
+    """`mtp evaluate --search`."""
+    run = opened.config
+    assert run is not None
+    mode = opened.choose_mode(arguments.mode)
+    sampler = make_sampler(arguments, config)
+    import torch
+
+    from .evaluate_search import FIGURES
+    from .evaluate_search import evaluate_search as measure
+    from .logger import make_console
+
+    device = choose_device(arguments.device)
+    seed = DEFAULT_SEED if arguments.seed is None else arguments.seed
+    model, text = opened.load(device)
+    figures = measure(
+        model,
+        text,
+        run.task.build(),
+        config,
+        sampler,
+        mode=mode,
+        judge=arguments.judge or "logprob",
+        max_new_tokens=run.decoding.max_new_tokens,
+        num_problems=num_problems,
+        batch_size=run.evaluation.batch_size,
+        generator=torch.Generator(device=device).manual_seed(seed),
+    )
+    if arguments.json:
+        asked = {"mode": mode, **vars(config), "temperature": sampler.temperature, "seed": seed}
+        print(json.dumps({"name": opened.stage, **asked, **figures}, indent=2))
+        return
+    title = f"{arguments.folder}, stage {opened.stage}, {mode}, {config.method}"
+    print_figures(make_console(), title, figures, FIGURES, "sampled")
+
+
+def print_figures(
+    console: "Console",
+    title: str,
+    figures: dict[str, Any],
+    columns: dict[str, str],
+    drawn: str = "greedy",
+) -> None:
     """One row a figure."""
     from rich.table import Table
 
-    from .report import COLUMNS, cell
+    from .report import cell
 
-    table = Table(title=f"{title}: {figures['num_problems']} held-out problems, greedy")
+    table = Table(title=f"{title}: {figures['num_problems']} held-out problems, {drawn}")
     table.add_column("figure")
     table.add_column("value", justify="right")
-    for name, shown in COLUMNS.items():
+    for name, shown in columns.items():
         if name in figures:
             table.add_row(shown, cell(name, figures[name]))
     console.print(table)
@@ -284,33 +354,6 @@ def export(arguments: argparse.Namespace) -> None:
     print(f"exported {opened.folder} to {arguments.out}")
 
 
-def add_writing_options(sub: argparse.ArgumentParser) -> None:
-    """Options of the commands that write text."""
-    sub.add_argument(
-        "--mode",
-        choices=["fast", "slow", "verified"],
-        help="fast: each phase in its own mode, fast phases keep all tokens of a pass (the default "
-        "where the head is trained); slow: one token a pass; verified: main's own text, the head "
-        "proposes and main decides",
-    )
-    sub.add_argument(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help="of each segment; default: what the model was trained with",
-    )
-    sub.add_argument(
-        "--max-thought-tokens", type=int, metavar="N", help="close the first phase after N tokens"
-    )
-    sub.add_argument(
-        "--max-segments", type=int, metavar="N", help="default: what the model was trained with"
-    )
-    sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy")
-    sub.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all tokens")
-    sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1: all tokens")
-    sub.add_argument("--seed", type=int, default=1, help="of sampling, above temperature 0")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -327,6 +370,7 @@ def make_parser() -> argparse.ArgumentParser:
     a_run = "a run's folder, such as runs/default"
     sub = command("generate", generate, "write text with a model", f"{a_run}, or an exported one")
     sub.add_argument("prompt", metavar="PROMPT", help="the user's message, such as 37+85+46=")
+    add_search_options(sub)
     writers = [sub]
     sub = command("chat", chat, "talk with a model", f"{a_run}, or an exported one")
     writers.append(sub)
@@ -339,6 +383,14 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--json", action="store_true", help="print the figures as summary.json has them"
     )
+    add_search_options(sub, "judge", "mode", "temperature", "top_k", "top_p", "seed")
+    sub.add_argument(
+        "--judge",
+        choices=["logprob", "reward"],
+        help="of texts and branches: their mean log-probability (the default), or whether the "
+        "task finds their answer right",
+    )
+    add_sampling_options(sub)
     sub = command("export", export, "write a run's model as a Hugging Face folder", a_run)
     sub.add_argument("out", type=Path, metavar="OUT", help="folder to make; an export is replaced")
     for name, sub in commands.choices.items():

@@ -76,6 +76,13 @@ def accuracy(
     return right / total
 
 
+def held_out(task: Task, num_problems: int) -> list[Example]:
+    """The first held-out problems, as many as there are at most."""
+    size = task.size("test")
+    num_problems = num_problems if size is None else min(num_problems, size)
+    return [task.example("test", i) for i in range(num_problems)]
+
+
 def evaluate(
     model: Any,
     text: TextFormat,
@@ -101,9 +108,8 @@ def evaluate(
         controls: also answer behind an empty and behind a wrong thought (another problem's).
         reference: frozen model for `reference_nats_per_token`, by slot too; null without one.
     """
-    size = task.size("test")
-    num_problems = num_problems if size is None else min(num_problems, size)
-    examples = [task.example("test", i) for i in range(num_problems)]
+    examples = held_out(task, num_problems)
+    num_problems = len(examples)
 
     def passes(batches: list[Rollouts]) -> float:
         return sum(float(b.out.passes.sum()) for b in batches) / num_problems

@@ -142,7 +142,10 @@ def model_card(model: Any, text: TextFormat, summary: dict[str, Any], config: An
         _snippet(text, config, head=True),
         "`fast` decodes each phase in its own mode, `slow` all of them one token per pass, "
         "`verified` gives main's own text in fewer passes: the head proposes and main decides. "
-        "Without `mtp_mode`, `generate` is the stock one on main.",
+        "Without `mtp_mode`, `generate` is the stock one on main. "
+        '`model.search(**given, config={"method": "best_of_n", "n": 8}, do_sample=True)` looks for '
+        "the likeliest of several texts; `beam` and `mcts` are the other methods, and `judge`, a "
+        "function of the branches, ranks them by anything else.",
         *_segments(text),
         "## Measured",
         _table(summary),

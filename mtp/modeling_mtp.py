@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PretrainedConfig, Qwen3ForCausalLM, initialization
 
-from .generation_mtp import MTPGenerationMixin
+from .search_mtp import MTPSearchMixin
 
 
 @dataclass(kw_only=True)
@@ -228,7 +228,7 @@ class ScoredRows(NamedTuple):
     """[N, K, E]; row (n, j) times the head's output matrix gives the head's slot j of anchor n."""
 
 
-class MTPMixin(MTPGenerationMixin):
+class MTPMixin(MTPSearchMixin):
     """Gives a causal LM class a head. Put it before the stock class in the bases.
 
     The stock parameters keep their names; the head's are `mtp_head.*`. Settings are read from

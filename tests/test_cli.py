@@ -11,6 +11,7 @@ from rich.console import Console
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
+from mtp.branches_mtp import SearchConfig
 from mtp.cli import main
 from mtp.config import RunConfig, load_run_config, save_run_config
 from mtp.evaluate import EvaluationConfig, evaluate
@@ -131,6 +132,41 @@ def test_generate_takes_the_mode_and_limit_of_the_run_and_stage(run, capsys):
     first = capsys.readouterr().out
     tokens, _, passes = greedy(run, "main", "12+34=", "slow", 14)
     assert f"slow: {len(tokens)} tokens in {passes} passes" in first
+
+
+@pytest.mark.parametrize("method", ["best_of_n", "beam", "mcts"])
+def test_a_search_shows_its_choice_and_what_else_it_found(run, capsys, method):
+    options = ["--search", method, "--n", "3", "--choose", "majority", "--mode", "slow"]
+    assert main(["generate", str(run), "12+34=", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    model, text = load_model(run / "stages" / "head")
+    config = SearchConfig(method=method, n=3, choose="majority")
+    found = model.search(
+        torch.tensor([text.prompt_ids("12+34=")]), config=config, answer_of=text.answer_text,
+        mtp_mode="slow", do_sample=True, top_k=0, max_new_tokens=14,
+        generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    tokens = found.sequences[0, len(text.prompt_ids("12+34=")) :].tolist()
+    shown = "|".join(text.tokenizer.decode([token]) for token in tokens)
+    assert lines[0] == f"12+34= {shown}"
+    scores = [f"{branch.score:.4f}" for branch in found.texts[0]]
+    assert [line.split()[-2 - line.endswith("no answer")] for line in lines[1:-1]] == scores
+    assert sum(line.startswith("*") for line in lines[1:-1]) == 1
+    spent = f"{int(found.passes[0])} passes, {int(found.tokens_read[0])} tokens read"
+    assert lines[-1] == f"slow, {method}: {len(scores)} texts, {spent}"
+
+
+@pytest.mark.parametrize("method", ["best_of_n", "beam", "mcts"])
+def test_evaluate_tells_what_a_search_chooses_and_what_it_found(run, capsys, method):
+    options = ["--search", method, "--n", "4", "--json"]
+    assert main(["evaluate", str(run), *options]) == 0
+    by_score = json.loads(capsys.readouterr().out)
+    assert by_score["num_problems"] == 12 and by_score["method"] == method
+    assert by_score["search_passes"] > 0 and 1 <= by_score["search_texts"] <= 4
+    assert main(["evaluate", str(run), "--search", method, "--n", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert f"stage head, fast, {method}: 12 held-out problems" in shown.replace("\n", " ")
+    assert "any text right" in shown
 
 
 def test_sampling_is_decided_by_the_seed(run, capsys):
@@ -273,6 +309,13 @@ def test_a_run_that_has_not_ended_gives_its_last_model_and_says_so(run, tmp_path
         (["generate", "RUN", "1+2=", "--max-new-tokens", "0"], "--max-new-tokens must be at"),
         (["generate", "RUN", "1+2=", "--temperature", "-1"], "temperature must be 0"),
         (["evaluate", "RUN", "--num-problems", "0"], "--num-problems must be at least 1"),
+        (["evaluate", "RUN", "--n", "4"], "--n is an option of --search"),
+        (["evaluate", "RUN", "--top-k", "4"], "--top-k is an option of --search"),
+        (["generate", "RUN", "1+2=", "--choose", "score"], "--choose is an option of --search"),
+        (["generate", "RUN", "1+2=", "--search", "beam", "--n", "0"], "n must be at least 1"),
+        (["evaluate", "RUN", "--search", "mcts", "--expand", "1"], "expand must be at least 2"),
+        (["evaluate", "RUN", "--search", "beam", "--temperature", "0"], "sampling must be on"),
+        (["evaluate", "RUN", "--stage", "main", "--search", "beam", "--mode", "fast"], "untrained"),
         (["export", "RUN", "RUN"], "holds files that no export wrote"),
         (["export", "RUN", "RUN/config.yaml"], "is a file"),
     ],

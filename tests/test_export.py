@@ -181,6 +181,34 @@ print(json.dumps(got))
             torch.testing.assert_close(torch.tensor(got[name][key]), torch.tensor(values[key]))
 
 
+def test_the_trusting_door_searches_as_here_where_mtp_is_not_importable(tmp_path):
+    model, _ = make(tmp_path / "out")
+    ids = torch.tensor([[2, 5, 6, 7, 8], [2, 9, 4, 5, 5]])
+    expected = {}
+    for method in ("best_of_n", "beam", "mcts"):
+        out = model.search(
+            ids, config={"method": method, "n": 3}, do_sample=True, top_k=0, max_new_tokens=12,
+            generator=torch.Generator().manual_seed(4),
+        )  # fmt: skip
+        expected[method] = [out.sequences.tolist(), out.passes.tolist(), len(out.texts[0])]
+    script = f"""
+import json, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r}, trust_remote_code=True)
+got = {{}}
+for method in {list(expected)}:
+    out = model.search(
+        torch.tensor({ids.tolist()}), config=dict(method=method, n=3), do_sample=True, top_k=0,
+        max_new_tokens=12, generator=torch.Generator().manual_seed(4),
+    )
+    got[method] = [out.sequences.tolist(), out.passes.tolist(), len(out.texts[0])]
+print(json.dumps(got))
+"""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    assert json.loads(run_alone(script, cache)) == expected
+
+
 def test_the_cards_snippets_run_as_they_stand(tmp_path):
     make(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()

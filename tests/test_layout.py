@@ -14,7 +14,9 @@ LAYERS = [
     + ["tasks.base"],
     ["passes_mtp"],
     ["segments_mtp"],
-    ["generation_mtp"],
+    ["generation_mtp", "branches_mtp"],
+    ["tree_search_mtp"],
+    ["search_mtp"],
     ["modeling_mtp", "tasks.math_answer", "tasks.solvers", "tasks.running_sum"],
     ["tasks.reasoning_gym", "tasks.user_reward"],
     ["tasks.rows"],
@@ -27,6 +29,7 @@ LAYERS = [
     ["rollout", "live"],
     ["legibility", "arms"],
     ["reward", "evaluate", "models"],
+    ["evaluate_search", "live_search"],
     ["objectives.scored", "objectives.stream"],
     ["objectives.main_ce", "objectives.head_ce", "objectives.head_kl"]
     + ["objectives.policy", "objectives.leash", "objectives.preserve"],
@@ -38,6 +41,7 @@ LAYERS = [
     ["groups", "reference"],
     ["steps"],
     ["trainer"],
+    ["cli_options"],
     ["cli"],
 ]
 """A module may import those of earlier layers; within a layer none imports another."""
