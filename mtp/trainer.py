@@ -238,16 +238,17 @@ def heard(run: Run) -> bool:
 
 def interim_evaluation(run: Run, name: str, stage: StageConfig) -> None:
     """A small evaluation within a stage, for the log and the curves."""
-    figures, shown = evaluate(
-        run.model,
-        run.text,
-        run.task,
-        run.config.decoding,
-        num_problems=run.config.evaluation.num_interim_problems,
-        batch_size=run.config.evaluation.batch_size,
-        use_head=heard(run),
-        controls=False,
-    )
+    with run.fabric.autocast():
+        figures, shown = evaluate(
+            run.model,
+            run.text,
+            run.task,
+            run.config.decoding,
+            num_problems=run.config.evaluation.num_interim_problems,
+            batch_size=run.config.evaluation.batch_size,
+            use_head=heard(run),
+            controls=False,
+        )
     record(run, name, figures)
     log_completions(run, name, shown)
 
@@ -279,16 +280,17 @@ def end_stage(run: Run, name: str, stage: StageConfig, seconds: float) -> None:
             run.stage_folder(name), lambda folder: save_model(run.model, run.text, folder)
         )
     run.fabric.barrier()
-    figures, shown = evaluate(
-        run.model,
-        run.text,
-        run.task,
-        config.decoding,
-        num_problems=config.evaluation.num_problems,
-        batch_size=config.evaluation.batch_size,
-        use_head=heard(run),
-        reference=frozen_for_evaluation(run),
-    )
+    with run.fabric.autocast():
+        figures, shown = evaluate(
+            run.model,
+            run.text,
+            run.task,
+            config.decoding,
+            num_problems=config.evaluation.num_problems,
+            batch_size=config.evaluation.batch_size,
+            use_head=heard(run),
+            reference=frozen_for_evaluation(run),
+        )
     record(run, name, figures)
     in_loss = reference_in_loss(config, name)
     progress.summaries.append(
