@@ -1,4 +1,4 @@
-"""What a search found, on the screen: the chosen text by its passes, then all scores and answers."""
+"""What a search found, on the screen: the chosen text by its passes, then scores and answers."""
 
 from typing import Any
 
@@ -47,8 +47,9 @@ def write_found(
     live = LiveText(console, text.tokenizer)
     for branch in chosen.path()[1:]:
         columns = (branch.tokens, branch.slots, branch.accepted, branch.logprobs)
-        row = [torch.tensor([column]) for column in columns]
-        live(Block(torch.tensor([0]), *row, torch.tensor([len(branch.tokens)])))
+        tokens, slots, accepted, logprobs = (torch.tensor([column]) for column in columns)
+        length = torch.tensor([len(branch.tokens)])
+        live(Block(torch.tensor([0]), tokens, slots, accepted, logprobs, length))
     console.print(live.pieces.pending())
     if console.is_terminal:
         legend = [(f"{who} ", style) for who, style in STYLES.items() if who in live.emitters]
