@@ -5,22 +5,25 @@ is a slot of an anchor. Everything is packed: no row is there that is not scored
 count is the length of its list.
 
 Rollouts that say the same, in the same blocks, share one text, which goes through the models once;
-each has rows of its own. Small policies repeat themselves a lot within a group.
+each has rows of its own. Small policies repeat themselves a lot within a group. A rollout of
+several segments has a text for each, and one advantage for all of them.
 
 Example, K = 2, text `p a b c d` with prompt `p`, blocks `a b c` (all kept) and `d`:
 main rows are positions 0 (writes a) and 3 (writes d); the anchor 0 has head rows (0, slot 1) -> b
 and (0, slot 2) -> c, which lie at text positions 1 and 2.
 
-Shapes: B texts, T time, R main rows, N anchors, K head slots, M head rows, G rollouts.
+Shapes: B texts, T time, R main rows, N anchors, K head slots, M head rows, G rollouts,
+S segments.
 """
 
-from dataclasses import dataclass, fields
+from collections import Counter
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .generation_mtp import Decoded, PhasePlan
+from .generation_mtp import FORCED, Decoded, PhasePlan, pad
 
 AnyBatch = TypeVar("AnyBatch", bound="TextBatch")
 
@@ -56,7 +59,10 @@ class TextBatch:
 
 @dataclass
 class RolloutBatch(TextBatch):
-    """Text sampled by the policy, with what the policy objective needs, row by row."""
+    """Text sampled by the policy, with what the policy objective needs, row by row.
+
+    A rollout of several segments has a text for each of them, and its rows lie in all of them.
+    """
 
     main_rollouts: Tensor
     """[R] number of the rollout that the row belongs to, 0..G-1."""
@@ -84,24 +90,13 @@ class RolloutBatch(TextBatch):
     @property
     def main_blocks(self) -> Tensor:
         """[R] a number of the pass that wrote each of main's tokens."""
-        time = self.tokens.shape[1]
-        return self.main_rollouts * time + self.main_rows % time
+        return self.main_rollouts * self.tokens.numel() + self.main_rows
 
     @property
     def head_blocks(self) -> Tensor:
         """[M] the same of the head's."""
-        time = self.tokens.shape[1]
         anchors = self.anchors[self.head_rows // max(1, self.slot_inputs.shape[1])]
-        return self.head_rollouts * time + anchors % time
-
-
-def pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ragged ids -> [B, T] padded on the right, and lengths [B]."""
-    lengths = torch.tensor([len(s) for s in sequences])
-    tokens = torch.full((len(sequences), int(lengths.max())), pad_id)
-    for row, ids in enumerate(sequences):
-        tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-    return tokens, lengths
+        return self.head_rollouts * self.tokens.numel() + anchors
 
 
 def _windows(tokens: Tensor, width: int, pad_id: int) -> Tensor:
@@ -182,24 +177,22 @@ def collate_rollouts(
     rows: list[int],
     num_slots: int,
     pad_id: int,
+    owners: list[int] | None = None,
 ) -> RolloutBatch:
     """The chosen rollouts as flat text, every token scored by its emitter.
 
     Args:
-        prompts: prompt ids of each rollout.
-        out: the sampler's record, on the CPU.
-        advantages: [B] one per rollout.
-        rows: which rollouts to take.
+        prompts: [S] prompt ids of each segment; a rollout is one segment or several.
+        out: the sampler's record of the segments, on the CPU.
+        advantages: one per rollout.
+        rows: which segments to take.
         num_slots: K + 1.
         pad_id: fills rows on the right.
+        owners: [S] the rollout of each segment; None: segment i is rollout i.
     """
-    chosen = Chosen(prompts, out, rows)
-    slots = []
-    for row in chosen.texts:
-        before = torch.full((len(prompts[row]),), -1)
-        slots.append(torch.cat([before, out.slots[row, : int(out.lengths[row])]]))
-    tokens, _ = pad([prompts[row] + chosen.completion(row) for row in chosen.texts], pad_id)
-    slot_of = torch.nn.utils.rnn.pad_sequence(slots, batch_first=True, padding_value=-1)
+    chosen = Chosen(prompts, out, rows, owners)
+    tokens, _ = pad([prompts[row] + out.completion(row) for row in chosen.texts], pad_id)
+    slot_of = chosen.slots()
     main_rows = (slot_of == 0).flatten().nonzero()[:, 0] - 1
     following_slots = _windows(slot_of, num_slots, -1).flatten(0, 1)
     anchors = main_rows[following_slots[main_rows, 1] == 1] if num_slots > 1 else main_rows[:0]
@@ -209,30 +202,53 @@ def collate_rollouts(
 
 
 class Chosen:
-    """Rollouts picked for a batch, and which of them say the same in the same blocks."""
+    """Segments picked for a batch, and which of them say the same in the same blocks."""
 
-    def __init__(self, prompts: list[list[int]], out: Decoded, rows: list[int]):
+    def __init__(
+        self,
+        prompts: list[list[int]],
+        out: Decoded,
+        rows: list[int],
+        owners: list[int] | None = None,
+    ):
         self.prompts, self.out, self.rows = prompts, out, rows
+        mine = rows if owners is None else [owners[row] for row in rows]
+        self.owners = torch.tensor(mine)
+        """[S] the rollout of each segment."""
+        number = {owner: index for index, owner in enumerate(dict.fromkeys(mine))}
+        self.rollout_of = torch.tensor([number[owner] for owner in mine])
+        """[S] its number in the batch, 0..G-1."""
         said: dict[tuple, int] = {}
         self.texts: list[int] = []
-        """[B] the first rollout of each text."""
+        """[B] the first segment of each text."""
         text_of = []
-        for row in rows:
+        nth: Counter[int] = Counter()
+        for row, owner in zip(rows, mine, strict=True):
             slots = out.slots[row, : int(out.lengths[row])].tolist()
-            key = (tuple(prompts[row]), tuple(self.completion(row)), tuple(slots))
+            # Segments of one rollout never share a text: each has blocks of its own.
+            key = (tuple(prompts[row]), tuple(out.completion(row)), tuple(slots), nth[owner])
+            nth[owner] += 1
             if key not in said:
                 said[key] = len(said)
                 self.texts.append(row)
             text_of.append(said[key])
         self.text_of = torch.tensor(text_of)
-        """[G] number of each rollout's text."""
+        """[S] number of each segment's text."""
 
-    def completion(self, row: int) -> list[int]:
-        """Ids that a rollout wrote."""
-        return self.out.tokens[row, : int(self.out.lengths[row])].tolist()
+    def slots(self) -> Tensor:
+        """[B, T] who wrote each token of each text, see `Decoded`; -1 in prompts and padding."""
+        rows = [
+            torch.nn.functional.pad(
+                self.out.slots[row, : int(self.out.lengths[row])],
+                (len(self.prompts[row]), 0),
+                value=-1,
+            )
+            for row in self.texts
+        ]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
     def batch(self, text: TextBatch, advantages: Tensor) -> RolloutBatch:
-        """Gives each rollout rows of its own, with its advantage and log-probabilities.
+        """Gives each segment rows of its own, with its advantage and log-probabilities.
 
         text: the rows of each text; advantages: [all rollouts].
         """
@@ -241,35 +257,35 @@ class Chosen:
         for index, row in enumerate(self.rows):
             start, length = len(self.prompts[row]), int(self.out.lengths[row])
             sampled[index, start : start + length] = self.out.logprobs[row, :length]
-        of_main, main_rollouts = self.copies(text.main_rows // time)
-        of_head, head_rollouts = self.copies(text.head_positions // time)
+        of_main, main_segments = self.copies(text.main_rows // time)
+        of_head, head_segments = self.copies(text.head_positions // time)
         rows = {
             f.name: getattr(text, f.name)[of_main if f.name.startswith("main_") else of_head]
             for f in fields(TextBatch)
             if f.name.startswith(("main_", "head_"))
         }
-        main_sampled = sampled[main_rollouts, rows["main_rows"] % time + 1]
-        head_sampled = sampled[head_rollouts, rows["head_positions"] % time + 1]
-        given = advantages[torch.tensor(self.rows)]
+        main_sampled = sampled[main_segments, rows["main_rows"] % time + 1]
+        head_sampled = sampled[head_segments, rows["head_positions"] % time + 1]
+        given = advantages[self.owners]
         return RolloutBatch(
             tokens=text.tokens,
             anchors=text.anchors,
             slot_inputs=text.slot_inputs,
             **rows,
-            main_rollouts=main_rollouts,
-            main_advantages=given[main_rollouts],
+            main_rollouts=self.rollout_of[main_segments],
+            main_advantages=given[main_segments],
             main_sampled=main_sampled,
             main_old=main_sampled,
-            head_rollouts=head_rollouts,
-            head_advantages=given[head_rollouts],
+            head_rollouts=self.rollout_of[head_segments],
+            head_advantages=given[head_segments],
             head_sampled=head_sampled,
             head_old=head_sampled,
         )
 
     def copies(self, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """texts [R] of rows -> the row to copy and the rollout that gets it, [sum of copies] each.
+        """texts [R] of rows -> the row to copy and the segment that gets it, [sum of copies] each.
 
-        A row is copied for every rollout that shares its text.
+        A row is copied for every segment that shares its text.
         """
         by_text = self.text_of.argsort(stable=True)
         number = self.text_of.bincount()
@@ -288,6 +304,7 @@ def collate_slow_rollouts(
     plan: PhasePlan,
     num_slots: int,
     pad_id: int,
+    owners: list[int] | None = None,
 ) -> RolloutBatch:
     """Rollouts that main wrote alone, with every position of a fast phase as an anchor.
 
@@ -295,6 +312,21 @@ def collate_slow_rollouts(
     the head had no part: `head_sampled` is main's log-probability of the token. Arguments are those
     of `collate_rollouts`, and `plan`: the phases in fast mode.
     """
-    chosen = Chosen(prompts, out, rows)
-    samples = [(prompts[row], chosen.completion(row)) for row in chosen.texts]
-    return chosen.batch(collate_text(samples, plan, num_slots, pad_id), advantages)
+    chosen = Chosen(prompts, out, rows, owners)
+    samples = [(prompts[row], out.completion(row)) for row in chosen.texts]
+    text = collate_text(samples, plan, num_slots, pad_id)
+    return chosen.batch(drop_forced(text, chosen.slots() == FORCED), advantages)
+
+
+def drop_forced(text: TextBatch, forced: Tensor) -> TextBatch:
+    """The batch without rows whose target is a forced token: forced [B, T] bool."""
+    forced = forced.flatten()
+    of_main, of_head = ~forced[text.main_rows + 1], ~forced[text.head_positions + 1]
+    if bool(of_main.all() & of_head.all()):
+        return text
+    kept = {
+        f.name: getattr(text, f.name)[of_main if f.name.startswith("main_") else of_head]
+        for f in fields(text)
+        if f.name.startswith(("main_", "head_"))
+    }
+    return replace(text, **kept)

@@ -7,7 +7,7 @@ Errors are one line on standard error and exit code 2. Heavy imports wait until 
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,9 +148,14 @@ def open_writer(arguments: argparse.Namespace) -> Writer:
     opened = open_model(arguments.folder, arguments.stage)
     mode = opened.choose_mode(arguments.mode)
     config = search_config(arguments)
+    if config is not None and (arguments.max_segments or 1) > 1:
+        raise ValueError(
+            f"a search writes one segment, got --max-segments {arguments.max_segments}; leave it out"
+        )
     sampler = make_sampler(arguments, config)
     import torch
 
+    from .generation_mtp import check_segments
     from .live import write_live
     from .live_search import write_found
     from .logger import make_console
@@ -164,6 +169,9 @@ def open_writer(arguments: argparse.Namespace) -> Writer:
         limit = model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     if limit < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {limit}")
+    if arguments.max_segments is not None:
+        text.segments = replace(text.segments, max_segments=arguments.max_segments)
+        check_segments(text.segments, text.phases, "decoding")
     seed = DEFAULT_SEED if arguments.seed is None else arguments.seed
     generator = torch.Generator(device=device).manual_seed(seed)
     console = make_console()

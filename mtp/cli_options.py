@@ -35,10 +35,16 @@ def add_writing_options(sub: argparse.ArgumentParser) -> None:
     """Options of the commands that write text."""
     add_sampling_options(sub)
     sub.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="default: what the model was trained with"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="of each segment; default: what the model was trained with",
     )
     sub.add_argument(
         "--max-thought-tokens", type=int, metavar="N", help="close the first phase after N tokens"
+    )
+    sub.add_argument(
+        "--max-segments", type=int, metavar="N", help="default: what the model was trained with"
     )
 
 

@@ -46,7 +46,7 @@ class RunConfig:
     overwrite: bool = False
     """Replace a run that is there already."""
     dry_run: bool = False
-    """Build everything, run one step of each stage and one export, say what a full run costs."""
+    """Build everything, run three steps of each stage and one export, say what a full run costs."""
     checkpoint_minutes: float = 10.0
     """Minutes between two checkpoints within a stage."""
     kernels: str = "auto"

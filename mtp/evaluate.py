@@ -68,7 +68,7 @@ def accuracy(
     """
     right = total = 0.0
     for batch in batches:
-        for row in range(len(batch.prompts)):
+        for row in range(len(batch)):
             answer = answer_of(batch.completion(row))
             if answer is not None:
                 right += task.outcome(batch.example(row), answer)
@@ -145,6 +145,8 @@ def evaluate(
     figures["reference_nats_per_token"] = None
     if reference is not None:
         figures |= reference_figures(shown, text, reference, text.num_slots if use_head else 1)
+    if text.segments.max_segments > 1:
+        figures["segments"] = sum(len(b.prompts) for b in shown) / num_problems
     figures["num_problems"] = num_problems
     return figures, shown
 
@@ -160,7 +162,7 @@ def wrong_thoughts(
     if all(example.thought is not None for example in examples):
         thoughts = [text.thought_ids(example.thought) for example in examples]
     else:
-        thoughts = [text.split(b.completion(r))[0] for b in own for r in range(len(b.prompts))]
+        thoughts = [text.split(b.completion(r))[0] for b in own for r in range(len(b))]
     out = []
     for index, example in enumerate(examples):
         for step in range(1, len(examples)):

@@ -146,6 +146,7 @@ def model_card(model: Any, text: TextFormat, summary: dict[str, Any], config: An
         '`model.search(**given, config={"method": "best_of_n", "n": 8}, do_sample=True)` looks for '
         "the likeliest of several texts; `beam` and `mcts` are the other methods, and `judge`, a "
         "function of the branches, ranks them by anything else.",
+        *_segments(text),
         "## Measured",
         _table(summary),
         "## Provenance",
@@ -198,6 +199,21 @@ def _snippet(text: TextFormat, config: Any, *, head: bool) -> str:
             "print(tokenizer.decode(model.generate(**given)[0]))",
         ]
     return "\n".join(["```python", *lines, "```"])
+
+
+def _segments(text: TextFormat) -> list[str]:
+    """How to write text in segments; nothing for a model that writes one."""
+    settings = text.segments
+    if settings.max_segments == 1:
+        return []
+    return [
+        f"It was trained to think in up to {settings.max_segments} segments: a summary edits a "
+        f"memory file of at most {settings.memory_tokens} tokens, and thinking goes on with the "
+        f"prompt, that file and the last {settings.recent_tokens} tokens of the thought.",
+        "```python\nsegments = model.generate_segments(**given, tokenizer=tokenizer)\n"
+        "print(tokenizer.decode(segments.out.completion(-1)))  # the last, with the answer\n"
+        "print(segments.memories[-1].text)\n```",
+    ]
 
 
 def sample_prompt(config: Any) -> str:

@@ -9,7 +9,7 @@ Travels with exported checkpoints: imports torch, transformers and siblings only
 Shapes: B rows, T prompt, L new tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.utils import ModelOutput
 
 from .cache_mtp import BlockCache
+from .memory_mtp import Memory
 from .passes_mtp import decode
 from .phases_mtp import (
     MODES,
@@ -29,8 +30,9 @@ from .phases_mtp import (
     phases_from_json,
     phases_to_json,
 )
-from .records_mtp import FORCED, Block, Decoded
+from .records_mtp import FORCED, Block, Decoded, pad
 from .sampling_mtp import Sampler
+from .segments_mtp import Segments, SegmentSettings, check_segments, decode_segments
 
 __all__ = [
     "FORCED",
@@ -39,12 +41,18 @@ __all__ = [
     "Decoded",
     "MTPGenerateOutput",
     "MTPGenerationMixin",
+    "Memory",
     "Phase",
     "PhasePlan",
     "Sampler",
+    "SegmentSettings",
+    "Segments",
     "check_phases",
+    "check_segments",
     "decode",
+    "decode_segments",
     "make_plan",
+    "pad",
     "phases_from_json",
     "phases_to_json",
 ]
@@ -173,6 +181,7 @@ class MTPGenerationMixin:
             num_slots=self.num_slots if k is None else k + 1,
             eos_ids=[eos] if isinstance(eos, int) else list(eos or []),
             mode=mode,
+            closed_by=[entry.get("closed_by") for entry in saved],
         )
         if max_thought_tokens is not None:
             if max_thought_tokens < 1 or len(saved) < 2:
@@ -227,7 +236,7 @@ class MTPGenerationMixin:
             self,
             padded,
             lengths,
-            plans,
+            [plan.as_last_segment() for plan in plans],
             sampler,
             on_block=None if streamer is None else lambda block: put_block(streamer, block),
             **request.arguments,
@@ -244,6 +253,60 @@ class MTPGenerationMixin:
             passes=out.passes,
             accepted=out.accepted,
             finished=out.finished,
+        )
+
+    def generate_segments(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        tokenizer: Any,
+        mtp_mode: str | Sequence[str] = "fast",
+        mtp_k: int | None = None,
+        max_segments: int | None = None,
+        generator: torch.Generator | None = None,
+        on_block: Callable[[Block], None] | None = None,
+        on_segment: Callable[[int, list[int], Memory], None] | None = None,
+        **kwargs: Any,
+    ) -> Segments:
+        """Trajectories that summarize into a memory file and think on; see `segments_mtp`.
+
+        The settings saved with the checkpoint (`generation_config.mtp_segments`) say what a next
+        segment is given. Arguments are those of `generate`, `max_new_tokens` being a segment's, and
+
+        Args:
+            inputs: [B, T] token ids, padded on either side.
+            generation_config: of this call; the model's own by default.
+            tokenizer: of the model; it reads summaries and writes the memory file.
+            mtp_mode: for all phases' modes, or one for each row.
+            mtp_k: head slots of a pass; None: all that the head has.
+            max_segments: of a trajectory; None: as saved.
+            generator: source of randomness for sampling.
+            on_block: called after each pass.
+            on_segment: called with a trajectory's number, its next context and its memory.
+            kwargs: as in `generate`, without a streamer.
+
+        Raises ValueError, before any pass, for what cannot be done.
+        """
+        saved = getattr(self.generation_config, "mtp_segments", None)
+        settings = SegmentSettings(**(saved or {}))
+        if max_segments is not None:
+            settings.max_segments = max_segments
+        phases = getattr(self.generation_config, "mtp_phases", None) or []
+        check_segments(settings, phases_from_json(phases, str), "generation_config", "mtp_")
+        request = self._read_request(
+            inputs, generation_config, mtp_mode, mtp_k, None, generator, kwargs
+        )
+        if request.streamer is not None:
+            raise ValueError("generate_segments takes no streamer; give it on_block")
+        return decode_segments(
+            self,
+            *request.text,
+            settings=settings,
+            tokenizer=tokenizer,
+            on_block=on_block,
+            on_segment=on_segment,
+            **request.arguments,
         )
 
     def _read_request(

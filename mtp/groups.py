@@ -92,24 +92,14 @@ def join_rollouts(parts: list[Rollouts]) -> Rollouts:
     """Rollouts of several rounds as one."""
     if len(parts) == 1:
         return parts[0]
-    longest = max(part.out.tokens.shape[1] for part in parts)
-
-    def joined(name: str, fill: float) -> torch.Tensor:
-        values = [getattr(part.out, name) for part in parts]
-        if values[0].ndim == 2:
-            pads = [(0, longest - v.shape[1]) for v in values]
-            values = [
-                torch.nn.functional.pad(v, p, value=fill) for v, p in zip(values, pads, strict=True)
-            ]
-        return torch.cat(values)
-
-    fills = {"slots": -1}
-    names = ("tokens", "slots", "logprobs", "lengths", "passes", "finished")
+    begins = [sum(map(len, parts[:number])) for number in range(len(parts))]
     return Rollouts(
         [example for part in parts for example in part.examples],
         parts[0].group_size,
         [prompt for part in parts for prompt in part.prompts],
-        Decoded(**{name: joined(name, fills.get(name, 0)) for name in names}),
+        Decoded.join([part.out for part in parts], pad_id=0),
+        [begin + i for begin, part in zip(begins, parts, strict=True) for i in part.owners],
+        [memory for part in parts for memory in part.memories],
     )
 
 

@@ -12,22 +12,22 @@ import torch
 from mtp_kernels import linear_logprob
 from torch import Tensor
 
-from .batch import pad
+from .generation_mtp import pad
 from .rollout import Rollouts
 from .tasks.base import Task
 from .text import TextFormat
 
 ROWS_AT_ONCE = 256
-"""Rollouts of one forward of the reference."""
+"""Segments of one forward of the reference."""
 
 
 class ThoughtNats(NamedTuple):
-    """Of M tokens of thoughts, on the CPU."""
+    """Of M tokens of thoughts, on the CPU. A thought of several segments is scored in each."""
 
     nats: Tensor
     """[M] float32, -log p of the token under the reference."""
     rollouts: Tensor
-    """[M] int64, the rollout that wrote it."""
+    """[M] int64, the rollout that wrote it, and that its segment belongs to."""
     slots: Tensor
     """[M] int64, the slot that wrote it; 0: main."""
 
@@ -40,7 +40,7 @@ def thought_nats(batch: Rollouts, text: TextFormat, reference: Any) -> ThoughtNa
     weight = reference.get_output_embeddings().weight
     for first in range(0, len(batch.prompts), ROWS_AT_ONCE):
         chosen = range(first, min(first + ROWS_AT_ONCE, len(batch.prompts)))
-        thoughts = [text.split(batch.completion(r))[0] for r in chosen]
+        thoughts = [text.thought_of(batch.out.completion(r)) for r in chosen]
         prompts = [batch.prompts[r] for r in chosen]
         tokens, lengths = pad([p + t for p, t in zip(prompts, thoughts, strict=True)], text.pad_id)
         starts = torch.tensor([len(p) for p in prompts])
@@ -54,7 +54,7 @@ def thought_nats(batch: Rollouts, text: TextFormat, reference: Any) -> ThoughtNa
         nats = -linear_logprob(hidden, weight, targets).logprob.float().cpu()
         row, position = rows // tokens.shape[1], rows % tokens.shape[1]
         slots = batch.out.slots[first + row, position + 1 - starts[row]]
-        found.append(ThoughtNats(nats, first + row, slots))
+        found.append(ThoughtNats(nats, torch.tensor(batch.owners)[first + row], slots))
     if not found:
         none = torch.zeros(0, dtype=torch.long)
         return ThoughtNats(torch.zeros(0), none, none)
@@ -83,7 +83,7 @@ def reference_figures(
 def mean_nats_of_rollouts(batch: Rollouts, text: TextFormat, reference: Any) -> Tensor:
     """[P * G] mean nats per thought token of each rollout; 0 for one without a thought."""
     measured = thought_nats(batch, text, reference)
-    number = len(batch.prompts)
+    number = len(batch)
     sums = torch.zeros(number).index_add(0, measured.rollouts, measured.nats)
     counts = measured.rollouts.bincount(minlength=number)
     return sums / counts.clamp(min=1)
@@ -93,8 +93,8 @@ def true_step_share(batches: list[Rollouts], task: Task, text: TextFormat) -> fl
     """Share of the thoughts' steps that are true; None for a task whose steps cannot be checked."""
     true = total = 0
     for batch in batches:
-        for row in range(len(batch.prompts)):
-            steps = task.true_steps(text.thought_text(batch.completion(row)))
+        for row in range(len(batch)):
+            steps = task.true_steps(text.thought_text(*batch.completions(row)))
             if steps is None:
                 return None
             true, total = true + steps[0], total + steps[1]
@@ -113,8 +113,8 @@ def unigram_drift(batches: list[Rollouts], text: TextFormat) -> float | None:
             return None
         for example in batch.examples:
             traced.update(text.thought_ids(example.thought))
-        for row in range(len(batch.prompts)):
-            written.update(text.split(batch.completion(row))[0])
+        for segment in range(len(batch.prompts)):
+            written.update(text.thought_of(batch.out.completion(segment)))
     return jensen_shannon(written, traced) if written and traced else None
 
 

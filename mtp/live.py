@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from .generation_mtp import FORCED, MODES, Block, PhasePlan, Sampler, decode
+from .generation_mtp import FORCED, MODES, Block, Memory, PhasePlan, Sampler, decode_segments
 from .text import TextFormat
 
 STYLES = {
@@ -59,8 +59,10 @@ class LiveText:
     console: Console
     tokenizer: Any
     ids: list[int] = field(default_factory=list)
-    """Tokens so far."""
+    """Tokens of the segment so far."""
     num_passes: int = 0
+    num_tokens: int = 0
+    num_segments: int = 1
 
     def __post_init__(self) -> None:
         self.pieces, self.began = TextPieces(self.tokenizer), time.perf_counter()
@@ -70,29 +72,41 @@ class LiveText:
         """Print what a pass added."""
         length = int(block.lengths[0])
         shown = Text()
-        if self.num_passes and not self.console.is_terminal:
+        if self.ids and not self.console.is_terminal:
             shown.append("|")
         self.num_passes += 1
         columns = [x[0, :length].tolist() for x in (block.tokens, block.slots, block.accepted)]
         for token, slot, accepted in zip(*columns, strict=True):
             self.ids.append(token)
+            self.num_tokens += 1
             who = emitter(slot, accepted)
             self.emitters.add(who)
             style = STYLES[who] if self.console.is_terminal else ""
             shown.append(self.pieces.add(token), style=style)
         self.console.print(shown, end="")
 
+    def next_segment(self, trajectory: int, context: list[int], memory: Memory) -> None:
+        """End the line, show the memory file and begin a segment."""
+        self.console.print(self.pending())
+        self.console.print(f"memory: {memory.text or 'empty'}", style="dim", markup=False)
+        self.ids, self.pieces = [], TextPieces(self.tokenizer)
+        self.num_segments += 1
+
+    def pending(self) -> str:
+        """Text of an unfinished character."""
+        return self.pieces.pending() if self.pieces.shown < len(self.ids) else ""
+
     def end(self, mode: str, note: str = "") -> None:
         """End the line and say how fast it was."""
         seconds = time.perf_counter() - self.began
-        pending = self.pieces.pending() if self.pieces.shown < len(self.ids) else ""
-        self.console.print(pending)
+        self.console.print(self.pending())
         if self.console.is_terminal:
             legend = [(f"{who} ", style) for who, style in STYLES.items() if who in self.emitters]
             self.console.print(Text.assemble(*legend))
-        number, passes = len(self.ids), self.num_passes
+        number, passes = self.num_tokens, self.num_passes
+        parts = f" and {self.num_segments} segments" if self.num_segments > 1 else ""
         self.console.print(
-            f"{mode}: {number} tokens in {passes} passes, "
+            f"{mode}: {number} tokens in {passes} passes{parts}, "
             f"{number / passes:.2f} tokens per pass, {number / seconds:.0f} tokens/s{note}",
             style="dim",
         )
@@ -110,21 +124,24 @@ def write_live(
     max_new_tokens: int,
     generator: torch.Generator,
 ) -> list[int]:
-    """Complete one prompt on the screen; returns the completion's ids."""
+    """Complete one prompt on the screen; returns ids of the completion, or of its last segment."""
     live = LiveText(console, text.tokenizer)
     device = next(model.parameters()).device
-    out = decode(
+    out = decode_segments(
         model,
         torch.tensor([prompt], device=device),
         torch.tensor([len(prompt)], device=device),
         plan,
         sampler,
+        text.segments,
+        text.tokenizer,
         max_new_tokens=max_new_tokens,
         pad_id=text.pad_id,
         generator=generator,
         on_block=live,
+        on_segment=live.next_segment,
     )
-    live.end(mode, "" if out.finished[0] else f"; cut at {max_new_tokens} new tokens")
+    live.end(mode, "" if out.out.finished[-1] else f"; cut at {max_new_tokens} new tokens")
     return live.ids
 
 

@@ -1,4 +1,4 @@
-"""What a search found, on the screen: the chosen text by its passes, then scores and answers."""
+"""What a search found, on screen: the chosen text by its passes, then all scores and answers."""
 
 from typing import Any
 

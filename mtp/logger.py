@@ -102,7 +102,8 @@ class MetricsLog:
             return
         import wandb
 
-        table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        data = [[json.dumps(v) if isinstance(v, list) else v for v in r.values()] for r in rows]
+        table = wandb.Table(columns=list(rows[0]), data=data)
         self._wandb.log({"completions": table, "global_step": global_step})
 
     def close(self) -> None:

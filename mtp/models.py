@@ -12,7 +12,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, GgufConfig
 from transformers import logging as hf_logging
 
-from .generation_mtp import Phase, phases_from_json, phases_to_json
+from .generation_mtp import Phase, SegmentSettings, phases_from_json, phases_to_json
+from .memory_mtp import ALPHABET
 from .modeling_mtp import FAMILIES, HeadConfig
 from .rollout import DecodingConfig
 from .tasks.base import Task
@@ -85,7 +86,11 @@ def build_model(
     else:
         model, tokenizer = _from_source(config, head)
     text = TextFormat(
-        tokenizer, decoding.phases, head.num_slots + 1, system_prompt=decoding.system_prompt
+        tokenizer,
+        decoding.phases,
+        head.num_slots + 1,
+        system_prompt=decoding.system_prompt,
+        segments=decoding.segments,
     )
     model.generation_config = generation_config(text, decoding.phases)
     return model.to(dtype), text
@@ -109,7 +114,10 @@ def _from_scratch(
             f"model.source is null but task {task.name} has no closed alphabet to make a tokenizer "
             "of; choose a pretrained model or another task"
         )
-    delimiters = [p.opened_by for p in decoding.phases.values() if p.opened_by is not None]
+    named = [d for p in decoding.phases.values() for d in (p.opened_by, p.closed_by)]
+    delimiters = [delimiter for delimiter in named if delimiter is not None]
+    if decoding.segments.max_segments > 1:
+        alphabet += ALPHABET
     tokenizer = character_tokenizer(alphabet, delimiters)
     cls = family_class(config.family)
     try:
@@ -179,6 +187,7 @@ def generation_config(text: TextFormat, phases: dict[str, Phase]) -> GenerationC
     """What `generate` needs to know of the phases, saved beside the weights."""
     out: Any = GenerationConfig(eos_token_id=text.eos_id, pad_token_id=text.pad_id)
     out.mtp_phases = phases_to_json(phases, text.delimiter_id)
+    out.mtp_segments = asdict(text.segments)
     return out
 
 
@@ -210,7 +219,8 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Tex
     saved = model.generation_config.mtp_phases
     phases = phases_from_json(saved, lambda token: str(tokenizer.decode([token])))
     system = getattr(model.generation_config, "mtp_system_prompt", None)
-    return model, TextFormat(tokenizer, phases, model.num_slots, system_prompt=system)
+    segments = SegmentSettings(**(getattr(model.generation_config, "mtp_segments", None) or {}))
+    return model, TextFormat(tokenizer, phases, model.num_slots, system, segments)
 
 
 def save_model(model: Any, text: TextFormat, folder: Path) -> None:

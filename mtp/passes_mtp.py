@@ -152,6 +152,7 @@ class PassLoop:
             passes=torch.zeros(num_rows, dtype=torch.long, device=device),
             finished=torch.zeros(num_rows, dtype=torch.bool, device=device),
             accepted=torch.zeros(num_rows, room, dtype=torch.long, device=device),
+            closed=torch.zeros(num_rows, dtype=torch.bool, device=device),
         )
 
         # Rows still running; `rows` says where they belong in the above.
@@ -159,6 +160,7 @@ class PassLoop:
         self.active = torch.ones(num_rows, dtype=torch.bool, device=device)
         self.phase = self.plan.phase_after(prompts).gather(1, prompt_lengths[:, None] - 1)[:, 0]
         self.in_phase = torch.zeros_like(prompt_lengths)  # output tokens of the current phase
+        self.closed = torch.zeros_like(self.active)  # the segment was closed (`Phase.closed_by`)
         # A pass is fed `num_fresh` tokens that are kept, then `num_drafts` that may be.
         self.fed, self.num_fresh = prompts, prompt_lengths
         self.drafts, self.num_drafts = prompts[:, :0], torch.zeros_like(prompt_lengths)
@@ -187,6 +189,7 @@ class PassLoop:
         total = prefix + kept
         if self.tables.has_budgets:
             tokens, slots, total = self.close_phases(tokens, slots, total, ended)
+            ended |= self.closed
             logprobs, accepted = (torch.nn.functional.pad(x, (0, 1)) for x in (logprobs, accepted))
             logprobs = torch.where(slots == FORCED, 0.0, logprobs)
             accepted = torch.where(slots == FORCED, 0, accepted)
@@ -273,8 +276,8 @@ class PassLoop:
         self.draft_log_probs = None
         if width:
             # A block that already ends at slot 0 needs no head.
-            stops = (self.plan.opened(token) >= 0) | self.plan.is_end(token)
-            chosen = ((keep > 1) & ~stops & runs & (~verified | (room > 1))).nonzero()[:, 0]
+            goes_on = runs & ~self.plan.stops(token)
+            chosen = ((keep > 1) & goes_on & (~verified | (room > 1))).nonzero()[:, 0]
             if len(chosen):
                 at = self.num_fresh - 1 + prefix
                 sure = self.tables.sure[chosen, self.phase[chosen], None]
@@ -367,21 +370,22 @@ class PassLoop:
 
     def enter_phases(self, tokens: Tensor, count: Tensor) -> Tensor:
         """Take note of `count` [R] more tokens of `tokens` [R, J], of which only the last may be a
-        delimiter or an end token. Returns [R] bool, True where it is an end token.
+        delimiter or an end token. Returns [R] bool, True where it ends the row's text.
         """
         if not tokens.shape[1]:
             return torch.zeros_like(self.active)
         last = tokens.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0]
         begun = self.plan.opened(last)
         enters = (count > 0) & (begun >= 0)
+        self.closed = self.closed | ((count > 0) & self.plan.closes(last, self.phase))
         self.phase = torch.where(enters, begun, self.phase)
         self.in_phase = torch.where(enters, 0, self.in_phase + count)
-        return (count > 0) & self.plan.is_end(last)
+        return (count > 0) & self.plan.is_end(last) | self.closed
 
     def close_phases(
         self, tokens: Tensor, slots: Tensor, total: Tensor, ended: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Write the next phase's delimiter behind the tokens of rows whose phase is used up.
+        """Write a delimiter (`PhasePlan.forced`) behind the tokens of rows whose phase is used up.
 
         tokens, slots [R, W] and total [R] -> the same, [R, W + 1] and [R].
         """
@@ -389,13 +393,14 @@ class PassLoop:
         used_up = self.in_phase >= self.tables.budget[row, self.phase]
         full = self.active & ~ended & used_up
         full &= self.out.lengths[self.rows] + total < self.max_new_tokens
-        closer = self.tables.closer[self.phase]
+        closer = self.tables.forced[row, self.phase]
         at = torch.arange(tokens.shape[1] + 1, device=total.device) == total[:, None]
         at &= full[:, None]
         tokens, slots = (torch.nn.functional.pad(x, (0, 1)) for x in (tokens, slots))
         tokens = torch.where(at, closer[:, None], tokens)
         slots = torch.where(at, FORCED, slots)
-        self.phase = torch.where(full, self.plan.opened(closer), self.phase)
+        self.closed = self.closed | (full & self.plan.closes(closer, self.phase))
+        self.phase = torch.where(full & ~self.closed, self.plan.opened(closer), self.phase)
         self.in_phase = torch.where(full, 0, self.in_phase)
         return tokens, slots, total + full
 
@@ -410,6 +415,7 @@ class PassLoop:
             told = self.stop(self.context(row, tokens, total.clamp(max=count)), None)
             now = told & self.active & ~stopped & (total >= count)
             total, stopped = torch.where(now, count, total), stopped | now
+        self.closed = self.closed & ~stopped
         return total, ended | stopped
 
     def write(self, added: Block, ended: Tensor) -> None:
@@ -424,7 +430,8 @@ class PassLoop:
         out.accepted[where] = torch.where(is_kept, added.accepted, 0)
         out.lengths[rows] += added.lengths
         out.passes[rows] += self.active.long()
-        out.finished[rows] |= self.active & ended
+        out.finished[rows] |= self.active & ended & ~self.closed
+        out.closed[rows] |= self.active & self.closed
         self.active = self.active & ~ended & (out.lengths[rows] < self.max_new_tokens)
 
     def advance(self, added: Block, prefix: Tensor, drafts: Tensor, proposed: Tensor) -> bool:
@@ -470,7 +477,7 @@ class PassLoop:
         """Go on with the chosen rows only."""
         self.cache.select(chosen)
         self.tables.select(chosen)
-        for name in ("rows", "active", "phase", "in_phase", "start"):
+        for name in ("rows", "active", "phase", "in_phase", "closed", "start"):
             setattr(self, name, getattr(self, name)[chosen])
         for name in ("fed", "num_fresh", "drafts", "num_drafts"):
             setattr(self, name, getattr(self, name)[chosen])

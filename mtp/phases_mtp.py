@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 MODES = ("fast", "slow", "verified")
+DELIMITERS = ("opened_by", "closed_by")
+"""Fields of a `Phase` that name a token."""
 
 
 @dataclass(kw_only=True)
@@ -25,7 +27,11 @@ class Phase:
     min_probability: float = 0.0
     """A block ends before the first head slot whose likeliest token is less probable than this."""
     max_tokens: int | None = None
-    """After so many tokens the delimiter of the next phase is written in the model's stead."""
+    """After so many tokens the phase is closed by force: its own `closed_by`, else the delimiter of
+    the next phase, is written in the model's stead."""
+    closed_by: str | None = None
+    """A token that ends this phase and with it the segment, as `</summary>` does: the next segment
+    has a context of its own (`segments_mtp`)."""
 
 
 @dataclass
@@ -48,14 +54,33 @@ class PhasePlan:
     """By phase, see `Phase`; left empty: 0 in all."""
     max_tokens: list[int | None] = field(default_factory=list)
     """By phase, see `Phase`; left empty: without limit in all."""
+    closed_by: list[int | None] = field(default_factory=list)
+    """By phase, the token id that ends it and the segment; left empty: none in any."""
+    forced: list[int | None] = field(default_factory=list)
+    """By phase, the token id that is written when `max_tokens` are used up; left empty: the phase's
+    `closed_by`, else the next phase's `opened_by`."""
 
     def __post_init__(self) -> None:
         number = len(self.keep)
         self.verified = self.verified or [False] * number
         self.min_probability = self.min_probability or [0.0] * number
         self.max_tokens = self.max_tokens or [None] * number
+        self.closed_by = self.closed_by or [None] * number
+        following = [*self.opened_by[1:], None]
+        own = [f if c is None else c for c, f in zip(self.closed_by, following, strict=True)]
+        self.forced = self.forced or own
         self.delimiters = [i for i in self.opened_by if i is not None]
         self.begun = [p for p, i in enumerate(self.opened_by) if i is not None]
+
+    @property
+    def closers(self) -> list[int]:
+        """Ids of the tokens that close a segment."""
+        return [token for token in self.closed_by if token is not None]
+
+    @property
+    def marks(self) -> set[int]:
+        """Ids of all delimiters and end tokens."""
+        return {*self.delimiters, *self.closers, *self.eos_ids}
 
     def as_slow(self) -> "PhasePlan":
         """The same phases, every one in slow mode."""
@@ -65,6 +90,15 @@ class PhasePlan:
         """The same phases, every one in verified mode with proposals of `num_slots` - 1 tokens."""
         number = len(self.keep)
         return replace(self, keep=[num_slots] * number, verified=[True] * number)
+
+    def as_last_segment(self) -> "PhasePlan":
+        """The same phases where no segment follows: none closes it, and budgets lead to the last
+        phase, the answer.
+        """
+        if not self.closers:
+            return self
+        number, answer = len(self.keep), self.opened_by[-1]
+        return replace(self, closed_by=[None] * number, forced=[answer] * (number - 1) + [None])
 
     def opened(self, tokens: Tensor) -> Tensor:
         """[...] token ids -> [...] index of the phase that each begins, or -1."""
@@ -80,6 +114,24 @@ class PhasePlan:
             end |= tokens == token
         return end
 
+    def closes(self, tokens: Tensor, phase: Tensor) -> Tensor:
+        """[...] token ids and phases -> [...] bool, True where the token closes the segment."""
+        closes = torch.zeros_like(tokens, dtype=torch.bool)
+        for number, token in enumerate(self.closed_by):
+            if token is not None:
+                closes |= (phase == number) & (tokens == token)
+        return closes
+
+    def stops(self, tokens: Tensor) -> Tensor:
+        """[...] token ids -> [...] bool, True for delimiters and end tokens: a block is cut there.
+
+        A token that closes a segment is one in every phase.
+        """
+        stops = (self.opened(tokens) >= 0) | self.is_end(tokens)
+        for token in self.closers:
+            stops |= tokens == token
+        return stops
+
     def phase_after(self, tokens: Tensor, phase: Tensor | None = None) -> Tensor:
         """Phase after each token: [B, T] -> [B, T], given the phase before them ([B], or 0)."""
         opened = self.opened(tokens)
@@ -90,7 +142,7 @@ class PhasePlan:
 
     def cut(self, block: Tensor) -> Tensor:
         """[B, J] tokens -> [B] how many there are up to the first delimiter or end token."""
-        stops = (self.opened(block) >= 0) | self.is_end(block)
+        stops = self.stops(block)
         width = block.shape[1]
         first = torch.where(stops, torch.arange(width, device=block.device), width).min(1).values
         return (first + 1).clamp(max=width)
@@ -110,6 +162,7 @@ def make_plan(
     num_slots: int,
     eos_ids: list[int],
     mode: str = "fast",
+    closed_by: list[int | None] | None = None,
 ) -> PhasePlan:
     """The plan of a request.
 
@@ -119,6 +172,7 @@ def make_plan(
         num_slots: K + 1, the slots of a pass that fast and verified phases use.
         eos_ids: tokens that end a sequence.
         mode: `fast` runs each phase in its own mode, `slow` and `verified` run all in that mode.
+        closed_by: id of the token that closes the segment, by phase; None: in no phase.
 
     Raises ValueError for another mode.
     """
@@ -129,6 +183,7 @@ def make_plan(
         verified=[phase.mode == "verified" for phase in phases],
         min_probability=[phase.min_probability for phase in phases],
         max_tokens=[phase.max_tokens for phase in phases],
+        closed_by=closed_by or [],
     )
     if mode == "slow":
         return plan.as_slow()
@@ -145,7 +200,8 @@ def check_plans(plans: list[PhasePlan], num_rows: int, num_slots: int, vocab_siz
         raise ValueError(f"plan must be one for all or one per row ({num_rows}), got {len(plans)}")
     first = plans[0]
     for plan in {id(p): p for p in plans}.values():
-        if (plan.opened_by, plan.eos_ids) != (first.opened_by, first.eos_ids):
+        named = plan.opened_by, plan.eos_ids, plan.closed_by
+        if named != (first.opened_by, first.eos_ids, first.closed_by):
             raise ValueError(
                 "plans of one batch must have the same delimiters and end tokens, got opened_by "
                 f"{first.opened_by} and {plan.opened_by}; decode such requests apart"
@@ -156,18 +212,24 @@ def check_plans(plans: list[PhasePlan], num_rows: int, num_slots: int, vocab_siz
                 f"plan.keep must be between 1 and {num_slots} (the head writes k = {num_slots - 1} "
                 f"tokens a pass), got {bad[0]}; ask for a smaller k or train a head with more slots"
             )
-        unknown = [t for t in [*plan.delimiters, *plan.eos_ids] if not 0 <= t < vocab_size]
+        unknown = [t for t in sorted(plan.marks) if not 0 <= t < vocab_size]
         if unknown:
             raise ValueError(
                 f"phase token {unknown[0]} is not in the model's vocabulary of {vocab_size}; give "
                 "the id of a token that the tokenizer has"
+            )
+        both = set(plan.closers) & {*plan.delimiters, *plan.eos_ids}
+        if both:
+            raise ValueError(
+                f"token {min(both)} closes a segment (closed_by) and opens a phase or ends the "
+                "sequence; give closed_by a token of its own"
             )
         for phase, limit in enumerate(plan.max_tokens):
             if limit is None:
                 continue
             if limit < 1:
                 raise ValueError(f"max_tokens of phase {phase} must be at least 1, got {limit}")
-            if phase + 1 >= len(plan.keep) or plan.opened_by[phase + 1] is None:
+            if plan.forced[phase] is None:
                 raise ValueError(
                     f"max_tokens of phase {phase} needs a phase after it, whose delimiter closes "
                     "it; limit the last phase by max_new_tokens"
@@ -189,12 +251,11 @@ class PlanTables:
         self.has_thresholds = any(any(p.min_probability) for p in plans)
         self.has_budgets = any(m is not None for p in plans for m in p.max_tokens)
         self.num_head_slots = max(max(p.keep) for p in plans) - 1
-        closers = [*plans[0].opened_by[1:], None]
-        self.closer = table([0 if c is None else c for c in closers])
+        self.forced = table([[0 if f is None else f for f in p.forced] for p in plans])
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows only."""
-        for name in ("keep", "verified", "sure", "budget"):
+        for name in ("keep", "verified", "sure", "budget", "forced"):
             setattr(self, name, getattr(self, name)[rows])
 
 
@@ -209,11 +270,17 @@ def check_phases(phases: dict[str, Phase], where: str) -> None:
             raise ValueError(
                 f"{key}.min_probability must be between 0 and 1, got {phase.min_probability}"
             )
+        openers = [p.opened_by for p in phases.values()]
+        if phase.closed_by is not None and phase.closed_by in openers:
+            raise ValueError(
+                f"{key}.closed_by must be a token of its own, got {phase.closed_by!r}, which opens "
+                "a phase"
+            )
         if phase.max_tokens is None:
             continue
         if phase.max_tokens < 1:
             raise ValueError(f"{key}.max_tokens must be at least 1, got {phase.max_tokens}")
-        if name == names[-1]:
+        if name == names[-1] and phase.closed_by is None:
             raise ValueError(
                 f"{key}.max_tokens needs a phase after it, whose delimiter closes this one; limit "
                 "the last phase by max_new_tokens"
@@ -227,7 +294,8 @@ def phases_to_json(
     out = []
     for name, phase in phases.items():
         entry = {"name": name, **asdict(phase)}
-        entry["opened_by"] = None if phase.opened_by is None else token_id(phase.opened_by)
+        for key in DELIMITERS:
+            entry[key] = None if entry[key] is None else token_id(entry[key])
         out.append(entry)
     return out
 
@@ -239,7 +307,8 @@ def phases_from_json(
     phases = {}
     for entry in saved:
         fields = {key: value for key, value in entry.items() if key != "name"}
-        if fields["opened_by"] is not None:
-            fields["opened_by"] = token_text(fields["opened_by"])
+        for key in DELIMITERS:
+            if fields.get(key) is not None:
+                fields[key] = token_text(fields[key])
         phases[entry["name"]] = Phase(**fields)
     return phases

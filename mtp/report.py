@@ -59,30 +59,53 @@ def print_table(console: Console, summary: dict[str, Any]) -> None:
 def completions_rows(
     batches: list[Rollouts], task: Task, text: TextFormat, number: int, stage: str
 ) -> list[dict[str, Any]]:
-    """A few completions: each pass's tokens divided by `|`."""
+    """A few completions: each pass's tokens divided by `|`, each segment beginning a new line.
+
+    Where text is written in segments, `segments` tells of each and `memory` is the file in the end.
+    """
     rows: list[dict[str, Any]] = []
     for batch in batches:
-        for row in range(len(batch.prompts)):
+        for row in range(len(batch)):
             if len(rows) == number:
                 return rows
-            ids, slots = batch.completion(row), batch.out.slots[row].tolist()
-            shown = "".join(
-                ("|" if slot == 0 and i else "") + str(text.tokenizer.decode([token]))
-                for i, (token, slot) in enumerate(zip(ids, slots, strict=False))
-            )
-            answer = text.answer_text(ids)
+            mine = batch.segments_of(row)
+            answer = text.answer_text(batch.completion(row))
             example = batch.example(row)
             rows.append(
                 {
                     "stage": stage,
                     "prompt": example.prompt,
-                    "completion": shown,
-                    "passes": int(batch.out.passes[row]),
+                    "completion": "\n".join(passes_text(batch, i, text) for i in mine),
+                    "passes": int(batch.out.passes[mine].sum()),
                     "answer": example.answer,
                     "right": bool(answer is not None and task.outcome(example, answer)),
                 }
             )
+            if text.segments.max_segments > 1:
+                rows[-1] |= {
+                    "segments": [segment_row(batch, i, text) for i in mine],
+                    "memory": batch.memories[mine[-1]].text,
+                }
     return rows
+
+
+def segment_row(batch: Rollouts, segment: int, text: TextFormat) -> dict[str, str]:
+    """One segment: what it was given, what it wrote, why it ended, the memory file after it."""
+    return {
+        "context": str(text.tokenizer.decode(batch.prompts[segment])),
+        "completion": passes_text(batch, segment, text),
+        "ended_by": batch.out.ended_by(segment),
+        "memory": batch.memories[segment].text,
+    }
+
+
+def passes_text(batch: Rollouts, segment: int, text: TextFormat) -> str:
+    """What one segment wrote, each pass's tokens divided by `|`."""
+    ids, slots = batch.out.completion(segment), batch.out.slots[segment].tolist()
+    return "".join(
+        ("|" if slot == 0 and i else "") + str(text.tokenizer.decode([token]))
+        for i, (token, slot) in enumerate(zip(ids, slots, strict=False))
+    )
 
 
 def print_completions(

@@ -29,7 +29,7 @@ class RewardConfig:
     ended."""
     overlong_buffer: int = 0
     """Tokens before decoding.max_new_tokens within which a rollout loses evenly from 0 to 1 (DAPO's
-    soft overlong punishment); 0: none."""
+    soft overlong punishment), by its longest segment; 0: none."""
     legibility_cost: float = 0.0
     """Subtracted per nat of the mean -log p of the thought's tokens under the stage's reference."""
 
@@ -68,22 +68,23 @@ def score(
     `legibility_cost`. Raises ValueError naming the task and the sample if the task's reward raises
     or is not a finite number.
     """
-    answers = [text.answer_text(rollouts.completion(row)) for row in range(len(rollouts.prompts))]
+    answers = [text.answer_text(rollouts.completion(row)) for row in range(len(rollouts))]
     outcomes = [
         0.0 if answer is None else task.outcome(rollouts.example(row), answer)
         for row, answer in enumerate(answers)
     ]
-    lengths = rollouts.out.lengths.float()
+    lengths = rollouts.out.lengths
     terms = {}
     if config.pass_cost:
-        terms["passes"] = -config.pass_cost * rollouts.out.passes.float()
+        terms["passes"] = -config.pass_cost * rollouts.total(rollouts.out.passes)
     if config.token_cost:
-        terms["tokens"] = -config.token_cost * lengths
+        terms["tokens"] = -config.token_cost * rollouts.total(lengths)
     if config.format_cost:
         has_none = torch.tensor([answer is None for answer in answers])
         terms["format"] = -config.format_cost * has_none.float()
     if config.overlong_buffer:
-        over = lengths - (max_new_tokens - config.overlong_buffer)
+        longest = [float(lengths[rollouts.segments_of(r)].max()) for r in range(len(rollouts))]
+        over = torch.tensor(longest) - (max_new_tokens - config.overlong_buffer)
         terms["overlong"] = -(over / config.overlong_buffer).clamp(0, 1)
     if config.legibility_cost:
         nats = mean_nats_of_rollouts(rollouts, text, reference)

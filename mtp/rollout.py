@@ -4,8 +4,18 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .batch import pad
-from .generation_mtp import Decoded, Phase, PhasePlan, Sampler, check_phases, decode
+from .generation_mtp import (
+    Decoded,
+    Memory,
+    Phase,
+    PhasePlan,
+    Sampler,
+    SegmentSettings,
+    check_phases,
+    check_segments,
+    decode_segments,
+    pad,
+)
 from .tasks.base import Example
 from .text import TextFormat
 
@@ -16,7 +26,9 @@ class DecodingConfig:
 
     phases: dict[str, Phase] = field(default_factory=dict)
     """Phases in order. A prompt ends with the delimiter of the first; see `Phase`."""
+    segments: SegmentSettings = field(default_factory=SegmentSettings)
     max_new_tokens: int = 64
+    """Of each segment."""
     temperature: float = 1.0
     """Of rollouts. Evaluations are greedy."""
     top_k: int = 0
@@ -30,32 +42,85 @@ class DecodingConfig:
                 f"decoding.max_new_tokens must be at least 1, got {self.max_new_tokens}"
             )
         check_phases(self.phases, "decoding.phases")
+        check_segments(self.segments, self.phases, "decoding")
+        self._check_budgets()
         try:
             return Sampler(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
         except ValueError as error:
             raise ValueError(f"decoding.{error}") from None
 
+    def _check_budgets(self) -> None:
+        """Raises ValueError if a segment ends before its thought and summary are used up."""
+        names = list(self.phases)
+        closing = [name for name in names if self.phases[name].closed_by is not None]
+        if self.segments.max_segments == 1 or not closing:
+            return
+        budgets = [self.phases[name].max_tokens or 0 for name in (names[0], closing[0])]
+        if sum(budgets) + 2 > self.max_new_tokens:
+            raise ValueError(
+                f"decoding.max_new_tokens must be at least {sum(budgets) + 2}, the max_tokens of "
+                f"decoding.phases.{names[0]} and {closing[0]} and their delimiters, got "
+                f"{self.max_new_tokens}"
+            )
+
 
 @dataclass
 class Rollouts:
-    """P prompts times G completions; rollout i belongs to example i // G."""
+    """P prompts times G trajectories; trajectory i belongs to example i // G.
+
+    A trajectory is one or several segments, S of all of them, each a text of its own. Those of one
+    trajectory follow one another.
+    """
 
     examples: list[Example]
     """[P]"""
     group_size: int
     """G"""
     prompts: list[list[int]]
-    """[P * G] prompt ids."""
+    """[S] ids of the context that each segment continues."""
     out: Decoded
-    """On the CPU, [P * G] rows."""
+    """On the CPU, [S] rows."""
+    owners: list[int] = field(default_factory=list)
+    """[S] the trajectory of each segment; left empty: one segment each."""
+    memories: list[Memory] = field(default_factory=list)
+    """[S] the memory file after each segment; left empty: nothing in any."""
+
+    def __post_init__(self) -> None:
+        self.owners = self.owners or list(range(len(self.prompts)))
+        self.memories = self.memories or [Memory()] * len(self.prompts)
+        self._segments: list[list[int]] = [[] for _ in range(len(self))]
+        for segment, owner in enumerate(self.owners):
+            self._segments[owner].append(segment)
+
+    def __len__(self) -> int:
+        """P * G trajectories."""
+        return len(self.examples) * self.group_size
+
+    def segments_of(self, row: int) -> list[int]:
+        """Segments of one trajectory, in order."""
+        return self._segments[row]
+
+    @property
+    def last(self) -> list[int]:
+        """[P * G] the segment in which each trajectory ended."""
+        return [segments[-1] for segments in self._segments]
+
+    def completions(self, row: int) -> list[list[int]]:
+        """Ids that each segment of one trajectory wrote."""
+        return [self.out.completion(segment) for segment in self.segments_of(row)]
 
     def completion(self, row: int) -> list[int]:
-        """Ids of one completion."""
-        return self.out.tokens[row, : int(self.out.lengths[row])].tolist()
+        """Ids that one trajectory wrote in its last segment, where its answer is."""
+        return self.out.completion(self.segments_of(row)[-1])
 
     def example(self, row: int) -> Example:
-        """The problem of one rollout."""
+        """The problem of one trajectory."""
         return self.examples[row // self.group_size]
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """[S] of segments -> [P * G] sums over those of each trajectory, float32."""
+        owners = torch.tensor(self.owners)
+        return torch.zeros(len(self)).index_add(0, owners, values.float())
 
 
 def sample(
@@ -70,7 +135,7 @@ def sample(
     generator: torch.Generator | None = None,
     prefixes: list[list[int]] | None = None,
 ) -> Rollouts:
-    """Complete each example's prompt `group_size` times.
+    """Complete each example's prompt `group_size` times, in segments where `text` has them.
 
     `prefixes`, one per example, are put behind the prompts: what the model is made to have said.
     """
@@ -81,18 +146,19 @@ def sample(
     tokens, lengths = pad(prompts, text.pad_id)
     training = model.training
     model.eval()
-    out = decode(
+    out = decode_segments(
         model,
         tokens.to(device),
         lengths.to(device),
         plan,
         sampler,
+        text.segments,
+        text.tokenizer,
         max_new_tokens=max_new_tokens,
         pad_id=text.pad_id,
         generator=generator,
         num_return_sequences=group_size,
     )
     model.train(training)
-    record = Decoded(**{name: value.cpu() for name, value in vars(out).items()})
-    prompts = [prompt for prompt in prompts for _ in range(group_size)]
-    return Rollouts(examples, group_size, prompts, record)
+    record = out.out.to("cpu")
+    return Rollouts(examples, group_size, out.prompts, record, out.owners, out.memories)

@@ -84,7 +84,8 @@ def search(
         model: an `MTPMixin` model.
         prompts: [B, T] int64, padded on the right.
         prompt_lengths: [B] int64, at least 1.
-        plan: phases, one for all prompts or one for each, as in `decode`.
+        plan: phases, one for all prompts or one for each, as in `decode`. A search is of one
+            segment: no summary closes it.
         sampler: how tokens are drawn; log-probabilities are under it.
         config: method and settings.
         max_new_tokens: most tokens of a text.
@@ -101,11 +102,12 @@ def search(
     that are no finite numbers.
     """
     config.check(sampler, judge, answer_of)
+    plans = [plan] * len(prompts) if isinstance(plan, PhasePlan) else list(plan)
     request = SearchRequest(
         model=model,
         prompts=prompts,
         prompt_lengths=prompt_lengths,
-        plans=[plan] * len(prompts) if isinstance(plan, PhasePlan) else list(plan),
+        plans=[plan.as_last_segment() for plan in plans],
         sampler=sampler,
         max_new_tokens=max_new_tokens,
         pad_id=pad_id,

@@ -7,10 +7,12 @@ import torch
 
 from .advantage import group_advantages, informative
 from .batch import RolloutBatch, TextBatch, collate_rollouts, collate_slow_rollouts, collate_text
+from .generation_mtp import FORCED
 from .groups import Groups, sample_groups
 from .legibility import true_step_share, unigram_drift
 from .objectives import score_batch
 from .reward import Rewards
+from .rollout import Rollouts
 from .run import Run, draw
 from .stage import StageConfig
 
@@ -40,19 +42,13 @@ def shares(items: list[int], number: int) -> list[list[int]]:
     return [items[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
-def pieces_by_length(lengths: torch.Tensor, size: int) -> list[list[int]]:
-    """All rows in runs of `size`, the short ones together, so that little is padding."""
-    order = lengths.argsort(stable=True).tolist()
-    return [[order[i] for i in piece] for piece in pieces(len(order), size)]
-
-
 def solved_batches(
     run: Run, name: str, stage: StageConfig, step: int, number: int
 ) -> tuple[list[TextBatch], int]:
     """`number` solved examples as batches, and the tokens of their text."""
     text = run.text
     generator = torch.Generator().manual_seed(run.seed_of(name, step))
-    samples = [text.example_ids(example) for example in draw(run, number)]
+    samples = [s for example in draw(run, number) for s in text.example_segments(example)]
     batches = [
         collate_text(
             [samples[i] for i in chosen],
@@ -99,31 +95,41 @@ def rollout_batches(
             solved, num_tokens = solved_batches(run, purpose, stage, step, stage.num_solved)
             metrics["num_text_tokens"] += num_tokens
         batches = [
-            collate(run, stage, groups, advantages, rows)
-            for rows in micro_batches(groups, share, stage.micro_batch_size)
+            collate(run, stage, groups, advantages, segments)
+            for segments in micro_batches(groups, share, stage.micro_batch_size)
         ]
         minibatches.append([*solved, *batches])
     return minibatches, metrics
 
 
 def micro_batches(groups: Groups, share: list[int], size: int) -> list[list[int]]:
-    """Rollouts of the groups in runs of `size`, the short ones together."""
-    group_size = groups.rollouts.group_size
+    """Segments of the groups' rollouts in runs of at most `size`, the short ones together, so that
+    little is padding. All segments of a rollout are in one run, be they more than that.
+    """
+    rollouts, group_size = groups.rollouts, groups.rollouts.group_size
     rows = [group * group_size + i for group in share for i in range(group_size)]
-    lengths = groups.rollouts.out.lengths[rows]
-    return [[rows[i] for i in piece] for piece in pieces_by_length(lengths, size)]
+    longest = [int(rollouts.out.lengths[rollouts.segments_of(row)].max()) for row in rows]
+    batches: list[list[int]] = []
+    for _, row in sorted(zip(longest, rows, strict=True), key=lambda pair: pair[0]):
+        segments = rollouts.segments_of(row)
+        if batches and (not size or len(batches[-1]) + len(segments) <= size):
+            batches[-1] += segments
+        else:
+            batches.append(list(segments))
+    return batches
 
 
 def collate(
-    run: Run, stage: StageConfig, groups: Groups, advantages: torch.Tensor, rows: list[int]
+    run: Run, stage: StageConfig, groups: Groups, advantages: torch.Tensor, segments: list[int]
 ) -> RolloutBatch:
-    """The chosen rollouts as a batch, with the log-probabilities that ratios are taken to."""
+    """The chosen segments as a batch, with the log-probabilities that ratios are taken to."""
     text, rollouts = run.text, groups.rollouts
-    given = (rollouts.prompts, rollouts.out, advantages.flatten(), rows)
+    given = (rollouts.prompts, rollouts.out, advantages.flatten(), segments)
+    sizes = (text.num_slots, text.pad_id, rollouts.owners)
     if stage.rollout_mode == "slow":
-        batch = collate_slow_rollouts(*given, text.plan("fast"), text.num_slots, text.pad_id)
+        batch = collate_slow_rollouts(*given, text.plan("fast"), *sizes)
     else:
-        batch = collate_rollouts(*given, text.num_slots, text.pad_id)
+        batch = collate_rollouts(*given, *sizes)
     batch = batch.to(run.fabric.device)
     return replayed(run, stage, batch) if stage.recompute_old else batch
 
@@ -150,13 +156,13 @@ def rollout_metrics(
 ) -> dict[str, Any]:
     """What all that was sampled measures, the groups that are left out included."""
     rollouts, rewards, limit = groups.rollouts, groups.rewards, run.config.decoding.max_new_tokens
-    cut = 1 - rollouts.out.finished.float().mean()
+    cut = 1 - rollouts.out.finished[rollouts.last].float().mean()
     if cut == 1:
         run.console.print(
-            f"[yellow]warning: all {len(rollouts.prompts)} rollouts of step {step + 1} were cut at "
+            f"[yellow]warning: all {len(rollouts)} rollouts of step {step + 1} were cut at "
             f"decoding.max_new_tokens={limit}; none can be right"
         )
-    lengths = rollouts.out.lengths.float()
+    lengths = rollouts.total(rollouts.out.lengths)
     metrics = {
         "reward": float(rewards.outcomes.mean()),
         "reward_std": float(rewards.outcomes.std(1, correction=0).mean()),
@@ -166,10 +172,12 @@ def rollout_metrics(
         "groups/used": len(groups.used),
         "completions/mean_length": float(lengths.mean()),
         "completions/clipped_ratio": float(cut),
-        "passes": float(rollouts.out.passes.float().mean()),
+        "passes": float(rollouts.total(rollouts.out.passes).mean()),
         "rollout_time": groups.seconds,
         "num_text_tokens": float(lengths.sum()) + sum(map(len, rollouts.prompts)),
     }
+    if run.text.segments.max_segments > 1:
+        metrics |= segment_metrics(rollouts)
     for term, values in rewards.terms.items():
         metrics[f"reward/{term}"] = float(values.mean())
     true = true_step_share([rollouts], run.task, run.text)
@@ -179,3 +187,20 @@ def rollout_metrics(
     if drift is not None:
         metrics["unigram_drift"] = drift
     return metrics
+
+
+def segment_metrics(rollouts: Rollouts) -> dict[str, float]:
+    """Segments and forced tokens of a rollout, and how its memory was edited: means over rollouts.
+
+    `memory/ignored`: lines of summaries that changed nothing. `memory/characters`: of the file in
+    the end.
+    """
+    number = len(rollouts)
+    ends = [rollouts.memories[segment] for segment in rollouts.last]
+    return {
+        "segments": len(rollouts.prompts) / number,
+        "completions/forced_tokens": int((rollouts.out.slots == FORCED).sum()) / number,
+        "memory/edits": sum(memory.num_edits for memory in ends) / number,
+        "memory/ignored": sum(memory.num_ignored for memory in ends) / number,
+        "memory/characters": sum(len(memory.text) for memory in ends) / number,
+    }

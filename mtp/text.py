@@ -4,13 +4,17 @@ A completion is `thought </think> answer <eos>`: the prompt ends with the delimi
 first phase, as chat templates of thinking models do. Delimiters come from the decoding phases.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .generation_mtp import Phase, PhasePlan, make_plan
+from .generation_mtp import Phase, PhasePlan, SegmentSettings, check_segments, make_plan
+from .memory_mtp import ALPHABET, DONE
+from .segments_mtp import Trajectory, summary_marks
 from .tasks.base import Example
 
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -21,7 +25,7 @@ def character_tokenizer(alphabet: str, delimiters: list[str]) -> PreTrainedToken
     special = ["<pad>", "<eos>", *delimiters]
     vocabulary = {token: i for i, token in enumerate([*special, *sorted(set(alphabet))])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", padding_side="left"
@@ -40,6 +44,7 @@ class TextFormat:
     num_slots: int
     """K + 1."""
     system_prompt: str | None = None
+    segments: SegmentSettings = field(default_factory=SegmentSettings)
 
     def __post_init__(self) -> None:
         if not self.phases:
@@ -51,11 +56,21 @@ class TextFormat:
                     f"decoding.phases.{name}.opened_by is missing: every phase but the first needs "
                     "the delimiter token that opens it"
                 )
+        self._delimiter_ids: dict[str, int] = {}
         self.opener = self.phases[names[0]].opened_by
         self.closer = self.phases[names[-1]].opened_by
+        self.summary_ids = [
+            self.delimiter_id(phase.opened_by)
+            for phase in self.phases.values()
+            if phase.closed_by is not None and phase.opened_by is not None
+        ]
         for phase in self.phases.values():
-            if phase.opened_by is not None:
-                self.delimiter_id(phase.opened_by)
+            for delimiter in (phase.opened_by, phase.closed_by):
+                if delimiter is not None:
+                    self.delimiter_id(delimiter)
+        check_segments(self.segments, self.phases, "decoding")
+        if self.segments.max_segments > 1:
+            self._check_alphabet()
 
     @property
     def pad_id(self) -> int:
@@ -70,27 +85,44 @@ class TextFormat:
 
     def delimiter_id(self, delimiter: str) -> int:
         """Id of a delimiter. Raises ValueError if the tokenizer has no single token for it."""
+        if delimiter in self._delimiter_ids:
+            return self._delimiter_ids[delimiter]
         ids = self.tokenizer.encode(delimiter, add_special_tokens=False)
         if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
             raise ValueError(
                 f"delimiter {delimiter!r} must be one token of the tokenizer, got {len(ids)}; add "
                 "it to model.add_tokens or choose another in decoding.phases"
             )
+        self._delimiter_ids[delimiter] = ids[0]
         return ids[0]
+
+    def _check_alphabet(self) -> None:
+        """Raises ValueError if the tokenizer cannot write commands or the memory file."""
+        tokenizer: Any = self.tokenizer
+        unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {None}
+        lacking = [c for c in dict.fromkeys(ALPHABET) if unknown & set(self._encode(c))]
+        if lacking:
+            raise ValueError(
+                f"decoding.segments.max_segments={self.segments.max_segments} needs a tokenizer "
+                f"that knows the characters of memory commands, but not {lacking}; train a "
+                "tokenizer with them or set it to 1"
+            )
 
     def plan(self, mode: str = "fast") -> PhasePlan:
         """The phases as the pass loop takes them: `fast` runs each in its own mode, `slow` and
         `verified` run all in that mode.
         """
+
+        def ids(delimiters: list[str | None]) -> list[int | None]:
+            return [None if d is None else self.delimiter_id(d) for d in delimiters]
+
         return make_plan(
             list(self.phases.values()),
-            [
-                None if p.opened_by is None else self.delimiter_id(p.opened_by)
-                for p in self.phases.values()
-            ],
+            ids([phase.opened_by for phase in self.phases.values()]),
             num_slots=self.num_slots,
             eos_ids=[self.eos_id],
             mode=mode,
+            closed_by=ids([phase.closed_by for phase in self.phases.values()]),
         )
 
     def prompt_ids(self, prompt: str) -> list[int]:
@@ -140,12 +172,20 @@ class TextFormat:
         cut = len(body) - body[::-1].index(closer)
         return body[:cut], body[cut:] if ended else None
 
-    def thought_text(self, ids: list[int]) -> str:
-        """Text of a thought without its closing delimiter."""
+    def thought_of(self, ids: list[int]) -> list[int]:
+        """Completion ids -> ids of the thought up to its summary, with its closing delimiter."""
         thought, _ = self.split(ids)
-        if self.closer is not None and thought and thought[-1] == self.delimiter_id(self.closer):
-            thought = thought[:-1]
-        return self.tokenizer.decode(thought)  # type: ignore[return-value]
+        summary = next((i for i, token in enumerate(thought) if token in self.summary_ids), None)
+        return thought if summary is None else thought[: summary + 1]
+
+    def thought_text(self, *segments: list[int]) -> str:
+        """Text of a thought, given what each segment wrote, without closing delimiters."""
+        ends = [*self.summary_ids, *self.thought_ids("")]
+        thought: list[int] = []
+        for ids in segments:
+            part = self.thought_of(ids)
+            thought += part[:-1] if part and part[-1] in ends else part
+        return str(self.tokenizer.decode(thought))
 
     def answer_text(self, ids: list[int]) -> str | None:
         """The final answer, stripped; None if there is none."""
@@ -159,8 +199,53 @@ class TextFormat:
         return str(self.tokenizer.decode(ids[:-1])).strip()
 
     def example_ids(self, example: Example) -> tuple[list[int], list[int]]:
-        """(prompt ids, completion ids) of a solved example."""
+        """(prompt ids, completion ids) of a solved example in one segment."""
         return self.prompt_ids(example.prompt), self.completion_ids(example.thought, example.answer)
+
+    def example_segments(self, example: Example) -> list[tuple[list[int], list[int]]]:
+        """(context ids, completion ids) of each segment of a solved example.
+
+        A thought within its budget is one segment. A longer one is told in segments of as many
+        whole steps as fit; steps end at `;` or a line's end, and each summary notes the last as
+        `write done STEP`. The last segment that is allowed holds the rest.
+
+        Raises ValueError naming the key if a summary is longer than its budget.
+        """
+        prompt, completion = self.example_ids(example)
+        names, limit = list(self.phases), self.segments.max_segments
+        budget = self.phases[names[0]].max_tokens
+        if limit == 1 or budget is None or example.thought is None:
+            return [(prompt, completion)]
+        plan = self.plan()
+        opener, closer = summary_marks(plan)
+        told = Trajectory(prompt, plan, self.segments, self.tokenizer)
+        samples = []
+        steps = re.findall(r"[^;\n]*[;\n]?", example.thought)
+        rest = [self._encode(step) for step in steps if step]
+        while len(samples) + 1 < limit and sum(map(len, rest)) > budget:
+            number = max(1, sum(total <= budget for total in accumulate(map(len, rest))))
+            said, rest = rest[:number], rest[number:]
+            note = f"write {DONE} " + str(self.tokenizer.decode(said[-1])).rstrip(";\n")
+            summary = self._encode(note)
+            self._check_summary(summary, plan)
+            thought = [token for step in said for token in step]
+            samples.append((told.context, [*thought, opener, *summary, closer]))
+            told.add(samples[-1][1], closed=True)
+        thought = [token for step in rest for token in step]
+        answer = completion[len(self.thought_ids(example.thought)) :]
+        last = [*thought, *self.thought_ids(""), *answer]
+        return [*samples, (told.context, last)]
+
+    def _check_summary(self, summary: list[int], plan: PhasePlan) -> None:
+        """Raises ValueError if a solved example's summary would be cut when it is decoded."""
+        phase = next(p for p, closer in enumerate(plan.closed_by) if closer is not None)
+        limit = plan.max_tokens[phase]
+        if limit is not None and len(summary) > limit:
+            raise ValueError(
+                f"decoding.phases.{list(self.phases)[phase]}.max_tokens must be at least "
+                f"{len(summary)} for solved examples, got {limit}: they note a step as "
+                f"{self.tokenizer.decode(summary)!r}"
+            )
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

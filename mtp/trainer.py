@@ -6,6 +6,7 @@ a run that was stopped and resumed gives the very numbers of one that was not.
 
 import json
 import shutil
+import signal
 import time
 from copy import deepcopy
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from .checkpoint import load_checkpoint, rng_state, save_atomically, set_rng_sta
 from .config import RunConfig, save_run_config
 from .evaluate import evaluate
 from .export import export
-from .logger import MetricsLog, StageProgress, make_console
+from .logger import MetricsLog, StageProgress, make_console, read_records
 from .models import build_model, has_head, save_model
 from .optim import build_optimizer, set_lr, split_parameters
 from .reference import (
@@ -36,15 +37,18 @@ from .runtime import StopRequest
 from .stage import StageConfig
 from .steps import step_batches
 from .tasks.base import check_disjoint
-from .update import update
+from .update import over_processes, update
+
+DRY_STEPS = 3
+"""Steps of each stage in a dry run."""
 
 
 class Interrupted(Exception):
     """The run was asked to stop by a signal and has saved a checkpoint."""
 
-    def __init__(self, message: str, signal: int):
+    def __init__(self, message: str, number: int):
         super().__init__(message)
-        self.signal = signal
+        self.signal = number
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -113,18 +117,28 @@ def train(config: RunConfig) -> dict[str, Any]:
             summary = finish(run)
         finally:
             log.close()
-    if config.dry_run:
+    if config.dry_run and fabric.is_global_zero:
+        console.print(estimate(full_steps, summary, folder / "metrics.jsonl"))
         shutil.rmtree(folder)
-        console.print(estimate(full_steps, summary))
     return summary
 
 
-def estimate(full_steps: dict[str, int], summary: dict[str, Any]) -> str:
-    """What a full run costs, from the one step of each stage that a dry run took."""
-    seconds = {s["name"]: s["seconds"] * full_steps[s["name"]] for s in summary["stages"]}
-    parts = ", ".join(f"{name} {full_steps[name]} steps" for name in seconds)
-    minutes = sum(seconds.values()) / 60
-    return f"a full run would take about {minutes:.0f} min at most ({parts}; first steps are slow)"
+def estimate(full_steps: dict[str, int], summary: dict[str, Any], log: Path) -> str:
+    """What a full run costs, from the few steps of each stage that a dry run took.
+
+    The first steps of a stage also pay for what is compiled, for one shape and then for any; the
+    others are taken to cost what the last, in the `log`, did.
+    """
+    steps = {r["stage"]: r["step_time"] for r in read_records(log) if "step_time" in r}
+    minutes = {}
+    for stage in summary["stages"]:
+        name = stage["name"]
+        left = max(0, full_steps[name] - DRY_STEPS)
+        minutes[name] = (stage["seconds"] + steps[name] * left) / 60
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
+    return (
+        f"a full run would take about {sum(minutes.values()):.0f} min and its evaluations ({parts})"
+    )
 
 
 def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | None) -> None:
@@ -192,17 +206,26 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
                 interim_evaluation(run, name, stage)
             bar.step(step + 1, headline(metrics, progress.points, name))
             minutes = (time.monotonic() - saved) / 60
-            if run.stop.signal is not None or (minutes > config.checkpoint_minutes and not is_last):
+            asked = stop_signal(run)
+            if asked is not None or (minutes > config.checkpoint_minutes and not is_last):
                 progress.stage_seconds = done_before + time.monotonic() - began
                 save_checkpoint(run, optimizers)
                 saved = time.monotonic()
-                if run.stop.signal is not None:
+                if asked is not None:
                     raise Interrupted(
                         f"stopped in stage {name} after step {step + 1} of {stage.steps}; "
                         f"resume=true goes on from {run.folder}/checkpoints/last.ckpt",
-                        run.stop.signal,
+                        asked,
                     )
     end_stage(run, name, stage, done_before + time.monotonic() - began)
+
+
+def stop_signal(run: Run) -> int | None:
+    """The signal by which any process was asked to stop, so that all stop after the same step."""
+    mine = run.stop.signal
+    flags = {"signal": float(mine or 0), "requeue": float(mine == signal.SIGUSR2)}
+    asked = over_processes(run.fabric, flags, "max")
+    return signal.SIGUSR2 if asked["requeue"] else int(asked["signal"]) or None
 
 
 def heard(run: Run) -> bool:
@@ -215,16 +238,17 @@ def heard(run: Run) -> bool:
 
 def interim_evaluation(run: Run, name: str, stage: StageConfig) -> None:
     """A small evaluation within a stage, for the log and the curves."""
-    figures, shown = evaluate(
-        run.model,
-        run.text,
-        run.task,
-        run.config.decoding,
-        num_problems=run.config.evaluation.num_interim_problems,
-        batch_size=run.config.evaluation.batch_size,
-        use_head=heard(run),
-        controls=False,
-    )
+    with run.fabric.autocast():
+        figures, shown = evaluate(
+            run.model,
+            run.text,
+            run.task,
+            run.config.decoding,
+            num_problems=run.config.evaluation.num_interim_problems,
+            batch_size=run.config.evaluation.batch_size,
+            use_head=heard(run),
+            controls=False,
+        )
     record(run, name, figures)
     log_completions(run, name, shown)
 
@@ -256,16 +280,17 @@ def end_stage(run: Run, name: str, stage: StageConfig, seconds: float) -> None:
             run.stage_folder(name), lambda folder: save_model(run.model, run.text, folder)
         )
     run.fabric.barrier()
-    figures, shown = evaluate(
-        run.model,
-        run.text,
-        run.task,
-        config.decoding,
-        num_problems=config.evaluation.num_problems,
-        batch_size=config.evaluation.batch_size,
-        use_head=heard(run),
-        reference=frozen_for_evaluation(run),
-    )
+    with run.fabric.autocast():
+        figures, shown = evaluate(
+            run.model,
+            run.text,
+            run.task,
+            config.decoding,
+            num_problems=config.evaluation.num_problems,
+            batch_size=config.evaluation.batch_size,
+            use_head=heard(run),
+            reference=frozen_for_evaluation(run),
+        )
     record(run, name, figures)
     in_loss = reference_in_loss(config, name)
     progress.summaries.append(
@@ -353,10 +378,10 @@ def check_same_run(config: RunConfig, saved: dict[str, Any]) -> None:
 
 
 def dry_config(config: RunConfig) -> RunConfig:
-    """The same run with one step a stage and small evaluations."""
+    """The same run with DRY_STEPS steps a stage and small evaluations."""
     config = deepcopy(config)
     for stage in config.active_stages().values():
-        stage.steps = 1
+        stage.steps = min(DRY_STEPS, stage.steps)
     config.evaluation.num_problems = min(8, config.evaluation.num_problems)
     config.overwrite, config.resume = True, False
     return config

@@ -241,7 +241,7 @@ def test_config_and_generation_config_tell_both_doors_what_they_need(tmp_path):
     assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_mtp.Qwen3MTPForCausalLM"}
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["max_new_tokens"] == 12
-    rest = {"min_probability": 0.0, "max_tokens": None}
+    rest = {"min_probability": 0.0, "max_tokens": None, "closed_by": None}
     assert generation["mtp_phases"] == [
         {"name": "thought", "mode": "fast", "opened_by": 2, **rest},
         {"name": "answer", "mode": "slow", "opened_by": 3, **rest},

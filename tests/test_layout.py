@@ -10,8 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = [
-    ["errors", "cache_mtp", "phases_mtp", "records_mtp", "sampling_mtp"] + ["tasks.base"],
+    ["errors", "cache_mtp", "memory_mtp", "phases_mtp", "records_mtp", "sampling_mtp"]
+    + ["tasks.base"],
     ["passes_mtp"],
+    ["segments_mtp"],
     ["generation_mtp", "branches_mtp"],
     ["tree_search_mtp"],
     ["search_mtp"],

