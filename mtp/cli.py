@@ -150,7 +150,7 @@ def open_writer(arguments: argparse.Namespace) -> Writer:
     config = search_config(arguments)
     if config is not None and (arguments.max_segments or 1) > 1:
         raise ValueError(
-            f"a search writes one segment, got --max-segments {arguments.max_segments}; leave it out"
+            f"a search writes one segment, got --max-segments {arguments.max_segments}; drop it"
         )
     sampler = make_sampler(arguments, config)
     import torch
