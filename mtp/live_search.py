@@ -46,10 +46,15 @@ def write_found(
     (chosen,), (texts,) = found.chosen, found.texts
     live = LiveText(console, text.tokenizer)
     for branch in chosen.path()[1:]:
-        columns = (branch.tokens, branch.slots, branch.accepted, branch.logprobs)
-        tokens, slots, accepted, logprobs = (torch.tensor([column]) for column in columns)
-        length = torch.tensor([len(branch.tokens)])
-        live(Block(torch.tensor([0]), tokens, slots, accepted, logprobs, length))
+        block = Block(
+            rows=torch.tensor([0]),
+            tokens=torch.tensor([branch.tokens]),
+            slots=torch.tensor([branch.slots]),
+            accepted=torch.tensor([branch.accepted]),
+            logprobs=torch.tensor([branch.logprobs]),
+            lengths=torch.tensor([len(branch.tokens)]),
+        )
+        live(block)
     console.print(live.pieces.pending())
     if console.is_terminal:
         legend = [(f"{who} ", style) for who, style in STYLES.items() if who in live.emitters]

@@ -219,7 +219,7 @@ class TextFormat:
         plan = self.plan()
         opener, closer = summary_marks(plan)
         told = Trajectory(prompt, plan, self.segments, self.tokenizer)
-        samples = []
+        samples: list[tuple[list[int], list[int]]] = []
         steps = re.findall(r"[^;\n]*[;\n]?", example.thought)
         rest = [self._encode(step) for step in steps if step]
         while len(samples) + 1 < limit and sum(map(len, rest)) > budget:
