@@ -148,6 +148,10 @@ def open_writer(arguments: argparse.Namespace) -> Writer:
     opened = open_model(arguments.folder, arguments.stage)
     mode = opened.choose_mode(arguments.mode)
     config = search_config(arguments)
+    if config is not None and (arguments.max_segments or 1) > 1:
+        raise ValueError(
+            f"a search writes one segment, got --max-segments {arguments.max_segments}; drop it"
+        )
     sampler = make_sampler(arguments, config)
     import torch
 

@@ -2,7 +2,8 @@
 
 What is here: the taps (layers of main's residual stream at the anchor), the message made of them,
 two heads behind one interface, the mixin that gives any Hugging Face causal LM a head, and one
-two-line class per base family. What is left out: decoding (`generation_mtp.py`) and losses.
+two-line class per base family. What is left out: decoding (`generation_mtp.py`), search
+(`search_mtp.py`) and losses.
 
 This file travels with exported checkpoints, so it imports torch, transformers and its sibling only.
 

@@ -313,6 +313,7 @@ def test_a_run_that_has_not_ended_gives_its_last_model_and_says_so(run, tmp_path
         (["evaluate", "RUN", "--top-k", "4"], "--top-k is an option of --search"),
         (["generate", "RUN", "1+2=", "--choose", "score"], "--choose is an option of --search"),
         (["generate", "RUN", "1+2=", "--search", "beam", "--n", "0"], "n must be at least 1"),
+        (["generate", "RUN", "1+2=", "--search", "beam", "--max-segments", "2"], "one segment"),
         (["evaluate", "RUN", "--search", "mcts", "--expand", "1"], "expand must be at least 2"),
         (["evaluate", "RUN", "--search", "beam", "--temperature", "0"], "sampling must be on"),
         (["evaluate", "RUN", "--stage", "main", "--search", "beam", "--mode", "fast"], "untrained"),

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from tiny import CLOSE, EOS, PAD, tiny_model
+from tiny import CLOSE, EOS, PAD, completions, tiny_model
 
 from mtp.batch import collate_rollouts, pad
 from mtp.branches_mtp import Branch, SearchConfig
-from mtp.generation_mtp import FORCED, PhasePlan, Sampler
+from mtp.generation_mtp import FORCED, PhasePlan, Sampler, decode
 from mtp.objectives import score_batch
 from mtp.search_mtp import choose, decoded, search
 
@@ -141,6 +141,25 @@ def test_what_is_counted_is_what_main_is_fed(plan):
     assert max(rows for rows, _ in shapes) == 3  # n branches, and not the n * expand that they grow
     assert int(found.tokens_read[0]) == sum(rows * width for rows, width in shapes)
     assert int(found.passes[0]) == sum(rows for rows, _ in shapes)
+
+
+@pytest.mark.parametrize("mode", ["fast", "slow", "verified", "closed"])
+def test_the_best_of_n_is_among_what_decoding_gives(mode, plan):
+    plan = plan_of(mode, plan)
+    found = look(tiny_model(), RAGGED, plan, SearchConfig(n=5), seed=3)
+    tokens, lengths = pad(RAGGED, PAD)
+    out = decode(
+        tiny_model(), tokens.repeat_interleave(5, 0), lengths.repeat_interleave(5), plan, Sampler(),
+        max_new_tokens=14, pad_id=PAD, generator=torch.Generator().manual_seed(3),
+    )  # fmt: skip
+    rows = completions(out)
+    for prompt, texts in enumerate(found.texts):
+        written = rows[5 * prompt : 5 * prompt + 5]
+        assert sorted(branch.text() for branch in texts) == sorted(written)
+        mean = out.logprobs.sum(1) / ((out.slots >= 0).sum(1))
+        best = 5 * prompt + int(mean[5 * prompt : 5 * prompt + 5].argmax())
+        assert found.out.tokens[prompt, : out.lengths[best]].tolist() == rows[best]
+        assert float(found.scores[prompt]) == pytest.approx(float(mean[best]), abs=1e-5)
 
 
 def only(*tokens, bias=0.0):
