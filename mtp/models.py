@@ -91,6 +91,7 @@ def build_model(
         head.num_slots + 1,
         system_prompt=decoding.system_prompt,
         segments=decoding.segments,
+        chat_template=decoding.chat_template,
     )
     model.generation_config = generation_config(text, decoding.phases)
     return model.to(dtype), text
@@ -220,12 +221,14 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Tex
     phases = phases_from_json(saved, lambda token: str(tokenizer.decode([token])))
     system = getattr(model.generation_config, "mtp_system_prompt", None)
     segments = SegmentSettings(**(getattr(model.generation_config, "mtp_segments", None) or {}))
-    return model, TextFormat(tokenizer, phases, model.num_slots, system, segments)
+    template = getattr(model.generation_config, "mtp_chat_template", True)
+    return model, TextFormat(tokenizer, phases, model.num_slots, system, segments, template)
 
 
 def save_model(model: Any, text: TextFormat, folder: Path) -> None:
     """Weights, config, generation config and tokenizer, in Hugging Face's layout."""
     model.generation_config.mtp_system_prompt = text.system_prompt
+    model.generation_config.mtp_chat_template = text.chat_template
     with quiet():
         model.save_pretrained(folder)
     text.tokenizer.save_pretrained(folder)

@@ -248,6 +248,7 @@ def interim_evaluation(run: Run, name: str, stage: StageConfig) -> None:
             batch_size=run.config.evaluation.batch_size,
             use_head=heard(run),
             controls=False,
+            verified=run.config.evaluation.verified,
         )
     record(run, name, figures)
     log_completions(run, name, shown)
@@ -290,6 +291,7 @@ def end_stage(run: Run, name: str, stage: StageConfig, seconds: float) -> None:
             batch_size=config.evaluation.batch_size,
             use_head=heard(run),
             reference=frozen_for_evaluation(run),
+            verified=config.evaluation.verified,
         )
     record(run, name, figures)
     in_loss = reference_in_loss(config, name)
