@@ -194,7 +194,8 @@ def save_curves(points: list[dict[str, Any]], path: Path) -> None:
     right.set(xlabel="step", ylim=(-0.03, 1.03))
     legible.set(xlabel="step", ylabel="true steps in thoughts", ylim=(-0.03, 1.03))
     left.set_xlim(left=0)
-    left.legend(fontsize=7)
+    if left.lines:
+        left.legend(fontsize=7)
     for axes in panels:
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
