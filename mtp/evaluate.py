@@ -17,9 +17,6 @@ from .rollout import DecodingConfig, Rollouts, sample
 from .tasks.base import Example, Task
 from .text import TextFormat
 
-VERIFIED = ("verified_passes", "verified_tokens_per_pass", "acceptance_by_slot")
-"""Figures of verified mode, present where `evaluation.verified` asks for them."""
-
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
@@ -155,7 +152,8 @@ def evaluate(
             "fast_tokens_per_pass": tokens_per_pass(fast),
         }
     if verified:
-        figures |= dict.fromkeys(VERIFIED)
+        names = ("verified_passes", "verified_tokens_per_pass", "acceptance_by_slot")
+        figures |= dict.fromkeys(names)
         if use_head:
             drafted = fast
             if text.plan("verified") != text.plan("fast"):

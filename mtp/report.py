@@ -15,7 +15,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from .arms import aggregate, read_runs, save_plot
-from .evaluate import VERIFIED
 from .logger import make_console
 from .rollout import Rollouts
 from .tasks.base import Example, Task
@@ -40,9 +39,9 @@ COLUMNS = {
 
 
 def columns_of(stages: list[dict[str, Any]]) -> dict[str, str]:
-    """The columns of a table over stages: those of verified mode only if it was measured."""
-    asked = {name for stage in stages for name in stage}
-    return {name: title for name, title in COLUMNS.items() if name in asked or name not in VERIFIED}
+    """The columns of a table over stages: figures that some stage has."""
+    measured = {key for stage in stages for key, value in stage.items() if value is not None}
+    return {name: title for name, title in COLUMNS.items() if name in measured}
 
 
 def cell(name: str, value: float | list[float] | None) -> str:
