@@ -240,6 +240,11 @@ def _table(summary: dict[str, Any]) -> str:
         "of the steps in the thoughts that are true. Ref. nats/token: how surprising the thoughts "
         "are to the model as the first stage left it.",
     ]
+    if "acceptance_by_slot" in columns:
+        lines[-1] += (
+            " Accepted by slot: share of the passes of verified mode in which main accepted the "
+            "head's draft of each slot."
+        )
     return "\n".join(lines)
 
 

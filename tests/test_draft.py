@@ -12,13 +12,16 @@ from tiny import EOS, GREEDY, PAD, completions, run, tiny_model
 
 import mtp.trainer as trainer
 from mtp.batch import collate_slow_rollouts
+from mtp.branches_mtp import SearchConfig
 from mtp.evaluate import acceptance_by_slot
-from mtp.generation_mtp import Phase, PhasePlan
+from mtp.evaluate_search import evaluate_search
+from mtp.generation_mtp import Phase, PhasePlan, Sampler
 from mtp.models import load_model, start_from_main
 from mtp.objectives import score_batch
 from mtp.objectives.head_ce import HeadCE
 from mtp.report import COLUMNS, cell, columns_of, print_table
 from mtp.rollout import DecodingConfig
+from mtp.tasks.continuation import ContinuationConfig
 from mtp.tasks.running_sum import RunningSum
 from mtp.text import TextFormat, character_tokenizer
 from mtp.trainer import train
@@ -195,6 +198,8 @@ def test_a_run_trains_a_drafter_and_reports_verified_mode(tmp_path, unjudged, mo
     assert "accepted by slot" in shown
     assert not [word for word in ("warning", "right", "wrong", " acc.") if word in shown]
 
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "Accepted by slot: share of the passes" in card and "slow acc." not in card
     _, text = load_model(tmp_path / "export")
     assert not text.chat_template and text.phases["text"].mode == "verified"
 
@@ -203,6 +208,13 @@ def test_outcomes_that_nobody_judges_are_no_reward(tmp_path, unjudged):
     for setting in ("objective.policy.weight=1", "drop_uninformative=true"):
         with pytest.raises(ValueError, match=rf"stages.rl.{setting.partition('=')[0]} needs answ"):
             train(config(tmp_path, *DRAFT, "stages.rl.group_size=2", f"stages.rl.{setting}"))
+
+
+def test_a_search_cannot_be_measured_without_right_answers():
+    task, text, model = ContinuationConfig().build(), plain_text(), tiny_model()
+    given = {"mode": "fast", "judge": "logprob", "max_new_tokens": 4, "num_problems": 1}
+    with pytest.raises(ValueError, match="task continuation has none; evaluate without --search"):
+        evaluate_search(model, text, task, SearchConfig(), Sampler(), batch_size=1, **given)
 
 
 def test_a_table_has_the_columns_that_were_measured():
