@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers import logging as hf_logging
 
+from mtp.evaluate import acceptance_by_slot
 from mtp.generation_mtp import Decoded, Phase, PhasePlan, Sampler, decode
 from mtp.modeling_mtp import HEADS, HeadConfig
 from mtp.models import ModelConfig, build_model, load_model
@@ -191,7 +192,7 @@ def measure(
                 seconds["generate"] / seconds[name],
                 limit,
                 None if mode == "fast" else bool(torch.equal(out.tokens, text)),
-                acceptance(out, model.num_slots - 1) if mode == "verified" else None,
+                acceptance_by_slot([out], model.num_slots - 1) if mode == "verified" else None,
             )
         )
     rows = [
@@ -221,12 +222,6 @@ def decoder(
         return decode(model, ids, lengths, plan, greedy, max_new_tokens=new, pad_id=0)
 
     return run
-
-
-def acceptance(out: Decoded, k: int) -> list[float]:
-    """By slot, the share of passes in which main accepted the head's draft of that slot."""
-    passes = float(out.passes.sum())
-    return [float((out.accepted == slot).sum()) / passes for slot in range(1, k + 1)]
 
 
 def report(results: list[Result], baselines: list[dict[str, Any]]) -> None:

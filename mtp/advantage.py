@@ -46,6 +46,6 @@ def group_advantages(
     if kind == "group_std":
         centred = centred / (rewards.std(1, keepdim=True, correction=0) + EPSILON)
     elif kind == "leave_one_out":
-        size = rewards.shape[1]
+        size = max(2, rewards.shape[1])  # alone it has no advantage
         centred = centred * (size / (size - 1))
     return torch.where(informative(outcomes)[:, None], centred, 0.0)

@@ -305,16 +305,28 @@ def collate_slow_rollouts(
     num_slots: int,
     pad_id: int,
     owners: list[int] | None = None,
+    *,
+    num_anchors: int = 0,
+    block_anchors: bool = False,
+    generator: torch.Generator | None = None,
 ) -> RolloutBatch:
-    """Rollouts that main wrote alone, with every position of a fast phase as an anchor.
+    """Rollouts that main wrote alone, with the anchors of a solved example.
 
     Main's tokens are its actions. The head's rows score what main wrote after each anchor, of which
     the head had no part: `head_sampled` is main's log-probability of the token. Arguments are those
-    of `collate_rollouts`, and `plan`: the phases in fast mode.
+    of `collate_rollouts` and of `collate_text`; `plan` has the phases in fast mode.
     """
     chosen = Chosen(prompts, out, rows, owners)
     samples = [(prompts[row], out.completion(row)) for row in chosen.texts]
-    text = collate_text(samples, plan, num_slots, pad_id)
+    text = collate_text(
+        samples,
+        plan,
+        num_slots,
+        pad_id,
+        num_anchors=num_anchors,
+        block_anchors=block_anchors,
+        generator=generator,
+    )
     return chosen.batch(drop_forced(text, chosen.slots() == FORCED), advantages)
 
 

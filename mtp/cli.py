@@ -271,6 +271,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         batch_size=config.evaluation.batch_size,
         use_head=opened.head_is_trained,
         reference=reference,
+        verified=config.evaluation.verified,
     )
     if arguments.json:
         print(json.dumps({"name": opened.stage, **figures}, indent=2))

@@ -1,5 +1,7 @@
 """Held-out accuracy and its controls: both modes, an empty and a wrong thought, true steps.
 
+For a head that drafts also verified mode: passes, and which of the drafts main accepted.
+
 Decoding is greedy. Every figure is over the same problems.
 """
 
@@ -9,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .generation_mtp import Sampler
+from .generation_mtp import Decoded, Sampler
 from .legibility import reference_figures, true_step_share, unigram_drift
 from .rollout import DecodingConfig, Rollouts, sample
 from .tasks.base import Example, Task
@@ -31,6 +33,9 @@ class EvaluationConfig:
     """What measures how ordinary thoughts are: main as the `first` stage or a named one left it,
     `start` (the model that the run began from), or a folder that mtp saved. It should not be what
     the leash compares with; `reference_in_loss` in the summary says whether it is."""
+    verified: bool = False
+    """Decode in verified mode too, where the head drafts and main decides: `verified_passes`,
+    `verified_tokens_per_pass` and `acceptance_by_slot`."""
 
 
 def decode_all(
@@ -61,11 +66,14 @@ def decode_all(
 
 def accuracy(
     batches: list[Rollouts], task: Task, answer_of: Callable[[list[int]], str | None]
-) -> float:
+) -> float | None:
     """Share of completions whose final answer is right; one without an answer is wrong.
 
-    answer_of: completion ids -> the final answer, None if there is none.
+    answer_of: completion ids -> the final answer, None if there is none. The share is None for a
+    task that judges no answers.
     """
+    if not task.judges:
+        return None
     right = total = 0.0
     for batch in batches:
         for row in range(len(batch)):
@@ -74,6 +82,13 @@ def accuracy(
                 right += task.outcome(batch.example(row), answer)
             total += 1
     return right / total
+
+
+def acceptance_by_slot(outs: list[Decoded], num_head_slots: int) -> list[float]:
+    """By head slot, the share of passes in which main accepted the draft of that slot."""
+    passes = sum(float(out.passes.sum()) for out in outs)
+    slots = range(1, num_head_slots + 1)
+    return [sum(float((out.accepted == slot).sum()) for out in outs) / passes for slot in slots]
 
 
 def held_out(task: Task, num_problems: int) -> list[Example]:
@@ -94,6 +109,7 @@ def evaluate(
     use_head: bool,
     controls: bool = True,
     reference: Any = None,
+    verified: bool = False,
 ) -> tuple[dict[str, Any], list[Rollouts]]:
     """All figures of one evaluation, named as in summary.json, and the completions they are of.
 
@@ -104,15 +120,20 @@ def evaluate(
         decoding: phases and limits.
         num_problems: at most so many held-out problems.
         batch_size: rows decoded at once.
-        use_head: False leaves the figures of fast mode null.
+        use_head: False leaves the figures of fast and of verified mode null.
         controls: also answer behind an empty and behind a wrong thought (another problem's).
         reference: frozen model for `reference_nats_per_token`, by slot too; null without one.
+        verified: decode in verified mode too; its figures are absent otherwise.
     """
     examples = held_out(task, num_problems)
     num_problems = len(examples)
 
     def passes(batches: list[Rollouts]) -> float:
         return sum(float(b.out.passes.sum()) for b in batches) / num_problems
+
+    def tokens_per_pass(batches: list[Rollouts]) -> float:
+        tokens = sum(float(b.out.lengths.sum()) for b in batches)
+        return tokens / (passes(batches) * num_problems)
 
     slow = decode_all(model, text, examples, "slow", decoding, batch_size)
     shown = slow
@@ -125,14 +146,27 @@ def evaluate(
     }
     if use_head:
         shown = fast = decode_all(model, text, examples, "fast", decoding, batch_size)
-        tokens = sum(float(b.out.lengths.sum()) for b in fast)
         figures |= {
             "fast_accuracy": accuracy(fast, task, text.answer_text),
             "fast_passes": passes(fast),
-            "fast_tokens_per_pass": tokens / (passes(fast) * num_problems),
+            "fast_tokens_per_pass": tokens_per_pass(fast),
         }
+    if verified:
+        names = ("verified_passes", "verified_tokens_per_pass", "acceptance_by_slot")
+        figures |= dict.fromkeys(names)
+        if use_head:
+            drafted = fast
+            if text.plan("verified") != text.plan("fast"):
+                drafted = decode_all(model, text, examples, "verified", decoding, batch_size)
+            figures |= {
+                "verified_passes": passes(drafted),
+                "verified_tokens_per_pass": tokens_per_pass(drafted),
+                "acceptance_by_slot": acceptance_by_slot(
+                    [b.out for b in drafted], text.num_slots - 1
+                ),
+            }
     figures |= {"empty_thought_accuracy": None, "wrong_thought_accuracy": None}
-    if controls and text.closer is not None:
+    if controls and task.judges and text.closer is not None:
         empty = [text.thought_ids("") for _ in examples]
         given = decode_all(model, text, examples, "slow", decoding, batch_size, empty)
         figures["empty_thought_accuracy"] = accuracy(given, task, text.bare_answer_text)

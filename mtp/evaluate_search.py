@@ -69,8 +69,13 @@ def evaluate_search(
         batch_size: rows decoded at once, at most, where a problem does not take more by itself.
         generator: source of randomness.
 
-    Raises ValueError for settings that no search can follow.
+    Raises ValueError for settings that no search can follow, and for a task without right answers.
     """
+    if not task.judges:
+        raise ValueError(
+            f"a search is measured by its right answers, and task {task.name} has none; evaluate "
+            "without --search"
+        )
     if judge not in JUDGES:
         raise ValueError(f"judge must be one of {list(JUDGES)}, got {judge!r}")
     examples = held_out(task, num_problems)

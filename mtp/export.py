@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from . import modeling_mtp
 from .checkpoint import save_atomically
 from .models import ModelConfig, save_model, source_folder
-from .report import COLUMNS, cell
+from .report import cell, columns_of
 from .text import TextFormat
 
 CARD = "README.md"
@@ -96,7 +96,7 @@ def _edit_json(path: Path, **values: Any) -> None:
 
 def _open_first_phase(text: TextFormat, template: Path) -> None:
     """Make the chat template's generation prompt end with the first phase's delimiter."""
-    if text.opener is None or not template.is_file():
+    if text.opener is None or not text.uses_template or not template.is_file():
         return
     tokenizer: Any = text.tokenizer
     prompt = tokenizer.apply_chat_template(
@@ -163,9 +163,8 @@ def _listed(names: list[str]) -> str:
 
 def _snippet(text: TextFormat, config: Any, *, head: bool) -> str:
     """Python that loads the folder through one door and answers a prompt."""
-    tokenizer: Any = text.tokenizer
     prompt = sample_prompt(config)
-    if tokenizer.chat_template is None:
+    if not text.uses_template:
         inputs = [f"inputs = tokenizer({json.dumps(prompt + (text.opener or ''))}, "]
         inputs[0] += 'return_tensors="pt", add_special_tokens=False)'
     else:
@@ -229,8 +228,9 @@ def _table(summary: dict[str, Any]) -> str:
     stages = summary["stages"]
     if not stages:
         return "Nothing was measured: the run had not ended when this was exported."
-    rows = [["stage", *COLUMNS.values()], ["---"] + ["---:"] * len(COLUMNS)]
-    rows += [[s["name"], *(cell(key, s.get(key)) for key in COLUMNS)] for s in stages]
+    columns = columns_of(stages)
+    rows = [["stage", *columns.values()], ["---"] + ["---:"] * len(columns)]
+    rows += [[s["name"], *(cell(key, s.get(key)) for key in columns)] for s in stages]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines += [
         "",
@@ -240,6 +240,11 @@ def _table(summary: dict[str, Any]) -> str:
         "of the steps in the thoughts that are true. Ref. nats/token: how surprising the thoughts "
         "are to the model as the first stage left it.",
     ]
+    if "acceptance_by_slot" in columns:
+        lines[-1] += (
+            " Accepted by slot: share of the passes of verified mode in which main accepted the "
+            "head's draft of each slot."
+        )
     return "\n".join(lines)
 
 

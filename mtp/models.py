@@ -91,9 +91,36 @@ def build_model(
         head.num_slots + 1,
         system_prompt=decoding.system_prompt,
         segments=decoding.segments,
+        chat_template=decoding.chat_template,
     )
     model.generation_config = generation_config(text, decoding.phases)
+    if not has_head(config):
+        start_from_main(model)
     return model.to(dtype), text
+
+
+@torch.no_grad()
+def start_from_main(model: Any) -> None:
+    """Make a new parallel head of main's width begin with main's own last hidden state.
+
+    Every slot then proposes what main proposes for slot 0, in main's own output space, which is a
+    better place to learn from than noise (the residual blocks of Medusa, Cai et al. 2024, begin
+    so). The message is the last tap, the slots' projections are zero, and the rows that leave the
+    head have the size of main's. Heads of another type or width, or with matrices of their own,
+    stay as they are, and so does one that does not hear the last layer.
+    """
+    settings, head = model.mtp_settings, model.mtp_head
+    width, last = model.config.hidden_size, model.config.num_hidden_layers
+    fits = settings.type == "parallel" and settings.hidden_size == width
+    if not (fits and settings.shared_embeddings and model.mtp_taps[-1] == last):
+        return
+    message, out = head.message.proj.weight, head.out_proj.weight
+    head.slot_proj.weight.zero_()
+    message.zero_()
+    message[:, -width:] = torch.eye(width)
+    # After its final norm main's rows have about the root mean square of the norm's weight.
+    size = model.model.norm.weight.float().square().mean().sqrt()
+    out.copy_(size * torch.eye(width))
 
 
 def has_head(config: ModelConfig) -> bool:
@@ -220,12 +247,14 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Tex
     phases = phases_from_json(saved, lambda token: str(tokenizer.decode([token])))
     system = getattr(model.generation_config, "mtp_system_prompt", None)
     segments = SegmentSettings(**(getattr(model.generation_config, "mtp_segments", None) or {}))
-    return model, TextFormat(tokenizer, phases, model.num_slots, system, segments)
+    template = getattr(model.generation_config, "mtp_chat_template", True)
+    return model, TextFormat(tokenizer, phases, model.num_slots, system, segments, template)
 
 
 def save_model(model: Any, text: TextFormat, folder: Path) -> None:
     """Weights, config, generation config and tokenizer, in Hugging Face's layout."""
     model.generation_config.mtp_system_prompt = text.system_prompt
+    model.generation_config.mtp_chat_template = text.chat_template
     with quiet():
         model.save_pretrained(folder)
     text.tokenizer.save_pretrained(folder)

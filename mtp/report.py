@@ -17,7 +17,7 @@ from rich.table import Table
 from .arms import aggregate, read_runs, save_plot
 from .logger import make_console
 from .rollout import Rollouts
-from .tasks.base import Task
+from .tasks.base import Example, Task
 from .text import TextFormat
 
 COLUMNS = {
@@ -26,18 +26,32 @@ COLUMNS = {
     "slow_passes": "slow passes",
     "fast_passes": "fast passes",
     "fast_tokens_per_pass": "tokens/pass",
+    "verified_passes": "verified passes",
+    "verified_tokens_per_pass": "verified tokens/pass",
+    "acceptance_by_slot": "accepted by slot",
     "empty_thought_accuracy": "empty thought",
     "wrong_thought_accuracy": "wrong thought",
     "true_steps": "true steps",
     "reference_nats_per_token": "ref. nats/token",
     "seconds": "seconds",
 }
+"""Figures of a stage, as tables name them."""
 
 
-def cell(name: str, value: float | None) -> str:
+def columns_of(stages: list[dict[str, Any]]) -> dict[str, str]:
+    """The columns of a table over stages: figures that some stage has."""
+    measured = {key for stage in stages for key, value in stage.items() if value is not None}
+    return {name: title for name, title in COLUMNS.items() if name in measured}
+
+
+def cell(name: str, value: float | list[float] | None) -> str:
     """A figure as the table shows it."""
     if value is None:
         return "-"
+    if isinstance(value, list):
+        return " ".join(f"{share:.2f}" for share in value)
+    if name == "verified_tokens_per_pass":
+        return f"{value:.2f}"
     if name.endswith("accuracy") or name == "true_steps":
         return f"{100 * value:.1f} %"
     return f"{value:.3f}" if "nats" in name else f"{value:.1f}"
@@ -48,12 +62,21 @@ def print_table(console: Console, summary: dict[str, Any]) -> None:
     num_problems = summary["stages"][-1]["num_problems"]
     table = Table(title=f"{num_problems} held-out problems, greedy, seed {summary['seed']}")
     table.add_column("stage")
-    for title in COLUMNS.values():
+    columns = columns_of(summary["stages"])
+    for title in columns.values():
         table.add_column(title, justify="right")
     for stage in summary["stages"]:
-        table.add_row(stage["name"], *(cell(name, stage[name]) for name in COLUMNS))
+        table.add_row(stage["name"], *(cell(name, stage[name]) for name in columns))
     console.print(table)
     console.print(f"total {summary['seconds']:.0f} s; exported to {summary['export']}")
+
+
+def is_right(task: Task, example: Example, answer: str | None) -> bool | None:
+    """Whether a completion's answer is right; None for a task that judges no answers."""
+    return bool(answer is not None and task.outcome(example, answer)) if task.judges else None
+
+
+MARKS = {True: "[green]right[/green] ", False: "[red]wrong[/red] ", None: ""}
 
 
 def completions_rows(
@@ -78,7 +101,7 @@ def completions_rows(
                     "completion": "\n".join(passes_text(batch, i, text) for i in mine),
                     "passes": int(batch.out.passes[mine].sum()),
                     "answer": example.answer,
-                    "right": bool(answer is not None and task.outcome(example, answer)),
+                    "right": is_right(task, example, answer),
                 }
             )
             if text.segments.max_segments > 1:
@@ -115,12 +138,11 @@ def print_completions(
     shown = ", ".join(
         f"{title} {cell(key, figures[key])}"
         for key, title in COLUMNS.items()
-        if figures[key] is not None
+        if figures.get(key) is not None
     )
     console.print(f"[bold]{name}[/bold]: {shown}")
     for row in rows:
-        mark = "[green]right[/green]" if row["right"] else "[red]wrong[/red]"
-        console.print(f"  {mark} {escape(row['prompt'] + ' ' + row['completion'])}")
+        console.print(f"  {MARKS[row['right']]}{escape(row['prompt'] + ' ' + row['completion'])}")
 
 
 def save_curves(points: list[dict[str, Any]], path: Path) -> None:
@@ -171,7 +193,8 @@ def save_curves(points: list[dict[str, Any]], path: Path) -> None:
     right.set(xlabel="step", ylim=(-0.03, 1.03))
     legible.set(xlabel="step", ylabel="true steps in thoughts", ylim=(-0.03, 1.03))
     left.set_xlim(left=0)
-    left.legend(fontsize=7)
+    if left.lines:
+        left.legend(fontsize=7)
     for axes in panels:
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)

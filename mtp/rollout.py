@@ -34,6 +34,9 @@ class DecodingConfig:
     top_k: int = 0
     top_p: float = 1.0
     system_prompt: str | None = None
+    """Put before every prompt through the chat template; None: what the template puts there."""
+    chat_template: bool = True
+    """False gives prompts to the model as they are, as text that it goes on with."""
 
     def sampler(self) -> Sampler:
         """The distribution of rollouts. Raises ValueError for impossible settings."""
@@ -44,6 +47,11 @@ class DecodingConfig:
         check_phases(self.phases, "decoding.phases")
         check_segments(self.segments, self.phases, "decoding")
         self._check_budgets()
+        if self.system_prompt is not None and not self.chat_template:
+            raise ValueError(
+                "decoding.system_prompt needs decoding.chat_template=true, which makes it part of "
+                f"the prompt, got {self.system_prompt!r} with false; set it to null"
+            )
         try:
             return Sampler(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
         except ValueError as error:

@@ -34,16 +34,19 @@ class StageConfig:
     batch_size: int = 64
     """Supervised: sequences a step, over all processes."""
     num_anchors: int = 0
-    """Supervised: anchors drawn per sequence, 0 for all. Fewer save memory and time."""
+    """Anchors drawn per sequence of solved examples or slow rollouts, 0 for all. Fewer save memory
+    and time."""
     block_anchors: bool = False
-    """Supervised: only the anchors at which passes begin when the text is decoded, a (K+1)-th of
-    them. False makes an anchor of every position of a fast phase."""
+    """Only the anchors at which passes begin when that text is decoded, a (K+1)-th of them. False
+    makes an anchor of every position of a fast phase."""
     num_prompts: int = 16
     """RL: P, prompts a step, over all processes."""
     group_size: int = 16
     """RL: G, rollouts of each prompt."""
     num_minibatches: int = 1
     """RL: optimizer steps on each batch of rollouts, each on its own share of the prompts."""
+    num_epochs: int = 1
+    """RL: times that each batch of rollouts is gone through, with anchors drawn anew."""
     rollout_mode: str = "fast"
     """RL: `fast`: the head's tokens are executed. `slow`: main writes alone, and the head's rows
     score what main wrote (an auxiliary loss)."""
@@ -80,7 +83,13 @@ class StageConfig:
         key = f"stages.{name}"
         if self.kind not in KINDS:
             raise ValueError(f"{key}.kind must be supervised or rl, got {self.kind!r}")
-        for field_name in ("batch_size", "num_prompts", "num_minibatches", "max_rounds"):
+        for field_name in (
+            "batch_size",
+            "num_prompts",
+            "num_minibatches",
+            "num_epochs",
+            "max_rounds",
+        ):
             if getattr(self, field_name) < 1:
                 value = getattr(self, field_name)
                 raise ValueError(f"{key}.{field_name} must be at least 1, got {value}")
@@ -89,10 +98,11 @@ class StageConfig:
             if getattr(self, field_name) < 0:
                 value = getattr(self, field_name)
                 raise ValueError(f"{key}.{field_name} must be 0 or above, got {value}")
-        if self.kind == "rl" and self.group_size < 2:
+        least = 2 if self.kind == "rl" and self.objective.policy.weight else 1
+        if self.group_size < least:
             raise ValueError(
-                f"{key}.group_size must be at least 2, got {self.group_size}: an advantage "
-                "compares the rollouts of one prompt"
+                f"{key}.group_size must be at least {least}, got {self.group_size}"
+                + (": an advantage compares the rollouts of one prompt" if least == 2 else "")
             )
         if self.num_prompts % self.num_minibatches:
             raise ValueError(

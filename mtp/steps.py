@@ -77,7 +77,7 @@ def advantages_of(run: Run, stage: StageConfig, rewards: Rewards) -> torch.Tenso
 def rollout_batches(
     run: Run, name: str, stage: StageConfig, step: int
 ) -> tuple[list[list[TextBatch]], dict[str, Any]]:
-    """The policy's own rollouts, scored, with their advantages, as batches.
+    """The policy's own rollouts, scored, with their advantages, as batches of each epoch over them.
 
     Solved examples of a step come before its rollouts, which reach every parameter, so that the
     last backward, in which processes reduce their gradients, does too.
@@ -86,7 +86,8 @@ def rollout_batches(
     advantages = advantages_of(run, stage, groups.rewards)
     metrics = rollout_metrics(run, groups, advantages, step)
     minibatches: list[list[TextBatch]] = []
-    for number, share in enumerate(shares(groups.used, stage.num_minibatches)):
+    parts = shares(groups.used, stage.num_minibatches) * stage.num_epochs
+    for number, share in enumerate(parts):
         if not share:
             continue
         solved: list[TextBatch] = []
@@ -94,8 +95,9 @@ def rollout_batches(
             purpose = f"{name}/solved/{number}"
             solved, num_tokens = solved_batches(run, purpose, stage, step, stage.num_solved)
             metrics["num_text_tokens"] += num_tokens
+        generator = torch.Generator().manual_seed(run.seed_of(name, "anchors", step, number))
         batches = [
-            collate(run, stage, groups, advantages, segments)
+            collate(run, stage, groups, advantages, segments, generator)
             for segments in micro_batches(groups, share, stage.micro_batch_size)
         ]
         minibatches.append([*solved, *batches])
@@ -120,14 +122,29 @@ def micro_batches(groups: Groups, share: list[int], size: int) -> list[list[int]
 
 
 def collate(
-    run: Run, stage: StageConfig, groups: Groups, advantages: torch.Tensor, segments: list[int]
+    run: Run,
+    stage: StageConfig,
+    groups: Groups,
+    advantages: torch.Tensor,
+    segments: list[int],
+    generator: torch.Generator,
 ) -> RolloutBatch:
-    """The chosen segments as a batch, with the log-probabilities that ratios are taken to."""
+    """The chosen segments as a batch, with the log-probabilities that ratios are taken to.
+
+    generator: draws anchors, where a slow rollout has only some of its positions as such.
+    """
     text, rollouts = run.text, groups.rollouts
     given = (rollouts.prompts, rollouts.out, advantages.flatten(), segments)
     sizes = (text.num_slots, text.pad_id, rollouts.owners)
     if stage.rollout_mode == "slow":
-        batch = collate_slow_rollouts(*given, text.plan("fast"), *sizes)
+        batch = collate_slow_rollouts(
+            *given,
+            text.plan("fast"),
+            *sizes,
+            num_anchors=stage.num_anchors,
+            block_anchors=stage.block_anchors,
+            generator=generator,
+        )
     else:
         batch = collate_rollouts(*given, *sizes)
     batch = batch.to(run.fabric.device)
@@ -157,16 +174,14 @@ def rollout_metrics(
     """What all that was sampled measures, the groups that are left out included."""
     rollouts, rewards, limit = groups.rollouts, groups.rewards, run.config.decoding.max_new_tokens
     cut = 1 - rollouts.out.finished[rollouts.last].float().mean()
-    if cut == 1:
+    if cut == 1 and run.task.judges:
         run.console.print(
             f"[yellow]warning: all {len(rollouts)} rollouts of step {step + 1} were cut at "
             f"decoding.max_new_tokens={limit}; none can be right"
         )
     lengths = rollouts.total(rollouts.out.lengths)
-    metrics = {
-        "reward": float(rewards.outcomes.mean()),
-        "reward_std": float(rewards.outcomes.std(1, correction=0).mean()),
-        "frac_reward_zero_std": float((advantages == 0).all(1).float().mean()),
+    metrics = reward_metrics(rewards, advantages) if run.task.judges else {}
+    metrics |= {
         "groups/sampled": len(rewards.outcomes),
         "groups/informative": int(informative(rewards.outcomes).sum()),
         "groups/used": len(groups.used),
@@ -187,6 +202,15 @@ def rollout_metrics(
     if drift is not None:
         metrics["unigram_drift"] = drift
     return metrics
+
+
+def reward_metrics(rewards: Rewards, advantages: torch.Tensor) -> dict[str, float]:
+    """How many rollouts are right, how much groups vary, and the share without an advantage."""
+    return {
+        "reward": float(rewards.outcomes.mean()),
+        "reward_std": float(rewards.outcomes.std(1, correction=0).mean()),
+        "frac_reward_zero_std": float((advantages == 0).all(1).float().mean()),
+    }
 
 
 def segment_metrics(rollouts: Rollouts) -> dict[str, float]:

@@ -45,6 +45,8 @@ class TextFormat:
     """K + 1."""
     system_prompt: str | None = None
     segments: SegmentSettings = field(default_factory=SegmentSettings)
+    chat_template: bool = True
+    """False gives prompts as they are, though the tokenizer has a chat template."""
 
     def __post_init__(self) -> None:
         if not self.phases:
@@ -77,6 +79,12 @@ class TextFormat:
         """Fills rows on the right; never scored."""
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)  # type: ignore[arg-type]
+
+    @property
+    def uses_template(self) -> bool:
+        """True if prompts go through the tokenizer's chat template."""
+        tokenizer: Any = self.tokenizer
+        return self.chat_template and tokenizer.chat_template is not None
 
     @property
     def eos_id(self) -> int:
@@ -126,7 +134,7 @@ class TextFormat:
         )
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """The prompt through the chat template, ended by the first phase's delimiter."""
+        """The prompt, through the chat template if it is used, ended by the first delimiter."""
         return self.conversation_ids([{"role": "user", "content": prompt}])
 
     def conversation_ids(self, messages: list[dict[str, str]]) -> list[int]:
@@ -135,7 +143,7 @@ class TextFormat:
         Without a chat template there is no way to tell who speaks: the last message alone.
         """
         tokenizer: Any = self.tokenizer
-        if tokenizer.chat_template is None:
+        if not self.uses_template:
             text = messages[-1]["content"]
         else:
             if self.system_prompt is not None:

@@ -36,7 +36,7 @@ from .run import Progress, Run
 from .runtime import StopRequest
 from .stage import StageConfig
 from .steps import step_batches
-from .tasks.base import check_disjoint
+from .tasks.base import Task, check_disjoint
 from .update import over_processes, update
 
 DRY_STEPS = 3
@@ -70,6 +70,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     seed_everything(config.seed, verbose=False)
     task = config.task.build()
     check_disjoint(task)
+    check_judged(config, task)
     model, text = build_model(config.model, config.head, config.decoding, task)
     model.to(fabric.device)
     progress, state = Progress(), None
@@ -248,6 +249,7 @@ def interim_evaluation(run: Run, name: str, stage: StageConfig) -> None:
             batch_size=run.config.evaluation.batch_size,
             use_head=heard(run),
             controls=False,
+            verified=run.config.evaluation.verified,
         )
     record(run, name, figures)
     log_completions(run, name, shown)
@@ -290,6 +292,7 @@ def end_stage(run: Run, name: str, stage: StageConfig, seconds: float) -> None:
             batch_size=config.evaluation.batch_size,
             use_head=heard(run),
             reference=frozen_for_evaluation(run),
+            verified=config.evaluation.verified,
         )
     record(run, name, figures)
     in_loss = reference_in_loss(config, name)
@@ -364,6 +367,22 @@ def clear(folder: Path) -> None:
     files = ("metrics.jsonl", "metrics.csv", "completions.jsonl", "config.yaml", "curves.png")
     for name in ("summary.json", *files):
         (folder / name).unlink(missing_ok=True)
+
+
+def check_judged(config: RunConfig, task: Task) -> None:
+    """Raise ValueError if a stage learns from outcomes of a task that judges no answers."""
+    for name, stage in config.active_stages().items():
+        key = f"stages.{name}"
+        uses = {
+            f"{key}.objective.policy.weight": stage.objective.policy.weight,
+            f"{key}.drop_uninformative": stage.drop_uninformative,
+        }
+        for setting, value in uses.items():
+            if value and not task.judges:
+                raise ValueError(
+                    f"{setting} needs answers that are right or wrong, which task {task.name} does "
+                    f"not have, got {value}; set it to 0 or choose another task"
+                )
 
 
 def check_same_run(config: RunConfig, saved: dict[str, Any]) -> None:

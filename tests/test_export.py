@@ -224,7 +224,7 @@ def test_the_cards_snippets_run_as_they_stand(tmp_path):
 def test_the_card_tells_the_measured_figures_and_where_the_model_is_from(tmp_path):
     make(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    row = "| joint | 98.8 % | 50.0 % | 24.0 | 8.0 | 3.1 | 0.0 % | - | 25.0 % | 1.250 | 61.0 |"
+    row = "| joint | 98.8 % | 50.0 % | 24.0 | 8.0 | 3.1 | 0.0 % | 25.0 % | 1.250 | 61.0 |"
     assert row in card
     assert "512 held-out problems, greedy decoding, seed 7" in card
     assert "none (llama trained from scratch)" in card

@@ -17,7 +17,8 @@ LAYERS = [
     ["generation_mtp", "branches_mtp"],
     ["tree_search_mtp"],
     ["search_mtp"],
-    ["modeling_mtp", "tasks.math_answer", "tasks.solvers", "tasks.running_sum"],
+    ["modeling_mtp", "tasks.math_answer", "tasks.solvers", "tasks.running_sum"]
+    + ["tasks.continuation"],
     ["tasks.reasoning_gym", "tasks.user_reward"],
     ["tasks.rows"],
     ["tasks"],

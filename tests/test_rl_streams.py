@@ -135,6 +135,12 @@ def test_the_channel_opens_evenly():
     [
         ({"max_rounds": 2}, "stages.x.max_rounds=2 .*drop_uninformative=true"),
         ({"rollout_mode": "odd"}, "stages.x.rollout_mode must be fast or slow"),
+        ({"group_size": 1}, "stages.x.group_size must be at least 2, got 1: an advantage compares"),
+        (
+            {"group_size": 0, "objective": ObjectiveConfig(main_ce=MainCE(weight=1.0))},
+            "stages.x.group_size must be at least 1, got 0$",
+        ),
+        ({"num_epochs": 0}, "stages.x.num_epochs must be at least 1, got 0"),
         ({"num_solved": 4}, "stages.x.num_solved=4 examples are read by no stream"),
         (
             {"objective": ObjectiveConfig(policy=Policy(weight=1.0), main_ce=MainCE(weight=1.0))},

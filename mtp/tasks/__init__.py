@@ -1,6 +1,7 @@
 """Tasks by name. A new task is a file here with a config and a `Task`, and a line below."""
 
 from .base import Example, Split, Task, TaskConfig
+from .continuation import ContinuationConfig
 from .reasoning_gym import ReasoningGymConfig
 from .rows import RowsConfig
 from .running_sum import RunningSumConfig
@@ -9,6 +10,7 @@ TASK_CONFIGS: dict[str, type[TaskConfig]] = {
     "running_sum": RunningSumConfig,
     "reasoning_gym": ReasoningGymConfig,
     "rows": RowsConfig,
+    "continuation": ContinuationConfig,
 }
 
 __all__ = ["TASK_CONFIGS", "Example", "Split", "Task", "TaskConfig"]

@@ -45,6 +45,8 @@ class Task(ABC):
     """What errors and reports call it."""
     right_at: float = 1.0
     """An answer is right if its score is at least this."""
+    judges: bool = True
+    """False where no answer is right or wrong: accuracies are null then, and outcomes 0."""
 
     @abstractmethod
     def size(self, split: Split) -> int | None:

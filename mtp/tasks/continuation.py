@@ -1,0 +1,159 @@
+"""Stretches of plain text that a model goes on with; no answer is right or wrong.
+
+What a drafter is trained and measured on: text that main writes by itself. The source is text files
+or, by default, Python's own documentation of the language (`pydoc_data.topics`, half a megabyte of
+English prose and code that comes with every Python).
+
+The text is cut into blocks, and the hash of a block decides its side. A stretch lies within one
+block, begins and ends at white space, and a test stretch occurs nowhere in the training blocks.
+"""
+
+import glob
+import hashlib
+import random
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .base import Example, Split, Task, TaskConfig
+
+_MAX_DRAWS = 1000
+"""Test stretches drawn in search of one that the training text does not hold."""
+
+
+@dataclass(kw_only=True)
+class ContinuationConfig(TaskConfig):
+    """`task=continuation`, or `task=continuation task.files=[docs/*.md]`."""
+
+    files: list[str] = field(default_factory=list)
+    """Patterns of UTF-8 text files, `**` for any folders; none: Python's documentation."""
+    min_characters: int = 100
+    max_characters: int = 400
+    """A stretch's length is drawn evenly from these two; white space decides where it ends."""
+    block_characters: int = 4000
+    """The text is divided into blocks of so many characters, at white space."""
+    test_share: float = 0.1
+    """Share of the blocks that are held out."""
+    seed: int = 0
+    """Numbers the stretches; the splits do not depend on it."""
+
+    def build(self) -> "Continuation":
+        if not 1 <= self.min_characters <= self.max_characters:
+            raise ValueError(
+                "task.min_characters and task.max_characters must satisfy 1 <= min <= max, got "
+                f"{self.min_characters}, {self.max_characters}"
+            )
+        if self.block_characters < 2 * self.max_characters:
+            raise ValueError(
+                f"task.block_characters must be at least {2 * self.max_characters}, twice "
+                f"task.max_characters, got {self.block_characters}"
+            )
+        if not 0 < self.test_share < 1:
+            raise ValueError(f"task.test_share must be between 0 and 1, got {self.test_share}")
+        return Continuation(self)
+
+
+class Continuation(Task):
+    """See the module."""
+
+    name = "continuation"
+    judges = False
+
+    def __init__(self, config: ContinuationConfig):
+        self.config = config
+        self.blocks: dict[Split, list[str]] = {"train": [], "test": []}
+        """Texts at least as long as the longest stretch, each once."""
+        found = [block for text in texts(config.files) for block in self._blocks(text)]
+        for block in dict.fromkeys(found):
+            byte = int.from_bytes(hashlib.sha256(block.encode()).digest()[:4], "big")
+            is_test = byte < config.test_share * 2**32
+            self.blocks["test" if is_test else "train"].append(block)
+        for split, blocks in self.blocks.items():
+            if not blocks:
+                raise ValueError(
+                    f"task.files must hold text for both splits, but none of {len(found)} blocks "
+                    f"is in {split}; give more text, lower task.block_characters or change "
+                    "task.test_share"
+                )
+        self._train_text = "\n".join(self.blocks["train"])
+
+    def _blocks(self, text: str) -> list[str]:
+        """The blocks of one text; a last one that is too short for a stretch is left out."""
+        size = self.config.block_characters
+        blocks = []
+        at = 0
+        while at < len(text):
+            end = cut(text, at, size)
+            blocks.append(text[at:end].strip())
+            at = end
+        return [block for block in blocks if len(block) >= self.config.max_characters]
+
+    def size(self, split: Split) -> int | None:
+        return None
+
+    def example(self, split: Split, index: int) -> Example:
+        """A stretch; its `answer` is how the block goes on, for supervised stages."""
+        config = self.config
+        draw = random.Random(f"{config.seed}/{split}/{index}")
+        for _ in range(_MAX_DRAWS):
+            block = draw.choice(self.blocks[split])
+            size = draw.randint(config.min_characters, config.max_characters)
+            start = begin(block, draw.randint(0, len(block) - size))
+            end = cut(block, start, size)
+            prompt = block[start:end].strip()
+            if prompt and (split == "train" or prompt not in self._train_text):
+                rest = block[end : cut(block, end, config.max_characters)]
+                return Example(prompt, rest.strip())
+        raise ValueError(
+            f"task.files hold no {split} stretch of {config.min_characters} characters or more "
+            "that the training text does not hold as well; give text that repeats itself less, or "
+            "raise task.min_characters"
+        )
+
+    def score(self, example: Example, answer: str) -> float:
+        """0: there is nothing to be right about."""
+        return 0.0
+
+
+def texts(patterns: list[str]) -> list[str]:
+    """The files' texts in the order of their paths, or Python's documentation of the language.
+
+    Raises ValueError if a pattern matches no file, or a file is not UTF-8.
+    """
+    if not patterns:
+        from pydoc_data.topics import topics
+
+        return [topics[name] for name in sorted(topics)]
+    paths: set[str] = set()
+    for pattern in patterns:
+        matched = [p for p in glob.glob(pattern, recursive=True) if Path(p).is_file()]
+        if not matched:
+            raise ValueError(f"task.files must be patterns of text files, got {pattern!r}: no file")
+        paths.update(matched)
+    return [_read(Path(path)) for path in sorted(paths)]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"task.files must be UTF-8 text, got {path}: {error}") from None
+
+
+def cut(text: str, start: int, size: int) -> int:
+    """Where text of `size` characters from `start` ends: at the last white space in it.
+
+    At the very end of the text, or where there is no white space, it has its full size.
+    """
+    end = start + size
+    if end >= len(text) or text[end].isspace():
+        return min(end, len(text))
+    spaces = [match.start() for match in re.finditer(r"\s", text[start:end])]
+    return start + spaces[-1] if spaces and spaces[-1] else end
+
+
+def begin(text: str, at: int) -> int:
+    """The first beginning of a word at or before a position."""
+    while at and not text[at - 1].isspace():
+        at -= 1
+    return at
