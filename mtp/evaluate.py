@@ -84,6 +84,19 @@ def accuracy(
     return right / total
 
 
+def fast_accuracy(
+    model: torch.nn.Module,
+    text: TextFormat,
+    examples: list[Example],
+    task: Task,
+    decoding: DecodingConfig,
+    batch_size: int,
+) -> float | None:
+    """Accuracy of fast mode on some examples; None for a task that judges no answers."""
+    fast = decode_all(model, text, examples, "fast", decoding, batch_size)
+    return accuracy(fast, task, text.answer_text)
+
+
 def acceptance_by_slot(outs: list[Decoded], num_head_slots: int) -> list[float]:
     """By head slot, the share of passes in which main accepted the draft of that slot."""
     passes = sum(float(out.passes.sum()) for out in outs)

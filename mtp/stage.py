@@ -70,6 +70,11 @@ class StageConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    stop_accuracy: float = 0.0
+    """End the stage once fast accuracy reaches this on the training problems that come next; 0
+    takes all steps. Held-out problems have no say in it."""
+    stop_every: int = 20
+    """Steps between two looks at `stop_accuracy`."""
     evaluate_every: int = 0
     """Steps between two evaluations on a smaller set; 0 evaluates at the end only."""
 
@@ -89,6 +94,7 @@ class StageConfig:
             "num_minibatches",
             "num_epochs",
             "max_rounds",
+            "stop_every",
         ):
             if getattr(self, field_name) < 1:
                 value = getattr(self, field_name)
@@ -98,6 +104,10 @@ class StageConfig:
             if getattr(self, field_name) < 0:
                 value = getattr(self, field_name)
                 raise ValueError(f"{key}.{field_name} must be 0 or above, got {value}")
+        if not 0 <= self.stop_accuracy <= 1:
+            raise ValueError(
+                f"{key}.stop_accuracy must be between 0 and 1, got {self.stop_accuracy}"
+            )
         least = 2 if self.kind == "rl" and self.objective.policy.weight else 1
         if self.group_size < least:
             raise ValueError(

@@ -18,7 +18,7 @@ from lightning.fabric import seed_everything
 
 from .checkpoint import load_checkpoint, rng_state, save_atomically, set_rng_state
 from .config import RunConfig, save_run_config
-from .evaluate import evaluate
+from .evaluate import evaluate, fast_accuracy
 from .export import export
 from .logger import MetricsLog, StageProgress, make_console, read_records
 from .models import build_model, has_head, save_model
@@ -36,7 +36,7 @@ from .run import Progress, Run
 from .runtime import StopRequest
 from .stage import StageConfig
 from .steps import step_batches
-from .tasks.base import Task, check_disjoint
+from .tasks.base import Task, check_disjoint, training_index
 from .update import over_processes, update
 
 DRY_STEPS = 3
@@ -218,6 +218,9 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
                         f"resume=true goes on from {run.folder}/checkpoints/last.ckpt",
                         asked,
                     )
+            if not is_last and has_learned(run, stage):
+                run.console.print(f"{name} has learned enough after step {step + 1}")
+                break
     end_stage(run, name, stage, done_before + time.monotonic() - began)
 
 
@@ -227,6 +230,23 @@ def stop_signal(run: Run) -> int | None:
     flags = {"signal": float(mine or 0), "requeue": float(mine == signal.SIGUSR2)}
     asked = over_processes(run.fabric, flags, "max")
     return signal.SIGUSR2 if asked["requeue"] else int(asked["signal"]) or None
+
+
+def has_learned(run: Run, stage: StageConfig) -> bool:
+    """Whether a stage may end before its last step, see `StageConfig.stop_accuracy`."""
+    progress, config = run.progress, run.config
+    if not stage.stop_accuracy or progress.step % stage.stop_every:
+        return False
+    size = run.task.size("train")
+    places = range(progress.position, progress.position + config.evaluation.num_interim_problems)
+    examples = [
+        run.task.example("train", training_index(place, size, config.seed)) for place in places
+    ]
+    with run.fabric.autocast():
+        reached = fast_accuracy(
+            run.model, run.text, examples, run.task, config.decoding, config.evaluation.batch_size
+        )
+    return (reached or 0.0) >= stage.stop_accuracy
 
 
 def heard(run: Run) -> bool:
@@ -297,7 +317,13 @@ def end_stage(run: Run, name: str, stage: StageConfig, seconds: float) -> None:
     record(run, name, figures)
     in_loss = reference_in_loss(config, name)
     progress.summaries.append(
-        {"name": name, **figures, "reference_in_loss": in_loss, "seconds": round(seconds, 1)}
+        {
+            "name": name,
+            **figures,
+            "reference_in_loss": in_loss,
+            "steps": progress.step,
+            "seconds": round(seconds, 1),
+        }
     )
     rows = log_completions(run, name, shown)
     print_completions(run.console, name, rows, progress.summaries[-1])
@@ -375,6 +401,7 @@ def check_judged(config: RunConfig, task: Task) -> None:
         key = f"stages.{name}"
         uses = {
             f"{key}.objective.policy.weight": stage.objective.policy.weight,
+            f"{key}.stop_accuracy": stage.stop_accuracy,
             f"{key}.drop_uninformative": stage.drop_uninformative,
         }
         for setting, value in uses.items():

@@ -24,6 +24,7 @@ REDUCED = [
     "stages.head.evaluate_every=0",
     "stages.joint.block_anchors=true",
     "stages.joint.steps=400",
+    "stages.joint.stop_accuracy=0",
     "stages.joint.evaluate_every=0",
     "stages.joint.main.lr=3e-3",
     "stages.joint.main.decay=cosine",

@@ -185,3 +185,23 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
         job.kill()
     assert b"stopped in stage main after step" in said
     assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_a_stage_ends_once_training_problems_are_solved_well_enough(tmp_path, monkeypatch):
+    import mtp.trainer as trainer
+
+    asked = []
+
+    def half_solved(model, text, examples, *rest):
+        asked.append([example.prompt for example in examples])
+        return 0.5 if len(asked) == 2 else 0.25
+
+    monkeypatch.setattr(trainer, "fast_accuracy", half_solved)
+    overrides = ["stages.joint.steps=9", "stages.joint.stop_every=2", "stages.rl.steps=0"]
+    summary = train(config(tmp_path, *overrides, "stages.joint.stop_accuracy=0.5"))
+    assert [stage["steps"] for stage in summary["stages"]] == [6, 4, 4]
+    task = config(tmp_path).task.build()
+    drawn = 64 * (6 + 4)  # sequences of the stages before
+    assert asked == [
+        [task.example("train", drawn + 64 * step + i).prompt for i in range(4)] for step in (2, 4)
+    ]
