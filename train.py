@@ -27,7 +27,9 @@ def run(config: DictConfig) -> float | None:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         hand_on(stop.signal)
-        sys.exit(130)
+        # The launcher of several processes takes one that ends with another code for a crash and
+        # kills the first, which may still be writing the checkpoint.
+        sys.exit(130 if os.environ.get("LOCAL_RANK", "0") == "0" else 0)
     last = summary["stages"][-1]
     return last["slow_accuracy"] if last["fast_accuracy"] is None else last["fast_accuracy"]
 
