@@ -31,19 +31,20 @@ class BlockCacheLayer(CacheLayerMixin):
             more = self.cache.capacity - self.keys.shape[2]
             self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, more))
             self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
-        length, new = self.cache.length, key_states.shape[2]
-        if len(key_states) == 1:
+        span = self.cache.span
+        if len(key_states) == 1 and not self.cache.is_static:
             # The only row ends where the cache does.
+            length, new = self.cache.length, key_states.shape[2]
             self.keys[:, :, length - new : length] = key_states
             self.values[:, :, length - new : length] = value_states
         else:
             where = self.cache.positions[:, None, :, None].expand_as(key_states)
             self.keys.scatter_(2, where, key_states)
             self.values.scatter_(2, where, value_states)
-        return self.keys[:, :, :length], self.values[:, :, :length]
+        return self.keys[:, :, :span], self.values[:, :, :span]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.length, 0
+        return self.cache.span, 0
 
     def get_seq_length(self) -> int:
         return self.cache.length
@@ -58,21 +59,31 @@ class BlockCache(Cache):
     Rows are padded on the right. A padded position is overwritten by the row's next block before
     any query can reach it, so the mask is simply: key position <= query position. To drop tokens
     is to move a row's start back.
+
+    A dynamic cache grows, and attention reads what is written. A static one holds `capacity`
+    positions from the beginning and attention reads all of them, most under the mask: more work,
+    for one memory address and one shape throughout, as compiled forwards and CUDA graphs want.
     """
 
-    def __init__(self, num_layers: int, num_rows: int):
+    def __init__(self, num_layers: int, num_rows: int, capacity: int | None = None):
         self.num_rows = num_rows
-        self.capacity = 0
+        self.is_static = capacity is not None
+        self.capacity = capacity or 0
         self.length = 0
         self.positions = torch.empty(0)
         self.chosen: Tensor | None = None  # rows that are kept, if they have not been copied yet
         super().__init__(layers=[BlockCacheLayer(self) for _ in range(num_layers)])
 
+    @property
+    def span(self) -> int:
+        """Positions that attention reads."""
+        return self.capacity if self.is_static else self.length
+
     def place(self, positions: Tensor, length: int) -> Tensor | None:
         """Say where the next forward writes: positions [B, L], the last of them `length` - 1.
 
-        Returns the attention mask [B, 1, L, length], True where a query may look; None for the one
-        query of a batch of one, which may look everywhere.
+        Returns the attention mask [B, 1, L, span], True where a query may look; None for the one
+        query of a batch of one, which may look everywhere in a dynamic cache.
         """
         self.positions, self.length = positions, length
         if self.chosen is not None:
@@ -81,9 +92,9 @@ class BlockCache(Cache):
             self.chosen = None
         if length > self.capacity:
             self.capacity = max(length, 2 * self.capacity, 64)
-        if self.num_rows == 1 and positions.shape[1] == 1:
+        if self.num_rows == 1 and positions.shape[1] == 1 and not self.is_static:
             return None
-        keys = torch.arange(length, device=positions.device)
+        keys = torch.arange(self.span, device=positions.device)
         return keys <= positions[:, None, :, None]
 
     def select(self, rows: Tensor) -> None:

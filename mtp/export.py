@@ -296,8 +296,9 @@ def _limitations(config: Any) -> str:
             "the answer; compare the table's true steps and thought controls.",
             "- With `mtp_mode`, `generate` takes `max_new_tokens`, `do_sample`, `temperature`, "
             "`top_k`, `top_p`, `eos_token_id`, `pad_token_id`, `return_dict_in_generate`, "
-            "`logits_processor`, `stopping_criteria`, `streamer`, `mtp_k` and "
-            "`max_thought_tokens`; any other option is an error.",
+            "`logits_processor`, `stopping_criteria`, `streamer`, `num_return_sequences`, "
+            "`cache_implementation` (dynamic or static), `mtp_k` and `max_thought_tokens`; "
+            "any other option is an error.",
         ]
     )
 

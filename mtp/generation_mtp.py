@@ -66,6 +66,7 @@ HONOURED = (
     "eos_token_id",
     "pad_token_id",
     "num_return_sequences",
+    "cache_implementation",
     "return_dict_in_generate",
 )
 """Fields of a generation config, or arguments of `generate`, that the pass loop reads."""
@@ -334,6 +335,9 @@ class MTPGenerationMixin:
                 f"num_return_sequences={copies} greedy sequences of a prompt would be the same; "
                 "set do_sample=True"
             )
+        cache = setting.get("cache_implementation", "dynamic")
+        if cache not in ("dynamic", "static"):
+            raise ValueError(f"cache_implementation must be dynamic or static, got {cache!r}")
         modes = [mtp_mode] * len(prompts) if isinstance(mtp_mode, str) else list(mtp_mode)
         by_mode = {mode: self.phase_plan(mode, mtp_k, max_thought_tokens) for mode in modes}
         eos = setting.get("eos_token_id")
@@ -355,6 +359,7 @@ class MTPGenerationMixin:
             "process": process if len(process) else None,
             "stop": stop if len(stop) else None,
             "num_return_sequences": copies,
+            "static_cache": cache == "static",
         }
         return Request(prompts, setting, text, arguments, streamer)
 

@@ -51,6 +51,7 @@ def decode(
     stop: Stop | None = None,
     on_block: Callable[[Block], None] | None = None,
     num_return_sequences: int = 1,
+    static_cache: bool = False,
 ) -> Decoded:
     """Run the pass loop until every row has ended or has `max_new_tokens` tokens.
 
@@ -71,6 +72,7 @@ def decode(
         on_block: called after each pass.
         num_return_sequences: continuations of each prompt, n. The prompt is read once for all of
             them, and row i of the output continues prompt i // n.
+        static_cache: keep keys and values at one length from the first pass on, see `BlockCache`.
 
     Raises ValueError for plans that the model cannot follow.
     """
@@ -92,6 +94,7 @@ def decode(
         process,
         stop,
         num_return_sequences,
+        static_cache,
     )
     goes_on = True
     while goes_on:
@@ -128,6 +131,7 @@ class PassLoop:
         process: Process | None,
         stop: Stop | None,
         num_copies: int,
+        static_cache: bool = False,
     ):
         device, num_rows = prompts.device, len(prompts)
         self.model, self.plan, self.sampler = model, plans[0], sampler
@@ -140,10 +144,15 @@ class PassLoop:
         self.main_weight = model.get_output_embeddings().weight
         self.head_weight = model.head_output_weight()
         self.num_copies = num_copies  # rows next to each other that are still the same
-        self.cache = BlockCache(model.config.num_hidden_layers, num_rows // num_copies)
-
-        # What is written: rows of the batch. Beyond the limit there is room for what a cut drops.
+        # Beyond the limit there is room for what a cut drops.
         room = max_new_tokens + 2 * model.num_slots
+        self.cache = BlockCache(
+            model.config.num_hidden_layers,
+            num_rows // num_copies,
+            prompts.shape[1] + room if static_cache else None,
+        )
+
+        # What is written: rows of the batch.
         self.out = Decoded(
             tokens=torch.full((num_rows, room), pad_id, device=device),
             slots=torch.full((num_rows, room), -1, device=device),

@@ -265,8 +265,8 @@ class MTPSearchMixin(MTPGenerationMixin):
 
         Args:
             inputs: as in `generate`, and so are generation_config, mtp_mode, mtp_k,
-                max_thought_tokens, generator and kwargs, of which streamer, num_return_sequences
-                and return_dict_in_generate are not taken.
+                max_thought_tokens, generator and kwargs, of which streamer, num_return_sequences,
+                a static cache_implementation and return_dict_in_generate are not taken.
             config: method and settings; a dict of `SearchConfig` fields is the same.
             judge: scores branches (a list of `Branch`), many at once; see `search_mtp.search`.
             answer_of: ids of an output -> its final answer or None, which `majority` counts.
@@ -282,6 +282,8 @@ class MTPSearchMixin(MTPGenerationMixin):
             raise ValueError("search takes no streamer: it shows nothing before it has ended")
         if request.arguments.pop("num_return_sequences") > 1:
             raise ValueError("search does not take num_return_sequences; set n in its config")
+        if request.arguments.pop("static_cache"):
+            raise ValueError("search takes no cache_implementation=static: branches share prefixes")
         found = search(
             self, *request.text, config, judge=judge, answer_of=answer_of, **request.arguments
         )

@@ -113,6 +113,7 @@ def decode_segments(
     on_block: Callable[[Block], None] | None = None,
     on_segment: Callable[[int, list[int], Memory], None] | None = None,
     num_return_sequences: int = 1,
+    static_cache: bool = False,
 ) -> Segments:
     """Run the pass loop segment after segment until every trajectory has ended.
 
@@ -161,6 +162,7 @@ def decode_segments(
             stop=stop,
             on_block=None if on_block is None else _renumbered(on_block, running),
             num_return_sequences=copies,
+            static_cache=static_cache,
         )
         parts.append(out)
         owners += running

@@ -177,6 +177,11 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
     first_step = progress.step
     with StageProgress(name, stage.steps, progress.step, run.console) as bar:
         for step in range(progress.step, stage.steps):
+            if has_learned(run, stage):
+                run.console.print(
+                    f"{name}: fast accuracy reached {stage.stop_accuracy:g}, step {step}"
+                )
+                break
             for part, optimizer in optimizers.items():
                 set_lr(optimizer, settings[part].lr_at(step, stage.steps))
             step_began = time.monotonic()
@@ -218,9 +223,6 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
                         f"resume=true goes on from {run.folder}/checkpoints/last.ckpt",
                         asked,
                     )
-            if not is_last and has_learned(run, stage):
-                run.console.print(f"{name} has learned enough after step {step + 1}")
-                break
     end_stage(run, name, stage, done_before + time.monotonic() - began)
 
 
@@ -235,7 +237,7 @@ def stop_signal(run: Run) -> int | None:
 def has_learned(run: Run, stage: StageConfig) -> bool:
     """Whether a stage may end before its last step, see `StageConfig.stop_accuracy`."""
     progress, config = run.progress, run.config
-    if not stage.stop_accuracy or progress.step % stage.stop_every:
+    if not (stage.stop_accuracy and progress.step) or progress.step % stage.stop_every:
         return False
     size = run.task.size("train")
     places = range(progress.position, progress.position + config.evaluation.num_interim_problems)
@@ -287,9 +289,10 @@ def record(run: Run, name: str, figures: dict[str, Any]) -> None:
     """An evaluation into the log and the curves."""
     progress = run.progress
     point = {k: v for k, v in figures.items() if v is not None and k != "num_problems"}
-    progress.points.append(
-        {"stage": name, "step": progress.step, "global_step": progress.global_step, **point}
-    )
+    at = {"stage": name, "step": progress.step, "global_step": progress.global_step}
+    if progress.points and at.items() <= progress.points[-1].items():
+        progress.points.pop()  # a stage's last evaluation stands for one within it at the same step
+    progress.points.append(at | point)
     tagged = {f"eval/{k}": v for k, v in point.items()}
     run.log.write(name, progress.step, progress.global_step, tagged)
 

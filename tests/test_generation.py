@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CLOSE, EOS, PAD, VOCABULARY, completions, run, tiny_model
+from torch._dynamo.testing import CompileCounter
 
 from mtp.generation_mtp import PhasePlan, Sampler
 
@@ -193,3 +194,46 @@ def test_generate_returns_several_sequences_of_a_prompt():
     assert out.shape[0] == 4 and out[:, :2].tolist() == [[5, 6], [5, 6], [8, 9], [8, 9]]
     with pytest.raises(ValueError, match="num_return_sequences=2 greedy.*do_sample"):
         model.generate(ids, mtp_mode="fast", num_return_sequences=2)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("mode", ["fast", "slow", "verified"])
+@pytest.mark.parametrize("prompts", [RAGGED, RAGGED[:1]], ids=["batch", "one"])
+def test_a_static_cache_changes_nothing(mode, attention, prompts, plan):
+    model = tiny_model()
+    model.set_attn_implementation(attention)
+    plan = {"fast": plan, "slow": plan.as_slow(), "verified": plan.as_verified(4)}[mode]
+    expected, out = (run(model, prompts, plan, static_cache=static) for static in (False, True))
+    assert completions(out) == completions(expected)
+    assert torch.allclose(out.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_attention_reads_one_length_of_a_static_cache():
+    model = tiny_model()
+    model.generation_config.mtp_phases = PHASES
+    spans = []
+    model.model.layers[0].self_attn.register_forward_hook(
+        lambda module, args, kwargs, out: spans.append(kwargs["past_key_values"].span),
+        with_kwargs=True,
+    )
+    ids, given = torch.tensor([[5, 6, 7], [8, 9, 10]]), {"mtp_mode": "fast", "max_new_tokens": 16}
+    model.generate(ids, **given, cache_implementation="static")
+    assert len(spans) > 2 and set(spans) == {3 + 16 + 2 * model.num_slots}
+    spans.clear()
+    model.generate(ids, **given)
+    assert spans == sorted(set(spans))
+    with pytest.raises(ValueError, match="cache_implementation must be dynamic or static"):
+        model.generate(ids, **given, cache_implementation="quantized")
+
+
+def test_a_compiled_main_is_compiled_once_for_each_width_of_a_static_cache():
+    model = tiny_model()
+    plan = PhasePlan([model.num_slots], [None])
+    expected = run(model, RAGGED[:1], plan, max_new_tokens=48)
+    counter = CompileCounter()
+    model.model.forward = torch.compile(
+        model.model.forward, backend=counter, dynamic=False, fullgraph=True
+    )
+    out = run(model, RAGGED[:1], plan, max_new_tokens=48, static_cache=True)
+    assert completions(out) == completions(expected) and int(out.passes) > 4
+    assert counter.frame_count == 2  # the prompt of three tokens, and blocks of k + 1
