@@ -272,6 +272,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         use_head=opened.head_is_trained,
         reference=reference,
         verified=config.evaluation.verified,
+        kernels=config.kernels,
     )
     if arguments.json:
         print(json.dumps({"name": opened.stage, **figures}, indent=2))

@@ -46,6 +46,7 @@ def decode_all(
     decoding: DecodingConfig,
     batch_size: int,
     prefixes: list[list[int]] | None = None,
+    kernels: str = "auto",
 ) -> list[Rollouts]:
     """Greedy completions of all examples, in batches."""
     batches = []
@@ -59,6 +60,7 @@ def decode_all(
                 Sampler(temperature=0),
                 max_new_tokens=decoding.max_new_tokens,
                 prefixes=None if prefixes is None else prefixes[at : at + batch_size],
+                kernels=kernels,
             )
         )
     return batches
@@ -91,9 +93,10 @@ def fast_accuracy(
     task: Task,
     decoding: DecodingConfig,
     batch_size: int,
+    kernels: str = "auto",
 ) -> float | None:
     """Accuracy of fast mode on some examples; None for a task that judges no answers."""
-    fast = decode_all(model, text, examples, "fast", decoding, batch_size)
+    fast = decode_all(model, text, examples, "fast", decoding, batch_size, kernels=kernels)
     return accuracy(fast, task, text.answer_text)
 
 
@@ -123,6 +126,7 @@ def evaluate(
     controls: bool = True,
     reference: Any = None,
     verified: bool = False,
+    kernels: str = "auto",
 ) -> tuple[dict[str, Any], list[Rollouts]]:
     """All figures of one evaluation, named as in summary.json, and the completions they are of.
 
@@ -137,6 +141,7 @@ def evaluate(
         controls: also answer behind an empty and behind a wrong thought (another problem's).
         reference: frozen model for `reference_nats_per_token`, by slot too; null without one.
         verified: decode in verified mode too; its figures are absent otherwise.
+        kernels: implementation of `mtp_kernels` ops that decoding draws with, see `decode`.
     """
     examples = held_out(task, num_problems)
     num_problems = len(examples)
@@ -148,7 +153,12 @@ def evaluate(
         tokens = sum(float(b.out.lengths.sum()) for b in batches)
         return tokens / (passes(batches) * num_problems)
 
-    slow = decode_all(model, text, examples, "slow", decoding, batch_size)
+    def completions(mode: str, prefixes: list[list[int]] | None = None) -> list[Rollouts]:
+        return decode_all(
+            model, text, examples, mode, decoding, batch_size, prefixes, kernels=kernels
+        )
+
+    slow = completions("slow")
     shown = slow
     figures: dict[str, Any] = {
         "slow_accuracy": accuracy(slow, task, text.answer_text),
@@ -158,7 +168,7 @@ def evaluate(
         "fast_tokens_per_pass": None,
     }
     if use_head:
-        shown = fast = decode_all(model, text, examples, "fast", decoding, batch_size)
+        shown = fast = completions("fast")
         figures |= {
             "fast_accuracy": accuracy(fast, task, text.answer_text),
             "fast_passes": passes(fast),
@@ -170,7 +180,7 @@ def evaluate(
         if use_head:
             drafted = fast
             if text.plan("verified") != text.plan("fast"):
-                drafted = decode_all(model, text, examples, "verified", decoding, batch_size)
+                drafted = completions("verified")
             figures |= {
                 "verified_passes": passes(drafted),
                 "verified_tokens_per_pass": tokens_per_pass(drafted),
@@ -181,11 +191,11 @@ def evaluate(
     figures |= {"empty_thought_accuracy": None, "wrong_thought_accuracy": None}
     if controls and task.judges and text.closer is not None:
         empty = [text.thought_ids("") for _ in examples]
-        given = decode_all(model, text, examples, "slow", decoding, batch_size, empty)
+        given = completions("slow", empty)
         figures["empty_thought_accuracy"] = accuracy(given, task, text.bare_answer_text)
         wrong = wrong_thoughts(examples, slow, task, text)
         if wrong is not None:
-            given = decode_all(model, text, examples, "slow", decoding, batch_size, wrong)
+            given = completions("slow", wrong)
             figures["wrong_thought_accuracy"] = accuracy(given, task, text.bare_answer_text)
     figures["true_steps"] = true_step_share(shown, task, text)
     figures["unigram_drift"] = unigram_drift(shown, text)

@@ -360,6 +360,8 @@ class MTPGenerationMixin:
             "stop": stop if len(stop) else None,
             "num_return_sequences": copies,
             "static_cache": cache == "static",
+            # Greedy tokens are the same with and without; a draw from the generator is not.
+            "kernels": None if setting.get("do_sample") else "auto",
         }
         return Request(prompts, setting, text, arguments, streamer)
 

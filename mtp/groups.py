@@ -52,6 +52,7 @@ def sample_groups(run: Run, name: str, stage: StageConfig, step: int) -> Groups:
                 max_new_tokens=run.config.decoding.max_new_tokens,
                 group_size=stage.group_size,
                 generator=run.generator(*purpose),
+                kernels=run.config.kernels,
             )
         seconds += time.monotonic() - began
         parts.append(part)

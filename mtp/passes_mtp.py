@@ -28,7 +28,7 @@ from torch import Tensor
 from .cache_mtp import BlockCache
 from .phases_mtp import PhasePlan, PlanTables, check_plans
 from .records_mtp import FORCED, Block, Decoded, Slots
-from .sampling_mtp import Sampler, Verdict, verify
+from .sampling_mtp import KernelDraws, Sampler, Verdict, verify
 
 Process = Callable[[Tensor, Tensor], Tensor]
 """What a `LogitsProcessor` does: token ids [B, T] and scores [B, V] -> scores [B, V]."""
@@ -52,6 +52,7 @@ def decode(
     on_block: Callable[[Block], None] | None = None,
     num_return_sequences: int = 1,
     static_cache: bool = False,
+    kernels: str | None = None,
 ) -> Decoded:
     """Run the pass loop until every row has ended or has `max_new_tokens` tokens.
 
@@ -73,6 +74,9 @@ def decode(
         num_return_sequences: continuations of each prompt, n. The prompt is read once for all of
             them, and row i of the output continues prompt i // n.
         static_cache: keep keys and values at one length from the first pass on, see `BlockCache`.
+        kernels: implementation of `mtp_kernels.linear_sample` that draws tokens without logits,
+            `auto` for one where it pays; None: none. Logits are made in any case where something
+            else asks for them: top-k and top-p, a `process`, thresholds, verified phases.
 
     Raises ValueError for plans that the model cannot follow.
     """
@@ -95,6 +99,7 @@ def decode(
         stop,
         num_return_sequences,
         static_cache,
+        kernels,
     )
     goes_on = True
     while goes_on:
@@ -132,6 +137,7 @@ class PassLoop:
         stop: Stop | None,
         num_copies: int,
         static_cache: bool = False,
+        kernels: str | None = None,
     ):
         device, num_rows = prompts.device, len(prompts)
         self.model, self.plan, self.sampler = model, plans[0], sampler
@@ -140,6 +146,11 @@ class PassLoop:
         self.tables = PlanTables(plans, max_new_tokens + 1, device)
         # Sampled drafts are judged by the distributions that they were drawn from.
         self.keeps_distributions = self.tables.has_verified and sampler.temperature > 0
+        wants_logits = sampler.truncates or process is not None or self.tables.wants_distributions
+        impl = None if wants_logits else KernelDraws.resolve(kernels, device)
+        self.kernel = (
+            None if impl is None else KernelDraws(impl, sampler, num_rows, device, generator)
+        )
         self.prompts, self.prompt_lengths = prompts, prompt_lengths
         self.main_weight = model.get_output_embeddings().weight
         self.head_weight = model.head_output_weight()
@@ -174,7 +185,9 @@ class PassLoop:
         self.fed, self.num_fresh = prompts, prompt_lengths
         self.drafts, self.num_drafts = prompts[:, :0], torch.zeros_like(prompt_lengths)
         self.draft_log_probs: Tensor | None = None  # [R, J, V], of sampled drafts
-        self.head_logits: Tensor | None = None  # [R, K, V], where made together with main's
+        # The head's part of what was made together with main's token.
+        self.head_logits: Tensor | None = None  # [R, K, V]
+        self.head_drawn: Slots | None = None  # in place of logits
         keep = self.tables.keep[self.rows, self.phase]
         self.all_use_head = bool((keep > 1).all())
         self.start = torch.zeros_like(prompt_lengths)  # position of the first token that is fed
@@ -183,7 +196,7 @@ class PassLoop:
     def run_pass(self) -> tuple[Block, bool]:
         """One pass of all running rows: what it added, and whether any row goes on."""
         hidden, taps = self.read()
-        self.head_logits = None
+        self.head_logits = self.head_drawn = None
         verdict = self.main_tokens(hidden, taps)
         prefix = verdict.num_accepted
         ended = self.enter_phases(self.drafts, prefix)
@@ -224,7 +237,15 @@ class PassLoop:
         row, at = torch.arange(len(self.rows), device=hidden.device), self.num_fresh - 1
         width = self.drafts.shape[1]
         if not width:
-            logits = self.anchor_logits(hidden[row, at], [tap[row, at] for tap in taps])
+            rows = self.anchor_rows(hidden[row, at], [tap[row, at] for tap in taps])
+            if self.kernel:
+                drawn = self.draw_rows(rows, self.main_weight, row, 0)
+                self.head_drawn = drawn.part(1, None) if rows.shape[1] > 1 else None
+                first = drawn.tokens[:, 0]
+                return Verdict(torch.zeros_like(first), first, drawn.logprobs[:, :1])
+            logits = rows @ self.main_weight.T  # [R, 1 or 1 + K, V]
+            self.head_logits = logits[:, 1:] if rows.shape[1] > 1 else None
+            logits = logits[:, 0]
             if self.process is not None:
                 logits = self.process(self.context(row, self.drafts, 0 * at), logits.float())
             token, logprob = self.sampler.sample(logits, self.generator)
@@ -245,20 +266,17 @@ class PassLoop:
             self.generator,
         )
 
-    def anchor_logits(self, hidden: Tensor, taps: list[Tensor]) -> Tensor:
-        """Main's logits [R, V] at the anchors, [R, D] each.
+    def anchor_rows(self, hidden: Tensor, taps: list[Tensor]) -> Tensor:
+        """Rows that main's output matrix is asked about at the anchors, [R, D] each.
 
-        The slots of a parallel head do not wait for main's token. Where all rows use them and the
-        output matrix is shared, one read of it serves both; `head_logits` keeps the head's part.
+        Main's own [R, 1, D]. The slots of a parallel head do not wait for main's token: where all
+        rows use them and the output matrix is shared, one read of it serves both, [R, 1 + K, D].
         """
         shared = self.head_weight is self.main_weight and not self.model.mtp_head.sequential
         if not (shared and self.all_use_head):
-            return hidden @ self.main_weight.T
+            return hidden[:, None]
         slots = self.model.mtp_head(self.model.mtp_head.message(torch.stack(taps, 1)))
-        rows = torch.cat([hidden[:, None], slots[:, : self.tables.num_head_slots]], 1)
-        logits = rows @ self.main_weight.T  # [R, 1 + K, V]
-        self.head_logits = logits[:, 1:]
-        return logits[:, 0]
+        return torch.cat([hidden[:, None], slots[:, : self.tables.num_head_slots]], 1)
 
     def head_tokens(
         self, taps: list[Tensor], verdict: Verdict, ended: Tensor
@@ -325,11 +343,16 @@ class PassLoop:
         Slots that no row is `sure` [F, 1] enough to reach are left out.
         """
         head, width = self.model.mtp_head, self.tables.num_head_slots
+        if self.head_drawn is not None:
+            return self.head_drawn.select(chosen)
         ready = None if self.head_logits is None else self.head_logits[chosen]  # [F, K, V]
         if ready is None:
             message = head.message(torch.stack([tap[chosen, at] for tap in taps], 1))
             if not head.sequential:
-                ready = head(message)[:, :width] @ self.head_weight.T
+                rows = head(message)[:, :width]
+                if self.kernel:
+                    return self.draw_rows(rows, self.head_weight, chosen, 1)
+                ready = rows @ self.head_weight.T
         if ready is not None and self.process is None:
             return self.draw(ready)
         said, state, drawn = token[:, None], None, []
@@ -338,6 +361,10 @@ class PassLoop:
             if ready is None:
                 embeds = self.model.head_embed(said[:, -1:])
                 hidden, state = head.step(message, embeds, slot, state)
+                if self.kernel:
+                    drawn.append(self.draw_rows(hidden, self.head_weight, chosen, slot + 1))
+                    said = torch.cat([said, drawn[-1].tokens], 1)
+                    continue
                 logits = hidden[:, 0] @ self.head_weight.T
             else:
                 logits = ready[:, slot]
@@ -352,6 +379,17 @@ class PassLoop:
                     break
             said = torch.cat([said, drawn[-1].tokens], 1)
         return Slots.join(drawn)
+
+    def draw_rows(self, hidden: Tensor, weight: Tensor, index: Tensor, slot: int) -> Slots:
+        """Draw the tokens of slots from `slot` on without logits: hidden [F, J, D], of the running
+        rows `index` [F], before any draft was accepted.
+        """
+        assert self.kernel is not None
+        rows = self.rows[index]
+        position = self.prompt_lengths[rows] + self.out.lengths[rows] + slot
+        tokens, logprobs = self.kernel(hidden, weight, rows, position)
+        # Nobody asks how likely the likeliest token was: there are no thresholds.
+        return Slots(tokens, logprobs, logprobs, logprobs[..., None][..., :0])
 
     def draw(self, logits: Tensor) -> Slots:
         """Sample slots of the head from their logits [F, J, V]."""

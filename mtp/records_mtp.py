@@ -125,6 +125,14 @@ class Slots(NamedTuple):
     log_probs: Tensor
     """[F, J, V] float32, or [F, J, 0] where nobody will ask for it."""
 
+    def select(self, rows: Tensor) -> "Slots":
+        """The slots of the given rows."""
+        return Slots(*(part[rows] for part in self))
+
+    def part(self, first: int, last: int | None) -> "Slots":
+        """Slots from `first` on, before `last`."""
+        return Slots(*(part[:, first:last] for part in self))
+
     @classmethod
     def join(cls, parts: list["Slots"]) -> "Slots":
         """Consecutive slots of the same rows."""

@@ -142,10 +142,12 @@ def sample(
     group_size: int = 1,
     generator: torch.Generator | None = None,
     prefixes: list[list[int]] | None = None,
+    kernels: str | None = None,
 ) -> Rollouts:
     """Complete each example's prompt `group_size` times, in segments where `text` has them.
 
     `prefixes`, one per example, are put behind the prompts: what the model is made to have said.
+    `kernels` is that of `decode`.
     """
     prompts = [text.prompt_ids(example.prompt) for example in examples]
     if prefixes is not None:
@@ -166,6 +168,7 @@ def sample(
         pad_id=text.pad_id,
         generator=generator,
         num_return_sequences=group_size,
+        kernels=kernels,
     )
     model.train(training)
     record = out.out.to("cpu")

@@ -4,7 +4,9 @@ Verification is speculative sampling (Leviathan et al., arXiv 2211.17192): a dra
 q is kept with probability min(1, p(y) / q(y)), p being main's; the first that is not kept is drawn
 again from max(p - q, 0), normalised. What comes out is distributed as p.
 
-Travels with exported checkpoints: imports torch only. Shapes: B rows, J drafts, V vocabulary.
+Travels with exported checkpoints: imports torch, and mtp_kernels where that is installed.
+
+Shapes: B rows, J drafts, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -12,6 +14,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+try:
+    from mtp_kernels import linear_sample
+except ImportError:  # an export works without
+    linear_sample = None  # type: ignore[assignment]
 
 
 @dataclass(kw_only=True)
@@ -67,6 +74,59 @@ class Sampler:
         log_probs = self.log_probs(logits)
         tokens = self.choose(logits, log_probs, generator)
         return tokens, log_probs.gather(-1, tokens[..., None])[..., 0]
+
+
+class KernelDraws:
+    """Draws tokens from hidden rows without making their logits (`mtp_kernels.linear_sample`).
+
+    The noise of a token is a function of its row's seed and its position in the text, so it does
+    not depend on the other rows of a batch. It is not what `Sampler.sample` draws from the same
+    generator.
+    """
+
+    def __init__(
+        self,
+        impl: str,
+        sampler: Sampler,
+        num_rows: int,
+        device: torch.device,
+        generator: torch.Generator | None,
+    ):
+        source = "cpu" if generator is None else generator.device
+        seeds = torch.randint(2**63 - 1, (num_rows,), generator=generator, device=source)
+        self.impl, self.temperature, self.seeds = impl, sampler.temperature, seeds.to(device)
+
+    @staticmethod
+    def resolve(kernels: str | None, device: torch.device) -> str | None:
+        """The implementation to use on a device; None: make logits.
+
+        `auto` takes the kernel on accelerators, where logits cost memory and its launch is one of
+        few, if it is installed. Raises ValueError for a named implementation that is not there.
+        """
+        if kernels is None or (
+            kernels == "auto" and (device.type == "cpu" or linear_sample is None)
+        ):
+            return None
+        if linear_sample is None:
+            raise ValueError(f"kernels={kernels} needs the package mtp_kernels, which is missing")
+        return kernels
+
+    def __call__(
+        self, hidden: Tensor, weight: Tensor, row: Tensor, position: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [F, J] int64 and log-probabilities [F, J] float32 of hidden [F, J, D].
+
+        row [F]: of the batch; position [F]: in its text, of the token of the first of the J.
+        """
+        drawn = linear_sample(
+            hidden,
+            weight,
+            seed=self.seeds[row, None].expand(hidden.shape[:2]),
+            position=position[:, None] + torch.arange(hidden.shape[1], device=hidden.device),
+            temperature=self.temperature,
+            impl=self.impl,
+        )
+        return drawn.token, drawn.logprob
 
 
 class Verdict(NamedTuple):

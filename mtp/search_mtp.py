@@ -282,6 +282,7 @@ class MTPSearchMixin(MTPGenerationMixin):
             raise ValueError("search takes no streamer: it shows nothing before it has ended")
         if request.arguments.pop("num_return_sequences") > 1:
             raise ValueError("search does not take num_return_sequences; set n in its config")
+        request.arguments.pop("kernels")
         if request.arguments.pop("static_cache"):
             raise ValueError("search takes no cache_implementation=static: branches share prefixes")
         found = search(

@@ -114,6 +114,7 @@ def decode_segments(
     on_segment: Callable[[int, list[int], Memory], None] | None = None,
     num_return_sequences: int = 1,
     static_cache: bool = False,
+    kernels: str | None = None,
 ) -> Segments:
     """Run the pass loop segment after segment until every trajectory has ended.
 
@@ -163,6 +164,7 @@ def decode_segments(
             on_block=None if on_block is None else _renumbered(on_block, running),
             num_return_sequences=copies,
             static_cache=static_cache,
+            kernels=kernels,
         )
         parts.append(out)
         owners += running

@@ -246,7 +246,13 @@ def has_learned(run: Run, stage: StageConfig) -> bool:
     ]
     with run.fabric.autocast():
         reached = fast_accuracy(
-            run.model, run.text, examples, run.task, config.decoding, config.evaluation.batch_size
+            run.model,
+            run.text,
+            examples,
+            run.task,
+            config.decoding,
+            config.evaluation.batch_size,
+            config.kernels,
         )
     return (reached or 0.0) >= stage.stop_accuracy
 
@@ -272,6 +278,7 @@ def interim_evaluation(run: Run, name: str, stage: StageConfig) -> None:
             use_head=heard(run),
             controls=False,
             verified=run.config.evaluation.verified,
+            kernels=run.config.kernels,
         )
     record(run, name, figures)
     log_completions(run, name, shown)
@@ -316,6 +323,7 @@ def end_stage(run: Run, name: str, stage: StageConfig, seconds: float) -> None:
             use_head=heard(run),
             reference=frozen_for_evaluation(run),
             verified=config.evaluation.verified,
+            kernels=config.kernels,
         )
     record(run, name, figures)
     in_loss = reference_in_loss(config, name)

@@ -237,3 +237,33 @@ def test_a_compiled_main_is_compiled_once_for_each_width_of_a_static_cache():
     out = run(model, RAGGED[:1], plan, max_new_tokens=48, static_cache=True)
     assert completions(out) == completions(expected) and int(out.passes) > 4
     assert counter.frame_count == 2  # the prompt of three tokens, and blocks of k + 1
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("head", ["eavesdrop", "parallel"])
+@pytest.mark.parametrize("mode", ["fast", "slow"])
+def test_tokens_drawn_without_logits(mode, head, shared, plan, monkeypatch):
+    model = tiny_model(type=head, shared_embeddings=shared)
+    plan = plan if mode == "fast" else plan.as_slow()
+    expected, greedy = (run(model, RAGGED, plan, kernels=impl) for impl in (None, "torch"))
+    assert completions(greedy) == completions(expected)
+    assert torch.allclose(greedy.logprobs, expected.logprobs, atol=1e-5)
+    # A row's noise is its own: neither the implementation nor the other rows have a say in it.
+    out = run(model, RAGGED, plan, Sampler(), kernels="torch")
+    assert completions(out) == completions(run(model, RAGGED, plan, Sampler(), kernels="reference"))
+    alone = completions(run(model, RAGGED[:1], plan, Sampler(), kernels="torch"))
+    assert completions(out)[0] == alone[0] != completions(expected)[0]
+    monkeypatch.setattr("mtp.sampling_mtp.linear_sample", None)
+    assert completions(run(model, RAGGED, plan, kernels="auto")) == completions(expected)
+    with pytest.raises(ValueError, match="kernels=torch needs the package mtp_kernels"):
+        run(model, RAGGED, plan, kernels="torch")
+
+
+def test_kernels_do_not_draw_where_distributions_are_asked_for(plan, monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr("mtp.sampling_mtp.linear_sample", None)
+    for wanted in (plan.as_verified(4), PhasePlan([4], [None], min_probability=[0.5])):
+        run(model, RAGGED, wanted, kernels="torch")
+    for sampler in (Sampler(top_k=3), Sampler(top_p=0.9)):
+        run(model, RAGGED, plan, sampler, kernels="torch")
+    run(model, RAGGED, plan, process=lambda ids, scores: scores, kernels="torch")

@@ -36,10 +36,11 @@ MODELS = {
             Sampler(temperature=0),
         ]
     ),
+    kernels=st.sampled_from([None, "torch", "reference"]),
     seed=st.integers(0, 1000),
 )
 @torch.no_grad()
-def test_replay_gives_the_samplers_log_probabilities(which, prompts, mode, sampler, seed):
+def test_replay_gives_the_samplers_log_probabilities(which, prompts, mode, sampler, kernels, seed):
     model = MODELS[which]
     plan = PhasePlan(
         keep={"slow": [1, 1], "all fast": [4, 4]}.get(mode, [4, 1]),
@@ -59,6 +60,7 @@ def test_replay_gives_the_samplers_log_probabilities(which, prompts, mode, sampl
         max_new_tokens=17,
         pad_id=PAD,
         generator=torch.Generator().manual_seed(seed),
+        kernels=kernels,
     )
     rows = list(range(len(prompts)))
     batch = collate_rollouts(prompts, out, torch.arange(len(prompts)).float(), rows, 4, PAD)
