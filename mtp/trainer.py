@@ -186,8 +186,8 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
                 set_lr(optimizer, settings[part].lr_at(step, stage.steps))
             step_began = time.monotonic()
             minibatches, metrics = step_batches(run, name, stage, step)
-            for batches in minibatches:
-                metrics |= update(
+            updates = [
+                update(
                     fabric,
                     wrapped,
                     optimizers,
@@ -201,6 +201,9 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
                     check_gradients=step == first_step,
                     impl=config.kernels,
                 )
+                for batches in minibatches
+            ]
+            metrics |= over_updates(updates)
             metrics["step_time"] = time.monotonic() - step_began
             metrics["tokens_per_second"] = metrics.pop("num_text_tokens") / metrics["step_time"]
             progress.step, progress.global_step = step + 1, progress.global_step + 1
@@ -224,6 +227,15 @@ def run_stage(run: Run, name: str, stage: StageConfig, state: dict[str, Any] | N
                         asked,
                     )
     end_stage(run, name, stage, done_before + time.monotonic() - began)
+
+
+def over_updates(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics of a step's optimizer updates: means, and maxima of what is a maximum."""
+    merged = {}
+    for key in dict.fromkeys(key for metrics in updates for key in metrics):
+        values = [metrics[key] for metrics in updates if key in metrics]
+        merged[key] = max(values) if key.endswith("_max") else sum(values) / len(values)
+    return merged
 
 
 def stop_signal(run: Run) -> int | None:

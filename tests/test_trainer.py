@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 
 from mtp.config import register_configs, to_run_config
 from mtp.logger import read_records
-from mtp.trainer import Interrupted, train
+from mtp.trainer import Interrupted, over_updates, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -205,3 +205,8 @@ def test_a_stage_ends_once_training_problems_are_solved_well_enough(tmp_path, mo
     assert asked == [
         [task.example("train", drawn + 64 * step + i).prompt for i in range(4)] for step in (2, 4)
     ]
+
+
+def test_a_step_of_several_updates_logs_their_means_and_maxima():
+    updates = [{"loss": 1.0, "difference_max": 3.0}, {"loss": 2.0, "difference_max": 1.0}]
+    assert over_updates(updates) == {"loss": 1.5, "difference_max": 3.0}
