@@ -9,19 +9,16 @@ At the sizes of the default experiment (float32) and of SmolLM2-135M on sums (bf
 import argparse
 import json
 import os
-import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
+from decoding import take_turns
+from rl_step import configuration
 
-from mtp.config import register_configs, to_run_config
 from mtp.models import build_model, quiet
-
-CONF = Path(__file__).parents[1] / "conf"
 
 
 @dataclass(frozen=True)
@@ -35,27 +32,25 @@ class Size:
 
 SIZES = {"running_sum": Size(64, 34, False), "smollm2": Size(16, 65, True)}
 """The experiment that builds the model -> what it is fed."""
+KINDS = ("eager", "sdpa")
 
 
 def main_of(experiment: str) -> Any:
     """The model of an experiment before training."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = to_run_config(compose("train", [f"experiment={experiment}", "run_dir=none"]))
+    config = configuration(experiment)
     with quiet(progress=False):
         model, _ = build_model(config.model, config.head, config.decoding, config.task.build())
     return model.train()
 
 
-def seconds(model: Any, size: Size) -> float:
+def forward_backward(model: Any, size: Size, attention: str) -> None:
     """One forward and backward of main alone."""
+    model.set_attn_implementation(attention)
     ids = torch.randint(0, model.config.vocab_size, (size.batch, size.length))
-    began = time.perf_counter()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=size.bfloat16):
         hidden = model.score(ids).main_hidden
     hidden.float().square().mean().backward()
-    taken = time.perf_counter() - began
     model.zero_grad()
-    return taken
 
 
 def main() -> None:
@@ -66,18 +61,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    register_configs()
     results = []
     for experiment, size in SIZES.items():
         model = main_of(experiment)
-        times: dict[str, list[float]] = {"eager": [], "sdpa": []}
-        for turn in range(options.repeats + 1):
-            for kind, values in times.items():
-                model.set_attn_implementation(kind)
-                taken = seconds(model, size)
-                if turn:  # the first round warms up
-                    values.append(taken)
-        median = {kind: statistics.median(values) for kind, values in times.items()}
+        contenders = {kind: partial(forward_backward, model, size, kind) for kind in KINDS}
+        median, _ = take_turns(contenders, options.repeats, time.perf_counter)
         ratio = median["sdpa"] / median["eager"]
         results.append({"experiment": experiment, **median, "sdpa_over_eager": ratio})
         print(

@@ -198,7 +198,7 @@ def measure(
                 float(out.lengths.sum() / out.passes.sum()),
                 seconds["generate"] / seconds[name],
                 limit,
-                None if mode.startswith("fast") else bool(torch.equal(out.tokens, text)),
+                bool(torch.equal(out.tokens, text)) if mode in ("slow", "verified") else None,
                 acceptance_by_slot([out], model.num_slots - 1) if mode == "verified" else None,
             )
         )

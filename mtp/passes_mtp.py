@@ -240,7 +240,7 @@ class PassLoop:
             rows = self.anchor_rows(hidden[row, at], [tap[row, at] for tap in taps])
             if self.kernel:
                 drawn = self.draw_rows(rows, self.main_weight, row, 0)
-                self.head_drawn = drawn.part(1, None) if rows.shape[1] > 1 else None
+                self.head_drawn = drawn.after(1) if rows.shape[1] > 1 else None
                 first = drawn.tokens[:, 0]
                 return Verdict(torch.zeros_like(first), first, drawn.logprobs[:, :1])
             logits = rows @ self.main_weight.T  # [R, 1 or 1 + K, V]
@@ -361,18 +361,15 @@ class PassLoop:
             if ready is None:
                 embeds = self.model.head_embed(said[:, -1:])
                 hidden, state = head.step(message, embeds, slot, state)
-                if self.kernel:
-                    drawn.append(self.draw_rows(hidden, self.head_weight, chosen, slot + 1))
-                    said = torch.cat([said, drawn[-1].tokens], 1)
-                    continue
-                logits = hidden[:, 0] @ self.head_weight.T
+            if self.kernel:
+                drawn.append(self.draw_rows(hidden, self.head_weight, chosen, slot + 1))
             else:
-                logits = ready[:, slot]
-            if self.process is not None:
-                text = splice(prefix, self.drafts[chosen], said)
-                text = self.context(chosen, text, prefix + slot + 1)
-                logits = self.process(text, logits.float())
-            drawn.append(self.draw(logits[:, None]))
+                logits = hidden[:, 0] @ self.head_weight.T if ready is None else ready[:, slot]
+                if self.process is not None:
+                    text = splice(prefix, self.drafts[chosen], said)
+                    text = self.context(chosen, text, prefix + slot + 1)
+                    logits = self.process(text, logits.float())
+                drawn.append(self.draw(logits[:, None]))
             if self.tables.has_thresholds:
                 going = going & (drawn[-1].likeliest >= sure)[:, 0]
                 if not bool(going.any()):

@@ -129,9 +129,9 @@ class Slots(NamedTuple):
         """The slots of the given rows."""
         return Slots(*(part[rows] for part in self))
 
-    def part(self, first: int, last: int | None) -> "Slots":
-        """Slots from `first` on, before `last`."""
-        return Slots(*(part[:, first:last] for part in self))
+    def after(self, num_slots: int) -> "Slots":
+        """All but the first `num_slots`."""
+        return Slots(*(part[:, num_slots:] for part in self))
 
     @classmethod
     def join(cls, parts: list["Slots"]) -> "Slots":
