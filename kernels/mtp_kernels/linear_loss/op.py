@@ -67,6 +67,8 @@ def _(hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.needs = inputs[-1]
     ctx.mark_non_differentiable(*output[1:])
+    # Else autograd makes a [V, D] of zeros, as the gradient by the weight's gradient.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[5:])
 
 
