@@ -95,6 +95,13 @@ class HeadLinear(nn.Linear):
         super().__init__(num_in, num_out, bias=False)
 
 
+class HeadNorm(nn.RMSNorm):
+    """In the weight's dtype: under autocast rows may be narrower, which torch warns of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 def slot_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention over the few slots of a block: [N, heads, J or I, d] each.
 
@@ -116,10 +123,10 @@ class HeadBlock(nn.Module):
         super().__init__()
         width, inner = settings.hidden_size, settings.intermediate_size
         self.num_heads = settings.num_attention_heads
-        self.attn_norm = nn.RMSNorm(width, eps=1e-6)
+        self.attn_norm = HeadNorm(width, eps=1e-6)
         self.qkv_proj = HeadLinear(width, 3 * width)
         self.o_proj = HeadLinear(width, width)
-        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
+        self.mlp_norm = HeadNorm(width, eps=1e-6)
         self.gate_up_proj = HeadLinear(width, 2 * inner)
         self.down_proj = HeadLinear(inner, width)
 
@@ -165,7 +172,7 @@ class EavesdropHead(nn.Module):
         self.message = Message(num_taps, main_width, width)
         self.slot_embed = nn.Embedding(settings.num_slots, width)
         self.layers = nn.ModuleList(HeadBlock(settings) for _ in range(settings.num_layers))
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = HeadNorm(width, eps=1e-6)
         if settings.shared_embeddings:
             self.in_proj: nn.Module = HeadLinear(main_width, width)
             self.out_proj: nn.Module = HeadLinear(width, main_width)
@@ -204,7 +211,7 @@ class ParallelHead(nn.Module):
         self.num_slots = settings.num_slots
         self.message = Message(num_taps, main_width, width)
         self.slot_proj = HeadLinear(width, settings.num_slots * width)
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = HeadNorm(width, eps=1e-6)
         if settings.shared_embeddings:
             self.out_proj: nn.Module = HeadLinear(width, main_width)
         else:

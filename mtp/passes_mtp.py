@@ -109,6 +109,13 @@ def decode(
     return loop.decoded()
 
 
+def in_autocast_dtype(weight: Tensor) -> Tensor:
+    """A matrix as autocast would cast it for a product, so that it need not at every pass."""
+    if not torch.is_autocast_enabled(weight.device.type):
+        return weight
+    return weight.to(torch.get_autocast_dtype(weight.device.type))
+
+
 def splice(count: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """`count` [R] columns of `first` [R, J], then `second` [R, W], then anything: [R, J + W]."""
     width = first.shape[1]
@@ -147,13 +154,15 @@ class PassLoop:
         # Sampled drafts are judged by the distributions that they were drawn from.
         self.keeps_distributions = self.tables.has_verified and sampler.temperature > 0
         wants_logits = sampler.truncates or process is not None or self.tables.wants_distributions
-        impl = None if wants_logits else KernelDraws.resolve(kernels, device)
+        shared = model.get_output_embeddings().weight
+        self.main_weight = in_autocast_dtype(shared)
+        impl = None if wants_logits else KernelDraws.resolve(kernels, sampler, self.main_weight)
         self.kernel = (
             None if impl is None else KernelDraws(impl, sampler, num_rows, device, generator)
         )
         self.prompts, self.prompt_lengths = prompts, prompt_lengths
-        self.main_weight = model.get_output_embeddings().weight
-        self.head_weight = model.head_output_weight()
+        own = model.head_output_weight()
+        self.head_weight = self.main_weight if own is shared else in_autocast_dtype(own)
         self.num_copies = num_copies  # rows next to each other that are still the same
         # Beyond the limit there is room for what a cut drops.
         room = max_new_tokens + 2 * model.num_slots

@@ -1,5 +1,7 @@
 """Sampling: examples and a policy in, rollouts with their text out."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -131,6 +133,22 @@ class Rollouts:
         return torch.zeros(len(self)).index_add(0, owners, values.float())
 
 
+@contextmanager
+def keep_casts(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, autocast casts a frozen weight once and not at every pass.
+
+    It keeps the casts only of weights that require a gradient, until it is left.
+    """
+    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+
+
 def sample(
     model: torch.nn.Module,
     text: TextFormat,
@@ -156,20 +174,21 @@ def sample(
     tokens, lengths = pad(prompts, text.pad_id)
     training = model.training
     model.eval()
-    out = decode_segments(
-        model,
-        tokens.to(device),
-        lengths.to(device),
-        plan,
-        sampler,
-        text.segments,
-        text.tokenizer,
-        max_new_tokens=max_new_tokens,
-        pad_id=text.pad_id,
-        generator=generator,
-        num_return_sequences=group_size,
-        kernels=kernels,
-    )
+    with keep_casts(model):
+        out = decode_segments(
+            model,
+            tokens.to(device),
+            lengths.to(device),
+            plan,
+            sampler,
+            text.segments,
+            text.tokenizer,
+            max_new_tokens=max_new_tokens,
+            pad_id=text.pad_id,
+            generator=generator,
+            num_return_sequences=group_size,
+            kernels=kernels,
+        )
     model.train(training)
     record = out.out.to("cpu")
     return Rollouts(examples, group_size, out.prompts, record, out.owners, out.memories)

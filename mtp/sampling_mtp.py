@@ -76,6 +76,10 @@ class Sampler:
         return tokens, log_probs.gather(-1, tokens[..., None])[..., 0]
 
 
+MANY_TOKENS = 1 << 13
+"""Vocabulary from which sampling on a CPU is faster without logits."""
+
+
 class KernelDraws:
     """Draws tokens from hidden rows without making their logits (`mtp_kernels.linear_sample`).
 
@@ -97,16 +101,21 @@ class KernelDraws:
         self.impl, self.temperature, self.seeds = impl, sampler.temperature, seeds.to(device)
 
     @staticmethod
-    def resolve(kernels: str | None, device: torch.device) -> str | None:
-        """The implementation to use on a device; None: make logits.
+    def resolve(kernels: str | None, sampler: Sampler, weight: Tensor) -> str | None:
+        """The implementation to use with an output matrix [V, D]; None: make logits.
 
-        `auto` takes the kernel on accelerators, where logits cost memory and its launch is one of
-        few, if it is installed. Raises ValueError for a named implementation that is not there.
+        `auto` takes the kernel, if it is installed, on accelerators, where logits cost memory and
+        its launch is one of few, and on a CPU where tokens are sampled from many: its chunks stay
+        in the cache, which a softmax of whole rows of logits does not. Raises ValueError for a
+        named implementation that is not there.
         """
-        if kernels is None or (
-            kernels == "auto" and (device.type == "cpu" or linear_sample is None)
-        ):
+        if kernels is None:
             return None
+        if kernels == "auto":
+            pays = weight.device.type != "cpu" or (
+                sampler.temperature > 0 and len(weight) >= MANY_TOKENS
+            )
+            return "auto" if pays and linear_sample is not None else None
         if linear_sample is None:
             raise ValueError(f"kernels={kernels} needs the package mtp_kernels, which is missing")
         return kernels

@@ -259,6 +259,17 @@ def test_tokens_drawn_without_logits(mode, head, shared, plan, monkeypatch):
         run(model, RAGGED, plan, kernels="torch")
 
 
+def test_auto_samples_without_logits_from_large_vocabularies_on_a_cpu(plan, monkeypatch):
+    model = tiny_model()
+    logits, kernels = (
+        completions(run(model, RAGGED, plan, Sampler(), kernels=impl)) for impl in (None, "torch")
+    )
+    assert logits != kernels
+    assert completions(run(model, RAGGED, plan, Sampler(), kernels="auto")) == logits
+    monkeypatch.setattr("mtp.sampling_mtp.MANY_TOKENS", model.config.vocab_size)
+    assert completions(run(model, RAGGED, plan, Sampler(), kernels="auto")) == kernels
+
+
 def test_kernels_do_not_draw_where_distributions_are_asked_for(plan, monkeypatch):
     model = tiny_model()
     monkeypatch.setattr("mtp.sampling_mtp.linear_sample", None)

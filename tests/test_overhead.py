@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtp.batch import pad
 from mtp.generation_mtp import PhasePlan, Sampler, decode
+from mtp.rollout import keep_casts
 
 WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select")
 
@@ -49,3 +50,38 @@ def test_a_pass_is_awaited_twice_whatever_the_batch(mode, monkeypatch):
             # Rows that end early are dropped at most log2(batch) times, at one more read each.
             slack = 2 if num_rows > 1 else 0
             assert long[0] - short[0] <= per_pass * (long[1] - short[1]) + slack
+
+
+class Casts(TorchDispatchMode):
+    """Shapes of the matrices that are cast to another dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].ndim == 2:
+            self.shapes.append(tuple(args[0].shape))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kernels", [None, "torch"])
+@pytest.mark.parametrize("head", ["eavesdrop", "parallel"])
+@pytest.mark.parametrize("mode", ["fast", "verified"])
+def test_autocast_casts_a_weight_once_and_not_at_every_pass(mode, head, kernels):
+    model = tiny_model(type=head)
+    model.model.requires_grad_(False)  # autocast itself keeps casts of trained weights only
+    shapes = {tuple(weight.shape) for weight in model.parameters() if weight.ndim == 2}
+    tokens, lengths = pad([[5, 6, 7], [8, 9]], PAD)
+    plan = PhasePlan([4], [None], verified=[mode == "verified"])
+    counts = []
+    for max_new_tokens in (8, 24):
+        with torch.autocast("cpu", torch.bfloat16), keep_casts(model), Casts() as casts:
+            decode(
+                model, tokens, lengths, plan, Sampler(), max_new_tokens=max_new_tokens, pad_id=PAD,
+                kernels=kernels,
+            )  # fmt: skip
+        counts.append(sum(shape in shapes for shape in casts.shapes))
+    assert 0 < counts[1] == counts[0]
+    assert not any(weight.requires_grad for weight in model.model.parameters())
+    assert all(weight.requires_grad for weight in model.mtp_head.parameters())
