@@ -193,9 +193,20 @@ class SearchRequest:
         return [Branch(prompt=row) for row in range(len(self.prompts))]
 
 
-Parts = dict[Branch, Tensor]
-"""[layers, 2, W, heads, d] keys and values of the positions from a branch's `start` on, which main
-made when it read the branch's block."""
+@dataclass
+class Parts:
+    """What was made of each branch's block when main read it."""
+
+    by_branch: dict[Branch, Tensor] = field(default_factory=dict)
+    """[W, numbers] keys and values of the positions from the branch's `start` on, all layers'."""
+    shapes: list[tuple[int, int]] = field(default_factory=list)
+    """(heads, width) of each layer's keys and values."""
+
+    def before(self, branch: Branch) -> Tensor:
+        """[start, numbers] keys and values of all positions before its first unread one."""
+        path = branch.path()
+        pairs = zip(path, path[1:], strict=False)
+        return torch.cat([self.by_branch[a][: b.start - a.start] for a, b in pairs])
 
 
 class BranchLoop(PassLoop):
@@ -256,11 +267,9 @@ class BranchLoop(PassLoop):
         self.drafts = self.fed[:, :0]
         self.all_use_head = bool((self.tables.keep[self.rows, self.phase] > 1).all())
         assert self.parts is not None
-        read = [read_part(branch, self.parts) for branch in branches]
-        longest = max(part.shape[2] for part in read)
-        pad = torch.nn.functional.pad
-        read = [pad(part, (0, 0, 0, 0, 0, longest - part.shape[2])) for part in read]
-        self.cache.load(torch.stack(read))
+        read = [self.parts.before(branch) for branch in branches]
+        parts = torch.nn.utils.rnn.pad_sequence(read, batch_first=True)
+        self.cache.load(parts, self.parts.shapes)
 
     def read(self) -> tuple[Tensor, list[Tensor]]:
         """As in the pass loop; notes its cost and, where they are kept, the branches' parts."""
@@ -276,7 +285,9 @@ class BranchLoop(PassLoop):
         if self.parts is not None:
             rows = torch.arange(len(reading), device=self.rows.device) * num_copies
             made = self.cache.part(rows, first[2], self.fed.shape[1])
-            self.parts |= {self.branches[row]: made[i] for i, (row, *_) in enumerate(reading)}
+            self.parts.shapes = self.cache.shapes
+            for i, (row, *_) in enumerate(reading):
+                self.parts.by_branch[self.branches[row]] = made[i]
         return states
 
     def step(self) -> list[Branch]:
@@ -330,16 +341,6 @@ class BranchLoop(PassLoop):
         widest, farthest = figures.tolist()
         self.fed, self.length = self.fed[:, :widest], farthest + widest
         self.branches = {row: branches[row // num_copies] for row in range(len(kept))}
-
-
-def read_part(branch: Branch, parts: Parts) -> Tensor:
-    """Keys and values of all positions before the branch's first unread one.
-
-    Returns [layers, 2, start, heads, d].
-    """
-    path = branch.path()
-    pairs = zip(path, path[1:], strict=False)
-    return torch.cat([parts[a][:, :, : b.start - a.start] for a, b in pairs], 2)
 
 
 def padded(rows: list[list[Any]], fill: Any) -> list[list[Any]]:

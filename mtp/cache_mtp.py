@@ -108,17 +108,26 @@ class BlockCache(Cache):
     def part(self, rows: Tensor, start: Tensor, width: int) -> Tensor:
         """Keys and values of `width` positions from `start` [R] on, of the given rows [R].
 
-        Returns [R, layers, 2, width, heads, d].
+        Returns [R, width, numbers], those of all layers in a row.
         """
         rows = rows if self.chosen is None else self.chosen[rows]
         where = start[:, None] + torch.arange(width, device=start.device)
         both = [states for layer in self.layers for states in (layer.keys, layer.values)]
-        parts = torch.stack([states[rows[:, None], :, where] for states in both], 1)
-        return parts.unflatten(1, (-1, 2))
+        return torch.cat([states[rows[:, None], :, where].flatten(2) for states in both], 2)
 
-    def load(self, parts: Tensor) -> None:
-        """Hold what `part` gave, from position 0 on: [R, layers, 2, T, heads, d]."""
-        self.num_rows, self.capacity, self.chosen = len(parts), parts.shape[3], None
-        for layer, states in zip(self.layers, parts.transpose(3, 4).unbind(1), strict=True):
-            layer.keys, layer.values = states[:, 0].contiguous(), states[:, 1].contiguous()
-            layer.is_initialized = True
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(heads, width) of the keys and of the values of each layer, once they are there."""
+        both = [states for layer in self.layers for states in (layer.keys, layer.values)]
+        return [(states.shape[1], states.shape[3]) for states in both]
+
+    def load(self, parts: Tensor, shapes: list[tuple[int, int]]) -> None:
+        """Hold what `part` of a cache of these shapes gave, from position 0 on: [R, T, numbers]."""
+        self.num_rows, self.capacity, self.chosen = len(parts), parts.shape[1], None
+        sizes = [heads * width for heads, width in shapes]
+        states = [
+            part.unflatten(2, shape).transpose(1, 2).contiguous()
+            for part, shape in zip(parts.split(sizes, 2), shapes, strict=True)
+        ]
+        for layer, keys, values in zip(self.layers, states[::2], states[1::2], strict=True):
+            layer.keys, layer.values, layer.is_initialized = keys, values, True

@@ -42,6 +42,9 @@ class HeadConfig:
     shared_embeddings: bool = True
     """Read and write tokens through main's embedding and output matrices. False: matrices of the
     head's own, [V, H], cheaper per slot where the vocabulary is large."""
+    recall: bool = False
+    """Hear main at all earlier positions too: slot j attends to what came j positions after those
+    that resemble the anchor. Keeps keys and values of width H for each position of the text."""
 
     def resolved_taps(self, num_hidden_layers: int) -> list[int]:
         """The taps, checked against main's depth. Raises ValueError naming the key."""
@@ -157,10 +160,77 @@ class Message(nn.Module):
         return self.proj(F.rms_norm(taps, (self.main_width,), eps=1e-6).flatten(-2))
 
 
+class Recall(nn.Module):
+    """Attention over main's messages at all positions up to the anchor, one value for each slot.
+
+    Slot j at anchor t weighs position s <= t - j by how much it resembles t, and reads the message
+    of s + j: what main was about to say j tokens after it last stood where it stands now. So all
+    slots can continue a copy at once, which neither the anchor's message alone nor attention
+    without that shift can tell them. Weights sum to less than 1: slot j has j keys of zeros, whose
+    value is zero, so that it can recall nothing.
+    """
+
+    def __init__(self, settings: HeadConfig):
+        super().__init__()
+        width = settings.hidden_size
+        self.num_heads, self.num_slots = settings.num_attention_heads, settings.num_slots
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            HeadLinear(width, width) for _ in range(4)
+        )
+        self.norm = HeadNorm(width, eps=1e-6)
+        self.q_norm = HeadNorm(width // self.num_heads, eps=1e-6)
+        self.k_norm = HeadNorm(width // self.num_heads, eps=1e-6)
+
+    def queries(self, messages: Tensor) -> Tensor:
+        """[B, T, H] -> [B, heads, T, d]"""
+        rows = self.q_proj(self.norm(messages)).unflatten(-1, (self.num_heads, -1))
+        return self.q_norm(rows).transpose(1, 2)
+
+    def states(self, messages: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, H] -> keys and values [B, heads, T, d], to be kept for later passes."""
+        messages = self.norm(messages)
+        keys, values = (
+            proj(messages).unflatten(-1, (self.num_heads, -1))
+            for proj in (self.k_proj, self.v_proj)
+        )
+        return self.k_norm(keys).to(values.dtype).transpose(1, 2), values.transpose(1, 2)
+
+    def forward(self, messages: Tensor) -> Tensor:
+        """Each position of a text as an anchor: [B, T, H] -> [B, T, K, H]."""
+        queries, (keys, values) = self.queries(messages), self.states(messages)
+        num = keys.shape[2]
+        slots = []
+        for slot in range(1, self.num_slots + 1):
+            shifted = F.pad(keys, (0, 0, slot, 0))[:, :, :num]
+            found = F.pad(values[:, :, slot:], (0, 0, slot, 0))[:, :, :num]
+            slots.append(
+                F.scaled_dot_product_attention(
+                    queries.to(shifted.dtype), shifted, found, is_causal=True, scale=1.0
+                )
+            )
+        return self.o_proj(torch.stack(slots, 3).permute(0, 2, 3, 1, 4).flatten(-2))
+
+    def step(self, message: Tensor, anchors: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The same at one anchor of each row: message [B, H] at position [B] -> [B, K, H].
+
+        keys and values [B, heads, S, d] of the positions from 0 on; those behind the anchor are
+        not read.
+        """
+        num_slots, num = self.num_slots, keys.shape[2]
+        queries = self.queries(message[:, None]).to(keys.dtype)
+        scores = F.pad((queries @ keys.transpose(-1, -2))[:, :, 0], (num_slots, 0))
+        shifted = scores.unfold(-1, num, 1)[:, :, :num_slots].flip(2)  # [B, heads, K, S]
+        where = torch.arange(num, device=keys.device)
+        weights = shifted.masked_fill(where > anchors[:, None, None, None], -torch.inf).softmax(-1)
+        slots = torch.arange(1, num_slots + 1, device=keys.device)
+        found = weights.masked_fill(where < slots[:, None], 0.0).to(values.dtype) @ values
+        return self.o_proj(found.transpose(1, 2).flatten(-2))
+
+
 class EavesdropHead(nn.Module):
     """A causal transformer over the slots of one block. Slot j reads t_{j-1} and the message.
 
-    It keeps nothing across passes: what was said before, main has already read.
+    Without `recall` it keeps nothing across passes: what was said before, main has already read.
     """
 
     sequential = True
@@ -170,6 +240,7 @@ class EavesdropHead(nn.Module):
         super().__init__()
         width, main_width = settings.hidden_size, config.hidden_size
         self.message = Message(num_taps, main_width, width)
+        self.recall = Recall(settings) if settings.recall else None
         self.slot_embed = nn.Embedding(settings.num_slots, width)
         self.layers = nn.ModuleList(HeadBlock(settings) for _ in range(settings.num_layers))
         self.norm = HeadNorm(width, eps=1e-6)
@@ -181,18 +252,24 @@ class EavesdropHead(nn.Module):
             self.lm_head = HeadLinear(width, config.vocab_size)
             self.in_proj, self.out_proj = nn.Identity(), nn.Identity()
 
-    def forward(self, message: Tensor, embeds: Tensor) -> Tensor:
-        """All slots at once: message [N, H], embeddings of t_0..t_{K-1} [N, K, .] -> [N, K, E]."""
-        return self.step(message, embeds, 0, None)[0]
+    def forward(self, message: Tensor, embeds: Tensor, recalled: Tensor | None) -> Tensor:
+        """All slots at once: message [N, H], embeddings of t_0..t_{K-1} [N, K, .] and what was
+        recalled [N, K, H] -> [N, K, E].
+        """
+        return self.step(message, embeds, recalled, 0, None)[0]
 
-    def step(self, message: Tensor, embeds: Tensor, slot: int, state: Any) -> tuple[Tensor, Any]:
+    def step(
+        self, message: Tensor, embeds: Tensor, recalled: Tensor | None, slot: int, state: Any
+    ) -> tuple[Tensor, Any]:
         """Slots from `slot` (0: the head's first) on, given the state of the earlier ones.
 
         embeds [N, J, D or H] of the preceding tokens -> hidden rows [N, J, E] and the new state.
         """
-        slots = self.slot_embed.weight[slot : slot + embeds.shape[1]]
+        these = slice(slot, slot + embeds.shape[1])
         embeds = F.rms_norm(embeds, embeds.shape[-1:], eps=1e-6)
-        x = self.in_proj(embeds) + message[:, None] + slots
+        x = self.in_proj(embeds) + message[:, None] + self.slot_embed.weight[these]
+        if recalled is not None:
+            x = x + recalled[:, these]
         new_state = []
         for index, layer in enumerate(self.layers):
             x, kept = layer(x, state[index] if state else None)
@@ -210,6 +287,7 @@ class ParallelHead(nn.Module):
         width, main_width = settings.hidden_size, config.hidden_size
         self.num_slots = settings.num_slots
         self.message = Message(num_taps, main_width, width)
+        self.recall = Recall(settings) if settings.recall else None
         self.slot_proj = HeadLinear(width, settings.num_slots * width)
         self.norm = HeadNorm(width, eps=1e-6)
         if settings.shared_embeddings:
@@ -218,10 +296,14 @@ class ParallelHead(nn.Module):
             self.lm_head = HeadLinear(width, config.vocab_size)
             self.out_proj = nn.Identity()
 
-    def forward(self, message: Tensor, embeds: Tensor | None = None) -> Tensor:
-        """All slots at once: message [N, H] -> [N, K, E]. The block's tokens are not read."""
-        slots = self.slot_proj(message).unflatten(-1, (self.num_slots, -1))
-        return self.out_proj(self.norm(message[:, None] + F.silu(slots)))
+    def forward(self, message: Tensor, embeds: Tensor | None, recalled: Tensor | None) -> Tensor:
+        """All slots at once: message [N, H], recalled [N, K, H] -> [N, K, E]. The block's tokens
+        are not read.
+        """
+        slots = F.silu(self.slot_proj(message).unflatten(-1, (self.num_slots, -1)))
+        if recalled is not None:
+            slots = slots + recalled
+        return self.out_proj(self.norm(message[:, None] + slots))
 
 
 HEADS: dict[str, type[nn.Module]] = {"eavesdrop": EavesdropHead, "parallel": ParallelHead}
@@ -307,10 +389,15 @@ class MTPMixin(MTPSearchMixin):
             hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
             return ScoredRows(hidden, None)
         hidden, taps = self.main_rows(input_ids, use_cache=False)
-        heard = scale_gradient(taps.flatten(0, 1)[anchors], channel_gradient)
-        message = self.mtp_head.message(heard)
+        head, recalled = self.mtp_head, None
+        if head.recall is None:
+            message = head.message(scale_gradient(taps.flatten(0, 1)[anchors], channel_gradient))
+        else:
+            messages = head.message(scale_gradient(taps, channel_gradient))
+            recalled = head.recall(messages).flatten(0, 1)[anchors]
+            message = messages.flatten(0, 1)[anchors]
         embeds = self.head_embed(slot_inputs, channel_gradient)
-        return ScoredRows(hidden, self.mtp_head(message, embeds))
+        return ScoredRows(hidden, head(message, embeds, recalled))
 
 
 class LlamaMTPForCausalLM(MTPMixin, LlamaForCausalLM):

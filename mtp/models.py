@@ -105,9 +105,9 @@ def start_from_main(model: Any) -> None:
 
     Every slot then proposes what main proposes for slot 0, in main's own output space, which is a
     better place to learn from than noise (the residual blocks of Medusa, Cai et al. 2024, begin
-    so). The message is the last tap, the slots' projections are zero, and the rows that leave the
-    head have the size of main's. Heads of another type or width, or with matrices of their own,
-    stay as they are, and so does one that does not hear the last layer.
+    so). The message is the last tap, the slots' projections and what they recall are zero, and the
+    rows that leave the head have the size of main's. Heads of another type or width, or with
+    matrices of their own, stay as they are, and so does one that does not hear the last layer.
     """
     settings, head = model.mtp_settings, model.mtp_head
     width, last = model.config.hidden_size, model.config.num_hidden_layers
@@ -116,6 +116,8 @@ def start_from_main(model: Any) -> None:
         return
     message, out = head.message.proj.weight, head.out_proj.weight
     head.slot_proj.weight.zero_()
+    if head.recall is not None:
+        head.recall.o_proj.weight.zero_()
     message.zero_()
     message[:, -width:] = torch.eye(width)
     # After its final norm main's rows have about the root mean square of the norm's weight.

@@ -167,7 +167,7 @@ class PassLoop:
         # Beyond the limit there is room for what a cut drops.
         room = max_new_tokens + 2 * model.num_slots
         self.cache = BlockCache(
-            model.config.num_hidden_layers,
+            model.config.num_hidden_layers + (model.mtp_head.recall is not None),
             num_rows // num_copies,
             prompts.shape[1] + room if static_cache else None,
         )
@@ -190,6 +190,7 @@ class PassLoop:
         self.phase = self.plan.phase_after(prompts).gather(1, prompt_lengths[:, None] - 1)[:, 0]
         self.in_phase = torch.zeros_like(prompt_lengths)  # output tokens of the current phase
         self.closed = torch.zeros_like(self.active)  # the segment was closed (`Phase.closed_by`)
+        self.earlier: tuple[Tensor, Tensor] | None = None  # what the head recalls from
         # A pass is fed `num_fresh` tokens that are kept, then `num_drafts` that may be.
         self.fed, self.num_fresh = prompts, prompt_lengths
         self.drafts, self.num_drafts = prompts[:, :0], torch.zeros_like(prompt_lengths)
@@ -235,18 +236,35 @@ class PassLoop:
         copies, self.num_copies = self.num_copies, 1
         fed, start = self.fed[::copies], self.start[::copies]
         hidden, taps = self.model.main_states(fed, start, self.cache, self.length)
+        recall = self.model.mtp_head.recall
+        self.earlier = None
+        if recall is not None:
+            states = recall.states(self.model.mtp_head.message(torch.stack(taps, 2)))
+            self.earlier = self.cache.update(*states, self.model.config.num_hidden_layers)
         if copies == 1:
             return hidden, taps
         source = torch.arange(len(self.rows), device=hidden.device) // copies
         self.cache.select(source)
+        if self.earlier is not None:
+            self.earlier = (self.earlier[0][source], self.earlier[1][source])
         return hidden[source], [tap[source] for tap in taps]
+
+    def heard(self, taps: list[Tensor], at: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The message [R, H] at anchors `at` [R] of what was fed, and what the head recalls there
+        [R, K, H]: taps [R, L, D] each.
+        """
+        head, row = self.model.mtp_head, torch.arange(len(at), device=at.device)
+        message = head.message(torch.stack([tap[row, at] for tap in taps], 1))
+        if self.earlier is None:
+            return message, None
+        return message, head.recall.step(message, self.start + at, *self.earlier)
 
     def main_tokens(self, hidden: Tensor, taps: list[Tensor]) -> Verdict:
         """What main accepts of the drafts, and its own token after them: [R, L, D] each."""
         row, at = torch.arange(len(self.rows), device=hidden.device), self.num_fresh - 1
         width = self.drafts.shape[1]
         if not width:
-            rows = self.anchor_rows(hidden[row, at], [tap[row, at] for tap in taps])
+            rows = self.anchor_rows(hidden[row, at], taps, at)
             if self.kernel:
                 drawn = self.draw_rows(rows, self.main_weight, row, 0)
                 self.head_drawn = drawn.after(1) if rows.shape[1] > 1 else None
@@ -275,8 +293,8 @@ class PassLoop:
             self.generator,
         )
 
-    def anchor_rows(self, hidden: Tensor, taps: list[Tensor]) -> Tensor:
-        """Rows that main's output matrix is asked about at the anchors, [R, D] each.
+    def anchor_rows(self, hidden: Tensor, taps: list[Tensor], at: Tensor) -> Tensor:
+        """Rows that main's output matrix is asked about at the anchors `at` [R]: hidden [R, D].
 
         Main's own [R, 1, D]. The slots of a parallel head do not wait for main's token: where all
         rows use them and the output matrix is shared, one read of it serves both, [R, 1 + K, D].
@@ -284,7 +302,8 @@ class PassLoop:
         shared = self.head_weight is self.main_weight and not self.model.mtp_head.sequential
         if not (shared and self.all_use_head):
             return hidden[:, None]
-        slots = self.model.mtp_head(self.model.mtp_head.message(torch.stack(taps, 1)))
+        message, recalled = self.heard(taps, at)
+        slots = self.model.mtp_head(message, None, recalled)
         return torch.cat([hidden[:, None], slots[:, : self.tables.num_head_slots]], 1)
 
     def head_tokens(
@@ -317,9 +336,7 @@ class PassLoop:
             if len(chosen):
                 at = self.num_fresh - 1 + prefix
                 sure = self.tables.sure[chosen, self.phase[chosen], None]
-                written = self.head_slots(
-                    taps, at[chosen], chosen, prefix[chosen], token[chosen], sure
-                )
+                written = self.head_slots(taps, at, chosen, prefix[chosen], token[chosen], sure)
                 end = 1 + written.tokens.shape[1]
                 block[chosen, 1:end], logprobs[chosen, 1:end] = written.tokens, written.logprobs
                 num_sure[chosen] = (written.likeliest >= sure).long().cumprod(1).sum(1)
@@ -348,7 +365,7 @@ class PassLoop:
     ) -> Slots:
         """Sample the head's tokens in `chosen` rows [F] behind t_0, `token` [F].
 
-        taps [R, L, D] each; `at` [F] are the anchors, `prefix` [F] the drafts accepted before t_0.
+        taps [R, L, D] each; `at` [R] are the anchors, `prefix` [F] the drafts accepted before t_0.
         Slots that no row is `sure` [F, 1] enough to reach are left out.
         """
         head, width = self.model.mtp_head, self.tables.num_head_slots
@@ -356,9 +373,11 @@ class PassLoop:
             return self.head_drawn.select(chosen)
         ready = None if self.head_logits is None else self.head_logits[chosen]  # [F, K, V]
         if ready is None:
-            message = head.message(torch.stack([tap[chosen, at] for tap in taps], 1))
+            # Of all rows: to choose among them would copy what the head remembers.
+            message, recalled = self.heard(taps, at)
+            message, recalled = message[chosen], None if recalled is None else recalled[chosen]
             if not head.sequential:
-                rows = head(message)[:, :width]
+                rows = head(message, None, recalled)[:, :width]
                 if self.kernel:
                     return self.draw_rows(rows, self.head_weight, chosen, 1)
                 ready = rows @ self.head_weight.T
@@ -369,7 +388,7 @@ class PassLoop:
         for slot in range(width):
             if ready is None:
                 embeds = self.model.head_embed(said[:, -1:])
-                hidden, state = head.step(message, embeds, slot, state)
+                hidden, state = head.step(message, embeds, recalled, slot, state)
             if self.kernel:
                 drawn.append(self.draw_rows(hidden, self.head_weight, chosen, slot + 1))
             else:

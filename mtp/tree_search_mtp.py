@@ -101,7 +101,7 @@ def mcts(request: SearchRequest, config: SearchConfig, judge: Judge | None) -> l
     without a bonus.
     """
     trees = [Tree(root) for root in request.roots()]
-    parts: Parts = {}
+    parts = Parts()
     for number in range(config.n):
         growing = [tree for tree in trees if not tree.root.is_closed]
         if not growing:

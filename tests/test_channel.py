@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import CLOSE, EOS, PAD, tiny_model
+from tiny import CLOSE, EOS, HEADS, PAD, tiny_model
 
 from mtp.batch import collate_text
 from mtp.generation_mtp import PhasePlan
@@ -26,7 +26,7 @@ def gradients(model, objective, channel_gradient):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("head", ["eavesdrop", "parallel"])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_a_closed_channel_gives_main_no_gradient_and_an_open_one_does(family, head, shared, tied):
     model = tiny_model(family, type=head, shared_embeddings=shared, tied=tied)

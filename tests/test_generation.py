@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CLOSE, EOS, PAD, VOCABULARY, completions, run, tiny_model
+from tiny import CLOSE, EOS, HEADS, PAD, VOCABULARY, completions, head_rows, run, tiny_model
 from torch._dynamo.testing import CompileCounter
 
 from mtp.generation_mtp import PhasePlan, Sampler
@@ -33,10 +33,9 @@ def plain_block(model, context, plan, phase):
     """One greedy block by the definition: no cache, one row, the head recomputed at every slot."""
     hidden, taps = model.main_rows(torch.tensor([context]))
     block = [int((hidden[0, -1] @ model.lm_head.weight.T).argmax())]
-    message = model.mtp_head.message(taps[:, -1])
     for slot in range(model.num_slots - 1):
-        rows = model.mtp_head(message, model.head_embed(torch.tensor([block])))
-        block.append(int((rows[0, slot] @ model.head_output_weight().T).argmax()))
+        rows = head_rows(model, taps, block)
+        block.append(int((rows[slot] @ model.head_output_weight().T).argmax()))
     kept = []
     for token in block[: plan.keep[phase]]:
         kept.append(token)
@@ -46,7 +45,7 @@ def plain_block(model, context, plan, phase):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("head", ["eavesdrop", "parallel"])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("seed", range(4))
 @torch.no_grad()
 def test_fast_mode_is_its_definition(head, shared, seed, plan):
@@ -240,7 +239,7 @@ def test_a_compiled_main_is_compiled_once_for_each_width_of_a_static_cache():
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("head", ["eavesdrop", "parallel"])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("mode", ["fast", "slow"])
 def test_tokens_drawn_without_logits(mode, head, shared, plan, monkeypatch):
     model = tiny_model(type=head, shared_embeddings=shared)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import PAD, tiny_model
+from tiny import HEADS, PAD, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtp.batch import pad
@@ -66,7 +66,7 @@ class Casts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kernels", [None, "torch"])
-@pytest.mark.parametrize("head", ["eavesdrop", "parallel"])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("mode", ["fast", "verified"])
 def test_autocast_casts_a_weight_once_and_not_at_every_pass(mode, head, kernels):
     model = tiny_model(type=head)

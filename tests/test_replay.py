@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CLOSE, EOS, PAD, tiny_model
+from tiny import CLOSE, EOS, HEADS, PAD, tiny_model
 
 from mtp.batch import collate_rollouts, pad
 from mtp.generation_mtp import FORCED, Decoded, PhasePlan, Sampler, decode
@@ -17,7 +17,7 @@ from mtp.objectives.policy import Policy
 MODELS = {
     (family, head, shared): tiny_model(family, type=head, shared_embeddings=shared)
     for family in ("llama", "qwen3")
-    for head in ("eavesdrop", "parallel")
+    for head in HEADS
     for shared in (True, False)
 }
 
@@ -76,7 +76,7 @@ def test_replay_gives_the_samplers_log_probabilities(which, prompts, mode, sampl
     assert torch.allclose(main.sum() + head.sum(), total, atol=1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("head", ["eavesdrop", "parallel"])
+@pytest.mark.parametrize("head", HEADS)
 def test_micro_batches_hold_the_same_rows_as_one_batch(head, plan):
     model = tiny_model(type=head)
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12], [4, 4]]

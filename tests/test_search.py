@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny import CLOSE, EOS, PAD, completions, tiny_model
+from tiny import CLOSE, EOS, HEADS, PAD, completions, tiny_model
 
 from mtp.batch import collate_rollouts, pad
 from mtp.branches_mtp import Branch, SearchConfig
@@ -48,7 +48,7 @@ def plan_of(mode, plan):
     return PhasePlan([4, 1], [None, CLOSE], [EOS], max_tokens=budget)
 
 
-@pytest.mark.parametrize("head", ["eavesdrop", "parallel"])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("mode", ["fast", "slow", "verified", "closed"])
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()

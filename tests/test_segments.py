@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import EOS, PAD, tiny_model
+from tiny import EOS, HEADS, PAD, tiny_model
 
 from mtp.batch import collate_rollouts
 from mtp.generation_mtp import (
@@ -66,7 +66,7 @@ def run(model, prompts, plan, sampler=None, seed=0, options=SETTINGS, **others):
     )
 
 
-MODELS = {head: tiny_model(type=head) for head in ("eavesdrop", "parallel")}
+MODELS = {head: tiny_model(type=head) for head in HEADS}
 
 
 @settings(max_examples=40, deadline=None)

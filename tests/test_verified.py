@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CLOSE, EOS, VOCABULARY, completions, run, tiny_model
+from tiny import CLOSE, EOS, HEADS, VOCABULARY, completions, head_rows, run, tiny_model
 
 from mtp.generation_mtp import PhasePlan, Sampler
 from mtp.sampling_mtp import verify
@@ -22,7 +22,7 @@ def opinionated(*args, **kwargs):
     return model
 
 
-@pytest.mark.parametrize("head", ["eavesdrop", "parallel"])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_greedy_verified_text_is_slow_text_in_fewer_passes(family, head, plan):
     model = opinionated(family, type=head)
@@ -57,10 +57,9 @@ def reference(model, prompt, plan, limit):
     while len(context) - len(prompt) < limit and context[-1] != EOS:
         hidden, taps = model.main_rows(torch.tensor([context]))
         block = [int((hidden[0, -1] @ model.lm_head.weight.T).argmax())]
-        message = model.mtp_head.message(taps[:, -1])
         for slot in range(model.num_slots - 1):
-            rows = model.mtp_head(message, model.head_embed(torch.tensor([block])))
-            logits = rows[0, slot] @ model.head_output_weight().T
+            rows = head_rows(model, taps, block)
+            logits = rows[slot] @ model.head_output_weight().T
             if float(logits.softmax(-1).max()) < plan.min_probability[phase]:
                 break
             block.append(int(logits.argmax()))
@@ -74,7 +73,7 @@ def reference(model, prompt, plan, limit):
     return context[len(prompt) :][:limit]
 
 
-MODELS = {head: opinionated(type=head) for head in ("eavesdrop", "parallel")}
+MODELS = {head: opinionated(type=head) for head in HEADS}
 
 
 @settings(max_examples=15, deadline=None)

@@ -13,7 +13,18 @@ VOCABULARY = 23
 GREEDY = Sampler(temperature=0)
 
 
-def tiny_model(family: str = "llama", *, tied: bool = False, seed: int = 0, **head: object):
+HEADS = ("eavesdrop", "parallel", "eavesdrop that recalls", "parallel that recalls")
+"""What `tiny_model` takes as the type of a head."""
+
+
+def tiny_model(
+    family: str = "llama",
+    *,
+    type: str = "eavesdrop",
+    tied: bool = False,
+    seed: int = 0,
+    **head: object,
+):
     """A random model of a few thousand parameters whose tokens vary from position to position."""
     torch.manual_seed(seed)
     cls = FAMILIES[family]
@@ -32,7 +43,9 @@ def tiny_model(family: str = "llama", *, tied: bool = False, seed: int = 0, **he
         eos_token_id=EOS,
         pad_token_id=PAD,
     )
-    settings = {"num_slots": 3, "hidden_size": 16, "intermediate_size": 24, **head}
+    kind, _, recalls = type.partition(" that ")
+    settings = {"type": kind, "recall": bool(recalls), "num_slots": 3, "hidden_size": 16}
+    settings |= {"intermediate_size": 24, **head}
     config.mtp = asdict(HeadConfig(**settings))
     return cls(config).eval()
 
@@ -51,6 +64,17 @@ def run(model, prompts, plan, sampler=GREEDY, seed=0, max_new_tokens=24, **optio
         generator=torch.Generator().manual_seed(seed),
         **options,
     )
+
+
+def head_rows(model, taps, block):
+    """[K, E] the head's rows behind a text by the definition: its taps [1, T, taps, D], and the
+    tokens that the last pass has drawn so far.
+    """
+    head, recalled = model.mtp_head, None
+    if head.recall is not None:
+        recalled = head.recall(head.message(taps))[:, -1]
+    embeds = model.head_embed(torch.tensor([block]))
+    return head(head.message(taps[:, -1]), embeds, recalled)[0]
 
 
 def completions(out):
