@@ -98,7 +98,7 @@ class HeadLinear(nn.Linear):
         super().__init__(num_in, num_out, bias=False)
 
 
-class HeadNorm(nn.RMSNorm):
+class HeadRMSNorm(nn.RMSNorm):
     """In the weight's dtype: under autocast rows may be narrower, which torch warns of."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,10 +126,10 @@ class HeadBlock(nn.Module):
         super().__init__()
         width, inner = settings.hidden_size, settings.intermediate_size
         self.num_heads = settings.num_attention_heads
-        self.attn_norm = HeadNorm(width, eps=1e-6)
+        self.attn_norm = HeadRMSNorm(width, eps=1e-6)
         self.qkv_proj = HeadLinear(width, 3 * width)
         self.o_proj = HeadLinear(width, width)
-        self.mlp_norm = HeadNorm(width, eps=1e-6)
+        self.mlp_norm = HeadRMSNorm(width, eps=1e-6)
         self.gate_up_proj = HeadLinear(width, 2 * inner)
         self.down_proj = HeadLinear(inner, width)
 
@@ -177,9 +177,9 @@ class Recall(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
             HeadLinear(width, width) for _ in range(4)
         )
-        self.norm = HeadNorm(width, eps=1e-6)
-        self.q_norm = HeadNorm(width // self.num_heads, eps=1e-6)
-        self.k_norm = HeadNorm(width // self.num_heads, eps=1e-6)
+        self.norm = HeadRMSNorm(width, eps=1e-6)
+        self.q_norm = HeadRMSNorm(width // self.num_heads, eps=1e-6)
+        self.k_norm = HeadRMSNorm(width // self.num_heads, eps=1e-6)
 
     def queries(self, messages: Tensor) -> Tensor:
         """[B, T, H] -> [B, heads, T, d]"""
@@ -243,7 +243,7 @@ class EavesdropHead(nn.Module):
         self.recall = Recall(settings) if settings.recall else None
         self.slot_embed = nn.Embedding(settings.num_slots, width)
         self.layers = nn.ModuleList(HeadBlock(settings) for _ in range(settings.num_layers))
-        self.norm = HeadNorm(width, eps=1e-6)
+        self.norm = HeadRMSNorm(width, eps=1e-6)
         if settings.shared_embeddings:
             self.in_proj: nn.Module = HeadLinear(main_width, width)
             self.out_proj: nn.Module = HeadLinear(width, main_width)
@@ -289,7 +289,7 @@ class ParallelHead(nn.Module):
         self.message = Message(num_taps, main_width, width)
         self.recall = Recall(settings) if settings.recall else None
         self.slot_proj = HeadLinear(width, settings.num_slots * width)
-        self.norm = HeadNorm(width, eps=1e-6)
+        self.norm = HeadRMSNorm(width, eps=1e-6)
         if settings.shared_embeddings:
             self.out_proj: nn.Module = HeadLinear(width, main_width)
         else:
@@ -341,6 +341,8 @@ class MTPMixin(MTPSearchMixin):
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, HeadLinear):
             initialization.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
+        elif isinstance(module, HeadRMSNorm):
+            initialization.ones_(module.weight)
 
     @property
     def num_slots(self) -> int:
