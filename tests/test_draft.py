@@ -8,7 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 from test_trainer import config, records
-from tiny import EOS, GREEDY, PAD, completions, run, tiny_model
+from tiny import EOS, GREEDY, HEADS, PAD, completions, run, tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import mtp.trainer as trainer
 from mtp.batch import collate_slow_rollouts
@@ -104,6 +105,20 @@ def test_anchors_of_slow_rollouts_are_drawn_or_begin_blocks():
     assert torch.equal(drawn.main_rows, every.main_rows)
     longest = int(out.lengths[0])
     assert blocks.anchors[blocks.anchors < time].tolist() == list(range(2, 1 + longest, 4))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_that_is_added_to_a_pretrained_main_is_drawn_at_random(tmp_path, head):
+    expected = tiny_model(type=head)
+    stock = LlamaForCausalLM(LlamaConfig(**expected.config.to_dict()))
+    stock.save_pretrained(tmp_path)
+    model = type(expected).from_pretrained(tmp_path, config=expected.config)
+    for name, weight in expected.mtp_head.named_parameters():
+        mine = model.mtp_head.get_parameter(name)
+        if weight.ndim == 1:
+            assert torch.equal(mine, weight), name
+        else:
+            assert 0.5 < float((mine.std() / weight.std()).detach()) < 2, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
