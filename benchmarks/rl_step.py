@@ -116,7 +116,7 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
         with fabric.autocast():
             return sample(
                 model, text, examples, endless, Sampler(),
-                max_new_tokens=num_tokens, group_size=GROUP_SIZE,
+                max_new_tokens=num_tokens, group_size=GROUP_SIZE, kernels=config.kernels,
             )  # fmt: skip
 
     def collate(rollouts: Any) -> list[Any]:
@@ -188,15 +188,13 @@ def speed_limit(fabric: Any, model: Any, num_rows: int, repeats: int) -> float:
 
     seconds = {}
     with torch.no_grad(), fabric.autocast():
-        cache = BlockCache(model.config.num_hidden_layers)
+        cache = BlockCache(model.config.num_hidden_layers, num_rows)
 
         def forward(first: int, number: int) -> None:
-            positions = torch.arange(first, first + number).expand(num_rows, number)
-            mask = cache.place(positions, first + number)
             tokens = torch.zeros(num_rows, number, dtype=torch.long)
-            last = torch.full((num_rows,), number - 1)
-            main_row, _ = model.anchor_rows(tokens, last, positions, mask, cache)
-            main_row @ model.get_output_embeddings().weight.T
+            start = torch.full((num_rows,), first)
+            hidden, _ = model.main_states(tokens, start, cache, first + number)
+            model.get_output_embeddings()(hidden[:, -1])
 
         forward(0, CACHED)
         for number in (1, model.num_slots):
