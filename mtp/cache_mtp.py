@@ -112,14 +112,18 @@ class BlockCache(Cache):
         """
         rows = rows if self.chosen is None else self.chosen[rows]
         where = start[:, None] + torch.arange(width, device=start.device)
-        both = [states for layer in self.layers for states in (layer.keys, layer.values)]
-        return torch.cat([states[rows[:, None], :, where].flatten(2) for states in both], 2)
+        parts = [states[rows[:, None], :, where].flatten(2) for states in self.states]
+        return torch.cat(parts, 2)
+
+    @property
+    def states(self) -> list[Any]:
+        """[B, heads, capacity, width] each layer's keys, then its values."""
+        return [states for layer in self.layers for states in (layer.keys, layer.values)]
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """(heads, width) of the keys and of the values of each layer, once they are there."""
-        both = [states for layer in self.layers for states in (layer.keys, layer.values)]
-        return [(states.shape[1], states.shape[3]) for states in both]
+        return [(states.shape[1], states.shape[3]) for states in self.states]
 
     def load(self, parts: Tensor, shapes: list[tuple[int, int]]) -> None:
         """Hold what `part` of a cache of these shapes gave, from position 0 on: [R, T, numbers]."""

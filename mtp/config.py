@@ -50,8 +50,8 @@ class RunConfig:
     checkpoint_minutes: float = 10.0
     """Minutes between two checkpoints within a stage."""
     kernels: str = "auto"
-    """Output-layer ops: `auto` (triton on a GPU, else torch), or
-    `triton`, `torch`, `reference` throughout."""
+    """Output-layer ops: `auto` (triton on a GPU, else torch), or `triton`, `torch`, `reference`
+    throughout."""
     model: ModelConfig = field(default_factory=ModelConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     task: TaskConfig = field(default_factory=TaskConfig)

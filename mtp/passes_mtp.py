@@ -166,8 +166,10 @@ class PassLoop:
         self.num_copies = num_copies  # rows next to each other that are still the same
         # Beyond the limit there is room for what a cut drops.
         room = max_new_tokens + 2 * model.num_slots
+        # A plan without head slots needs nothing recalled.
+        self.recall = model.mtp_head.recall if self.tables.num_head_slots else None
         self.cache = BlockCache(
-            model.config.num_hidden_layers + (model.mtp_head.recall is not None),
+            model.config.num_hidden_layers + (self.recall is not None),
             num_rows // num_copies,
             prompts.shape[1] + room if static_cache else None,
         )
@@ -190,7 +192,8 @@ class PassLoop:
         self.phase = self.plan.phase_after(prompts).gather(1, prompt_lengths[:, None] - 1)[:, 0]
         self.in_phase = torch.zeros_like(prompt_lengths)  # output tokens of the current phase
         self.closed = torch.zeros_like(self.active)  # the segment was closed (`Phase.closed_by`)
-        self.earlier: tuple[Tensor, Tensor] | None = None  # what the head recalls from
+        # If the head recalls: messages of what was fed, keys and values of the whole text.
+        self.earlier: list[Tensor] = []
         # A pass is fed `num_fresh` tokens that are kept, then `num_drafts` that may be.
         self.fed, self.num_fresh = prompts, prompt_lengths
         self.drafts, self.num_drafts = prompts[:, :0], torch.zeros_like(prompt_lengths)
@@ -236,28 +239,29 @@ class PassLoop:
         copies, self.num_copies = self.num_copies, 1
         fed, start = self.fed[::copies], self.start[::copies]
         hidden, taps = self.model.main_states(fed, start, self.cache, self.length)
-        recall = self.model.mtp_head.recall
-        self.earlier = None
-        if recall is not None:
-            states = recall.states(self.model.mtp_head.message(torch.stack(taps, 2)))
-            self.earlier = self.cache.update(*states, self.model.config.num_hidden_layers)
+        if self.recall is not None:
+            messages = self.model.mtp_head.message(torch.stack(taps, 2))
+            states = self.recall.states(messages)
+            layer = self.model.config.num_hidden_layers
+            self.earlier = [messages, *self.cache.update(*states, layer)]
         if copies == 1:
             return hidden, taps
         source = torch.arange(len(self.rows), device=hidden.device) // copies
         self.cache.select(source)
-        if self.earlier is not None:
-            self.earlier = (self.earlier[0][source], self.earlier[1][source])
+        self.earlier = [part[source] for part in self.earlier]
         return hidden[source], [tap[source] for tap in taps]
 
     def heard(self, taps: list[Tensor], at: Tensor) -> tuple[Tensor, Tensor | None]:
         """The message [R, H] at anchors `at` [R] of what was fed, and what the head recalls there
         [R, K, H]: taps [R, L, D] each.
         """
-        head, row = self.model.mtp_head, torch.arange(len(at), device=at.device)
-        message = head.message(torch.stack([tap[row, at] for tap in taps], 1))
-        if self.earlier is None:
-            return message, None
-        return message, head.recall.step(message, self.start + at, *self.earlier)
+        row = torch.arange(len(at), device=at.device)
+        if self.recall is None:
+            heard = torch.stack([tap[row, at] for tap in taps], 1)
+            return self.model.mtp_head.message(heard), None
+        messages, keys, values = self.earlier
+        message = messages[row, at]
+        return message, self.recall.step(message, self.start + at, keys, values)
 
     def main_tokens(self, hidden: Tensor, taps: list[Tensor]) -> Verdict:
         """What main accepts of the drafts, and its own token after them: [R, L, D] each."""

@@ -32,7 +32,7 @@ def test_slots_go_on_with_what_followed_the_same_message():
 
 @torch.no_grad()
 def test_only_what_main_has_read_is_recalled():
-    recalled = copier()(rows(1, 1, 1))[0, -1]  # of three: nothing is three positions after a first
+    recalled = copier()(rows(1, 1, 1))[0, -1]
     assert torch.allclose(recalled[:2], rows(1, 1)[0], atol=1e-3)
     assert torch.equal(recalled[2], torch.zeros(WIDTH))
     # A message like no other: weights are spread over all positions, and over nothing.
