@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .passes_mtp import PassLoop, Process, Stop
+from .draws_mtp import Process
+from .passes_mtp import PassLoop, Stop
 from .phases_mtp import PhasePlan, check_plans
 from .records_mtp import FORCED, Decoded
 from .sampling_mtp import Sampler

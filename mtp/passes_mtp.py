@@ -10,9 +10,6 @@ which keeps the longest prefix that main accepts and draws its own next token af
 spent on verifying alone, and the text follows main's distribution. Rows of one batch may be in
 different modes.
 
-Random numbers are drawn for main's tokens of all running rows first, then for the head's slots of
-the rows that use them; for one generator the tokens of a batch are always the same.
-
 Travels with exported checkpoints: imports torch, transformers and siblings only.
 
 Shapes: B rows of the batch, R rows still running, L tokens fed to a pass, J drafts, K head slots,
@@ -26,12 +23,11 @@ import torch
 from torch import Tensor
 
 from .cache_mtp import BlockCache
+from .draws_mtp import Draws, Process, Ready
 from .phases_mtp import PhasePlan, PlanTables, check_plans
 from .records_mtp import FORCED, Block, Decoded, Slots
-from .sampling_mtp import KernelDraws, Sampler, Verdict, verify
+from .sampling_mtp import Sampler, Verdict
 
-Process = Callable[[Tensor, Tensor], Tensor]
-"""What a `LogitsProcessor` does: token ids [B, T] and scores [B, V] -> scores [B, V]."""
 Stop = Callable[[Tensor, Any], Tensor]
 """What a `StoppingCriteria` does: token ids [B, T] and None -> [B] bool."""
 
@@ -74,9 +70,9 @@ def decode(
         num_return_sequences: continuations of each prompt, n. The prompt is read once for all of
             them, and row i of the output continues prompt i // n.
         static_cache: keep keys and values at one length from the first pass on, see `BlockCache`.
-        kernels: implementation of `mtp_kernels.linear_sample` that draws tokens without logits,
+        kernels: implementation of `mtp_kernels` that draws tokens and judges drafts without logits,
             `auto` for one where it pays; None: none. Logits are made in any case where something
-            else asks for them: top-k and top-p, a `process`, thresholds, verified phases.
+            else asks for them: top-k and top-p, a `process`, thresholds.
 
     Raises ValueError for plans that the model cannot follow.
     """
@@ -147,19 +143,12 @@ class PassLoop:
         kernels: str | None = None,
     ):
         device, num_rows = prompts.device, len(prompts)
-        self.model, self.plan, self.sampler = model, plans[0], sampler
-        self.max_new_tokens, self.pad_id, self.generator = max_new_tokens, pad_id, generator
-        self.process, self.stop = process, stop
+        self.model, self.plan = model, plans[0]
+        self.max_new_tokens, self.pad_id, self.stop = max_new_tokens, pad_id, stop
         self.tables = PlanTables(plans, max_new_tokens + 1, device)
-        # Sampled drafts are judged by the distributions that they were drawn from.
-        self.keeps_distributions = self.tables.has_verified and sampler.temperature > 0
-        wants_logits = sampler.truncates or process is not None or self.tables.wants_distributions
         shared = model.get_output_embeddings().weight
         self.main_weight = in_autocast_dtype(shared)
-        impl = None if wants_logits else KernelDraws.resolve(kernels, sampler, self.main_weight)
-        self.kernel = (
-            None if impl is None else KernelDraws(impl, sampler, num_rows, device, generator)
-        )
+        self.draws = Draws(sampler, self.tables, self.main_weight, generator, process, kernels)
         self.prompts, self.prompt_lengths = prompts, prompt_lengths
         own = model.head_output_weight()
         self.head_weight = self.main_weight if own is shared else in_autocast_dtype(own)
@@ -197,10 +186,8 @@ class PassLoop:
         # A pass is fed `num_fresh` tokens that are kept, then `num_drafts` that may be.
         self.fed, self.num_fresh = prompts, prompt_lengths
         self.drafts, self.num_drafts = prompts[:, :0], torch.zeros_like(prompt_lengths)
-        self.draft_log_probs: Tensor | None = None  # [R, J, V], of sampled drafts
-        # The head's part of what was made together with main's token.
-        self.head_logits: Tensor | None = None  # [R, K, V]
-        self.head_drawn: Slots | None = None  # in place of logits
+        self.draft_source: Tensor | None = None  # of sampled drafts, see `Slots`
+        self.head_ready: Ready | None = None  # slots made together with main's token
         keep = self.tables.keep[self.rows, self.phase]
         self.all_use_head = bool((keep > 1).all())
         self.start = torch.zeros_like(prompt_lengths)  # position of the first token that is fed
@@ -209,7 +196,7 @@ class PassLoop:
     def run_pass(self) -> tuple[Block, bool]:
         """One pass of all running rows: what it added, and whether any row goes on."""
         hidden, taps = self.read()
-        self.head_logits = self.head_drawn = None
+        self.head_ready = None
         verdict = self.main_tokens(hidden, taps)
         prefix = verdict.num_accepted
         ended = self.enter_phases(self.drafts, prefix)
@@ -266,35 +253,29 @@ class PassLoop:
     def main_tokens(self, hidden: Tensor, taps: list[Tensor]) -> Verdict:
         """What main accepts of the drafts, and its own token after them: [R, L, D] each."""
         row, at = torch.arange(len(self.rows), device=hidden.device), self.num_fresh - 1
-        width = self.drafts.shape[1]
-        if not width:
+        width, position = self.drafts.shape[1], self.known()
+
+        def text(num_drafts: int) -> Tensor:
+            return self.context(row, self.drafts, torch.full_like(at, num_drafts))
+
+        if not width and not self.draws.always_judges:
             rows = self.anchor_rows(hidden[row, at], taps, at)
-            if self.kernel:
-                drawn = self.draw_rows(rows, self.main_weight, row, 0)
-                self.head_drawn = drawn.after(1) if rows.shape[1] > 1 else None
-                first = drawn.tokens[:, 0]
-                return Verdict(torch.zeros_like(first), first, drawn.logprobs[:, :1])
-            logits = rows @ self.main_weight.T  # [R, 1 or 1 + K, V]
-            self.head_logits = logits[:, 1:] if rows.shape[1] > 1 else None
-            logits = logits[:, 0]
-            if self.process is not None:
-                logits = self.process(self.context(row, self.drafts, 0 * at), logits.float())
-            token, logprob = self.sampler.sample(logits, self.generator)
-            return Verdict(torch.zeros_like(token), token, logprob[:, None])
+            ready = self.draws.ready(rows, self.main_weight, self.rows, position)
+            if rows.shape[1] > 1:
+                self.head_ready = ready.part(slice(None), slice(1, None))
+            first = self.draws.draw(ready.part(slice(None), slice(1)), lambda: text(0))
+            return Verdict(torch.zeros_like(at), first.tokens[:, 0], first.logprobs)
         columns = at[:, None] + torch.arange(width + 1, device=hidden.device)
-        columns = columns.clamp(max=hidden.shape[1] - 1)
-        logits = hidden[row[:, None], columns] @ self.main_weight.T  # [R, J + 1, V]
-        if self.process is not None:
-            texts = [self.context(row, self.drafts, 0 * at + j) for j in range(width + 1)]
-            parts = [self.process(text, logits[:, j].float()) for j, text in enumerate(texts)]
-            logits = torch.stack(parts, 1)
-        return verify(
-            logits,
+        return self.draws.judge(
+            hidden[row[:, None], columns.clamp(max=hidden.shape[1] - 1)],
+            self.main_weight,
             self.drafts,
             self.num_drafts,
-            self.draft_log_probs,
-            self.sampler,
-            self.generator,
+            self.draft_source,
+            self.head_weight,
+            self.rows,
+            position,
+            text,
         )
 
     def anchor_rows(self, hidden: Tensor, taps: list[Tensor], at: Tensor) -> Tensor:
@@ -332,7 +313,7 @@ class PassLoop:
         room = torch.minimum(left, budget - self.in_phase)
         runs = self.active & ~ended
         num_sure = torch.zeros_like(prefix)
-        self.draft_log_probs = None
+        self.draft_source = None
         if width:
             # A block that already ends at slot 0 needs no head.
             goes_on = runs & ~self.plan.stops(token)
@@ -344,10 +325,10 @@ class PassLoop:
                 end = 1 + written.tokens.shape[1]
                 block[chosen, 1:end], logprobs[chosen, 1:end] = written.tokens, written.logprobs
                 num_sure[chosen] = (written.likeliest >= sure).long().cumprod(1).sum(1)
-                if self.keeps_distributions:
-                    shape = (len(token), *written.log_probs.shape[1:])
-                    self.draft_log_probs = written.log_probs.new_zeros(shape)
-                    self.draft_log_probs[chosen] = written.log_probs
+                if self.draws.keeps_source:
+                    shape = (len(token), *written.source.shape[1:])
+                    self.draft_source = written.source.new_zeros(shape)
+                    self.draft_source[chosen] = written.source
         kept = torch.minimum(torch.where(verified, 1, keep), num_sure + 1)
         kept = torch.minimum(torch.minimum(kept, self.plan.cut(block)), room)
         kept = torch.where(runs, kept, 0)
@@ -373,35 +354,34 @@ class PassLoop:
         Slots that no row is `sure` [F, 1] enough to reach are left out.
         """
         head, width = self.model.mtp_head, self.tables.num_head_slots
-        if self.head_drawn is not None:
-            return self.head_drawn.select(chosen)
-        ready = None if self.head_logits is None else self.head_logits[chosen]  # [F, K, V]
-        if ready is None:
+        rows, position = self.rows[chosen], self.known()[chosen] + prefix + 1
+        ready = None
+        if self.head_ready is not None:
+            ready = self.head_ready.part(chosen, slice(None))
+        else:
             # Of all rows: to choose among them would copy what the head remembers.
             message, recalled = self.heard(taps, at)
             message, recalled = message[chosen], None if recalled is None else recalled[chosen]
             if not head.sequential:
-                rows = head(message, None, recalled)[:, :width]
-                if self.kernel:
-                    return self.draw_rows(rows, self.head_weight, chosen, 1)
-                ready = rows @ self.head_weight.T
-        if ready is not None and self.process is None:
-            return self.draw(ready)
+                states = head(message, None, recalled)[:, :width]
+                ready = self.draws.ready(states, self.head_weight, rows, position)
         said, state, drawn = token[:, None], None, []
+
+        def text() -> Tensor:
+            behind = splice(prefix, self.drafts[chosen], said)
+            return self.context(chosen, behind, prefix + said.shape[1])
+
+        if ready is not None and self.draws.process is None:
+            return self.draws.draw(ready, text)
         going = torch.ones_like(token, dtype=torch.bool)
         for slot in range(width):
             if ready is None:
                 embeds = self.model.head_embed(said[:, -1:])
                 hidden, state = head.step(message, embeds, recalled, slot, state)
-            if self.kernel:
-                drawn.append(self.draw_rows(hidden, self.head_weight, chosen, slot + 1))
+                one = self.draws.ready(hidden, self.head_weight, rows, position + slot)
             else:
-                logits = hidden[:, 0] @ self.head_weight.T if ready is None else ready[:, slot]
-                if self.process is not None:
-                    text = splice(prefix, self.drafts[chosen], said)
-                    text = self.context(chosen, text, prefix + slot + 1)
-                    logits = self.process(text, logits.float())
-                drawn.append(self.draw(logits[:, None]))
+                one = ready.part(slice(None), slice(slot, slot + 1))
+            drawn.append(self.draws.draw(one, text))
             if self.tables.has_thresholds:
                 going = going & (drawn[-1].likeliest >= sure)[:, 0]
                 if not bool(going.any()):
@@ -409,35 +389,16 @@ class PassLoop:
             said = torch.cat([said, drawn[-1].tokens], 1)
         return Slots.join(drawn)
 
-    def draw_rows(self, hidden: Tensor, weight: Tensor, index: Tensor, slot: int) -> Slots:
-        """Draw the tokens of slots from `slot` on without logits: hidden [F, J, D], of the running
-        rows `index` [F], before any draft was accepted.
-        """
-        assert self.kernel is not None
-        rows = self.rows[index]
-        position = self.prompt_lengths[rows] + self.out.lengths[rows] + slot
-        tokens, logprobs = self.kernel(hidden, weight, rows, position)
-        # Nobody asks how likely the likeliest token was: there are no thresholds.
-        return Slots(tokens, logprobs, logprobs, logprobs[..., None][..., :0])
-
-    def draw(self, logits: Tensor) -> Slots:
-        """Sample slots of the head from their logits [F, J, V]."""
-        log_probs = self.sampler.log_probs(logits)
-        tokens = self.sampler.choose(logits, log_probs, self.generator)
-        return Slots(
-            tokens,
-            log_probs.gather(2, tokens[..., None])[..., 0],
-            log_probs.amax(2),
-            log_probs if self.keeps_distributions else log_probs[..., :0],
-        )
+    def known(self) -> Tensor:
+        """[R] tokens of each running row's text, its prompt included."""
+        return self.prompt_lengths[self.rows] + self.out.lengths[self.rows]
 
     def context(self, index: Tensor, extra: Tensor, num_extra: Tensor) -> Tensor:
         """Text of running rows, `index` [F], with `num_extra` [F] tokens of `extra` [F, E] behind.
 
         Padded on the left: [F, longest].
         """
-        rows = self.rows[index]
-        known = self.prompt_lengths[rows] + self.out.lengths[rows]
+        rows, known = self.rows[index], self.known()[index]
         text = splice(self.prompt_lengths[rows], self.prompts[rows], self.out.tokens[rows])
         text, length = splice(known, text, extra), known + num_extra
         longest = int(length.max())
@@ -538,9 +499,9 @@ class PassLoop:
             return False
         self.drafts = drafts[:, :num_drafts]
         if not num_drafts:
-            self.draft_log_probs = None
-        elif self.draft_log_probs is not None:
-            self.draft_log_probs = self.draft_log_probs[:, :num_drafts]
+            self.draft_source = None
+        elif self.draft_source is not None:
+            self.draft_source = self.draft_source[:, :num_drafts]
         fed = splice(self.num_fresh, fresh, self.drafts) if num_drafts else fresh
         columns = torch.arange(fed.shape[1], device=fed.device)
         fed = torch.where(columns < num_fed[:, None], fed, self.pad_id)
@@ -557,8 +518,8 @@ class PassLoop:
             setattr(self, name, getattr(self, name)[chosen])
         for name in ("fed", "num_fresh", "drafts", "num_drafts"):
             setattr(self, name, getattr(self, name)[chosen])
-        if self.draft_log_probs is not None:
-            self.draft_log_probs = self.draft_log_probs[chosen]
+        if self.draft_source is not None:
+            self.draft_source = self.draft_source[chosen]
 
     def decoded(self) -> Decoded:
         """The output, cut to its longest row."""

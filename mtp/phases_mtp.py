@@ -249,7 +249,6 @@ class PlanTables:
         self.budget = table([[limit if m is None else m for m in p.max_tokens] for p in plans])
         self.has_verified = any(any(p.verified) for p in plans)
         self.has_thresholds = any(any(p.min_probability) for p in plans)
-        self.wants_distributions = self.has_verified or self.has_thresholds
         self.has_budgets = any(m is not None for p in plans for m in p.max_tokens)
         self.num_head_slots = max(max(p.keep) for p in plans) - 1
         self.forced = table([[0 if f is None else f for f in p.forced] for p in plans])

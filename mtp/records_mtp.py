@@ -3,7 +3,7 @@
 Travels with exported checkpoints: imports torch only.
 
 Shapes: B rows of the batch, L their tokens, R rows still running, W tokens of a pass, F rows that
-use the head, J of its slots, V vocabulary.
+use the head, J of its slots, V vocabulary, H width of the rows that its output matrix is given.
 """
 
 from dataclasses import dataclass, field
@@ -121,17 +121,10 @@ class Slots(NamedTuple):
     logprobs: Tensor
     """[F, J] float32 of the tokens."""
     likeliest: Tensor
-    """[F, J] float32: log-probability of the likeliest token, which the threshold is held to."""
-    log_probs: Tensor
-    """[F, J, V] float32, or [F, J, 0] where nobody will ask for it."""
-
-    def select(self, rows: Tensor) -> "Slots":
-        """The slots of the given rows."""
-        return Slots(*(part[rows] for part in self))
-
-    def after(self, num_slots: int) -> "Slots":
-        """All but the first `num_slots`."""
-        return Slots(*(part[:, num_slots:] for part in self))
+    """[F, J] float32: log-probability of the likeliest token, which a threshold is held to."""
+    source: Tensor
+    """What the tokens were drawn from: [F, J, V] float32 log-probabilities or, where a kernel drew
+    them, [F, J, H] hidden rows; [F, J, 0] where nobody will ask."""
 
     @classmethod
     def join(cls, parts: list["Slots"]) -> "Slots":

@@ -6,7 +6,7 @@ again from max(p - q, 0), normalised. What comes out is distributed as p.
 
 Travels with exported checkpoints: imports torch, and mtp_kernels where that is installed.
 
-Shapes: B rows, J drafts, V vocabulary.
+Shapes: B rows, F of them, J drafts, V vocabulary, D main width, H width of the head's rows.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 try:
-    from mtp_kernels import linear_sample
+    from mtp_kernels import linear_sample, linear_verify
 except ImportError:  # an export works without
-    linear_sample = None  # type: ignore[assignment]
+    linear_sample = linear_verify = None  # type: ignore[assignment]
 
 
 @dataclass(kw_only=True)
@@ -76,12 +76,28 @@ class Sampler:
         return tokens, log_probs.gather(-1, tokens[..., None])[..., 0]
 
 
+class Verdict(NamedTuple):
+    """What main says of the drafts of each row."""
+
+    num_accepted: Tensor
+    """[B] int64: so many of the row's drafts are kept."""
+    token: Tensor
+    """[B] int64: the token after them, main's own."""
+    logprobs: Tensor
+    """[B, J + 1] float32: main's log-probability of each draft, and in column num_accepted of
+    `token`."""
+
+
 MANY_TOKENS = 1 << 13
 """Vocabulary from which sampling on a CPU is faster without logits."""
 
 
+NO_DRAFT = -100
+"""In place of a draft's id, for `mtp_kernels.linear_verify`."""
+
+
 class KernelDraws:
-    """Draws tokens from hidden rows without making their logits (`mtp_kernels.linear_sample`).
+    """Draws tokens and judges drafts from hidden rows, without logits (`mtp_kernels`).
 
     The noise of a token is a function of its row's seed and its position in the text, so it does
     not depend on the other rows of a batch. It is not what `Sampler.sample` draws from the same
@@ -101,19 +117,22 @@ class KernelDraws:
         self.impl, self.temperature, self.seeds = impl, sampler.temperature, seeds.to(device)
 
     @staticmethod
-    def resolve(kernels: str | None, sampler: Sampler, weight: Tensor) -> str | None:
+    def resolve(
+        kernels: str | None, sampler: Sampler, weight: Tensor, samples_drafts: bool
+    ) -> str | None:
         """The implementation to use with an output matrix [V, D]; None: make logits.
 
         `auto` takes the kernel, if it is installed, on accelerators, where logits cost memory and
         its launch is one of few, and on a CPU where tokens are sampled from many: its chunks stay
-        in the cache, which a softmax of whole rows of logits does not. Raises ValueError for a
-        named implementation that is not there.
+        in the cache, which a softmax of whole rows of logits does not. Not on a CPU where sampled
+        drafts are judged: that reads output matrices five times a pass, with logits twice. Raises
+        ValueError for a named implementation that is not there.
         """
         if kernels is None:
             return None
         if kernels == "auto":
             pays = weight.device.type != "cpu" or (
-                sampler.temperature > 0 and len(weight) >= MANY_TOKENS
+                sampler.temperature > 0 and len(weight) >= MANY_TOKENS and not samples_drafts
             )
             return "auto" if pays and linear_sample is not None else None
         if linear_sample is None:
@@ -137,17 +156,53 @@ class KernelDraws:
         )
         return drawn.token, drawn.logprob
 
+    def verify(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        drafts: Tensor,
+        num_drafts: Tensor,
+        draft_hidden: Tensor | None,
+        draft_weight: Tensor,
+        row: Tensor,
+        position: Tensor,
+    ) -> Verdict:
+        """What `verify` says, from hidden rows.
 
-class Verdict(NamedTuple):
-    """What main says of the drafts of each row."""
-
-    num_accepted: Tensor
-    """[B] int64: so many of the row's drafts are kept."""
-    token: Tensor
-    """[B] int64: the token after them, main's own."""
-    logprobs: Tensor
-    """[B, J + 1] float32: main's log-probability of each draft, and in column num_accepted of
-    `token`."""
+        Args:
+            hidden: [B, J + 1, D] main's; row j predicts what draft j proposes.
+            weight: [V, D] main's output matrix.
+            drafts, num_drafts: as in `verify`.
+            draft_hidden: [B, J, H] rows that the drafts were drawn from; None if greedy, or if
+                there are no drafts.
+            draft_weight: [V, H] their output matrix.
+            row, position: [B] as in a draw, of the first draft.
+        """
+        column = torch.arange(drafts.shape[1], device=drafts.device)
+        is_draft = column < num_drafts[:, None]
+        if self.temperature == 0:
+            likeliest, logprobs = self(hidden, weight, row, position)
+            accepted = is_draft & (likeliest[:, :-1] == drafts)
+            num_accepted = accepted.long().cumprod(1).sum(1)
+            return Verdict(num_accepted, likeliest.gather(1, num_accepted[:, None])[:, 0], logprobs)
+        given = torch.where(is_draft, drafts, NO_DRAFT)
+        if draft_hidden is None:
+            # One slot without a draft: the same draw as of such a row beside rows with drafts.
+            given = drafts.new_full((len(drafts), 1), NO_DRAFT)
+            hidden = hidden.expand(-1, 2, -1)
+            draft_hidden = hidden.new_zeros(len(drafts), 1, draft_weight.shape[1])
+        num_accepted, token, logprobs = linear_verify(
+            hidden,
+            weight,
+            given,
+            draft_hidden,
+            draft_weight,
+            seed=self.seeds[row],
+            position=position,
+            temperature=self.temperature,
+            impl=self.impl,
+        )
+        return Verdict(num_accepted, token, logprobs[:, : drafts.shape[1] + 1])
 
 
 def verify(

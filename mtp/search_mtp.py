@@ -33,13 +33,14 @@ from .branches_mtp import (
     give_scores,
     padded,
 )
+from .draws_mtp import Process
 from .generation_mtp import (
     Decoded,
     MTPGenerationMixin,
     PhasePlan,
     Sampler,
 )
-from .passes_mtp import Process, Stop
+from .passes_mtp import Stop
 from .tree_search_mtp import mcts
 
 

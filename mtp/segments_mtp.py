@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .draws_mtp import Process
 from .memory_mtp import Memory
-from .passes_mtp import Process, Stop, decode
+from .passes_mtp import Stop, decode
 from .phases_mtp import Phase, PhasePlan
 from .records_mtp import Block, Decoded, pad
 from .sampling_mtp import Sampler

@@ -240,10 +240,10 @@ def test_a_compiled_main_is_compiled_once_for_each_width_of_a_static_cache():
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("mode", ["fast", "slow"])
+@pytest.mark.parametrize("mode", ["fast", "slow", "verified"])
 def test_tokens_drawn_without_logits(mode, head, shared, plan, monkeypatch):
     model = tiny_model(type=head, shared_embeddings=shared)
-    plan = plan if mode == "fast" else plan.as_slow()
+    plan = {"fast": plan, "slow": plan.as_slow(), "verified": plan.as_verified(4)}[mode]
     expected, greedy = (run(model, RAGGED, plan, kernels=impl) for impl in (None, "torch"))
     assert completions(greedy) == completions(expected)
     assert torch.allclose(greedy.logprobs, expected.logprobs, atol=1e-5)
@@ -267,13 +267,15 @@ def test_auto_samples_without_logits_from_large_vocabularies_on_a_cpu(plan, monk
     assert completions(run(model, RAGGED, plan, Sampler(), kernels="auto")) == logits
     monkeypatch.setattr("mtp.sampling_mtp.MANY_TOKENS", model.config.vocab_size)
     assert completions(run(model, RAGGED, plan, Sampler(), kernels="auto")) == kernels
+    verified = plan.as_verified(4)
+    logits = completions(run(model, RAGGED, verified, Sampler()))
+    assert completions(run(model, RAGGED, verified, Sampler(), kernels="auto")) == logits
 
 
 def test_kernels_do_not_draw_where_distributions_are_asked_for(plan, monkeypatch):
     model = tiny_model()
     monkeypatch.setattr("mtp.sampling_mtp.linear_sample", None)
-    for wanted in (plan.as_verified(4), PhasePlan([4], [None], min_probability=[0.5])):
-        run(model, RAGGED, wanted, kernels="torch")
+    run(model, RAGGED, PhasePlan([4], [None], min_probability=[0.5]), kernels="torch")
     for sampler in (Sampler(top_k=3), Sampler(top_p=0.9)):
         run(model, RAGGED, plan, sampler, kernels="torch")
     run(model, RAGGED, plan, process=lambda ids, scores: scores, kernels="torch")

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["errors", "cache_mtp", "memory_mtp", "phases_mtp", "records_mtp", "sampling_mtp"]
     + ["tasks.base"],
+    ["draws_mtp"],
     ["passes_mtp"],
     ["segments_mtp"],
     ["generation_mtp", "branches_mtp"],

@@ -24,9 +24,10 @@ def opinionated(*args, **kwargs):
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_greedy_verified_text_is_slow_text_in_fewer_passes(family, head, plan):
+@pytest.mark.parametrize("kernels", [None, "torch"])
+def test_greedy_verified_text_is_slow_text_in_fewer_passes(kernels, family, head, plan):
     model = opinionated(family, type=head)
-    verified = run(model, RAGGED, plan.as_verified(4))
+    verified = run(model, RAGGED, plan.as_verified(4), kernels=kernels)
     slow = run(model, RAGGED, plan.as_slow())
     assert completions(verified) == completions(slow)
     assert torch.allclose(verified.logprobs, slow.logprobs, atol=1e-5)
@@ -153,20 +154,23 @@ def test_what_is_kept_of_drafts_and_drawn_after_them_follows_main(sampler):
 
 
 @pytest.mark.parametrize(
-    ("head", "sampler", "length", "threshold"),
+    ("head", "sampler", "length", "threshold", "kernels"),
     [
-        ("eavesdrop", Sampler(temperature=2), 2, 0.0),
-        ("eavesdrop", Sampler(temperature=2, top_k=3), 4, 0.4),
-        ("parallel", Sampler(temperature=1.5, top_p=0.4), 3, 0.0),
-        ("parallel", Sampler(temperature=2, top_k=3), 4, 0.4),
+        ("eavesdrop", Sampler(temperature=2), 2, 0.0, None),
+        ("eavesdrop", Sampler(temperature=2, top_k=3), 4, 0.4, None),
+        ("parallel", Sampler(temperature=1.5, top_p=0.4), 3, 0.0, None),
+        ("parallel", Sampler(temperature=2, top_k=3), 4, 0.4, None),
+        ("eavesdrop", Sampler(temperature=1.5), 2, 0.0, "torch"),
+        ("parallel", Sampler(temperature=1.5), 3, 0.0, "reference"),
     ],
-    ids=["hot", "top-k", "top-p", "parallel"],
+    ids=["hot", "top-k", "top-p", "parallel", "without logits", "parallel without logits"],
 )
-def test_verified_samples_follow_mains_distribution(head, sampler, length, threshold):
+def test_verified_samples_follow_mains_distribution(head, sampler, length, threshold, kernels):
     """All texts of a few tokens against their exact probabilities under main."""
     number, model = 4000, MODELS[head]
     plan = PhasePlan([4], [None], verified=[True], min_probability=[threshold])
-    out = run(model, [[9, 6, 8]] * number, plan, sampler, max_new_tokens=length)
+    prompts = [[9, 6, 8]] * number
+    out = run(model, prompts, plan, sampler, max_new_tokens=length, kernels=kernels)
     assert int((out.accepted > 0).sum()) > 300
     texts, log_p = torch.tensor([[9, 6, 8]]), torch.zeros(1)
     for _ in range(length):

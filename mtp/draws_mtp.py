@@ -1,0 +1,125 @@
+"""How the tokens of a block are drawn, and its drafts judged: from logits, or by a kernel without.
+
+Random numbers are drawn for main's tokens of all running rows first, then for the head's slots of
+the rows that use them; for one generator the tokens of a batch are always the same.
+
+Travels with exported checkpoints: imports torch and siblings only.
+
+Shapes: F rows, J slots or drafts, V vocabulary, D width.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .phases_mtp import PlanTables
+from .records_mtp import Slots
+from .sampling_mtp import KernelDraws, Sampler, Verdict, verify
+
+Process = Callable[[Tensor, Tensor], Tensor]
+"""What a `LogitsProcessor` does: token ids [B, T] and scores [B, V] -> scores [B, V]."""
+
+
+class Ready(NamedTuple):
+    """Slots that one read of an output matrix has settled, or only their logits."""
+
+    logits: Tensor | None
+    """[F, J, V]; None where a kernel has drawn."""
+    drawn: Slots | None
+
+    def part(self, rows: Tensor | slice, slots: slice) -> "Ready":
+        """The given slots of the given rows."""
+        if self.drawn is not None:
+            return Ready(None, Slots(*(part[rows, slots] for part in self.drawn)))
+        assert self.logits is not None
+        return Ready(self.logits[rows, slots], None)
+
+
+class Draws:
+    """What a batch's tokens are drawn with."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        tables: PlanTables,
+        weight: Tensor,
+        generator: torch.Generator | None,
+        process: Process | None,
+        kernels: str | None,
+    ):
+        """For the batch of `tables`, whose main has the output matrix `weight` [V, D]."""
+        self.sampler, self.generator, self.process = sampler, generator, process
+        self.has_thresholds = tables.has_thresholds
+        # Sampled drafts are judged by the distributions that they were drawn from.
+        self.keeps_source = tables.has_verified and sampler.temperature > 0
+        wants_logits = sampler.truncates or process is not None or self.has_thresholds
+        num_rows, device, impl = len(tables.keep), weight.device, None
+        if not wants_logits:
+            impl = KernelDraws.resolve(kernels, sampler, weight, self.keeps_source)
+        self.kernel = (
+            None if impl is None else KernelDraws(impl, sampler, num_rows, device, generator)
+        )
+        self.always_judges = self.keeps_source and self.kernel is not None
+        """A pass without drafts is judged too, so that its noise is that beside rows with some."""
+
+    def ready(self, hidden: Tensor, weight: Tensor, row: Tensor, position: Tensor) -> Ready:
+        """Slots of hidden rows [F, J, D] under an output matrix [V, D].
+
+        row [F]: of the batch; position [F]: in its text, of the token of the first slot.
+        """
+        if self.kernel is None:
+            return Ready(hidden @ weight.T, None)
+        tokens, logprobs = self.kernel(hidden, weight, row, position)
+        source = hidden if self.keeps_source else hidden[..., :0]
+        # Nobody asks how likely the likeliest token was: there are no thresholds.
+        return Ready(None, Slots(tokens, logprobs, logprobs, source))
+
+    def draw(self, ready: Ready, text: Callable[[], Tensor]) -> Slots:
+        """The tokens of slots that are ready; a `process` is given `text` and a single slot."""
+        logits = ready.logits
+        if logits is None:
+            assert ready.drawn is not None
+            return ready.drawn
+        if self.process is not None:
+            logits = self.process(text(), logits[:, 0].float())[:, None]
+        log_probs = self.sampler.log_probs(logits)
+        tokens = self.sampler.choose(logits, log_probs, self.generator)
+        logprobs = log_probs.gather(2, tokens[..., None])[..., 0]
+        return Slots(
+            tokens,
+            logprobs,
+            log_probs.amax(2) if self.has_thresholds else logprobs,
+            log_probs if self.keeps_source else log_probs[..., :0],
+        )
+
+    def judge(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        drafts: Tensor,
+        num_drafts: Tensor,
+        source: Tensor | None,
+        head_weight: Tensor,
+        row: Tensor,
+        position: Tensor,
+        text: Callable[[int], Tensor],
+    ) -> Verdict:
+        """What main accepts of drafts [F, J], and its token after them.
+
+        hidden [F, J + 1, D] of main, weight [V, D] and head_weight [V, H]; num_drafts [F] of each
+        row, of which `source` is `Slots.source`; row and position [F] as in `ready`, of the first
+        draft; text(j): what a `process` is given before draft j.
+        """
+        if self.kernel is not None:
+            return self.kernel.verify(
+                hidden, weight, drafts, num_drafts, source, head_weight, row, position
+            )
+        logits = hidden @ weight.T
+        if self.process is not None:
+            scores = [
+                self.process(text(j), logits[:, j].float()) for j in range(drafts.shape[1] + 1)
+            ]
+            logits = torch.stack(scores, 1)
+        return verify(logits, drafts, num_drafts, source, self.sampler, self.generator)
