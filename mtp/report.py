@@ -1,7 +1,7 @@
 """What a person sees of a run: the table, the curves, a few completions.
 
 `python -m mtp.report FOLDER` prints the table over the arms of a comparison, such as runs/rl_proof,
-and writes its summary.json and arms.png.
+and writes its summary.json, arms.png and frontier.png.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .arms import aggregate, read_runs, save_plot
+from .arms import aggregate, read_runs, save_frontier, save_plot
 from .logger import make_console
 from .rollout import Rollouts
 from .tasks.base import Example, Task
@@ -240,8 +240,8 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table over a comparison's arms; the exit code is 2 after an error."""
     parser = argparse.ArgumentParser(
         prog="python -m mtp.report",
-        description="Print the table over the arms of a comparison; write summary.json and "
-        "arms.png beside them.",
+        description="Print the table over the arms of a comparison; write summary.json, "
+        "arms.png and frontier.png (fast accuracy against legibility) beside them.",
     )
     parser.add_argument(
         "folder", type=Path, metavar="FOLDER", help="of a comparison, such as runs/rl_proof"
@@ -255,6 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     summary = aggregate(runs)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     save_plot(runs, summary, folder / "arms.png")
+    save_frontier(runs, summary, folder / "frontier.png")
     print_arms(make_console(), summary)
     return 0
 

@@ -92,6 +92,7 @@ def test_means_and_intervals_over_seeds_by_hand(tmp_path, capsys):
     assert arms["closed"]["fast_accuracy"] == {"mean": 0.25, "low": None, "high": None}
     assert arms["open"]["fast_passes"] == 8.0
     assert (tmp_path / "arms.png").stat().st_size > 0
+    assert (tmp_path / "frontier.png").stat().st_size > 0
     assert "95.0 ± 12.4 %" in capsys.readouterr().out
     assert aggregate(read_runs(tmp_path))["arms"] == arms, "its own summary is no run"
 
