@@ -10,6 +10,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    """A tensor as autocast would cast it for a product, so that it need not at every pass."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
 class BlockCacheLayer(CacheLayerMixin):
     """Keys and values of one layer, stored at their position: [B, heads, capacity, width]."""
 
@@ -24,6 +31,8 @@ class BlockCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Rotated keys are wider than autocast's products; they need not be cast at every pass.
+        key_states, value_states = in_autocast_dtype(key_states), in_autocast_dtype(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
@@ -38,9 +47,9 @@ class BlockCacheLayer(CacheLayerMixin):
             self.keys[:, :, length - new : length] = key_states
             self.values[:, :, length - new : length] = value_states
         else:
-            where = self.cache.positions[:, None, :, None].expand_as(key_states)
-            self.keys.scatter_(2, where, key_states)
-            self.values.scatter_(2, where, value_states)
+            row = torch.arange(len(key_states), device=key_states.device)[:, None]
+            self.keys[row, :, self.cache.positions] = key_states.transpose(1, 2)
+            self.values[row, :, self.cache.positions] = value_states.transpose(1, 2)
         return self.keys[:, :, :span], self.values[:, :, :span]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

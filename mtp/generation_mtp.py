@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
+from .attention_mtp import attention_of_blocks
 from .cache_mtp import BlockCache
 from .memory_mtp import Memory
 from .passes_mtp import decode
@@ -144,14 +145,15 @@ class MTPGenerationMixin:
             mask = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill(
                 ~mask, torch.finfo(self.dtype).min
             )
-        out = self.model(
-            input_ids=fed,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            output_hidden_states=self.mtp_taps,
-        )
+        with attention_of_blocks(self.config):
+            out = self.model(
+                input_ids=fed,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                output_hidden_states=self.mtp_taps,
+            )
         return out.last_hidden_state, [out.hidden_states[tap] for tap in self.mtp_taps]
 
     def phase_plan(

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache_mtp import BlockCache
+from .cache_mtp import BlockCache, in_autocast_dtype
 from .draws_mtp import Draws, Process, Ready
 from .phases_mtp import PhasePlan, PlanTables, check_plans
 from .records_mtp import FORCED, Block, Decoded, Slots
@@ -103,13 +103,6 @@ def decode(
         if on_block is not None:
             on_block(added)
     return loop.decoded()
-
-
-def in_autocast_dtype(weight: Tensor) -> Tensor:
-    """A matrix as autocast would cast it for a product, so that it need not at every pass."""
-    if not torch.is_autocast_enabled(weight.device.type):
-        return weight
-    return weight.to(torch.get_autocast_dtype(weight.device.type))
 
 
 def splice(count: Tensor, first: Tensor, second: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = [
     ["errors", "cache_mtp", "memory_mtp", "phases_mtp", "records_mtp", "sampling_mtp"]
-    + ["tasks.base"],
+    + ["attention_mtp", "tasks.base"],
     ["draws_mtp"],
     ["passes_mtp"],
     ["segments_mtp"],

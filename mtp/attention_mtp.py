@@ -1,0 +1,61 @@
+"""Attention of a pass: a few queries of each row over its cached keys.
+
+Where several query heads share a key head, transformers' SDPA copies the cache for each of them if
+a mask is given and there is more than one query. Here the queries of such heads are put one behind
+the other instead: the same products, of the cache as it is.
+
+Travels with exported checkpoints: imports torch and transformers only.
+
+Shapes: B rows, H query heads, G key heads, L queries, S keys, d width of a head.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.masking_utils import sdpa_mask
+
+NAME = "sdpa_of_blocks"
+"""Of the implementation, among those of transformers."""
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Query [B, H, L, d], key and value [B, G, S, d], mask [B, 1, L, S] or None -> [B, L, H, d]."""
+    rows, heads, num, width = query.shape
+    shared = heads // key.shape[1]
+    if shared > 1:
+        query = query.reshape(rows, heads // shared, shared * num, width)
+        if attention_mask is not None:
+            attention_mask = attention_mask.repeat(1, 1, shared, 1)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+    )
+    return out.reshape(rows, heads, num, -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextmanager
+def attention_of_blocks(config: PretrainedConfig) -> Iterator[None]:
+    """Within, a main that attends by `sdpa` does so by `attend`. Others stay as they are."""
+    before = config._attn_implementation
+    if before == "sdpa":
+        config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
