@@ -1,12 +1,15 @@
-"""What a pass reads back from the device, each time of which a GPU would have to be awaited."""
+"""What a pass does beside its arithmetic: reads from the device, casts, copies."""
 
 import pytest
 import torch
 from tiny import HEADS, PAD, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from mtp.attention_mtp import NAME, attend, attention_of_blocks
 from mtp.batch import pad
 from mtp.generation_mtp import PhasePlan, Sampler, decode
+from mtp.passes_mtp import PassLoop
 from mtp.rollout import keep_casts
 
 WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select")
@@ -85,3 +88,45 @@ def test_autocast_casts_a_weight_once_and_not_at_every_pass(mode, head, kernels)
     assert 0 < counts[1] == counts[0]
     assert not any(weight.requires_grad for weight in model.model.parameters())
     assert all(weight.requires_grad for weight in model.mtp_head.parameters())
+
+
+@pytest.mark.parametrize("mode", ["fast", "verified"])
+def test_the_cache_holds_what_autocast_reads(mode):
+    model = tiny_model()
+    tokens, lengths = pad([[5, 6, 7], [8, 9]], PAD)
+    plan = PhasePlan([4], [None], verified=[mode == "verified"])
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        loop = PassLoop(
+            model, tokens, lengths, [plan, plan], Sampler(temperature=0), 16, PAD,
+            None, None, None, 1,
+        )  # fmt: skip
+        for _ in range(3):
+            loop.run_pass()
+    assert {states.dtype for states in loop.cache.states} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("num_queries", [1, 5])
+def test_a_block_attends_as_transformers_sdpa_does(num_queries, masked):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 6, num_queries, 8, generator=generator)
+    key, value = torch.randn(2, 3, 2, 11, 8, generator=generator)
+    mask = None
+    if masked:
+        mask = torch.rand(3, 1, num_queries, 11, generator=generator) < 0.6
+        mask[..., 0] = True
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 3, False
+    ours, _ = attend(module, query, key, value, mask, scaling=0.3)
+    theirs, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_attention_of_blocks_is_of_passes_alone():
+    model = tiny_model()
+    for kind in ("sdpa", "eager"):
+        model.set_attn_implementation(kind)
+        with attention_of_blocks(model.config):
+            inside = model.config._attn_implementation
+        assert inside == ("eager" if kind == "eager" else NAME)
+        assert model.config._attn_implementation == kind
