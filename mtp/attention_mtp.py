@@ -16,6 +16,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "sdpa_of_blocks"
@@ -34,6 +35,10 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Query [B, H, L, d], key and value [B, G, S, d], mask [B, 1, L, S] or None -> [B, L, H, d]."""
     rows, heads, num, width = query.shape
+    if attention_mask is None and num > 1:  # causal, and SDPA knows it by itself
+        return sdpa_attention_forward(
+            module, query, key, value, None, dropout=dropout, scaling=scaling, **kwargs
+        )
     shared = heads // key.shape[1]
     if shared > 1:
         query = query.reshape(rows, heads // shared, shared * num, width)
@@ -51,7 +56,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 @contextmanager
 def attention_of_blocks(config: PretrainedConfig) -> Iterator[None]:
-    """Within, a main that attends by `sdpa` does so by `attend`. Others stay as they are."""
+    """Within, a main that attends by `sdpa` does so by `attend`; any other is left as it is."""
     before = config._attn_implementation
     if before == "sdpa":
         config._attn_implementation = NAME
