@@ -65,7 +65,7 @@ class Sampler:
     ) -> Tensor:
         """[..., V] logits and the log-probabilities that `log_probs` makes of them -> [...]."""
         if self.temperature == 0:
-            return logits.argmax(-1)
+            return logits.max(-1).indices  # on a CPU in bfloat16 twice as fast as argmax
         flat = log_probs.exp().flatten(0, -2)
         return torch.multinomial(flat, 1, generator=generator).view(logits.shape[:-1])
 
@@ -231,7 +231,7 @@ def verify(
     log_p = sampler.log_probs(logits)
     of_draft = log_p[:, :width].gather(2, drafts[..., None])[..., 0]
     if sampler.temperature == 0:
-        likeliest = logits.argmax(-1)
+        likeliest = logits.max(-1).indices
         accepted = is_draft & (likeliest[:, :width] == drafts)
         num_accepted = accepted.long().cumprod(1).sum(1)
         token = likeliest[row, num_accepted]
