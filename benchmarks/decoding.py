@@ -10,10 +10,10 @@ the same prompts in turn, and each round has others: how many drafts are accepte
 text. Medians over rounds are reported, of ratios within a round.
 
 The limit is (k + 1) x seconds of a bare cached pass with 1 new token / seconds of one with k + 1.
-`identical` is the share of texts that are those of `generate`. Where one parts from it,
-`margin` is how much likelier, in nats, main holds `generate`'s token there, by one pass over the
-text before: with rounded logits two tokens can be as good as level, and which is ahead then
-depends on how many tokens a product has. In float32 texts are the same.
+`identical` says how many texts are those of `generate`. Where one parts from it, `margin` is how
+much likelier, in nats, main holds `generate`'s token there, by one pass over the text before: with
+rounded logits two tokens can be as good as level, and which is ahead then depends on how many
+tokens a product has. In float32 texts are the same.
 
 Baselines: prompt lookup, and assisted decoding by main's own first third of layers; both decode one
 sequence at a time, and assisted decoding, slow here, one of them only. `--compile` adds fast mode
@@ -78,8 +78,9 @@ class Result:
     range: tuple[float, float]
     """Least and most of `over_generate` in a round."""
     limit: float
-    identical: float | None
-    """Share of the texts that are those of `generate`; None where they need not be."""
+    identical: bool | None
+    """Whether all texts are those of `generate`; None where they need not be."""
+    share_identical: float | None
     margin: float | None
     """Most nats by which `generate`'s token is ahead where a text parts from it; None: none do."""
     acceptance_by_slot: list[float] | None
@@ -233,10 +234,10 @@ def measure(
     for mode, head in modes:
         name = f"{mode} {head}"
         out: list[Decoded] = returned[name]
-        identical, margin = None, None
+        share, margin = None, None
         if mode in ("slow", "verified"):
             ours, theirs = (torch.cat([o.tokens for o in out]), torch.cat(returned["generate"]))
-            identical, margin = compare(model, theirs, ours, length)
+            share, margin = compare(model, theirs, ours, length)
         results.append(
             Result(
                 mode,
@@ -249,7 +250,8 @@ def measure(
                 statistics.median(ratios(name)),
                 (min(ratios(name)), max(ratios(name))),
                 limit,
-                identical,
+                None if share is None else share == 1,
+                share,
                 margin,
                 acceptance_by_slot(out, model.num_slots - 1) if mode == "verified" else None,
             )
@@ -270,7 +272,7 @@ def measure(
 
 @torch.no_grad()
 def compare(model: Any, texts: Tensor, ours: Tensor, length: int) -> tuple[float, float | None]:
-    """`identical` and `margin` of outputs [N, L], against texts [N, T + L] of `generate`."""
+    """`share_identical` and `margin` of outputs [N, L], against texts [N, T + L] of `generate`."""
     theirs, margins = texts[:, length:], []
     for text, a, b in zip(texts, theirs, ours, strict=True):
         if torch.equal(a, b):
@@ -333,9 +335,9 @@ def report(results: list[Result], baselines: list[dict[str, Any]]) -> None:
             f"{spread(r.range)}  {r.tokens_per_pass:.2f} tokens/pass  "
             f"{r.over_generate / r.limit:.2f} of the limit {r.limit:.2f}"
         )
-        if r.identical is not None:
+        if r.share_identical is not None:
             apart = "" if r.margin is None else f", the others part at {r.margin:.3f} nats or less"
-            print(f"  identical: {r.identical:.0%}{apart}")
+            print(f"  identical: {r.share_identical:.0%}{apart}")
         if r.acceptance_by_slot is not None:
             print("  accepted by slot: " + ", ".join(f"{a:.2f}" for a in r.acceptance_by_slot))
         for label, bar, reached in bars(r):
