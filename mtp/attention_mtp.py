@@ -35,15 +35,14 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Query [B, H, L, d], key and value [B, G, S, d], mask [B, 1, L, S] or None -> [B, L, H, d]."""
     rows, heads, num, width = query.shape
-    if attention_mask is None and num > 1:  # causal, and SDPA knows it by itself
+    if attention_mask is None or num in (1, key.shape[2]):
+        # One token, or a prompt of which nothing is cached: as transformers, to the last bit.
         return sdpa_attention_forward(
-            module, query, key, value, None, dropout=dropout, scaling=scaling, **kwargs
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     shared = heads // key.shape[1]
-    if shared > 1:
-        query = query.reshape(rows, heads // shared, shared * num, width)
-        if attention_mask is not None:
-            attention_mask = attention_mask.repeat(1, 1, shared, 1)
+    query = query.reshape(rows, heads // shared, shared * num, width)
+    attention_mask = attention_mask.repeat(1, 1, shared, 1)
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
     )

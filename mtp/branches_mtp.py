@@ -265,6 +265,7 @@ class BranchLoop(PassLoop):
         unread = [b.tokens[len(b.tokens) - num :] for b, num in zip(branches, fresh, strict=True)]
         self.fed = rows_of(padded(unread, self.pad_id))
         self.length = max(branch.start for branch in branches) + self.fed.shape[1]
+        self.is_even = False
         self.drafts = self.fed[:, :0]
         self.all_use_head = bool((self.tables.keep[self.rows, self.phase] > 1).all())
         assert self.parts is not None
@@ -340,7 +341,7 @@ class BranchLoop(PassLoop):
         self.num_drafts = torch.where(self.rows % num_copies == 0, self.num_drafts, 0)
         figures = torch.stack([(self.num_fresh + self.num_drafts).max(), self.start.max()])
         widest, farthest = figures.tolist()
-        self.fed, self.length = self.fed[:, :widest], farthest + widest
+        self.fed, self.length, self.is_even = self.fed[:, :widest], farthest + widest, False
         self.branches = {row: branches[row // num_copies] for row in range(len(kept))}
 
 

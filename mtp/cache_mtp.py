@@ -88,11 +88,12 @@ class BlockCache(Cache):
         """Positions that attention reads."""
         return self.capacity if self.is_static else self.length
 
-    def place(self, positions: Tensor, length: int) -> Tensor | None:
+    def place(self, positions: Tensor, length: int, is_even: bool) -> Tensor | None:
         """Say where the next forward writes: positions [B, L], the last of them `length` - 1.
 
-        Returns the attention mask [B, 1, L, span], True where a query may look; None for the one
-        query of a batch of one, which may look everywhere in a dynamic cache.
+        is_even: every row that counts ends there. Returns the attention mask [B, 1, L, span], True
+        where a query may look; None for one query of each of such rows, which may look everywhere
+        in a dynamic cache.
         """
         self.positions, self.length = positions, length
         if self.chosen is not None:
@@ -101,7 +102,7 @@ class BlockCache(Cache):
             self.chosen = None
         if length > self.capacity:
             self.capacity = max(length, 2 * self.capacity, 64)
-        if self.num_rows == 1 and positions.shape[1] == 1 and not self.is_static:
+        if is_even and positions.shape[1] == 1 and not self.is_static:
             return None
         keys = torch.arange(self.span, device=positions.device)
         return keys <= positions[:, None, :, None]

@@ -133,14 +133,15 @@ class MTPGenerationMixin:
     """`generate` with `mtp_mode`. Without it, the stock `generate` runs on main alone."""
 
     def main_states(
-        self, fed: Tensor, start: Tensor, cache: BlockCache, length: int
+        self, fed: Tensor, start: Tensor, cache: BlockCache, length: int, is_even: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
         """Feed tokens [B, L] whose first is at position `start` [B]; the cache then holds `length`.
 
+        is_even: every row that counts ends there, which spares one token a row its mask.
         Returns main's hidden rows after its final norm [B, L, D], and each tap's [B, L, D].
         """
         positions = start[:, None] + torch.arange(fed.shape[1], device=fed.device)
-        mask = cache.place(positions, length)
+        mask = cache.place(positions, length, is_even)
         if mask is not None and self.config._attn_implementation == "eager":
             mask = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill(
                 ~mask, torch.finfo(self.dtype).min

@@ -185,6 +185,7 @@ class PassLoop:
         self.all_use_head = bool((keep > 1).all())
         self.start = torch.zeros_like(prompt_lengths)  # position of the first token that is fed
         self.length = prompts.shape[1]  # of the cache after the pass
+        self.is_even = num_rows == num_copies  # all running rows end at `length`
 
     def run_pass(self) -> tuple[Block, bool]:
         """One pass of all running rows: what it added, and whether any row goes on."""
@@ -218,7 +219,7 @@ class PassLoop:
         """Main's forward over what is fed, equal rows once: hidden rows [R, L, D], each tap's."""
         copies, self.num_copies = self.num_copies, 1
         fed, start = self.fed[::copies], self.start[::copies]
-        hidden, taps = self.model.main_states(fed, start, self.cache, self.length)
+        hidden, taps = self.model.main_states(fed, start, self.cache, self.length, self.is_even)
         if self.recall is not None:
             messages = self.model.mtp_head.message(torch.stack(taps, 2))
             states = self.recall.states(messages)
@@ -485,9 +486,10 @@ class PassLoop:
             self.start.max(),
             self.num_drafts.max(),
             torch.where(self.active, keep, 2).min(),
+            torch.where(self.active, self.start + num_fed, self.start.max() + num_fed.max()).min(),
         )
-        num_active, widest, farthest, num_drafts, fewest = torch.stack(figures).tolist()
-        self.all_use_head = fewest > 1
+        num_active, widest, farthest, num_drafts, fewest, nearest = torch.stack(figures).tolist()
+        self.all_use_head, self.is_even = fewest > 1, nearest == farthest + widest
         if not num_active:
             return False
         self.drafts = drafts[:, :num_drafts]
