@@ -56,7 +56,7 @@ class BlockCacheLayer(CacheLayerMixin):
         return self.cache.span, 0
 
     def get_seq_length(self) -> int:
-        return self.cache.length
+        return self.cache.length - self.cache.positions.shape[1]  # before this forward
 
     def get_max_length(self) -> int:
         return -1
@@ -79,7 +79,7 @@ class BlockCache(Cache):
         self.is_static = capacity is not None
         self.capacity = capacity or 0
         self.length = 0
-        self.positions = torch.empty(0)
+        self.positions = torch.empty(0, 0)
         self.chosen: Tensor | None = None  # rows that are kept, if they have not been copied yet
         super().__init__(layers=[BlockCacheLayer(self) for _ in range(num_layers)])
 
@@ -92,8 +92,8 @@ class BlockCache(Cache):
         """Say where the next forward writes: positions [B, L], the last of them `length` - 1.
 
         is_even: every row that counts ends there. Returns the attention mask [B, 1, L, span], True
-        where a query may look; None for one query of each of such rows, which may look everywhere
-        in a dynamic cache.
+        where a query may look; None for one token or the whole text of each of such rows, for which
+        a dynamic cache needs no mask but the causal one.
         """
         self.positions, self.length = positions, length
         if self.chosen is not None:
@@ -102,7 +102,7 @@ class BlockCache(Cache):
             self.chosen = None
         if length > self.capacity:
             self.capacity = max(length, 2 * self.capacity, 64)
-        if is_even and positions.shape[1] == 1 and not self.is_static:
+        if is_even and positions.shape[1] in (1, length) and not self.is_static:
             return None
         keys = torch.arange(self.span, device=positions.device)
         return keys <= positions[:, None, :, None]

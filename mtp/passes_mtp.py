@@ -185,7 +185,7 @@ class PassLoop:
         self.all_use_head = bool((keep > 1).all())
         self.start = torch.zeros_like(prompt_lengths)  # position of the first token that is fed
         self.length = prompts.shape[1]  # of the cache after the pass
-        self.is_even = num_rows == num_copies  # all running rows end at `length`
+        self.is_even = bool((prompt_lengths == self.length).all())  # running rows end at `length`
 
     def run_pass(self) -> tuple[Block, bool]:
         """One pass of all running rows: what it added, and whether any row goes on."""
