@@ -130,3 +130,27 @@ def test_attention_of_blocks_is_of_passes_alone():
             inside = model.config._attn_implementation
         assert inside == ("eager" if kind == "eager" else NAME)
         assert model.config._attn_implementation == kind
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_rows_of_one_length_are_given_no_mask(attention, monkeypatch):
+    model = tiny_model()
+    model.set_attn_implementation(attention)
+    given, forward = [], type(model.model).forward
+
+    def noting(self, *args, **kwargs):
+        given.append(kwargs["attention_mask"] is None)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.model), "forward", noting)
+    plan = PhasePlan([1], [None])
+    texts = []
+    for prompts in ([[5, 6, 7], [8, 9, 4]], [[5, 6, 7], [8, 9, 4], [3]]):
+        given.clear()
+        tokens, lengths = pad(prompts, PAD)
+        out = decode(
+            model, tokens, lengths, plan, Sampler(temperature=0), max_new_tokens=6, pad_id=PAD
+        )
+        assert given == [len(prompts) == 2] * 6
+        texts.append(out.tokens[:2])
+    assert torch.equal(*texts)
