@@ -93,7 +93,7 @@ class Result:
 
 
 def load_main(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Callable[[], None]]]:
-    """A model in bfloat16, its tokenizer, and what puts each head in place."""
+    """The model, its tokenizer, and what puts each head in place."""
     if options.model is not None:
         model, text = load_model(options.model, getattr(torch, options.dtype))
         return model.eval(), text.tokenizer, {"trained": lambda: None}

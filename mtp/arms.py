@@ -159,19 +159,23 @@ def save_frontier(runs: list[ArmRun], summary: dict[str, Any], path: Path) -> No
     import matplotlib.pyplot as plt
 
     arms = summary["arms"]
-    mine = [run for run in runs if run.arm != START]
-    names = [n for n in FRONTIER if all(run.figures.get(n) is not None for run in mine)]
-    if not names or any(run.figures.get("fast_accuracy") is None for run in mine):
+
+    def mean_of(arm: str, name: str) -> float | None:
+        value = arms[arm][name]
+        return value["mean"] if isinstance(value, dict) else value
+
+    fast = {arm: mean_of(arm, "fast_accuracy") for arm in arms}
+    names = [n for n in FRONTIER if all(mean_of(arm, n) is not None for arm in arms)]
+    if not names or None in fast.values():
         return
     size = (5.5 * len(names), 4.5)
     figure, panels = plt.subplots(1, len(names), figsize=size, layout="constrained", squeeze=False)
     for axes, name in zip(panels[0], names, strict=True):
         for i, arm in enumerate(arms):
             color = plt.colormaps["tab10"](i % 10)
-            points = [(r.figures[name], r.figures["fast_accuracy"]) for r in mine if r.arm == arm]
+            points = [(r.figures[name], r.figures["fast_accuracy"]) for r in runs if r.arm == arm]
             axes.plot(*zip(*points, strict=True), ".", color=color, alpha=0.4)
-            mean = tuple(sum(column) / len(points) for column in zip(*points, strict=True))
-            axes.plot(*mean, "o", color=color, label=arm)
+            axes.plot(mean_of(arm, name), fast[arm], "o", color=color, label=arm)
         axes.set(xlabel=f"{FRONTIER[name]}, fast mode", ylabel="fast accuracy, held-out")
         axes.grid(alpha=0.3)
     panels[0][0].legend(fontsize=8)

@@ -26,7 +26,7 @@ from .cache_mtp import BlockCache, in_autocast_dtype
 from .draws_mtp import Draws, Process, Ready
 from .phases_mtp import PhasePlan, PlanTables, check_plans
 from .records_mtp import FORCED, Block, Decoded, Slots
-from .sampling_mtp import Sampler, Verdict
+from .sampling_mtp import Sampler, Verdict, length_of_prefix
 
 Stop = Callable[[Tensor, Any], Tensor]
 """What a `StoppingCriteria` does: token ids [B, T] and None -> [B] bool."""
@@ -318,7 +318,7 @@ class PassLoop:
                 written = self.head_slots(taps, at, chosen, prefix[chosen], token[chosen], sure)
                 end = 1 + written.tokens.shape[1]
                 block[chosen, 1:end], logprobs[chosen, 1:end] = written.tokens, written.logprobs
-                num_sure[chosen] = (written.likeliest >= sure).long().cumprod(1).sum(1)
+                num_sure[chosen] = length_of_prefix(written.likeliest >= sure)
                 if self.draws.keeps_source:
                     shape = (len(token), *written.source.shape[1:])
                     self.draft_source = written.source.new_zeros(shape)
@@ -480,13 +480,15 @@ class PassLoop:
         self.num_drafts = torch.where(self.active, proposed, 0)
         num_fed = self.num_fresh + self.num_drafts
         keep = self.tables.keep.gather(1, self.phase[:, None])[:, 0]
+        widest_row, farthest_row = num_fed.max(), self.start.max()
+        end = widest_row + farthest_row
         figures = (
             self.active.sum(),
-            num_fed.max(),
-            self.start.max(),
+            widest_row,
+            farthest_row,
             self.num_drafts.max(),
             torch.where(self.active, keep, 2).min(),
-            torch.where(self.active, self.start + num_fed, self.start.max() + num_fed.max()).min(),
+            torch.where(self.active, self.start + num_fed, end).min(),
         )
         num_active, widest, farthest, num_drafts, fewest, nearest = torch.stack(figures).tolist()
         self.all_use_head, self.is_even = fewest > 1, nearest == farthest + widest

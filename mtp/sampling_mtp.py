@@ -88,6 +88,11 @@ class Verdict(NamedTuple):
     `token`."""
 
 
+def length_of_prefix(holds: Tensor) -> Tensor:
+    """[B] how many columns of `holds` [B, J] are True before the first that is not."""
+    return holds.long().cumprod(1).sum(1)
+
+
 MANY_TOKENS = 1 << 13
 """Vocabulary from which sampling on a CPU is faster without logits."""
 
@@ -183,7 +188,7 @@ class KernelDraws:
         if self.temperature == 0:
             likeliest, logprobs = self(hidden, weight, row, position)
             accepted = is_draft & (likeliest[:, :-1] == drafts)
-            num_accepted = accepted.long().cumprod(1).sum(1)
+            num_accepted = length_of_prefix(accepted)
             return Verdict(num_accepted, likeliest.gather(1, num_accepted[:, None])[:, 0], logprobs)
         given = torch.where(is_draft, drafts, NO_DRAFT)
         if draft_hidden is None:
@@ -233,14 +238,14 @@ def verify(
     if sampler.temperature == 0:
         likeliest = logits.max(-1).indices
         accepted = is_draft & (likeliest[:, :width] == drafts)
-        num_accepted = accepted.long().cumprod(1).sum(1)
+        num_accepted = length_of_prefix(accepted)
         token = likeliest[row, num_accepted]
     else:
         assert draft_log_probs is not None
         ratio = of_draft - draft_log_probs.gather(2, drafts[..., None])[..., 0]
         uniform = torch.rand(drafts.shape, device=drafts.device, generator=generator)
         accepted = is_draft & (uniform.log() < ratio)
-        num_accepted = accepted.long().cumprod(1).sum(1)
+        num_accepted = length_of_prefix(accepted)
         p = log_p[row, num_accepted].exp()
         at = num_accepted.clamp(max=width - 1)
         q = torch.where((num_accepted < num_drafts)[:, None], draft_log_probs[row, at].exp(), 0.0)
