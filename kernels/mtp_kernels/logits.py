@@ -60,7 +60,8 @@ def accumulate_weight(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     if gradient.dtype == total.dtype:
         total.addmm_(gradient.T, hidden)
     elif gradient.is_cuda:
-        total.add_(torch.mm(gradient.T, hidden, out_dtype=total.dtype))
+        product = torch.ops.aten.addmm.dtype_out  # torch.addmm has no out_dtype in every version
+        product(total, gradient.T, hidden, total.dtype, out=total)
     else:
         # In blocks that stay in the cache: a 16-bit [V, D] between would be written and read again.
         block = max(16, BLOCK_NUMEL // hidden.shape[1])

@@ -30,8 +30,8 @@ _MASK = 0xFFFFFFFF
 def philox(seed: Tensor, position: Tensor, stream: int, block: Tensor) -> Tensor:
     """[R, C, 4] int64 words in [0, 2**32) for seed [R], position [R] and counters block [C]."""
     shape = (seed.shape[0], block.shape[0])
-    multiplier = torch.tensor([MULTIPLIER_1, MULTIPLIER_0], device=seed.device)[:, None, None]
-    weyl = torch.tensor([WEYL_0, WEYL_1], device=seed.device)[:, None, None]
+    multiplier = _pair(MULTIPLIER_1, MULTIPLIER_0, seed.device)
+    weyl = _pair(WEYL_0, WEYL_1, seed.device)
     key = torch.stack((seed & _MASK, (seed >> 32) & _MASK))[:, :, None]  # [2, R, 1]
     # even holds (counter 2, counter 0), odd holds (counter 1, counter 3): one round crosses them.
     even = torch.stack((((position >> 32) & _MASK)[:, None].expand(shape), block.expand(shape)))
@@ -42,6 +42,13 @@ def philox(seed: Tensor, position: Tensor, stream: int, block: Tensor) -> Tensor
         even = (((wide >> 32) & _MASK) ^ odd ^ ((key + weyl * step) & _MASK)).flip(0)
         odd = wide & _MASK
     return torch.stack((even[1], odd[0], even[0], odd[1]), -1)
+
+
+def _pair(first: int, second: int, device: torch.device) -> Tensor:
+    """[2, 1, 1] int64, filled on the device: a copy from the host would be waited for."""
+    both = torch.full((2, 1, 1), first, device=device)
+    both[1:].fill_(second)
+    return both
 
 
 def uniform(words: Tensor) -> Tensor:
@@ -67,5 +74,8 @@ def accept_uniform(seed: Tensor, position: Tensor) -> Tensor:
 def seed_rows(seed: int | Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     """Flat int64 (seed, position), one per row, of a seed that broadcasts to position's shape."""
     position = position.to(torch.int64)
-    seeds = torch.as_tensor(seed, dtype=torch.int64, device=position.device)
+    if isinstance(seed, int):
+        seeds = torch.full((), seed, dtype=torch.int64, device=position.device)
+    else:
+        seeds = seed.to(position.device, torch.int64)
     return seeds.expand(position.shape).reshape(-1), position.reshape(-1)

@@ -61,12 +61,13 @@ def resolve_targets(
     shift: int,
     document: Tensor | None,
     mask: Tensor | None,
-    ignore_index: int,
+    ignore_index: int | None,
 ) -> Tensor:
     """The explicit target, or the one made of tokens; int64 in hidden's leading shape.
 
     Raises:
-        ValueError: unless exactly one of target and tokens is given, in a fitting shape.
+        ValueError: unless exactly one of target and tokens is given, in a fitting shape, and
+            ignore_index with tokens.
     """
     if (target is None) == (tokens is None):
         raise ValueError("give exactly one of target and tokens")
@@ -82,6 +83,8 @@ def resolve_targets(
             )
         return target.long()
     assert tokens is not None
+    if ignore_index is None:
+        raise ValueError("tokens leave rows without a target: give ignore_index a number, not None")
     if hidden.ndim != 4 or tokens.shape != hidden.shape[:2]:
         raise ValueError(
             "with tokens [B, T], hidden must be [B, T, K, D]; "

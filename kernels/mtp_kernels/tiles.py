@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mtp_kernels.configs import Config
 from mtp_kernels.dispatch import triton_interpreted
@@ -30,6 +31,9 @@ _W0 = tl.constexpr(WEYL_0)
 _W1 = tl.constexpr(WEYL_1)
 _LARGEST = tl.constexpr(LARGEST)
 
+VARYING = ["num_rows", "tiles_per_split", "id_start"]
+"""Arguments that differ from call to call: no kernel is compiled anew for what divides them."""
+
 
 class Tile(NamedTuple):
     """What a kernel is compiled for: the sizes of its tiles and how it multiplies operands."""
@@ -46,31 +50,48 @@ class Tile(NamedTuple):
     """Of products of float32 operands: Triton's input_precision."""
     upcast: bool
     """True where operands are made float32 first."""
+    described: bool
+    """True where operands come as tensor descriptors, which bulk copies (TMA) read."""
 
 
 @triton.jit
 def product_tile(
-    a_ptr, b_ptr, a_rows, b_rows, depth, BA: tl.constexpr, BB: tl.constexpr, T: tl.constexpr
-):
-    """[BA, BB] float32 a[a_rows] times b[b_rows] transposed; rows are int64 and inside."""
-    k = tl.arange(0, T.depth)
-    a_tile = a_ptr + a_rows[:, None] * depth + k[None, :]
-    b_tile = b_ptr + b_rows[None, :] * depth + k[:, None]
+    a, b, a_start, b_start, a_count, b_count, depth,
+    BA: tl.constexpr, BB: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """[BA, BB] float32 rows from a_start on of a [a_count, depth] times those of b, transposed.
+
+    Rows behind the last one are 0 where operands are described, and else the last one's.
+    """
     total = tl.zeros((BA, BB), dtype=tl.float32)
-    for start in range(0, depth, T.depth):
-        if T.even:
-            a = tl.load(a_tile)
-            b = tl.load(b_tile)
-        else:
-            inside = k < depth - start
-            a = tl.load(a_tile, mask=inside[None, :], other=0.0)
-            b = tl.load(b_tile, mask=inside[:, None], other=0.0)
-        if T.upcast:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        total = tl.dot(a, b, total, input_precision=T.precision)
-        a_tile += T.depth
-        b_tile += T.depth
+    if T.described:
+        for start in range(0, depth, T.depth):
+            left = a.load([a_start, start])
+            right = b.load([b_start, start])
+            if T.upcast:
+                left = left.to(tl.float32)
+                right = right.to(tl.float32)
+            total = tl.dot(left, right.T, total, input_precision=T.precision)
+    else:
+        k = tl.arange(0, T.depth)
+        a_rows = tl.minimum(a_start + tl.arange(0, BA), a_count - 1).to(tl.int64)
+        b_rows = tl.minimum(b_start + tl.arange(0, BB), b_count - 1).to(tl.int64)
+        a_tile = a + a_rows[:, None] * depth + k[None, :]
+        b_tile = b + b_rows[None, :] * depth + k[:, None]
+        for start in range(0, depth, T.depth):
+            if T.even:
+                left = tl.load(a_tile)
+                right = tl.load(b_tile)
+            else:
+                inside = k < depth - start
+                left = tl.load(a_tile, mask=inside[None, :], other=0.0)
+                right = tl.load(b_tile, mask=inside[:, None], other=0.0)
+            if T.upcast:
+                left = left.to(tl.float32)
+                right = right.to(tl.float32)
+            total = tl.dot(left, right, total, input_precision=T.precision)
+            a_tile += T.depth
+            b_tile += T.depth
     return total
 
 
@@ -79,8 +100,10 @@ def logits_tile(
     hidden,
     weight,
     bias,
-    rows,
-    ids,
+    row_start,
+    id_start,
+    num_rows,
+    vocab,
     depth,
     softcap,
     inverse_temperature,
@@ -89,13 +112,21 @@ def logits_tile(
     HAS_SOFTCAP: tl.constexpr,
     T: tl.constexpr,
 ):
-    """Finite scaled logits of int64 rows and ids: [rows, ids], or [ids, rows] where VOCAB_FIRST."""
+    """Finite scaled logits of a tile: [rows, ids], or [ids, rows] where VOCAB_FIRST.
+
+    What lies behind the last row or id is finite, and to be masked by the caller.
+    """
     if VOCAB_FIRST:
-        x = product_tile(weight, hidden, ids, rows, depth, T.vocab, T.rows, T)
+        x = product_tile(
+            weight, hidden, id_start, row_start, vocab, num_rows, depth, T.vocab, T.rows, T
+        )
     else:
-        x = product_tile(hidden, weight, rows, ids, depth, T.rows, T.vocab, T)
+        x = product_tile(
+            hidden, weight, row_start, id_start, num_rows, vocab, depth, T.rows, T.vocab, T
+        )
     offset = 0.0
     if HAS_BIAS:
+        ids = tl.minimum(id_start + tl.arange(0, T.vocab), vocab - 1)
         offset = tl.load(bias + ids).to(tl.float32)
         offset = offset[:, None] if VOCAB_FIRST else offset[None, :]
     x = x + offset  # also where it is 0: without this instruction most kernels use more registers
@@ -163,8 +194,19 @@ def tile_options(config: Config, *hidden: Tensor) -> dict[str, Any]:
         even=all(h.shape[1] % config.depth == 0 for h in hidden),
         precision="tf32x3" if nvidia else "ieee",
         upcast=triton_interpreted() and hidden[0].dtype != torch.float32,
+        described=config.described,
     )
     return {"T": tile, "num_warps": config.warps, "num_stages": config.stages}
+
+
+def operand_arguments(config: Config, hidden: Tensor, weight: Tensor) -> tuple[Any, Any]:
+    """Hidden and weight as a kernel takes them: as they are, or as descriptors of their tiles."""
+    if not config.described:
+        return hidden, weight
+    return (
+        TensorDescriptor.from_tensor(hidden, [config.rows, config.depth]),
+        TensorDescriptor.from_tensor(weight, [config.vocab, config.depth]),
+    )
 
 
 def scaling_options(

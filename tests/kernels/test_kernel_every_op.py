@@ -80,6 +80,20 @@ def test_a_triton_result_does_not_depend_on_its_tile(op, tile, monkeypatch):
 
 
 @pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_operands_read_through_descriptors_give_the_same(op, monkeypatch):
+    before = all_results(op, "triton")
+    described = dataclasses.replace(configs.INTERPRET, described=True)
+    monkeypatch.setattr(configs, "INTERPRET", described)
+    torch.testing.assert_close(all_results(op, "triton"), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("depth, dtype", [(24, torch.bfloat16), (20, torch.bfloat16)])
+def test_only_rows_at_multiples_of_16_bytes_are_described(depth, dtype):
+    assert configs.describable(torch.zeros(3, depth, dtype=dtype)) == (depth % 8 == 0)
+
+
+@pytest.mark.usefixtures("chunked")
 @pytest.mark.parametrize("size", [1000, 20_000, 1 << 24])
 @pytest.mark.parametrize("op", OPS)
 def test_a_torch_result_does_not_depend_on_its_chunks(op, size, monkeypatch):

@@ -25,15 +25,17 @@ from mtp_kernels.logits import accumulate_weight
 from mtp_kernels.rowstats import finish
 from mtp_kernels.tiles import (
     NEG,
+    VARYING,
     check_triton,
     logits_tile,
+    operand_arguments,
     scaling_options,
     tile_options,
     unscale_tile,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def kl_stats_kernel(
     hidden,
     weight,
@@ -57,7 +59,8 @@ def kl_stats_kernel(
     BR: tl.constexpr = T.rows
     BV: tl.constexpr = T.vocab
     split = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    row_start = tl.program_id(0) * BR
+    rows = row_start + tl.arange(0, BR)
     row_inside = rows < num_rows
     safe_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
     teacher_row = tl.load(place + safe_rows).to(tl.int32)  # a chunk has less than 2**31 logits
@@ -68,13 +71,12 @@ def kl_stats_kernel(
     mass = tl.zeros((BR,), tl.float32)
     first = tl.program_id(1) * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(vocab, BV))
-    for tile in range(first, last):
+    for tile in tl.range(first, last, flatten=T.described):
         ids = tile * BV + tl.arange(0, BV)
         inside = ids < vocab
-        safe_ids = tl.minimum(ids, vocab - 1).to(tl.int64)
         s = logits_tile(
-            hidden, weight, bias, safe_rows, safe_ids, depth, softcap, inverse_temperature,
-            False, HAS_BIAS, HAS_SOFTCAP, T,
+            hidden, weight, bias, row_start, tile * BV, num_rows, vocab, depth,
+            softcap, inverse_temperature, False, HAS_BIAS, HAS_SOFTCAP, T,
         )  # fmt: skip
         s = tl.where(inside[None, :], s, NEG)
         t = tl.load(
@@ -99,7 +101,7 @@ def kl_stats_kernel(
     tl.store(out + 3 * num_rows, mass, mask=row_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def kl_gradient_kernel(
     hidden,
     weight,
@@ -126,14 +128,15 @@ def kl_gradient_kernel(
     """
     BR: tl.constexpr = T.rows
     BV: tl.constexpr = T.vocab
-    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    row_start = tl.program_id(0) * BR
+    rows = row_start + tl.arange(0, BR)
     safe_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
-    ids = tl.program_id(1) * BV + tl.arange(0, BV)
+    id_start = tl.program_id(1) * BV
+    ids = id_start + tl.arange(0, BV)
     inside = ids < vocab
-    safe_ids = tl.minimum(ids, vocab - 1).to(tl.int64)
     s = logits_tile(
-        hidden, weight, bias, safe_rows, safe_ids, depth, softcap, inverse_temperature,
-        False, HAS_BIAS, HAS_SOFTCAP, T,
+        hidden, weight, bias, row_start, id_start, num_rows, vocab, depth,
+        softcap, inverse_temperature, False, HAS_BIAS, HAS_SOFTCAP, T,
     )  # fmt: skip
     teacher_row = tl.load(place + safe_rows).to(tl.int32)  # a chunk has less than 2**31 logits
     t = tl.load(
@@ -162,7 +165,7 @@ def divergence_triton(problem: Problem) -> tuple[Tensor, Tensor]:
     check_triton(*problem.student, *problem.teacher)
     hidden, weight, bias = problem.student
     vocab = weight.shape[0]
-    config = config_for("kl_stats", hidden)
+    config = config_for("kl_stats", hidden, weight)
     plan = make_plan(problem.index)
     out, lse = torch.zeros((2, hidden.shape[0]), device=hidden.device).unbind()
     for chunk in chunks(plan, _teacher_rows(plan, vocab, hidden), max(hidden.shape[0], 1)):
@@ -174,8 +177,7 @@ def divergence_triton(problem: Problem) -> tuple[Tensor, Tensor]:
             floats = torch.empty((splits, 4, count), dtype=torch.float32, device=hidden.device)
             place = plan.place[part] - chunk.teachers.start
             kl_stats_kernel[(row_tiles, splits)](
-                inputs,
-                weight,
+                *operand_arguments(config, inputs, weight),
                 inputs if bias is None else bias,
                 teacher,
                 teacher_lse,
@@ -193,8 +195,8 @@ def divergence_triton(problem: Problem) -> tuple[Tensor, Tensor]:
     return out.clone(), lse.clone()
 
 
-def _teacher_rows(plan: Plan, vocab: int, hidden: Tensor) -> int:
-    return rows_per_chunk(max(plan.teachers.shape[0], 1), vocab, hidden)
+def _teacher_rows(plan: Plan, vocab: int, hidden: Tensor, tall: bool = False) -> int:
+    return rows_per_chunk(max(plan.teachers.shape[0], 1), vocab, hidden, tall=tall)
 
 
 def _teacher_chunk(plan: Plan, part: slice, problem: Problem) -> tuple[Tensor, Tensor]:
@@ -231,7 +233,7 @@ def backward_triton(
         torch.zeros_like(t, dtype=torch.float32) if need and t is not None else None
         for t, need in zip(operands, needs, strict=True)
     ]
-    size = _teacher_rows(plan, weight.shape[0], hidden)
+    size = _teacher_rows(plan, weight.shape[0], hidden, tall=needs[1] or needs[4])
     for chunk in chunks(plan, size, size):
         teacher_values = _teacher_chunk(plan, chunk.teachers, problem)
         for part in chunk.students:
@@ -263,13 +265,12 @@ def _logit_gradient(
 ) -> Tensor:
     """[S, V] gradient by the products of the students, or of the teachers they meet."""
     _, weight, bias = problem.student
-    config = config_for("kl_gradient", inputs)
+    config = config_for("kl_gradient", inputs, weight)
     count, vocab = inputs.shape[0], weight.shape[0]
     dtype = problem.teacher.hidden.dtype if of_teacher else inputs.dtype
     out = inputs.new_empty((count, vocab), dtype=dtype)
     kl_gradient_kernel[(triton.cdiv(count, config.rows), triton.cdiv(vocab, config.vocab))](
-        inputs,
-        weight,
+        *operand_arguments(config, inputs, weight),
         inputs if bias is None else bias,
         teacher,
         teacher_lse,

@@ -41,7 +41,7 @@ def linear_logprob(
     temperature: float = 1.0,
     softcap: float | None = None,
     bias: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     impl: str = "auto",
 ) -> LinearLogprob:
     """Row statistics of `hidden @ weight.T`. Per row, with x the scaled logits:
@@ -64,7 +64,8 @@ def linear_logprob(
         temperature: divides the logits, after the softcap.
         softcap: c of c * tanh(logits / c), or None.
         bias: [V] added to the logits, or None.
-        ignore_index: target value of rows that are left out.
+        ignore_index: target value of rows that are left out; None: no row is, and a GPU is not
+            waited for to count them.
         impl: "auto", "reference", "torch" or "triton".
 
     Gradients flow to hidden, weight and bias from any use of logprob, lse and entropy. The backward

@@ -48,8 +48,10 @@ def row_backward(
     return backward_torch(hidden, weight, bias, target, *row_values, temperature, softcap, needs)
 
 
-def kept_rows(target: Tensor, ignore_index: int) -> Tensor | None:
+def kept_rows(target: Tensor, ignore_index: int | None) -> Tensor | None:
     """Indices of the rows that are not ignored, or None where that is every row."""
+    if ignore_index is None:
+        return None
     keep = (target != ignore_index).nonzero()[:, 0]
     return None if keep.numel() == target.numel() else keep
 
@@ -75,7 +77,7 @@ def logprob_op(
     target: Tensor,
     temperature: float,
     softcap: float | None,
-    ignore_index: int,
+    ignore_index: int | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-prob, log-sum-exp, entropy, argmax), each [R]."""
@@ -108,7 +110,7 @@ def logprob_backward_op(
     grad_entropy: Tensor,
     temperature: float,
     softcap: float | None,
-    ignore_index: int,
+    ignore_index: int | None,
     impl: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,11 +27,12 @@ def linear_logprob_reference(
     target: Tensor,
     temperature: float,
     softcap: float | None,
-    ignore_index: int,
+    ignore_index: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-prob, log-sum-exp, entropy, argmax) [R] of hidden [R, D]; see `linear_logprob`."""
     x = reference_logits(hidden, weight, bias, temperature, softcap)
-    valid = target != ignore_index
+    every = torch.ones_like(target, dtype=torch.bool)
+    valid = every if ignore_index is None else target != ignore_index
     lse = torch.logsumexp(x, -1)
     log_p = x - lse[:, None]
     picked = log_p.gather(-1, torch.where(valid, target, 0)[:, None])[:, 0]

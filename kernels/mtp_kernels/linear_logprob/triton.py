@@ -18,15 +18,17 @@ from mtp_kernels.logits import accumulate_weight
 from mtp_kernels.rowstats import RowStats, combine
 from mtp_kernels.tiles import (
     NEG,
+    VARYING,
     check_triton,
     logits_tile,
+    operand_arguments,
     scaling_options,
     tile_options,
     unscale_tile,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def row_stats_kernel(
     hidden,
     weight,
@@ -50,7 +52,8 @@ def row_stats_kernel(
     BR: tl.constexpr = T.rows
     BV: tl.constexpr = T.vocab
     split = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    row_start = tl.program_id(0) * BR
+    rows = row_start + tl.arange(0, BR)
     row_inside = rows < num_rows
     safe_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
     goal = tl.load(target + safe_rows)
@@ -61,13 +64,12 @@ def row_stats_kernel(
     best = tl.zeros((BR,), tl.int32)
     first = tl.program_id(1) * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(vocab, BV))
-    for tile in range(first, last):
+    for tile in tl.range(first, last, flatten=T.described):
         ids = tile * BV + tl.arange(0, BV)
         inside = ids < vocab
-        safe_ids = tl.minimum(ids, vocab - 1).to(tl.int64)
         x = logits_tile(
-            hidden, weight, bias, safe_rows, safe_ids, depth, softcap, inverse_temperature,
-            False, HAS_BIAS, HAS_SOFTCAP, T,
+            hidden, weight, bias, row_start, tile * BV, num_rows, vocab, depth,
+            softcap, inverse_temperature, False, HAS_BIAS, HAS_SOFTCAP, T,
         )  # fmt: skip
         if STORE:
             place = safe_rows[:, None] * vocab + ids[None, :]
@@ -92,7 +94,7 @@ def row_stats_kernel(
     tl.store(argmax + split * num_rows + safe_rows, best.to(tl.int64), mask=row_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def row_gradient_kernel(
     hidden,
     weight,
@@ -112,13 +114,14 @@ def row_gradient_kernel(
     """Out [R, V] by the products, of values [5, R] = lse, H, g_logp, g_lse, g_H."""
     BR: tl.constexpr = T.rows
     BV: tl.constexpr = T.vocab
-    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    row_start = tl.program_id(0) * BR
+    rows = row_start + tl.arange(0, BR)
     safe_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
-    ids = tl.program_id(1) * BV + tl.arange(0, BV)
-    safe_ids = tl.minimum(ids, vocab - 1).to(tl.int64)
+    id_start = tl.program_id(1) * BV
+    ids = id_start + tl.arange(0, BV)
     x = logits_tile(
-        hidden, weight, bias, safe_rows, safe_ids, depth, softcap, inverse_temperature,
-        False, HAS_BIAS, HAS_SOFTCAP, T,
+        hidden, weight, bias, row_start, id_start, num_rows, vocab, depth,
+        softcap, inverse_temperature, False, HAS_BIAS, HAS_SOFTCAP, T,
     )  # fmt: skip
     goal = tl.load(target + safe_rows)
     lse = tl.load(values + safe_rows)
@@ -149,14 +152,13 @@ def stats_triton(
     check_triton(hidden, weight, bias)
     hidden, weight = hidden.contiguous(), weight.contiguous()
     rows, vocab = hidden.shape[0], weight.shape[0]
-    config = config_for("row_stats" if logits is None else "row_stats_store", hidden)
+    config = config_for("row_stats" if logits is None else "row_stats_store", hidden, weight)
     row_tiles, splits, per_split = split_grid(rows, vocab, config, hidden.device)
     floats = hidden.new_empty((splits, 4, rows), dtype=torch.float32)
     argmax = torch.empty((splits, rows), dtype=torch.int64, device=hidden.device)
     if rows:
         row_stats_kernel[(row_tiles, splits)](
-            hidden,
-            weight,
+            *operand_arguments(config, hidden, weight),
             hidden if bias is None else bias,
             target,
             floats,
@@ -192,19 +194,18 @@ def backward_triton(
     check_triton(hidden, weight, bias)
     hidden, weight = hidden.contiguous(), weight.contiguous()
     rows, vocab = hidden.shape[0], weight.shape[0]
-    config = config_for("row_gradient", hidden)
+    config = config_for("row_gradient", hidden, weight)
     grad_hidden = torch.empty_like(hidden) if needs[0] else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
     grad_bias = hidden.new_zeros(vocab, dtype=torch.float32) if needs[2] else None
     values = torch.stack((lse, entropy, grad_logprob, grad_lse, grad_entropy)).float()
-    size = rows_per_chunk(rows, vocab, hidden)
+    size = rows_per_chunk(rows, vocab, hidden, tall=needs[1])
     for start in range(0, rows, size):
         part = slice(start, min(start + size, rows))
         count = part.stop - start
         dx = hidden.new_empty((count, vocab))
         row_gradient_kernel[(triton.cdiv(count, config.rows), triton.cdiv(vocab, config.vocab))](
-            hidden[part],
-            weight,
+            *operand_arguments(config, hidden[part], weight),
             hidden if bias is None else bias,
             target[part],
             values[:, part].contiguous(),

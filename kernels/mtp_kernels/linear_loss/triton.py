@@ -16,10 +16,10 @@ from mtp_kernels.linear_logprob.triton import stats_triton
 from mtp_kernels.linear_loss.objective import row_gradients, row_losses
 from mtp_kernels.logits import accumulate_weight
 from mtp_kernels.rowstats import finish
-from mtp_kernels.tiles import scaling_options, unscale_tile
+from mtp_kernels.tiles import VARYING, scaling_options, unscale_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gradient_from_logits_kernel(
     logits,
     target,
@@ -71,7 +71,7 @@ def loss_triton(
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
     grad_bias = hidden.new_zeros(vocab, dtype=torch.float32) if needs[2] else None
     scaling = (temperature, softcap)
-    size = rows_per_chunk(rows, vocab, hidden) if any(needs) else max(rows, 1)
+    size = rows_per_chunk(rows, vocab, hidden, tall=needs[1]) if any(needs) else max(rows, 1)
     logits = hidden.new_empty((size, vocab), dtype=torch.float32) if any(needs) else None
     for start in range(0, rows, size):
         part = slice(start, min(start + size, rows))

@@ -15,6 +15,7 @@ from mtp_kernels.noise import STREAM_SAMPLE
 from mtp_kernels.rowstats import combine_best
 from mtp_kernels.tiles import (
     NEG,
+    VARYING,
     check_triton,
     gumbel_tile,
     logits_tile,
@@ -23,7 +24,7 @@ from mtp_kernels.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def sample_kernel(
     hidden,
     weight,
@@ -48,8 +49,9 @@ def sample_kernel(
     """Floats [splits, 4, R] = best score, its logit, m, Z and tokens [splits, R]."""
     BR: tl.constexpr = T.rows
     BV: tl.constexpr = T.vocab
-    split = tl.program_id(0).to(tl.int64)
-    rows = tl.program_id(1) * BR + tl.arange(0, BR)
+    split = tl.program_id(1).to(tl.int64)
+    row_start = tl.program_id(0) * BR
+    rows = row_start + tl.arange(0, BR)
     row_inside = rows < num_rows
     safe_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
     key = tl.load(seed + safe_rows)[None, :]
@@ -59,15 +61,14 @@ def sample_kernel(
     picked = tl.zeros((BR,), tl.float32)
     m = tl.full((BR,), NEG, tl.float32)
     z = tl.zeros((BR,), tl.float32)
-    first = tl.program_id(0) * tiles_per_split
+    first = tl.program_id(1) * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(vocab, BV))
     for tile in range(first, last):
         ids = tile * BV + tl.arange(0, BV)
         inside = ids < vocab
-        safe_ids = tl.minimum(ids, vocab - 1).to(tl.int64)
         x = logits_tile(
-            hidden, weight, bias, safe_rows, safe_ids, depth, softcap, inverse_temperature,
-            True, HAS_BIAS, HAS_SOFTCAP, T,
+            hidden, weight, bias, row_start, tile * BV, num_rows, vocab, depth,
+            softcap, inverse_temperature, True, HAS_BIAS, HAS_SOFTCAP, T,
         )  # fmt: skip
         x = tl.where(inside[:, None], x, NEG)
         score = x
@@ -112,7 +113,7 @@ def best_triton(
     floats = hidden.new_empty((splits, 4, rows), dtype=torch.float32)
     tokens = torch.empty((splits, rows), dtype=torch.int64, device=hidden.device)
     if rows:
-        sample_kernel[(splits, row_tiles)](
+        sample_kernel[(row_tiles, splits)](
             hidden,
             weight,
             hidden if bias is None else bias,

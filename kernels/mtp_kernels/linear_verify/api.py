@@ -78,6 +78,7 @@ def linear_verify(
         raise ValueError(f"position must be [N] = [{num}], got shape {tuple(position.shape)}")
     greedy = temperature == 0
     scaling = {"temperature": temperature or 1.0, "softcap": softcap, "impl": impl}
+    scaling["ignore_index"] = None
     check_scale(temperature or 1.0, softcap)
 
     valid = draft != ignore_index

@@ -14,6 +14,7 @@ from mtp_kernels.noise import STREAM_RESIDUAL
 from mtp_kernels.rowstats import NEGATIVE, combine_best
 from mtp_kernels.tiles import (
     NEG,
+    VARYING,
     check_triton,
     gumbel_tile,
     logits_tile,
@@ -22,7 +23,7 @@ from mtp_kernels.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def residual_kernel(
     hidden,
     weight,
@@ -53,8 +54,9 @@ def residual_kernel(
     """Floats [splits, 2, 2, R] = best score and its log p, tokens [splits, 2, R]: residual, p."""
     BR: tl.constexpr = T.rows
     BV: tl.constexpr = T.vocab
-    split = tl.program_id(0).to(tl.int64)
-    rows = tl.program_id(1) * BR + tl.arange(0, BR)
+    split = tl.program_id(1).to(tl.int64)
+    row_start = tl.program_id(0) * BR
+    rows = row_start + tl.arange(0, BR)
     row_inside = rows < num_rows
     safe_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
     key = tl.load(seed + safe_rows)[None, :]
@@ -68,20 +70,19 @@ def residual_kernel(
     plain_best = tl.full((BR,), float("-inf"), tl.float32)
     plain_token = tl.zeros((BR,), tl.int32)
     plain_picked = tl.zeros((BR,), tl.float32)
-    first = tl.program_id(0) * tiles_per_split
+    first = tl.program_id(1) * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(vocab, BV))
     for tile in range(first, last):
         column = tl.arange(0, BV)
         ids = tile * BV + column
         inside = (ids < vocab)[:, None]
-        safe_ids = tl.minimum(ids, vocab - 1).to(tl.int64)
         log_p = logits_tile(
-            hidden, weight, bias, safe_rows, safe_ids, depth, softcap, inverse_temperature,
-            True, HAS_BIAS, HAS_SOFTCAP, T,
+            hidden, weight, bias, row_start, tile * BV, num_rows, vocab, depth,
+            softcap, inverse_temperature, True, HAS_BIAS, HAS_SOFTCAP, T,
         ) - p_lse  # fmt: skip
         log_q = logits_tile(
-            draft_hidden, draft_weight, draft_bias, safe_rows, safe_ids, draft_depth,
-            softcap, inverse_temperature, True, HAS_DRAFT_BIAS, HAS_SOFTCAP, T,
+            draft_hidden, draft_weight, draft_bias, row_start, tile * BV, num_rows, vocab,
+            draft_depth, softcap, inverse_temperature, True, HAS_DRAFT_BIAS, HAS_SOFTCAP, T,
         ) - q_lse  # fmt: skip
         residual = tl.exp(log_p) - tl.where(use_draft, tl.exp(log_q), 0.0)
         noise = gumbel_tile(key, where, STREAM, ids[:, None])
@@ -137,7 +138,7 @@ def residual_triton(
     floats = torch.empty((splits, 2, 2, rows), dtype=torch.float32, device=hidden.device)
     tokens = torch.empty((splits, 2, rows), dtype=torch.int64, device=hidden.device)
     if rows:
-        residual_kernel[(splits, row_tiles)](
+        residual_kernel[(row_tiles, splits)](
             hidden.contiguous(),
             weight.contiguous(),
             hidden if bias is None else bias,
