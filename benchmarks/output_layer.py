@@ -8,8 +8,9 @@ or of fewer where a call takes long. Memory is what the peak of one call, result
 included, lies above the memory before it: resident memory on a CPU, the allocator's on a GPU. On
 top stand the measured ceilings of the device (a large matrix product, and a copy), at the end the
 project's bars. Baselines that are not installed (`pip install -e '.[benchmark]'`) or do not run on
-this device are named and left out. The first size, the large one, takes only the passes that a bar
-is about, without the slowest baselines; `--all` takes everything everywhere.
+this device are named and left out. On a CPU the first size, the large one, takes only the passes
+that a bar is about, without the slowest baselines; `--all` takes everything everywhere. A GPU takes
+everything, and beside the Triton path (`mtp_kernels`) the torch path.
 """
 
 import argparse
@@ -37,6 +38,8 @@ import mtp_kernels as mk  # noqa: E402
 NUM_SLOTS = 5
 SIZES = ("10240,576,49152", "1280,960,49152")
 """Rows, D, V: 2048 and 256 positions of 5 slots, with the output layers of two small models."""
+SIZES_GPU = ("10240,576,49152", "16384,4096,128256")
+"""The same on a GPU: a small model's output layer, and that of one with 8 billion parameters."""
 LARGE_NUMEL = 1 << 28
 """Logits from which on only the passes of BARS and the quick baselines are measured."""
 SLOW = ("torch_linear_cross_entropy", "cut_cross_entropy", "mtp_kernels_logprob")
@@ -135,6 +138,10 @@ def loss_cases(hidden: Tensor, weight: Tensor, target: Tensor) -> list[Case]:
             hidden, weight, target, options=torch.nn.LinearCrossEntropyOptions()
         ),
     }
+    if hidden.is_cuda:
+        functions["mtp_kernels_torch"] = lambda: (
+            mk.linear_loss(hidden, weight, target, impl="torch").loss
+        )
     try:
         from cut_cross_entropy import linear_cross_entropy
 
@@ -166,6 +173,10 @@ def logprob_cases(hidden: Tensor, weight: Tensor, target: Tensor) -> list[Case]:
         "compiled_naive": lambda: compiled(hidden, weight, target),
         "mtp_kernels": lambda: mk.linear_logprob(hidden, weight, target)[0:3:2],
     }
+    if hidden.is_cuda:
+        functions["mtp_kernels_torch"] = lambda: mk.linear_logprob(
+            hidden, weight, target, impl="torch"
+        )[0:3:2]
 
     def mean(function: Callable[[], tuple[Tensor, ...]]) -> Callable[[], Tensor]:
         return lambda: sum(value.mean() for value in function())  # type: ignore[return-value]
@@ -207,6 +218,10 @@ def kl_cases(hidden: Tensor, weight: Tensor) -> list[Case]:
             hidden.view(shape), weight, teacher[None], fixed
         ).kl.sum(),
     }
+    if hidden.is_cuda:
+        functions["mtp_kernels_torch"] = lambda: mk.linear_kl(
+            hidden.view(shape), weight, teacher[None], fixed, impl="torch"
+        ).kl.sum()
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
@@ -421,9 +436,9 @@ def report(results: list[Result], peaks: dict[str, tuple[float, float]]) -> None
             for value in (r.time_over_naive, r.memory_over_naive, r.time_over_compiled)
         )
         print(
-            f"  {r.pass_:17}{r.impl:27}{r.seconds:9.3f}{r.extra_bytes / 2**20:7.0f}"
+            f"  {r.pass_:17}{r.impl:27}{r.seconds:9.3g}{r.extra_bytes / 2**20:7.0f}"
             f"{time_naive:>9}{memory_naive:>9}{time_compiled:>10}"
-            f"{flop / r.seconds / 1e12:9.3f} ({flop / r.seconds / peak_flop:3.0%})"
+            f"{flop / r.seconds / 1e12:9.3g} ({flop / r.seconds / peak_flop:3.0%})"
             f"{moved / r.seconds / 1e9:8.1f} ({moved / r.seconds / peak_bytes:3.0%})",
             flush=True,
         )
@@ -475,12 +490,15 @@ def main() -> None:
     for name, (flop, moved) in peaks.items():
         print(f"ceilings {name}: {flop / 1e12:.3f} TFLOP/s, {moved / 1e9:.1f} GB/s", flush=True)
     everything: list[Result] = []
-    for size in options.size or SIZES:
+    has_gpu = torch.cuda.is_available()
+    for size in options.size or (SIZES_GPU if has_gpu else SIZES):
         for op in options.op or OPS:
             for dtype in dtypes:
                 command = [sys.executable, __file__, "--worker", "--op", op, "--dtype", dtype]
                 command += ["--size", size, "--repeats", str(options.repeats)]
-                command += ["--threads", str(options.threads)] + ["--all"] * options.all
+                command += ["--threads", str(options.threads)] + ["--all"] * (
+                    options.all or has_gpu
+                )
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
                 *notes, last = done.stdout.splitlines() or [""]
                 print("".join(f"{note}\n" for note in notes), end="")

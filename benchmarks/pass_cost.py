@@ -194,7 +194,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     hf_logging.set_verbosity_error()
-    model, tokenizer, _ = load_main(argparse.Namespace(model=None, source=None, dtype="bfloat16", k=5))
+    model, tokenizer, _ = load_main(
+        argparse.Namespace(model=None, source=None, dtype="bfloat16", k=5)
+    )
     costs = [c for axis in options.axis for c in measure(model, tokenizer, axis, options)]
     if options.plot is not None:
         plot(costs, options.plot)
