@@ -296,6 +296,11 @@ class PassLoop:
         """
         prefix, token = verdict.num_accepted, verdict.token
         row, width = torch.arange(len(token), device=token.device), self.tables.num_head_slots
+        left = self.max_new_tokens - self.out.lengths[self.rows] - prefix
+        runs = self.active & ~ended
+        if not width and not self.tables.has_budgets:
+            # Nothing but main's token, which an active row has room for.
+            return token[:, None], verdict.logprobs, runs.long(), torch.zeros_like(prefix)
         block = torch.full((len(token), 1 + width), self.pad_id, device=token.device)
         logprobs = torch.zeros(block.shape, device=token.device)
         block[:, 0], logprobs[:, 0] = token, verdict.logprobs.gather(1, prefix[:, None])[:, 0]
@@ -303,9 +308,7 @@ class PassLoop:
             table[row, self.phase]
             for table in (self.tables.keep, self.tables.verified, self.tables.budget)
         )
-        left = self.max_new_tokens - self.out.lengths[self.rows] - prefix
         room = torch.minimum(left, budget - self.in_phase)
-        runs = self.active & ~ended
         num_sure = torch.zeros_like(prefix)
         self.draft_source = None
         if width:

@@ -63,6 +63,7 @@ _DEFAULTS = {
     "residual": DECODE_TWO,
 }
 _EXCEPTIONS = {
+    ("kl_stats", "sm_90"): Config(rows=64, vocab=64, depth=64, warps=4, stages=4),
     ("kl_stats", "sm_100"): TRAIN,
     ("sample", "sm_100"): replace(DECODE, warps=8),
     ("residual", "sm_100"): replace(DECODE_TWO, vocab=64, warps=8),
@@ -72,8 +73,7 @@ _EXCEPTIONS = {
 _DESCRIBED = {
     ("row_stats", "sm_90"): HOPPER,
     ("row_stats_store", "sm_90"): HOPPER_STORE,
-    ("row_gradient", "sm_90"): HOPPER_STORE,
-    ("kl_stats", "sm_90"): replace(NARROW, described=True),
+    ("row_gradient", "sm_90"): replace(HOPPER_STORE, warps=4, stages=3),
     ("kl_gradient", "sm_90"): HOPPER_STORE,
 }
 """For 16-bit operands that can be read through tensor descriptors."""
