@@ -178,6 +178,7 @@ class SearchRequest:
     generator: torch.Generator | None = None
     process: Process | None = None
     stop: Stop | None = None
+    kernels: str | None = None
 
     def __post_init__(self) -> None:
         self.spent = Spent(len(self.prompts))
@@ -238,6 +239,7 @@ class BranchLoop(PassLoop):
             request.process,
             request.stop,
             num_copies,
+            kernels=request.kernels,
         )
         self.spent, self.parts = request.spent, parts
         self.branches = {row: branches[row // num_copies] for row in range(len(of))}
@@ -337,6 +339,7 @@ class BranchLoop(PassLoop):
         self.prompts, self.prompt_lengths = self.prompts[kept], self.prompt_lengths[kept]
         self.out = Decoded(**{name: value[kept] for name, value in vars(self.out).items()})
         self.rows = torch.arange(len(kept), device=chosen.device)
+        self.draws.renew(len(kept))
         self.num_copies = num_copies
         self.num_drafts = torch.where(self.rows % num_copies == 0, self.num_drafts, 0)
         figures = torch.stack([(self.num_fresh + self.num_drafts).max(), self.start.max()])

@@ -310,6 +310,7 @@ def evaluate_search(
         num_problems=num_problems,
         batch_size=run.evaluation.batch_size,
         generator=torch.Generator(device=device).manual_seed(seed),
+        kernels=run.kernels,
     )
     if arguments.json:
         asked = {"mode": mode, **vars(config), "temperature": sampler.temperature, "seed": seed}

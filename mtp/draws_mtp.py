@@ -64,6 +64,11 @@ class Draws:
         self.always_judges = self.keeps_source and self.kernel is not None
         """A pass without drafts is judged too, so that its noise is that beside rows with some."""
 
+    def renew(self, num_rows: int) -> None:
+        """Noise of their own for rows of which some are copies of one another."""
+        if self.kernel is not None:
+            self.kernel.renew(num_rows)
+
     def ready(self, hidden: Tensor, weight: Tensor, row: Tensor, position: Tensor) -> Ready:
         """Slots of hidden rows [F, J, D] under an output matrix [V, D].
 

@@ -52,6 +52,7 @@ def evaluate_search(
     num_problems: int,
     batch_size: int,
     generator: torch.Generator | None = None,
+    kernels: str | None = None,
 ) -> dict[str, Any]:
     """Figures over held-out problems: shares of problems, and means per problem.
 
@@ -68,6 +69,7 @@ def evaluate_search(
         num_problems: at most so many held-out problems.
         batch_size: rows decoded at once, at most, where a problem does not take more by itself.
         generator: source of randomness.
+        kernels: how tokens are drawn, as in `decode`.
 
     Raises ValueError for settings that no search can follow, and for a task without right answers.
     """
@@ -98,6 +100,7 @@ def evaluate_search(
             judge=outcome_judge(task, text, asked) if judge == "reward" else None,
             answer_of=text.answer_text,
             generator=generator,
+            kernels=kernels,
         )
         for row, (example, texts) in enumerate(zip(asked, found.texts, strict=True)):
             right = [is_right(task, text, example, branch) for branch in texts]

@@ -117,9 +117,15 @@ class KernelDraws:
         device: torch.device,
         generator: torch.Generator | None,
     ):
-        source = "cpu" if generator is None else generator.device
-        seeds = torch.randint(2**63 - 1, (num_rows,), generator=generator, device=source)
-        self.impl, self.temperature, self.seeds = impl, sampler.temperature, seeds.to(device)
+        self.impl, self.temperature, self.generator = impl, sampler.temperature, generator
+        self.seeds = torch.empty(0, dtype=torch.long, device=device)
+        self.renew(num_rows)
+
+    def renew(self, num_rows: int) -> None:
+        """Draw the seeds of a batch's rows, [num_rows]."""
+        source = "cpu" if self.generator is None else self.generator.device
+        seeds = torch.randint(2**63 - 1, (num_rows,), generator=self.generator, device=source)
+        self.seeds = seeds.to(self.seeds.device)
 
     @staticmethod
     def resolve(

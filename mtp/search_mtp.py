@@ -78,6 +78,7 @@ def search(
     generator: torch.Generator | None = None,
     process: Process | None = None,
     stop: Stop | None = None,
+    kernels: str | None = None,
 ) -> Searched:
     """Look for the best continuation of each prompt.
 
@@ -98,6 +99,7 @@ def search(
         generator: source of randomness.
         process: changes the scores of every slot, as in `decode`.
         stop: asked after every token, as in `decode`.
+        kernels: how tokens are drawn, as in `decode`.
 
     Raises ValueError, before any pass, for settings that cannot be followed, and later for scores
     that are no finite numbers.
@@ -115,6 +117,7 @@ def search(
         generator=generator,
         process=process,
         stop=stop,
+        kernels=kernels,
     )
     request.check()
     method = {"best_of_n": best_of_n, "beam": beam, "mcts": mcts}[config.method]
@@ -283,7 +286,6 @@ class MTPSearchMixin(MTPGenerationMixin):
             raise ValueError("search takes no streamer: it shows nothing before it has ended")
         if request.arguments.pop("num_return_sequences") > 1:
             raise ValueError("search does not take num_return_sequences; set n in its config")
-        request.arguments.pop("kernels")
         if request.arguments.pop("static_cache"):
             raise ValueError("search takes no cache_implementation=static: branches share prefixes")
         found = search(

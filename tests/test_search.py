@@ -8,7 +8,7 @@ import torch
 from tiny import CLOSE, EOS, HEADS, PAD, completions, tiny_model
 
 from mtp.batch import collate_rollouts, pad
-from mtp.branches_mtp import Branch, SearchConfig
+from mtp.branches_mtp import Branch, BranchLoop, SearchConfig, SearchRequest
 from mtp.generation_mtp import FORCED, PhasePlan, Sampler, decode
 from mtp.objectives import score_batch
 from mtp.search_mtp import choose, decoded, search
@@ -89,6 +89,48 @@ def test_a_prompt_is_searched_as_if_it_were_alone(method, mode, plan):
     alone = [look(tiny_model(), [prompt], plan, METHODS[method], sampler) for prompt in RAGGED]
     assert [texts[0].text() for texts in found.texts] == [one.texts[0][0].text() for one in alone]
     assert found.passes.tolist() == [int(one.passes[0]) for one in alone]
+
+
+@pytest.mark.parametrize("mode", ["fast", "slow", "verified"])
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_without_logits_the_copies_of_a_branch_differ_and_are_scored_as_a_replay(
+    method, mode, plan
+):
+    model, sampler = tiny_model(), Sampler(temperature=1.2)
+    found = look(model, RAGGED, plan_of(mode, plan), METHODS[method], sampler, kernels="torch")
+    texts = [branch for of_prompt in found.texts for branch in of_prompt]
+    for of_prompt in found.texts:
+        assert len({tuple(branch.text()) for branch in of_prompt}) > 1
+    out = decoded(texts, PAD, torch.device("cpu"))
+    rows, prompts = list(range(len(texts))), [RAGGED[branch.prompt] for branch in texts]
+    batch = collate_rollouts(prompts, out, torch.zeros(len(texts)), rows, 4, PAD)
+    scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+    main, head_stats = scored.main.stats(sampler), scored.head.stats(sampler)
+    assert torch.allclose(main.logprob, batch.main_sampled, atol=1e-4)
+    assert torch.allclose(head_stats.logprob, batch.head_sampled, atol=1e-4)
+
+
+@torch.no_grad()
+def test_without_logits_the_branches_of_a_fork_follow_the_distribution(plan):
+    """The second tokens of a beam that keeps everything are as likely as main says."""
+    model, prompt, number = tiny_model(), [5, 6, 7], 4000
+    tokens, lengths = pad([prompt], PAD)
+    request = SearchRequest(
+        model=model, prompts=tokens, prompt_lengths=lengths, plans=[plan.as_slow()],
+        sampler=Sampler(), max_new_tokens=4, pad_id=PAD,
+        generator=torch.Generator().manual_seed(0), kernels="torch",
+    )  # fmt: skip
+    loop = BranchLoop(request, request.roots(), 1)
+    (first,) = loop.step()
+    loop.fork([first], number)
+    counts = torch.zeros(model.config.vocab_size)
+    for branch in loop.step():
+        counts[branch.tokens[0]] += 1
+    text = torch.tensor([[*prompt, *first.tokens]])
+    expected = number * model(text).logits[0, -1].float().softmax(-1)
+    deviation = (counts - expected) / expected.clamp(min=1).sqrt()
+    assert counts.sum() == number and deviation.abs().max() < 5
 
 
 def counted(model):
