@@ -295,12 +295,12 @@ class PassLoop:
         how many are drafts [R].
         """
         prefix, token = verdict.num_accepted, verdict.token
-        row, width = torch.arange(len(token), device=token.device), self.tables.num_head_slots
-        left = self.max_new_tokens - self.out.lengths[self.rows] - prefix
-        runs = self.active & ~ended
+        runs, width = self.active & ~ended, self.tables.num_head_slots
         if not width and not self.tables.has_budgets:
             # Nothing but main's token, which an active row has room for.
             return token[:, None], verdict.logprobs, runs.long(), torch.zeros_like(prefix)
+        row = torch.arange(len(token), device=token.device)
+        left = self.max_new_tokens - self.out.lengths[self.rows] - prefix
         block = torch.full((len(token), 1 + width), self.pad_id, device=token.device)
         logprobs = torch.zeros(block.shape, device=token.device)
         block[:, 0], logprobs[:, 0] = token, verdict.logprobs.gather(1, prefix[:, None])[:, 0]
