@@ -164,7 +164,7 @@ def replayed(run: Run, stage: StageConfig, batch: RolloutBatch) -> RolloutBatch:
             impl=run.config.kernels,
         )
     sampler = run.config.decoding.sampler()
-    main_old, head_old = scored.main.stats(sampler).logprob, scored.head.stats(sampler).logprob
+    main_old, head_old = (stats.logprob for stats in scored.stats(sampler).values())
     return replace(batch, main_old=main_old, head_old=head_old)
 
 

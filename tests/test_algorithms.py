@@ -51,14 +51,13 @@ def batch(correction: float = 1.0) -> RolloutBatch:
 def run(policy: Policy, correction: float = 1.0):
     """(loss, gradient on main's three log-probabilities, on the head's, metrics)."""
     example = batch(correction)
-    emitters, leaves = {}, {}
+    stats, leaves = {}, {}
     for name, ratios in (("main", MAIN), ("head", HEAD)):
         leaf = (torch.tensor(ratios) * 0.1).log().requires_grad_(True)
-        stats = RowStats(leaf, torch.zeros(3))
-        emitters[name] = SimpleNamespace(stats=lambda sampler, stats=stats: stats)
+        stats[name] = RowStats(leaf, torch.zeros(3))
         leaves[name] = leaf
     policy.validate("policy")
-    terms = policy.terms(SimpleNamespace(**emitters), example)  # type: ignore[arg-type]
+    terms = policy.terms(SimpleNamespace(stats=lambda sampler: stats), example)  # type: ignore[arg-type]
     counts = policy.counts(example)
     loss = sum(t.weight * t.total / counts[n] for n, t in terms.items())
     loss.backward()

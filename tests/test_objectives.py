@@ -74,6 +74,27 @@ def test_the_clipped_surrogate_by_hand(ratio, advantage, loss, has_gradient):
     assert bool(logprob.grad.abs() > 1e-6) == has_gradient
 
 
+@pytest.mark.parametrize("channel_gradient", [1.0, 0.5])
+def test_one_op_for_both_emitters_gives_what_two_give(channel_gradient):
+    """With the channel half closed head and main differ in the matrix's gradient: then two ops."""
+    results = []
+    for together in (True, False):
+        model, batch = tiny_model(), collate_text(SAMPLES, PLAN, 4, PAD)
+        scored = score_batch(model, model, batch, channel_gradient=channel_gradient, use_head=True)
+        assert (scored.head.weight is scored.main.weight) == (channel_gradient == 1.0)
+        stats = (
+            scored.stats()
+            if together
+            else {"main": scored.main.stats(), "head": scored.head.stats()}
+        )
+        assert stats["main"] is scored.main.stats() and stats["head"] is scored.head.stats()
+        (stats["main"].logprob.sum() + 2 * stats["head"].logprob.sum()).backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([*stats["main"], *stats["head"], *grads])
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+
 def test_head_slot_weights_weigh_loss_and_count():
     model = tiny_model()
     batch = collate_text(SAMPLES, PLAN, 4, PAD)

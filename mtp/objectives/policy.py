@@ -107,7 +107,7 @@ class Policy:
         self, scored: Scored, batch: RolloutBatch, sampler: Sampler = PLAIN
     ) -> dict[str, Term]:
         """Surrogate of each emitter, under the distribution that the rollouts came from."""
-        stats = {"main": scored.main.stats(sampler), "head": scored.head.stats(sampler)}
+        stats = scored.stats(sampler)
         old = {"main": batch.main_old, "head": batch.head_old}
         sampled = {"main": batch.main_sampled, "head": batch.head_sampled}
         advantages = {"main": batch.main_advantages, "head": batch.head_advantages}

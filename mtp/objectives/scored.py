@@ -60,6 +60,10 @@ class Emitter:
                 self._stats[key] = RowStats(out.logprob, out.entropy.detach())
         return self._stats[key]
 
+    def stats_are(self, sampler: Sampler, stats: RowStats) -> None:
+        """Statistics that were made elsewhere, for whoever asks next."""
+        self._stats[repr(sampler)] = stats
+
     def _truncated_stats(self, sampler: Sampler) -> RowStats:
         """Top-k and top-p need all logits of a row: which tokens are left depends on them all."""
         log_probs = sampler.log_probs(self.hidden @ self.weight.T)
@@ -104,6 +108,26 @@ class Scored:
     """Zero rows where the stage has no head."""
     flat_hidden: Tensor
     """[B * T, D] every row of main, for streams that compare the head with it."""
+
+    def stats(self, sampler: Sampler = PLAIN) -> dict[str, RowStats]:
+        """Statistics of `main` and of `head`, as `Emitter.stats` gives them.
+
+        Where both read one output matrix, one op serves both: each would make, cast and add up a
+        gradient of the whole matrix.
+        """
+        main, head = self.main, self.head
+        if head.weight is main.weight and len(head.targets) and not sampler.truncates:
+            both = Emitter(
+                torch.cat([main.hidden, head.hidden]),
+                main.weight,
+                torch.cat([main.targets, head.targets]),
+                main.impl,
+            ).stats(sampler)
+            sizes = [len(main.targets), len(head.targets)]
+            parts = zip(*(values.split(sizes) for values in both), strict=True)
+            main.stats_are(sampler, RowStats(*next(parts)))
+            head.stats_are(sampler, RowStats(*next(parts)))
+        return {"main": main.stats(sampler), "head": head.stats(sampler)}
 
 
 def score_batch(
