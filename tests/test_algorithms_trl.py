@@ -51,11 +51,11 @@ def ours(algorithm: str, **settings) -> tuple[float, torch.Tensor]:
         head_old=torch.zeros(0),
     )
 
-    def emitter(values: torch.Tensor) -> SimpleNamespace:
-        stats = RowStats(values, torch.zeros_like(values))
-        return SimpleNamespace(stats=lambda sampler: stats)
+    def emitter(values: torch.Tensor) -> RowStats:
+        return RowStats(values, torch.zeros_like(values))
 
-    scored = SimpleNamespace(main=emitter(logprob[MASK]), head=emitter(torch.zeros(0)))
+    stats = {"main": emitter(logprob[MASK]), "head": emitter(torch.zeros(0))}
+    scored = SimpleNamespace(stats=lambda sampler: stats)
     term = policy.terms(scored, batch)["policy_main"]  # type: ignore[arg-type]
     loss = term.total / policy.counts(batch)["policy_main"]
     loss.backward()
