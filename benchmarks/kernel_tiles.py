@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import triton
+from output_layer import NUM_SLOTS, SIZES_GPU
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
@@ -29,10 +30,8 @@ from mtp_kernels import configs  # noqa: E402
 from mtp_kernels.configs import KERNELS, Config  # noqa: E402
 from mtp_kernels.tiles import operand_arguments, scaling_options, tile_options  # noqa: E402
 
-SIZES = ("10240,576,49152", "16384,4096,128256")
 CHUNK_ROWS = 2048
 DECODE_ROWS = (16, 80)
-NUM_SLOTS = 5
 SCALING = scaling_options(None, 1.0, None)
 
 
@@ -130,7 +129,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
-    parser.add_argument("--size", nargs="+", default=SIZES, help="rows,D,V")
+    parser.add_argument("--size", nargs="+", default=SIZES_GPU, help="rows,D,V")
     parser.add_argument("--tile", nargs="+", help="tiles in place of the shipped ones")
     options = parser.parse_args()
     if not torch.cuda.is_available():

@@ -16,13 +16,12 @@ import json
 import os
 import statistics
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from decoding import FRESH_HEADS, bare_pass, fresh_head, load_main, prompts
+from decoding import FRESH_HEADS, bare_pass, fresh_head, load_main, prompts, wall
 from torch import Tensor
 from transformers import logging as hf_logging
 
@@ -79,13 +78,6 @@ def reset_peak() -> int:
     return resident * os.sysconf("SC_PAGE_SIZE")
 
 
-def wait() -> float:
-    """The clock, once the device has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 @torch.no_grad()
 def passes(model: Any, ids: Tensor, keep: int, number: int) -> tuple[float, int]:
     """Median seconds of a pass that keeps `keep` tokens behind prompts [B, T]; peak bytes."""
@@ -97,9 +89,9 @@ def passes(model: Any, ids: Tensor, keep: int, number: int) -> tuple[float, int]
     loop.run_pass()
     seconds = []
     for _ in range(number):
-        began = wait()
+        began = wall()
         loop.run_pass()
-        seconds.append(wait() - began)
+        seconds.append(wall() - began)
     return statistics.median(seconds), peak_above(before)
 
 
@@ -110,9 +102,9 @@ def bare(model: Any, ids: Tensor, num_new: int, number: int) -> tuple[float, int
     once()
     seconds = []
     for _ in range(number):
-        began = wait()
+        began = wall()
         once()
-        seconds.append(wait() - began)
+        seconds.append(wall() - began)
     return statistics.median(seconds), peak_above(before)
 
 

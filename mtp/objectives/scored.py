@@ -60,6 +60,10 @@ class Emitter:
                 self._stats[key] = RowStats(out.logprob, out.entropy.detach())
         return self._stats[key]
 
+    def has_stats(self, sampler: Sampler) -> bool:
+        """Whether these statistics have been made."""
+        return repr(sampler) in self._stats
+
     def stats_are(self, sampler: Sampler, stats: RowStats) -> None:
         """Statistics that were made elsewhere, for whoever asks next."""
         self._stats[repr(sampler)] = stats
@@ -116,7 +120,8 @@ class Scored:
         gradient of the whole matrix.
         """
         main, head = self.main, self.head
-        if head.weight is main.weight and len(head.targets) and not sampler.truncates:
+        shared = head.weight is main.weight and len(head.targets) and not sampler.truncates
+        if shared and not main.has_stats(sampler):
             both = Emitter(
                 torch.cat([main.hidden, head.hidden]),
                 main.weight,

@@ -31,8 +31,7 @@ def linear_logprob_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-prob, log-sum-exp, entropy, argmax) [R] of hidden [R, D]; see `linear_logprob`."""
     x = reference_logits(hidden, weight, bias, temperature, softcap)
-    every = torch.ones_like(target, dtype=torch.bool)
-    valid = every if ignore_index is None else target != ignore_index
+    valid = torch.ones_like(target).bool() if ignore_index is None else target != ignore_index
     lse = torch.logsumexp(x, -1)
     log_p = x - lse[:, None]
     picked = log_p.gather(-1, torch.where(valid, target, 0)[:, None])[:, 0]
