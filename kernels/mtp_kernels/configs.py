@@ -64,7 +64,6 @@ _DEFAULTS = {
 }
 _EXCEPTIONS = {
     ("kl_stats", "sm_90"): Config(rows=64, vocab=64, depth=64, warps=4, stages=4),
-    ("kl_stats", "sm_100"): TRAIN,
     ("sample", "sm_100"): replace(DECODE, warps=8),
     ("residual", "sm_100"): replace(DECODE_TWO, vocab=64, warps=8),
 }

@@ -2,10 +2,13 @@
 
 A chunk's distinct teacher rows are made once, in float32, with their log-sum-exp; the students'
 kernel makes its own logits tile by tile, reads the teacher's beside them through an index, and
-keeps running sums. With p the teacher, q the student, and t, s their scaled logits:
+keeps running sums. With p the teacher, q the student, t, s their scaled logits and m the largest s:
 
-    forward   A = sum p (t - s),   P = sum p                KL = A + (lse_s - lse_t) P
-    reverse   B = sum exp(s - m) (s - t),   Z as usual      KL = B / Z - lse_s + lse_t
+    forward   A = sum p (log p - s + m),          P = sum p      KL = A / P + log Z
+    reverse   B = sum exp(s - m) (s - m - log p)                 KL = B / Z - log Z
+
+All terms are as small as the divergence is, whatever the logits are. P is 1 but for the rounding of
+the teacher's lse, which puts all p off by one factor.
 
 Keeping the teacher's tile in registers beside the student's would save the buffer, at the price of
 a teacher tile per slot in registers; the buffer also serves any index, not only a shift.
@@ -85,14 +88,16 @@ def kl_stats_kernel(
         new_m = tl.maximum(m, tl.max(s, 1))
         change = m - new_m
         fade = tl.exp(change)
-        e = tl.exp(s - new_m[:, None])
-        z = fade * z + tl.sum(e, 1)
+        relative = s - new_m[:, None]
+        log_p = t - t_lse[:, None]
+        e = tl.exp(relative)
         if REVERSE:
-            gap = fade * gap + tl.sum(e * (s - t), 1)
+            gap = fade * (gap + change * z) + tl.sum(e * (relative - log_p), 1)
         else:
-            p = tl.exp(t - t_lse[:, None])
-            gap += tl.sum(p * (t - s), 1)
+            p = tl.exp(log_p)
+            gap += tl.sum(p * (log_p - relative), 1) - change * mass
             mass += tl.sum(p, 1)
+        z = fade * z + tl.sum(e, 1)
         m = new_m
     out = floats + split * 4 * num_rows + safe_rows
     tl.store(out, m, mask=row_inside)
@@ -191,7 +196,7 @@ def divergence_triton(problem: Problem) -> tuple[Tensor, Tensor]:
                 **scaling_options(bias, *problem.scaling),
                 **tile_options(config, hidden),
             )
-            out[students], lse[students] = _finish(floats, teacher_lse[place], problem.reverse)
+            out[students], lse[students] = _finish(floats, problem.reverse)
     return out.clone(), lse.clone()
 
 
@@ -209,16 +214,19 @@ def _teacher_chunk(plan: Plan, part: slice, problem: Problem) -> tuple[Tensor, T
     return logits, finish(stats)[1]
 
 
-def _finish(floats: Tensor, teacher_lse: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+def _finish(floats: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """(divergence, lse of the student), each [R], of the parts [splits, 4, R], in their order."""
     maximum, total, gap, mass = floats.unbind(1)
     largest = maximum.amax(0)
-    fade = (maximum - largest).exp()
+    change = maximum - largest
+    fade = change.exp()
     z = (fade * total).sum(0)
-    lse = largest + z.log()
+    log_z = z.log()
     if reverse:
-        return (fade * gap).sum(0) / z - lse + teacher_lse, lse
-    return gap.sum(0) + (lse - teacher_lse) * mass.sum(0), lse
+        divergence = (fade * (gap + change * total)).sum(0) / z - log_z
+    else:
+        divergence = (gap - change * mass).sum(0) / mass.sum(0) + log_z
+    return divergence, largest + log_z
 
 
 def backward_triton(
