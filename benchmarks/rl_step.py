@@ -6,7 +6,8 @@
 A step samples rollouts, judges them and updates the weights. Both sides have the same main (the
 experiment's, SmolLM2-135M by default), problems, prompts, group size, number of rollouts and of
 tokens (no rollout ends early), micro-batches, precision and loss (DAPO's), no reference model, and
-a process of their own, in which one step is run before the timed ones; medians are reported.
+a process of their own with large memory pages (`mtp/__init__.py`), in which two steps are run before
+the timed ones, since memory grows to its size in them; medians are reported.
 
 For TRL every token is a pass. The most that fast mode can be faster at sampling is
 (k + 1) t(1) / t(k + 1), with t(n) the time of a pass of n new tokens, measured here too. Replay is
@@ -34,6 +35,8 @@ GROUP_SIZE = 8
 MICRO_BATCH = 16
 CLIP_NORM = 0.3
 LEARNING_RATE = 1e-6
+WARM_UP = 2
+"""Steps before the timed ones."""
 CACHED = 64
 """Tokens in the cache when a pass is timed."""
 
@@ -134,7 +137,7 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
 
     clip_norms = {"main": CLIP_NORM, "head": CLIP_NORM}
     rows, batches = [], []
-    for _ in range(repeats + 1):
+    for _ in range(WARM_UP + repeats):
         stepping = 0.0
         rollout_seconds, rollouts = clock(roll)
         reward_seconds, batches = clock(lambda sampled=rollouts: collate(sampled))
@@ -152,7 +155,7 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
                 "update_seconds": stepping,
             }
         )
-    result = medians(rows[1:]) | {"peak_bytes": peak_bytes()}
+    result = medians(rows[WARM_UP:]) | {"peak_bytes": peak_bytes()}
     result["causal_seconds"] = causal_seconds(fabric, wrapped, batches, repeats)
     result["limit"] = speed_limit(fabric, model, num_rollouts, repeats)
     return result
@@ -176,7 +179,8 @@ def causal_seconds(fabric: Any, wrapped: Any, batches: list[Any], repeats: int) 
         for parameter in wrapped.parameters():
             parameter.grad = None
 
-    call()
+    for _ in range(WARM_UP):
+        call()
     return statistics.median(clock(call)[0] for _ in range(repeats))
 
 
@@ -262,7 +266,7 @@ def trl_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
                 temperature=1.0,
                 max_grad_norm=CLIP_NORM,
                 learning_rate=LEARNING_RATE,
-                max_steps=repeats + 1,
+                max_steps=WARM_UP + repeats,
                 save_strategy="no",
                 logging_strategy="no",
                 report_to=[],
@@ -278,7 +282,7 @@ def trl_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
 
         trainer._generate_single_turn = timed
         trainer.train()
-    pairs = zip(steps[1:], generation[1:], strict=True)
+    pairs = zip(steps[WARM_UP:], generation[WARM_UP:], strict=True)
     rows = [{"seconds": whole, "generation_seconds": part} for whole, part in pairs]
     return medians(rows) | {"peak_bytes": peak_bytes()}
 
@@ -293,7 +297,11 @@ def measure(
     command = [sys.executable, __file__, "--side", side, "--rollouts", str(num_rollouts)]
     command += ["--tokens", str(num_tokens), "--repeats", str(repeats)]
     command += ["--experiment", experiment]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "HF_HUB_OFFLINE": "1",
+        "THP_MEM_ALLOC_ENABLE": "1",
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"error: {side}, {num_rollouts} rollouts:\n{done.stderr[-2000:]}")
