@@ -6,8 +6,8 @@
 A step samples rollouts, judges them and updates the weights. Both sides have the same main (the
 experiment's, SmolLM2-135M by default), problems, prompts, group size, number of rollouts and of
 tokens (no rollout ends early), micro-batches, precision and loss (DAPO's), no reference model, and
-a process of their own with large memory pages (`mtp/__init__.py`), in which two steps are run before
-the timed ones, since memory grows to its size in them; medians are reported.
+a process of their own with large memory pages (`mtp/__init__.py`), in which two steps are run
+before the timed ones, since memory grows to its size in them; medians are reported.
 
 For TRL every token is a pass. The most that fast mode can be faster at sampling is
 (k + 1) t(1) / t(k + 1), with t(n) the time of a pass of n new tokens, measured here too. Replay is

@@ -41,8 +41,7 @@ class BlockCacheLayer(CacheLayerMixin):
             self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, more))
             self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
         span = self.cache.span
-        if len(key_states) == 1 and not self.cache.is_static:
-            # The only row ends where the cache does.
+        if self.cache.is_even and not self.cache.is_static:
             length, new = self.cache.length, key_states.shape[2]
             self.keys[:, :, length - new : length] = key_states
             self.values[:, :, length - new : length] = value_states
@@ -80,6 +79,7 @@ class BlockCache(Cache):
         self.capacity = capacity or 0
         self.length = 0
         self.positions = torch.empty(0, 0)
+        self.is_even = False  # every row that counts ends where the cache does
         self.chosen: Tensor | None = None  # rows that are kept, if they have not been copied yet
         super().__init__(layers=[BlockCacheLayer(self) for _ in range(num_layers)])
 
@@ -91,11 +91,13 @@ class BlockCache(Cache):
     def place(self, positions: Tensor, length: int, is_even: bool) -> Tensor | None:
         """Say where the next forward writes: positions [B, L], the last of them `length` - 1.
 
-        is_even: every row that counts ends there. Returns the attention mask [B, 1, L, span], True
-        where a query may look; None for one token or the whole text of each of such rows, for which
-        a dynamic cache needs no mask but the causal one.
+        is_even: every row that counts is written there, as a single row always is; what another row
+        writes is never read. Returns the attention mask [B, 1, L, span], True where a query may
+        look; None for one token or the whole text of each of such rows, for which a dynamic cache
+        needs no mask but the causal one.
         """
         self.positions, self.length = positions, length
+        self.is_even = is_even or len(positions) == 1
         if self.chosen is not None:
             for layer in self.layers:
                 layer.keys, layer.values = layer.keys[self.chosen], layer.values[self.chosen]

@@ -62,7 +62,7 @@ def test_values_and_gradients_are_as_good_as_plain_code(impl, direction, scaling
     vocab=st.integers(2, 70),
     direction=st.sampled_from(["forward", "reverse"]),
 )
-@example(rows=6, teachers=10, vocab=14, direction="forward")  # p near 1: the teacher's gradient cancels
+@example(rows=6, teachers=10, vocab=14, direction="forward")  # p near 1: dt cancels
 def test_any_index(impl, rows, teachers, vocab, direction):
     index = torch.randint(-1, teachers, (rows,), generator=torch.Generator().manual_seed(vocab))
     case = (index, teachers, vocab, (9, 17), True, direction, {})
