@@ -117,7 +117,7 @@ def chosen_tiles(kernel: str, given: list[str] | None, weight: Tensor) -> list[C
             Config(*map(int, tile.split(",")[:5]), described=tile.endswith(",described"))
             for tile in given
         ]
-    architecture = configs._architecture(weight.device.index or 0)
+    architecture = configs.architecture_of(weight.device.index or 0)
     shipped = (configs.shipped_config(kernel, architecture, weight.dtype, d) for d in (True, False))
     return list(dict.fromkeys(shipped))
 

@@ -118,14 +118,14 @@ class KernelDraws:
         generator: torch.Generator | None,
     ):
         self.impl, self.temperature, self.generator = impl, sampler.temperature, generator
-        self.seeds = torch.empty(0, dtype=torch.long, device=device)
+        self.device = device
         self.renew(num_rows)
 
     def renew(self, num_rows: int) -> None:
         """Draw the seeds of a batch's rows, [num_rows]."""
         source = "cpu" if self.generator is None else self.generator.device
         seeds = torch.randint(2**63 - 1, (num_rows,), generator=self.generator, device=source)
-        self.seeds = seeds.to(self.seeds.device)
+        self.seeds = seeds.to(self.device)
 
     @staticmethod
     def resolve(

@@ -103,7 +103,7 @@ def config_for(kernel: str, *operands: Tensor) -> Config:
     """The configuration of a kernel for the device, dtype and layout of its operands."""
     if triton_interpreted():
         return INTERPRET
-    architecture = _architecture(operands[0].device.index or 0)
+    architecture = architecture_of(operands[0].device.index or 0)
     described = all(describable(operand) for operand in operands)
     return shipped_config(kernel, architecture, operands[0].dtype, described)
 
@@ -115,7 +115,8 @@ def describable(operand: Tensor) -> bool:
 
 
 @functools.cache
-def _architecture(index: int) -> str:
+def architecture_of(index: int) -> str:
+    """The architecture whose table a device uses. Raises ValueError for one that is too old."""
     if torch.version.hip is not None:
         return "gfx942"
     # A device without a table of its own uses that of an architecture with no more shared memory.
