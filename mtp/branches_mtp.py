@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from .draws_mtp import Process
-from .passes_mtp import PassLoop, Stop
+from .passes_mtp import PassLoop
 from .phases_mtp import PhasePlan, check_plans
-from .records_mtp import FORCED, Decoded
+from .records_mtp import FORCED
+from .running_mtp import Stop
 from .sampling_mtp import Sampler
 
 METHODS = ("best_of_n", "beam", "mcts")
@@ -248,28 +249,28 @@ class BranchLoop(PassLoop):
 
     def resume(self, branches: list[Branch], num_copies: int) -> None:
         """Put the loop's rows where the branches are."""
-        device, out = self.rows.device, self.out
+        running, out = self.running, self.running.out
 
         def rows_of(values: list[Any]) -> Tensor:
-            return torch.tensor(values, device=device).repeat_interleave(num_copies, 0)
+            return torch.tensor(values, device=out.tokens.device).repeat_interleave(num_copies, 0)
 
-        fills = {"tokens": self.pad_id, "slots": -1, "accepted": 0, "logprobs": 0.0}
+        fills = {"tokens": running.pad_id, "slots": -1, "accepted": 0, "logprobs": 0.0}
         for name, fill in fills.items():
             rows = rows_of(padded([branch.whole(name) for branch in branches], fill))
             getattr(out, name)[:, : rows.shape[1]] = rows
         out.lengths = rows_of([branch.num_tokens for branch in branches])
         out.passes = rows_of([branch.num_passes for branch in branches])
-        self.phase = rows_of([branch.phase for branch in branches])
-        self.in_phase = rows_of([branch.in_phase for branch in branches])
-        self.start = rows_of([branch.start for branch in branches])
-        self.num_fresh = self.prompt_lengths + out.lengths - self.start
-        fresh = self.num_fresh[::num_copies].tolist()
+        running.phase = rows_of([branch.phase for branch in branches])
+        running.in_phase = rows_of([branch.in_phase for branch in branches])
+        running.start = rows_of([branch.start for branch in branches])
+        running.num_fresh = running.prompt_lengths + out.lengths - running.start
+        fresh = running.num_fresh[::num_copies].tolist()
         unread = [b.tokens[len(b.tokens) - num :] for b, num in zip(branches, fresh, strict=True)]
-        self.fed = rows_of(padded(unread, self.pad_id))
-        self.length = max(branch.start for branch in branches) + self.fed.shape[1]
-        self.is_even = False
-        self.drafts = self.fed[:, :0]
-        self.all_use_head = bool((self.tables.keep[self.rows, self.phase] > 1).all())
+        running.fed = rows_of(padded(unread, running.pad_id))
+        running.length = max(branch.start for branch in branches) + running.fed.shape[1]
+        running.is_even = False
+        running.drafts = running.fed[:, :0]
+        running.all_use_head = bool((self.tables.keep[running.rows, running.phase] > 1).all())
         assert self.parts is not None
         read = [self.parts.before(branch) for branch in branches]
         parts = torch.nn.utils.rnn.pad_sequence(read, batch_first=True)
@@ -277,9 +278,9 @@ class BranchLoop(PassLoop):
 
     def read(self) -> tuple[Tensor, list[Tensor]]:
         """As in the pass loop; notes its cost and, where they are kept, the branches' parts."""
-        num_copies = self.num_copies
-        read = self.num_fresh + self.num_drafts
-        first = [x[::num_copies] for x in (self.rows, self.active, self.start, read)]
+        num_copies, running = self.num_copies, self.running
+        read = running.num_fresh + running.num_drafts
+        first = [x[::num_copies] for x in (running.rows, running.active, running.start, read)]
         states = super().read()
         reading = torch.stack(first, 1).tolist()
         for row, active, _, number in reading:
@@ -287,8 +288,8 @@ class BranchLoop(PassLoop):
                 self.spent.passes[self.branches[row].prompt] += 1
                 self.spent.tokens[self.branches[row].prompt] += number
         if self.parts is not None:
-            rows = torch.arange(len(reading), device=self.rows.device) * num_copies
-            made = self.cache.part(rows, first[2], self.fed.shape[1])
+            rows = torch.arange(len(reading), device=running.rows.device) * num_copies
+            made = self.cache.part(rows, first[2], running.fed.shape[1])
             self.parts.shapes = self.cache.shapes
             for i, (row, *_) in enumerate(reading):
                 self.parts.by_branch[self.branches[row]] = made[i]
@@ -296,11 +297,14 @@ class BranchLoop(PassLoop):
 
     def step(self) -> list[Branch]:
         """One pass: what each open branch grew into, in order, as often as blocks were drawn."""
+        running = self.running
         added, _ = self.run_pass()
         columns = (added.tokens, added.slots, added.accepted, added.logprobs)
         tokens, slots, accepted, logprobs = (column.tolist() for column in columns)
-        state = torch.stack([self.rows, self.active, self.phase, self.in_phase, self.start], 1)
-        finished, grown = self.out.finished.tolist(), []
+        state = torch.stack(
+            [running.rows, running.active, running.phase, running.in_phase, running.start], 1
+        )
+        finished, grown = running.out.finished.tolist(), []
         going = {row: (i, *s) for i, (row, active, *s) in enumerate(state.tolist()) if active}
         pairs = zip(added.rows.tolist(), added.lengths.tolist(), strict=True)
         for at, (row, length) in enumerate(pairs):
@@ -331,21 +335,16 @@ class BranchLoop(PassLoop):
         blocks begins with what main accepts of its drafts. The others are drawn as if there were
         none: copies that all judge the same drafts would say the same.
         """
-        chosen = torch.tensor([branch.row for branch in branches], device=self.rows.device)
+        running = self.running
+        chosen = torch.tensor([branch.row for branch in branches], device=running.rows.device)
         copies = chosen.repeat_interleave(num_copies)
-        kept = self.rows[copies]
-        self.select(copies)
-        self.cache.select(torch.arange(len(chosen), device=chosen.device) * num_copies)
-        self.prompts, self.prompt_lengths = self.prompts[kept], self.prompt_lengths[kept]
-        self.out = Decoded(**{name: value[kept] for name, value in vars(self.out).items()})
-        self.rows = torch.arange(len(kept), device=chosen.device)
-        self.draws.renew(len(kept))
+        running.select(copies)
+        running.renumber()
+        running.drop_drafts(running.rows % num_copies > 0)
+        self.cache.select(chosen)
+        self.draws.renew(len(copies))
         self.num_copies = num_copies
-        self.num_drafts = torch.where(self.rows % num_copies == 0, self.num_drafts, 0)
-        figures = torch.stack([(self.num_fresh + self.num_drafts).max(), self.start.max()])
-        widest, farthest = figures.tolist()
-        self.fed, self.length, self.is_even = self.fed[:, :widest], farthest + widest, False
-        self.branches = {row: branches[row // num_copies] for row in range(len(kept))}
+        self.branches = {row: branches[row // num_copies] for row in range(len(copies))}
 
 
 def padded(rows: list[list[Any]], fill: Any) -> list[list[Any]]:

@@ -24,12 +24,10 @@ from torch import Tensor
 
 from .cache_mtp import BlockCache, in_autocast_dtype
 from .draws_mtp import Draws, Process, Ready
-from .phases_mtp import PhasePlan, PlanTables, check_plans
-from .records_mtp import FORCED, Block, Decoded, Slots
+from .phases_mtp import PhasePlan, check_plans
+from .records_mtp import Block, Decoded, Slots
+from .running_mtp import RunningRows, Stop, splice
 from .sampling_mtp import Sampler, Verdict, length_of_prefix
-
-Stop = Callable[[Tensor, Any], Tensor]
-"""What a `StoppingCriteria` does: token ids [B, T] and None -> [B] bool."""
 
 
 @torch.no_grad()
@@ -102,22 +100,11 @@ def decode(
         added, goes_on = loop.run_pass()
         if on_block is not None:
             on_block(added)
-    return loop.decoded()
-
-
-def splice(count: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """`count` [R] columns of `first` [R, J], then `second` [R, W], then anything: [R, J + W]."""
-    width = first.shape[1]
-    if not width:
-        return second
-    both = torch.cat([first, second], 1)
-    column = torch.arange(both.shape[1], device=both.device)
-    source = torch.where(column < count[:, None], column, column + width - count[:, None])
-    return both.gather(1, source.clamp(max=both.shape[1] - 1))
+    return loop.running.decoded()
 
 
 class PassLoop:
-    """A batch between passes."""
+    """Asks main and the head for the blocks of a batch, pass by pass."""
 
     def __init__(
         self,
@@ -135,91 +122,63 @@ class PassLoop:
         static_cache: bool = False,
         kernels: str | None = None,
     ):
-        device, num_rows = prompts.device, len(prompts)
-        self.model, self.plan = model, plans[0]
-        self.max_new_tokens, self.pad_id, self.stop = max_new_tokens, pad_id, stop
-        self.tables = PlanTables(plans, max_new_tokens + 1, device)
+        self.model = model
+        self.running = RunningRows(prompts, prompt_lengths, plans, max_new_tokens, pad_id, stop)
+        self.plan, self.tables = self.running.plan, self.running.tables
         shared = model.get_output_embeddings().weight
         self.main_weight = in_autocast_dtype(shared)
-        self.draws = Draws(sampler, self.tables, self.main_weight, generator, process, kernels)
-        self.prompts, self.prompt_lengths = prompts, prompt_lengths
         own = model.head_output_weight()
         self.head_weight = self.main_weight if own is shared else in_autocast_dtype(own)
+        self.draws = Draws(sampler, self.tables, self.main_weight, generator, process, kernels)
         self.num_copies = num_copies  # rows next to each other that are still the same
-        # Beyond the limit there is room for what a cut drops.
-        room = max_new_tokens + 2 * model.num_slots
         # A plan without head slots needs nothing recalled.
         self.recall = model.mtp_head.recall if self.tables.num_head_slots else None
         self.cache = BlockCache(
             model.config.num_hidden_layers + (self.recall is not None),
-            num_rows // num_copies,
-            prompts.shape[1] + room if static_cache else None,
+            len(prompts) // num_copies,
+            prompts.shape[1] + self.running.room if static_cache else None,
         )
-
-        # What is written: rows of the batch.
-        self.out = Decoded(
-            tokens=torch.full((num_rows, room), pad_id, device=device),
-            slots=torch.full((num_rows, room), -1, device=device),
-            logprobs=torch.zeros(num_rows, room, device=device),
-            lengths=torch.zeros(num_rows, dtype=torch.long, device=device),
-            passes=torch.zeros(num_rows, dtype=torch.long, device=device),
-            finished=torch.zeros(num_rows, dtype=torch.bool, device=device),
-            accepted=torch.zeros(num_rows, room, dtype=torch.long, device=device),
-            closed=torch.zeros(num_rows, dtype=torch.bool, device=device),
-        )
-
-        # Rows still running; `rows` says where they belong in the above.
-        self.rows = torch.arange(num_rows, device=device)
-        self.active = torch.ones(num_rows, dtype=torch.bool, device=device)
-        self.phase = self.plan.phase_after(prompts).gather(1, prompt_lengths[:, None] - 1)[:, 0]
-        self.in_phase = torch.zeros_like(prompt_lengths)  # output tokens of the current phase
-        self.closed = torch.zeros_like(self.active)  # the segment was closed (`Phase.closed_by`)
         # If the head recalls: messages of what was fed, keys and values of the whole text.
         self.earlier: list[Tensor] = []
-        # A pass is fed `num_fresh` tokens that are kept, then `num_drafts` that may be.
-        self.fed, self.num_fresh = prompts, prompt_lengths
-        self.drafts, self.num_drafts = prompts[:, :0], torch.zeros_like(prompt_lengths)
-        self.draft_source: Tensor | None = None  # of sampled drafts, see `Slots`
         self.head_ready: Ready | None = None  # slots made together with main's token
-        keep = self.tables.keep[self.rows, self.phase]
-        self.all_use_head = bool((keep > 1).all())
-        self.start = torch.zeros_like(prompt_lengths)  # position of the first token that is fed
-        self.length = prompts.shape[1]  # of the cache after the pass
-        self.is_even = bool((prompt_lengths == self.length).all())  # running rows end at `length`
 
     def run_pass(self) -> tuple[Block, bool]:
         """One pass of all running rows: what it added, and whether any row goes on."""
+        running = self.running
         hidden, taps = self.read()
         self.head_ready = None
         verdict = self.main_tokens(hidden, taps)
-        prefix = verdict.num_accepted
-        ended = self.enter_phases(self.drafts, prefix)
+        prefix, drafts = verdict.num_accepted, running.drafts
+        ended = running.enter_phases(drafts, prefix)
         block, block_logprobs, kept, proposed = self.head_tokens(taps, verdict, ended)
-        ended |= self.enter_phases(block, kept)
+        ended |= running.enter_phases(block, kept)
 
-        tokens = splice(prefix, self.drafts, block)
+        tokens = splice(prefix, drafts, block)
         logprobs = splice(prefix, verdict.logprobs[:, :-1], block_logprobs)
         columns = torch.arange(tokens.shape[1], device=tokens.device)
         of_block = columns - prefix[:, None]
         slots, accepted = of_block.clamp(min=0), torch.where(of_block < 0, columns + 1, 0)
-        total = prefix + kept
+        added = Block(running.rows, tokens, slots, accepted, logprobs, prefix + kept)
         if self.tables.has_budgets:
-            tokens, slots, total = self.close_phases(tokens, slots, total, ended)
-            ended |= self.closed
-            logprobs, accepted = (torch.nn.functional.pad(x, (0, 1)) for x in (logprobs, accepted))
-            logprobs = torch.where(slots == FORCED, 0.0, logprobs)
-            accepted = torch.where(slots == FORCED, 0, accepted)
-        if self.stop is not None:
-            total, ended = self.stop_rows(tokens, total, ended)
-        added = Block(self.rows, tokens, slots, accepted, logprobs, total)
-        self.write(added, ended)
-        return added, self.advance(added, prefix, block[:, 1:], proposed)
+            added, ended = running.close_phases(added, ended)
+        if running.stop is not None:
+            added, ended = running.stop_rows(added, ended)
+        running.write(added, ended)
+        goes_on = running.advance(added, prefix, block[:, 1:], proposed)
+        if goes_on and 2 * running.num_active <= len(running.rows):
+            chosen = running.active.nonzero()[:, 0]
+            self.cache.select(chosen)
+            running.select(chosen)
+        return added, goes_on
 
     def read(self) -> tuple[Tensor, list[Tensor]]:
         """Main's forward over what is fed, equal rows once: hidden rows [R, L, D], each tap's."""
+        running = self.running
         copies, self.num_copies = self.num_copies, 1
-        fed, start = self.fed[::copies], self.start[::copies]
-        hidden, taps = self.model.main_states(fed, start, self.cache, self.length, self.is_even)
+        fed, start = running.fed[::copies], running.start[::copies]
+        hidden, taps = self.model.main_states(
+            fed, start, self.cache, running.length, running.is_even
+        )
         if self.recall is not None:
             messages = self.model.mtp_head.message(torch.stack(taps, 2))
             states = self.recall.states(messages)
@@ -227,7 +186,7 @@ class PassLoop:
             self.earlier = [messages, *self.cache.update(*states, layer)]
         if copies == 1:
             return hidden, taps
-        source = torch.arange(len(self.rows), device=hidden.device) // copies
+        source = torch.arange(len(running.rows), device=hidden.device) // copies
         self.cache.select(source)
         self.earlier = [part[source] for part in self.earlier]
         return hidden[source], [tap[source] for tap in taps]
@@ -242,19 +201,20 @@ class PassLoop:
             return self.model.mtp_head.message(heard), None
         messages, keys, values = self.earlier
         message = messages[row, at]
-        return message, self.recall.step(message, self.start + at, keys, values)
+        return message, self.recall.step(message, self.running.start + at, keys, values)
 
     def main_tokens(self, hidden: Tensor, taps: list[Tensor]) -> Verdict:
         """What main accepts of the drafts, and its own token after them: [R, L, D] each."""
-        row, at = torch.arange(len(self.rows), device=hidden.device), self.num_fresh - 1
-        width, position = self.drafts.shape[1], self.known()
+        running = self.running
+        row, at = torch.arange(len(running.rows), device=hidden.device), running.num_fresh - 1
+        width, position = running.drafts.shape[1], running.known()
 
         def text(num_drafts: int) -> Tensor:
-            return self.context(row, self.drafts, torch.full_like(at, num_drafts))
+            return running.context(row, running.drafts, torch.full_like(at, num_drafts))
 
         if not width and not self.draws.always_judges:
             rows = self.anchor_rows(hidden[row, at], taps, at)
-            ready = self.draws.ready(rows, self.main_weight, self.rows, position)
+            ready = self.draws.ready(rows, self.main_weight, running.rows, position)
             if rows.shape[1] > 1:
                 self.head_ready = ready.part(slice(None), slice(1, None))
             first = self.draws.draw(ready.part(slice(None), slice(1)), lambda: text(0))
@@ -263,11 +223,11 @@ class PassLoop:
         return self.draws.judge(
             hidden[row[:, None], columns.clamp(max=hidden.shape[1] - 1)],
             self.main_weight,
-            self.drafts,
-            self.num_drafts,
-            self.draft_source,
+            running.drafts,
+            running.num_drafts,
+            running.draft_source,
             self.head_weight,
-            self.rows,
+            running.rows,
             position,
             text,
         )
@@ -279,7 +239,7 @@ class PassLoop:
         rows use them and the output matrix is shared, one read of it serves both, [R, 1 + K, D].
         """
         shared = self.head_weight is self.main_weight and not self.model.mtp_head.sequential
-        if not (shared and self.all_use_head):
+        if not (shared and self.running.all_use_head):
             return hidden[:, None]
         message, recalled = self.heard(taps, at)
         slots = self.model.mtp_head(message, None, recalled)
@@ -294,38 +254,39 @@ class PassLoop:
         and its log-probabilities, how many of its tokens are kept [R] and, of those of the head,
         how many are drafts [R].
         """
+        running = self.running
         prefix, token = verdict.num_accepted, verdict.token
-        runs, width = self.active & ~ended, self.tables.num_head_slots
+        runs, width = running.active & ~ended, self.tables.num_head_slots
         if not width and not self.tables.has_budgets:
             # Nothing but main's token, which an active row has room for.
             return token[:, None], verdict.logprobs, runs.long(), torch.zeros_like(prefix)
         row = torch.arange(len(token), device=token.device)
-        left = self.max_new_tokens - self.out.lengths[self.rows] - prefix
-        block = torch.full((len(token), 1 + width), self.pad_id, device=token.device)
+        left = running.max_new_tokens - running.out.lengths[running.rows] - prefix
+        block = torch.full((len(token), 1 + width), running.pad_id, device=token.device)
         logprobs = torch.zeros(block.shape, device=token.device)
         block[:, 0], logprobs[:, 0] = token, verdict.logprobs.gather(1, prefix[:, None])[:, 0]
         keep, verified, budget = (
-            table[row, self.phase]
+            table[row, running.phase]
             for table in (self.tables.keep, self.tables.verified, self.tables.budget)
         )
-        room = torch.minimum(left, budget - self.in_phase)
+        room = torch.minimum(left, budget - running.in_phase)
         num_sure = torch.zeros_like(prefix)
-        self.draft_source = None
+        running.draft_source = None
         if width:
             # A block that already ends at slot 0 needs no head.
             goes_on = runs & ~self.plan.stops(token)
             chosen = ((keep > 1) & goes_on & (~verified | (room > 1))).nonzero()[:, 0]
             if len(chosen):
-                at = self.num_fresh - 1 + prefix
-                sure = self.tables.sure[chosen, self.phase[chosen], None]
+                at = running.num_fresh - 1 + prefix
+                sure = self.tables.sure[chosen, running.phase[chosen], None]
                 written = self.head_slots(taps, at, chosen, prefix[chosen], token[chosen], sure)
                 end = 1 + written.tokens.shape[1]
                 block[chosen, 1:end], logprobs[chosen, 1:end] = written.tokens, written.logprobs
                 num_sure[chosen] = length_of_prefix(written.likeliest >= sure)
                 if self.draws.keeps_source:
                     shape = (len(token), *written.source.shape[1:])
-                    self.draft_source = written.source.new_zeros(shape)
-                    self.draft_source[chosen] = written.source
+                    running.draft_source = written.source.new_zeros(shape)
+                    running.draft_source[chosen] = written.source
         kept = torch.minimum(torch.where(verified, 1, keep), num_sure + 1)
         kept = torch.minimum(torch.minimum(kept, self.plan.cut(block)), room)
         kept = torch.where(runs, kept, 0)
@@ -350,8 +311,9 @@ class PassLoop:
         taps [R, L, D] each; `at` [R] are the anchors, `prefix` [F] the drafts accepted before t_0.
         Slots that no row is `sure` [F, 1] enough to reach are left out.
         """
+        running = self.running
         head, width = self.model.mtp_head, self.tables.num_head_slots
-        rows, position = self.rows[chosen], self.known()[chosen] + prefix + 1
+        rows, position = running.rows[chosen], running.known()[chosen] + prefix + 1
         ready = None
         if self.head_ready is not None:
             ready = self.head_ready.part(chosen, slice(None))
@@ -365,8 +327,8 @@ class PassLoop:
         said, state, drawn = token[:, None], None, []
 
         def text() -> Tensor:
-            behind = splice(prefix, self.drafts[chosen], said)
-            return self.context(chosen, behind, prefix + said.shape[1])
+            behind = splice(prefix, running.drafts[chosen], said)
+            return running.context(chosen, behind, prefix + said.shape[1])
 
         if ready is not None and self.draws.process is None:
             return self.draws.draw(ready, text)
@@ -385,145 +347,3 @@ class PassLoop:
                     break
             said = torch.cat([said, drawn[-1].tokens], 1)
         return Slots.join(drawn)
-
-    def known(self) -> Tensor:
-        """[R] tokens of each running row's text, its prompt included."""
-        return self.prompt_lengths[self.rows] + self.out.lengths[self.rows]
-
-    def context(self, index: Tensor, extra: Tensor, num_extra: Tensor) -> Tensor:
-        """Text of running rows, `index` [F], with `num_extra` [F] tokens of `extra` [F, E] behind.
-
-        Padded on the left: [F, longest].
-        """
-        rows, known = self.rows[index], self.known()[index]
-        text = splice(self.prompt_lengths[rows], self.prompts[rows], self.out.tokens[rows])
-        text, length = splice(known, text, extra), known + num_extra
-        longest = int(length.max())
-        source = torch.arange(longest, device=text.device) - longest + length[:, None]
-        return torch.where(source < 0, self.pad_id, text.gather(1, source.clamp(min=0)))
-
-    def enter_phases(self, tokens: Tensor, count: Tensor) -> Tensor:
-        """Take note of `count` [R] more tokens of `tokens` [R, J], of which only the last may be a
-        delimiter or an end token. Returns [R] bool, True where it ends the row's text.
-        """
-        if not tokens.shape[1]:
-            return torch.zeros_like(self.active)
-        last = tokens.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0]
-        begun = self.plan.opened(last)
-        enters = (count > 0) & (begun >= 0)
-        self.closed = self.closed | ((count > 0) & self.plan.closes(last, self.phase))
-        self.phase = torch.where(enters, begun, self.phase)
-        self.in_phase = torch.where(enters, 0, self.in_phase + count)
-        return (count > 0) & self.plan.is_end(last) | self.closed
-
-    def close_phases(
-        self, tokens: Tensor, slots: Tensor, total: Tensor, ended: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Write a delimiter (`PhasePlan.forced`) behind the tokens of rows whose phase is used up.
-
-        tokens, slots [R, W] and total [R] -> the same, [R, W + 1] and [R].
-        """
-        row = torch.arange(len(total), device=total.device)
-        used_up = self.in_phase >= self.tables.budget[row, self.phase]
-        full = self.active & ~ended & used_up
-        full &= self.out.lengths[self.rows] + total < self.max_new_tokens
-        closer = self.tables.forced[row, self.phase]
-        at = torch.arange(tokens.shape[1] + 1, device=total.device) == total[:, None]
-        at &= full[:, None]
-        tokens, slots = (torch.nn.functional.pad(x, (0, 1)) for x in (tokens, slots))
-        tokens = torch.where(at, closer[:, None], tokens)
-        slots = torch.where(at, FORCED, slots)
-        self.closed = self.closed | (full & self.plan.closes(closer, self.phase))
-        self.phase = torch.where(full & ~self.closed, self.plan.opened(closer), self.phase)
-        self.in_phase = torch.where(full, 0, self.in_phase)
-        return tokens, slots, total + full
-
-    def stop_rows(self, tokens: Tensor, total: Tensor, ended: Tensor) -> tuple[Tensor, Tensor]:
-        """Cut `tokens` [R, W] after the first at which the stopping criterion is met.
-
-        total, ended [R] -> the same, with rows that it stopped counted as ended.
-        """
-        assert self.stop is not None
-        row, stopped = torch.arange(len(total), device=total.device), torch.zeros_like(ended)
-        for count in range(1, tokens.shape[1] + 1):
-            told = self.stop(self.context(row, tokens, total.clamp(max=count)), None)
-            now = told & self.active & ~stopped & (total >= count)
-            total, stopped = torch.where(now, count, total), stopped | now
-        self.closed = self.closed & ~stopped
-        return total, ended | stopped
-
-    def write(self, added: Block, ended: Tensor) -> None:
-        """Copy what a pass added to the output."""
-        out, rows = self.out, self.rows
-        columns = torch.arange(added.tokens.shape[1], device=rows.device)
-        is_kept = columns < added.lengths[:, None]
-        where = rows[:, None], out.lengths[rows, None] + columns
-        out.tokens[where] = torch.where(is_kept, added.tokens, self.pad_id)
-        out.slots[where] = torch.where(is_kept, added.slots, -1)
-        out.logprobs[where] = torch.where(is_kept, added.logprobs, 0.0)
-        out.accepted[where] = torch.where(is_kept, added.accepted, 0)
-        out.lengths[rows] += added.lengths
-        out.passes[rows] += self.active.long()
-        out.finished[rows] |= self.active & ended & ~self.closed
-        out.closed[rows] |= self.active & self.closed
-        self.active = self.active & ~ended & (out.lengths[rows] < self.max_new_tokens)
-
-    def advance(self, added: Block, prefix: Tensor, drafts: Tensor, proposed: Tensor) -> bool:
-        """Prepare the next pass; False if no row goes on.
-
-        prefix [R]: added tokens that main has already read, as drafts. proposed [R]: how many of
-        `drafts` [R, K] are fed behind the tokens that it has not.
-        """
-        fresh, columns = added.tokens, torch.arange(added.tokens.shape[1], device=prefix.device)
-        if self.drafts.shape[1]:
-            fresh = fresh.gather(1, (columns + prefix[:, None]).clamp(max=fresh.shape[1] - 1))
-        # An inactive row is fed one token at position 0 until half of the rows are inactive.
-        self.start = torch.where(self.active, self.start + self.num_fresh + prefix, 0)
-        self.num_fresh = torch.where(self.active, added.lengths - prefix, 1)
-        self.num_drafts = torch.where(self.active, proposed, 0)
-        num_fed = self.num_fresh + self.num_drafts
-        keep = self.tables.keep.gather(1, self.phase[:, None])[:, 0]
-        widest_row, farthest_row = num_fed.max(), self.start.max()
-        end = widest_row + farthest_row
-        figures = (
-            self.active.sum(),
-            widest_row,
-            farthest_row,
-            self.num_drafts.max(),
-            torch.where(self.active, keep, 2).min(),
-            torch.where(self.active, self.start + num_fed, end).min(),
-        )
-        num_active, widest, farthest, num_drafts, fewest, nearest = torch.stack(figures).tolist()
-        self.all_use_head, self.is_even = fewest > 1, nearest == farthest + widest
-        if not num_active:
-            return False
-        self.drafts = drafts[:, :num_drafts]
-        if not num_drafts:
-            self.draft_source = None
-        elif self.draft_source is not None:
-            self.draft_source = self.draft_source[:, :num_drafts]
-        fed = splice(self.num_fresh, fresh, self.drafts) if num_drafts else fresh
-        columns = torch.arange(fed.shape[1], device=fed.device)
-        fed = torch.where(columns < num_fed[:, None], fed, self.pad_id)
-        self.fed, self.length = fed[:, :widest], farthest + widest
-        if 2 * num_active <= len(self.rows):
-            self.select(self.active.nonzero()[:, 0])
-        return True
-
-    def select(self, chosen: Tensor) -> None:
-        """Go on with the chosen rows only."""
-        self.cache.select(chosen)
-        self.tables.select(chosen)
-        for name in ("rows", "active", "phase", "in_phase", "closed", "start"):
-            setattr(self, name, getattr(self, name)[chosen])
-        for name in ("fed", "num_fresh", "drafts", "num_drafts"):
-            setattr(self, name, getattr(self, name)[chosen])
-        if self.draft_source is not None:
-            self.draft_source = self.draft_source[chosen]
-
-    def decoded(self) -> Decoded:
-        """The output, cut to its longest row."""
-        out, longest = self.out, int(self.out.lengths.max())
-        for name in ("tokens", "slots", "logprobs", "accepted"):
-            setattr(out, name, getattr(out, name)[:, :longest])
-        return out

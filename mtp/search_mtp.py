@@ -40,7 +40,7 @@ from .generation_mtp import (
     PhasePlan,
     Sampler,
 )
-from .passes_mtp import Stop
+from .running_mtp import Stop
 from .tree_search_mtp import mcts
 
 

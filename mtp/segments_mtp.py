@@ -29,9 +29,10 @@ from torch import Tensor
 
 from .draws_mtp import Process
 from .memory_mtp import Memory
-from .passes_mtp import Stop, decode
+from .passes_mtp import decode
 from .phases_mtp import Phase, PhasePlan
 from .records_mtp import Block, Decoded, pad
+from .running_mtp import Stop
 from .sampling_mtp import Sampler
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["errors", "cache_mtp", "memory_mtp", "phases_mtp", "records_mtp", "sampling_mtp"]
     + ["attention_mtp", "tasks.base"],
-    ["draws_mtp"],
+    ["draws_mtp", "running_mtp"],
     ["passes_mtp"],
     ["segments_mtp"],
     ["generation_mtp", "branches_mtp"],
