@@ -118,8 +118,8 @@ def measure(model: Any, tokenizer: Any, axis: str, options: argparse.Namespace) 
     costs = []
     for k, batch, context in points:
         heads = {
-            name: fresh_head(model, replace(settings, num_slots=k))
-            for name, settings in FRESH_HEADS.items()
+            name: fresh_head(model, replace(FRESH_HEADS[name], num_slots=k))
+            for name in ("parallel", "eavesdrop")
         }
         ids = prompts(tokenizer, batch, context)
         one, one_peak = bare(model, ids, 1, options.passes)
