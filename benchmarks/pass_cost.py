@@ -144,13 +144,11 @@ def measure(model: Any, tokenizer: Any, axis: str, options: argparse.Namespace) 
 
 def plot(costs: list[Cost], path: Path) -> None:
     """Seconds of a pass (above) and peak memory (below) along each axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     axes = list(dict.fromkeys(cost.axis for cost in costs))
-    figure, panels = pyplot.subplots(2, len(axes), figsize=(5 * len(axes), 7), squeeze=False)
+    figure = Figure(figsize=(5 * len(axes), 7))
+    panels = figure.subplots(2, len(axes), squeeze=False)
     for column, axis in enumerate(axes):
         for mode, color in DRAWN.items():
             mine = [cost for cost in costs if cost.axis == axis and cost.mode == mode]

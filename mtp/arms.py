@@ -109,14 +109,13 @@ def _interval(values: list[float | None]) -> dict[str, float | None]:
 
 def save_plot(runs: list[ArmRun], summary: dict[str, Any], path: Path) -> None:
     """Fast accuracy over steps, a line an arm, and each arm's figures with their intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     arms = list(summary["arms"])
-    colors = [plt.colormaps["tab10"](i % 10) for i in range(len(arms))]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    colors = [colormaps["tab10"](i % 10) for i in range(len(arms))]
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for arm, color in zip(arms, colors, strict=True):
         curves = [dict(run.curve) for run in runs if run.arm == arm and run.curve]
         for curve in curves:
@@ -141,7 +140,6 @@ def save_plot(runs: list[ArmRun], summary: dict[str, Any], path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 FRONTIER = {"true_steps": "true steps", "reference_nats_per_token": "reference nats per token"}
@@ -153,10 +151,8 @@ def save_frontier(runs: list[ArmRun], summary: dict[str, Any], path: Path) -> No
 
     Draws what of `FRONTIER` all runs have been measured for; no plot where that is nothing.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     arms = summary["arms"]
 
@@ -169,10 +165,11 @@ def save_frontier(runs: list[ArmRun], summary: dict[str, Any], path: Path) -> No
     if not names or None in fast.values():
         return
     size = (5.5 * len(names), 4.5)
-    figure, panels = plt.subplots(1, len(names), figsize=size, layout="constrained", squeeze=False)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False)
     for axes, name in zip(panels[0], names, strict=True):
         for i, arm in enumerate(arms):
-            color = plt.colormaps["tab10"](i % 10)
+            color = colormaps["tab10"](i % 10)
             points = [(r.figures[name], r.figures["fast_accuracy"]) for r in runs if r.arm == arm]
             axes.plot(*zip(*points, strict=True), ".", color=color, alpha=0.4)
             axes.plot(mean_of(arm, name), fast[arm], "o", color=color, label=arm)
@@ -180,4 +177,3 @@ def save_frontier(runs: list[ArmRun], summary: dict[str, Any], path: Path) -> No
         axes.grid(alpha=0.3)
     panels[0][0].legend(fontsize=8)
     figure.savefig(path, dpi=130)
-    plt.close(figure)

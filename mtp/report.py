@@ -147,16 +147,15 @@ def print_completions(
 
 def save_curves(points: list[dict[str, Any]], path: Path) -> None:
     """Accuracy against passes per problem, a line a stage; it and true steps against steps."""
-    import matplotlib
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    panels = figure.subplots(1, 3)
     left, right, legible = panels
     stages = list(dict.fromkeys(point["stage"] for point in points))
     for color, stage in zip(
-        plt.cm.viridis_r([0.1 + 0.25 * i for i in range(9)]), stages, strict=False
+        colormaps["viridis_r"]([0.1 + 0.25 * i for i in range(9)]), stages, strict=False
     ):
         mine = [p for p in points if p["stage"] == stage]
         checked = [p for p in mine if "true_steps" in p]
@@ -199,7 +198,6 @@ def save_curves(points: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 ARM_COLUMNS = {
