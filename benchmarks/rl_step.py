@@ -302,6 +302,7 @@ def measure(
         "HF_HUB_OFFLINE": "1",
         "THP_MEM_ALLOC_ENABLE": "1",
     }
+    print(f"{side}, {num_rollouts} rollouts: {WARM_UP} + {repeats} steps", file=sys.stderr)
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"error: {side}, {num_rollouts} rollouts:\n{done.stderr[-2000:]}")
