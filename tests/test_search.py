@@ -137,9 +137,9 @@ def counted(model):
     """Make a model note the shape of what main is fed."""
     shapes, forward = [], type(model).main_states
 
-    def main_states(fed, *given):
+    def main_states(fed, *given, **named):
         shapes.append(tuple(fed.shape))
-        return forward(model, fed, *given)
+        return forward(model, fed, *given, **named)
 
     model.main_states = main_states
     return shapes
