@@ -154,3 +154,19 @@ def test_rows_of_one_length_are_given_no_mask(attention, monkeypatch):
         assert given == [len(prompts) == 2] * 6
         texts.append(out.tokens[:2])
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_main_is_asked_for_taps_only_where_a_row_may_use_the_head(keep, monkeypatch):
+    model = tiny_model()
+    given, forward = [], type(model.model).forward
+
+    def noting(self, *args, **kwargs):
+        given.append(kwargs["output_hidden_states"])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.model), "forward", noting)
+    tokens, lengths = pad([[5, 6, 7]], PAD)
+    plan = PhasePlan([keep], [None])
+    decode(model, tokens, lengths, plan, Sampler(temperature=0), max_new_tokens=6, pad_id=PAD)
+    assert given == ([None] * 6 if keep == 1 else [model.mtp_taps] * 2)
