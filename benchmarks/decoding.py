@@ -423,6 +423,8 @@ def main() -> None:
         "--clock", choices=CLOCKS, default="wall", help="cpu: for a machine that others use too"
     )
     options = parser.parse_args()
+    if options.model is None and set(options.modes) == {"verified"}:
+        parser.error("--modes verified needs a trained head: give --model FOLDER")
     torch.set_num_threads(options.threads)
     hf_logging.set_verbosity_error()
     model, tokenizer, heads = load_main(options)
