@@ -25,7 +25,7 @@ from torch import Tensor
 from .draws_mtp import Process
 from .passes_mtp import PassLoop
 from .phases_mtp import PhasePlan, check_plans
-from .records_mtp import FORCED
+from .records_mtp import FORCED, Decoded
 from .running_mtp import Stop
 from .sampling_mtp import Sampler
 
@@ -249,28 +249,26 @@ class BranchLoop(PassLoop):
 
     def resume(self, branches: list[Branch], num_copies: int) -> None:
         """Put the loop's rows where the branches are."""
-        running, out = self.running, self.running.out
+        device = self.running.rows.device
 
         def rows_of(values: list[Any]) -> Tensor:
-            return torch.tensor(values, device=out.tokens.device).repeat_interleave(num_copies, 0)
+            return torch.tensor(values, device=device).repeat_interleave(num_copies, 0)
 
-        fills = {"tokens": running.pad_id, "slots": -1, "accepted": 0, "logprobs": 0.0}
-        for name, fill in fills.items():
-            rows = rows_of(padded([branch.whole(name) for branch in branches], fill))
-            getattr(out, name)[:, : rows.shape[1]] = rows
-        out.lengths = rows_of([branch.num_tokens for branch in branches])
-        out.passes = rows_of([branch.num_passes for branch in branches])
-        running.phase = rows_of([branch.phase for branch in branches])
-        running.in_phase = rows_of([branch.in_phase for branch in branches])
-        running.start = rows_of([branch.start for branch in branches])
-        running.num_fresh = running.prompt_lengths + out.lengths - running.start
-        fresh = running.num_fresh[::num_copies].tolist()
-        unread = [b.tokens[len(b.tokens) - num :] for b, num in zip(branches, fresh, strict=True)]
-        running.fed = rows_of(padded(unread, running.pad_id))
-        running.length = max(branch.start for branch in branches) + running.fed.shape[1]
-        running.is_even = False
-        running.drafts = running.fed[:, :0]
-        running.all_use_head = bool((self.tables.keep[running.rows, running.phase] > 1).all())
+        def whole(name: str, fill: int | float) -> Tensor:
+            return rows_of(padded([branch.whole(name) for branch in branches], fill))
+
+        written = Decoded(
+            tokens=whole("tokens", self.running.pad_id),
+            slots=whole("slots", -1),
+            logprobs=whole("logprobs", 0.0),
+            lengths=rows_of([branch.num_tokens for branch in branches]),
+            passes=rows_of([branch.num_passes for branch in branches]),
+            finished=rows_of([branch.finished for branch in branches]),
+            accepted=whole("accepted", 0),
+        )
+        of_phase = ("phase", "in_phase", "start")
+        phase, in_phase, start = (rows_of([getattr(b, n) for b in branches]) for n in of_phase)
+        self.running.resume(written, phase, in_phase, start)
         assert self.parts is not None
         read = [self.parts.before(branch) for branch in branches]
         parts = torch.nn.utils.rnn.pad_sequence(read, batch_first=True)

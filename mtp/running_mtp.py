@@ -78,8 +78,35 @@ class RunningRows:
         self.length = prompts.shape[1]  # positions of the longest row, with what is fed
         self.is_even = bool((prompt_lengths == self.length).all())  # running rows end at `length`
         self.num_active = num_rows
-        keep = self.tables.keep[self.rows, self.phase]
-        self.all_use_head = bool((keep > 1).all())
+        self.all_use_head = bool((self.kept_of_block() > 1).all())
+
+    def resume(self, written: Decoded, phase: Tensor, in_phase: Tensor, start: Tensor) -> None:
+        """Begin not at the prompts but at texts that are partly `written` and go on, one a row.
+
+        Args:
+            written: what the rows have so far.
+            phase: [R] index of the phase that the next pass begins in.
+            in_phase: [R] output tokens of that phase so far.
+            start: [R] position of the first token that main has not read.
+        """
+        for name in ("tokens", "slots", "logprobs", "accepted"):
+            values = getattr(written, name)
+            getattr(self.out, name)[:, : values.shape[1]] = values
+        self.out.lengths, self.out.passes = written.lengths, written.passes
+        self.phase, self.in_phase, self.start = phase, in_phase, start
+        self.num_fresh = self.known() - start
+        figures = self.num_fresh.max(), start.max(), self.kept_of_block().min()
+        widest, farthest, fewest = torch.stack(figures).tolist()
+        text = splice(self.prompt_lengths, self.prompts, self.out.tokens)
+        columns = torch.arange(widest, device=text.device)
+        fed = text.gather(1, (start[:, None] + columns).clamp(max=text.shape[1] - 1))
+        self.fed = torch.where(columns < self.num_fresh[:, None], fed, self.pad_id)
+        self.length, self.drafts = farthest + widest, fed[:, :0]
+        self.all_use_head, self.is_even = fewest > 1, False
+
+    def kept_of_block(self) -> Tensor:
+        """[R] most tokens of a block that the mode of each running row's phase may keep."""
+        return self.tables.keep.gather(1, self.phase[:, None])[:, 0]
 
     def known(self) -> Tensor:
         """[R] tokens of each running row's text, its prompt included."""
@@ -185,7 +212,6 @@ class RunningRows:
         self.num_fresh = torch.where(self.active, added.lengths - prefix, 1)
         self.num_drafts = torch.where(self.active, proposed, 0)
         num_fed = self.num_fresh + self.num_drafts
-        keep = self.tables.keep.gather(1, self.phase[:, None])[:, 0]
         widest_row, farthest_row = num_fed.max(), self.start.max()
         end = widest_row + farthest_row
         figures = (
@@ -193,7 +219,7 @@ class RunningRows:
             widest_row,
             farthest_row,
             self.num_drafts.max(),
-            torch.where(self.active, keep, 2).min(),
+            torch.where(self.active, self.kept_of_block(), 2).min(),
             torch.where(self.active, self.start + num_fed, end).min(),
         )
         counts = torch.stack(figures).tolist()
