@@ -11,7 +11,8 @@ documentation. Every round, all contenders decode the same prompts in turn, in t
 opposite order, and each round has others: how many drafts are accepted depends on the text. Medians
 over rounds are reported, of ratios within a round.
 
-The limit is (k + 1) x seconds of a bare cached pass with 1 new token / seconds of one with k + 1.
+The limit is (k + 1) x seconds of a bare cached pass with 1 new token / seconds of one with k + 1,
+which take turns in every round too; the median over rounds.
 What is held to it is `behind_prompt`: tokens per second over those of `generate`, of the passes
 behind the prompt's own alone; `over_generate` is of the whole text.
 `identical` says how many texts are those of `generate`. Where one parts from it, `margin` is how
@@ -241,8 +242,7 @@ def measure(
                 model, decoder(model, put, "fast", static_cache=True)
             )
     one, block = bare_pass(model, rounds[0], 1), bare_pass(model, rounds[0], options.k + 1)
-    bare, _ = take_turns({"one": one, "block": block}, 20, clock)
-    limit = (options.k + 1) * bare["one"] / bare["block"]
+    limits = []
     for name, run in contenders.items():  # warms up, and compiles
         run(rounds[0], new if "compiled" in name else 2 * options.k)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -257,6 +257,8 @@ def measure(
             began = clock()
             returned[name].append(run(ids, new))
             seconds[name].append(clock() - began)
+        bare, _ = take_turns({"one": one, "block": block}, 10, clock)
+        limits.append((options.k + 1) * bare["one"] / bare["block"])
 
     def ratios(name: str) -> list[float]:
         pairs = zip(seconds["generate"], seconds[name], strict=False)
@@ -288,7 +290,7 @@ def measure(
                 statistics.median(ratios(name)),
                 (min(ratios(name)), max(ratios(name))),
                 behind_prompt(name, mode),
-                limit,
+                statistics.median(limits),
                 None if share is None else share == 1,
                 share,
                 margin,

@@ -192,7 +192,7 @@ def speed_limit(fabric: Any, model: Any, num_rows: int, repeats: int) -> float:
 
     seconds = {}
     with torch.no_grad(), fabric.autocast():
-        cache = BlockCache(model.config.num_hidden_layers, num_rows)
+        cache = BlockCache(model.config.num_hidden_layers, num_rows, CACHED + model.num_slots)
 
         def forward(first: int, number: int) -> None:
             tokens = torch.zeros(num_rows, number, dtype=torch.long)

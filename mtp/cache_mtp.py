@@ -68,15 +68,15 @@ class BlockCache(Cache):
     any query can reach it, so the mask is simply: key position <= query position. To drop tokens
     is to move a row's start back.
 
-    A dynamic cache grows, and attention reads what is written. A static one holds `capacity`
-    positions from the beginning and attention reads all of them, most under the mask: more work,
-    for one memory address and one shape throughout, as compiled forwards and CUDA graphs want.
+    `most` are the positions that a text may take. A dynamic cache doubles when it is full, up to
+    these, and attention reads what is written. A static one holds them all from the beginning and
+    attention reads them all, most under the mask: more work, for one memory address and one shape
+    throughout, as compiled forwards and CUDA graphs want.
     """
 
-    def __init__(self, num_layers: int, num_rows: int, capacity: int | None = None):
-        self.num_rows = num_rows
-        self.is_static = capacity is not None
-        self.capacity = capacity or 0
+    def __init__(self, num_layers: int, num_rows: int, most: int, is_static: bool = False):
+        self.num_rows, self.most, self.is_static = num_rows, most, is_static
+        self.capacity = most if is_static else 0
         self.length = 0
         self.positions = torch.empty(0, 0)
         self.is_even = False  # every row that counts ends where the cache does
@@ -103,7 +103,7 @@ class BlockCache(Cache):
                 layer.keys, layer.values = layer.keys[self.chosen], layer.values[self.chosen]
             self.chosen = None
         if length > self.capacity:
-            self.capacity = max(length, 2 * self.capacity, 64)
+            self.capacity = max(length, min(2 * self.capacity, self.most))
         if is_even and positions.shape[1] in (1, length) and not self.is_static:
             return None
         keys = torch.arange(self.span, device=positions.device)

@@ -136,7 +136,8 @@ class PassLoop:
         self.cache = BlockCache(
             model.config.num_hidden_layers + (self.recall is not None),
             len(prompts) // num_copies,
-            prompts.shape[1] + self.running.room if static_cache else None,
+            prompts.shape[1] + self.running.room,
+            static_cache,
         )
         # If the head recalls: messages of what was fed, keys and values of the whole text.
         self.earlier: list[Tensor] = []

@@ -105,6 +105,21 @@ def test_the_cache_holds_what_autocast_reads(mode):
     assert {states.dtype for states in loop.cache.states} == {torch.bfloat16}
 
 
+def test_the_cache_grows_to_what_a_text_may_take_and_no_further():
+    model, capacities, goes_on = tiny_model(), [], True
+    tokens, lengths = pad([[5, 6, 7, 8, 9]], PAD)
+    plan = PhasePlan([model.num_slots], [None])
+    with torch.no_grad():
+        loop = PassLoop(
+            model, tokens, lengths, [plan], Sampler(temperature=0), 40, PAD, None, None, None, 1
+        )
+        while goes_on:
+            _, goes_on = loop.run_pass()
+            capacities.append(loop.cache.capacity)
+    assert loop.cache.length > 40
+    assert sorted(set(capacities)) == [5, 10, 20, 40, 5 + 40 + 2 * model.num_slots]
+
+
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("num_queries", [1, 5])
 def test_a_block_attends_as_transformers_sdpa_does(num_queries, masked):
