@@ -223,7 +223,7 @@ def measure(
     """All modes and baselines on prompts [B, T], those of a round after those of another."""
     batch, length = rounds[0].shape
     new, clock = options.new_tokens, CLOCKS[options.clock]
-    verifies = "verified" in options.modes and not FRESH_HEADS.keys() & heads.keys()
+    verifies = "verified" in options.modes and options.model is not None
     baselines = baselines_of(model, options.k, with_drafts=batch == 1 and verifies)
     contenders, modes = dict(baselines), list[tuple[str, str]]()
     read = decoder(model, lambda: None, "slow")

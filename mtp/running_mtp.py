@@ -89,10 +89,8 @@ class RunningRows:
             in_phase: [R] output tokens of that phase so far.
             start: [R] position of the first token that main has not read.
         """
-        for name in ("tokens", "slots", "logprobs", "accepted"):
-            values = getattr(written, name)
-            getattr(self.out, name)[:, : values.shape[1]] = values
-        self.out.lengths, self.out.passes = written.lengths, written.passes
+        for name, values in vars(written).items():
+            getattr(self.out, name)[..., : values.shape[-1]] = values
         self.phase, self.in_phase, self.start = phase, in_phase, start
         self.num_fresh = self.known() - start
         figures = self.num_fresh.max(), start.max(), self.kept_of_block().min()
