@@ -21,11 +21,13 @@ from omegaconf import MISSING, DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from .checkpoint import save_text
 from .evaluate import EvaluationConfig
 from .logger import LoggerConfig
 from .modeling_mtp import HeadConfig
 from .models import ModelConfig
 from .rollout import DecodingConfig
+from .run_folder import check_name
 from .runtime import FabricConfig
 from .stage import StageConfig
 from .tasks import TASK_CONFIGS
@@ -42,7 +44,8 @@ class RunConfig:
     """Where the run writes; `runs/<name>` by default."""
     seed: int = 1
     resume: bool | str = False
-    """Go on from the run directory's last checkpoint; `auto`: if there is one, else start."""
+    """Continue from the run's last checkpoint: `true` needs one, `auto` starts if there is none.
+    The name of a file in `checkpoints/`, such as `best`, continues from that one."""
     overwrite: bool = False
     """Replace a run that is there already."""
     dry_run: bool = False
@@ -70,8 +73,7 @@ class RunConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the key of an impossible value."""
-        if self.resume not in (True, False, "auto"):
-            raise ValueError(f"resume must be true, false or auto, got {self.resume!r}")
+        check_name(self.name)
         if self.resume and self.overwrite:
             raise ValueError(
                 f"resume={str(self.resume).lower()} and overwrite=true contradict each other; "
@@ -204,7 +206,7 @@ def save_run_config(config: RunConfig, path: Path) -> None:
     name = next((name for name, cls in TASK_CONFIGS.items() if cls is type(config.task)), None)
     content = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(content, dict)
-    OmegaConf.save(OmegaConf.create({"task_name": name, **content}), path)
+    save_text(path, OmegaConf.to_yaml(OmegaConf.create({"task_name": name, **content})))
 
 
 def load_run_config(path: Path) -> RunConfig:

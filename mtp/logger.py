@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import sys
 import time
 from dataclasses import dataclass, field
@@ -17,6 +18,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from .checkpoint import save_atomically, save_text
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -35,13 +40,59 @@ class LoggerConfig:
     """Steps between two records of training metrics."""
 
 
+class JsonLines:
+    """A file of one JSON object per line, which a resumed run can take back to an earlier state."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = path.open("a", encoding="utf-8")
+
+    @property
+    def offset(self) -> int:
+        """Bytes written so far."""
+        self._file.flush()
+        return self.path.stat().st_size if self.path.is_file() else 0
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one record."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def rewind(self, offset: int, global_step: int) -> str | None:
+        """Forget the records after `offset` bytes, which a resumed run writes again.
+
+        A damaged file keeps the records up to `global_step` that can be read. Returns a line that
+        says what was lost, or None if nothing was.
+        """
+        self._file.close()
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        records, num_unreadable = parse_records(content[:offset])
+        message = None
+        if len(content) >= offset and not num_unreadable:
+            with self.path.open("ab") as file:
+                file.truncate(offset)
+        else:
+            kept = [r for r in records if r.get("global_step", 0) <= global_step]
+            save_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+            missing = max(0, offset - len(content))
+            message = (
+                f"{self.path} is damaged: {len(kept)} records are kept, {num_unreadable} lines "
+                f"could not be read and {missing} bytes are missing"
+            )
+        self._file = self.path.open("a", encoding="utf-8")
+        return message
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 class MetricsLog:
     """`metrics.jsonl`: one object a record, with `stage`, `step` in the stage and `global_step`."""
 
     def __init__(self, folder: Path, config: LoggerConfig, run_config: dict[str, Any]):
-        self.path = folder / "metrics.jsonl"
-        self.completions_path = folder / "completions.jsonl"
-        self._file = self.path.open("a")
+        self._metrics = JsonLines(folder / "metrics.jsonl")
+        self._completions = JsonLines(folder / "completions.jsonl")
         self._wandb: Any = None
         self.run_id: str | None = None
         self._config, self._run_config, self._folder = config, run_config, folder
@@ -71,33 +122,29 @@ class MetricsLog:
         self._wandb.define_metric("*", step_metric="global_step")
 
     @property
-    def offset(self) -> int:
-        """Bytes written so far."""
-        self._file.flush()
-        return self.path.stat().st_size
+    def offsets(self) -> dict[str, int]:
+        """Bytes written to each file so far."""
+        return {"metrics": self._metrics.offset, "completions": self._completions.offset}
 
-    def truncate(self, offset: int, global_step: int) -> None:
-        """Forget what a resumed run will write again: all behind an offset, and behind a step."""
-        self._file.flush()
-        self._file.truncate(offset)
-        if self.completions_path.is_file():
-            rows = read_records(self.completions_path)
-            kept = [json.dumps(row) + "\n" for row in rows if row["global_step"] <= global_step]
-            self.completions_path.write_text("".join(kept))
+    def rewind(self, offsets: dict[str, int], global_step: int) -> list[str]:
+        """Forget what a resumed run writes again. Returns a line for each file that is damaged."""
+        lost = (
+            self._metrics.rewind(offsets["metrics"], global_step),
+            self._completions.rewind(offsets["completions"], global_step),
+        )
+        return [message for message in lost if message is not None]
 
     def write(self, stage: str, step: int, global_step: int, values: dict[str, Any]) -> None:
         """One record."""
         record = {"stage": stage, "step": step, "global_step": global_step, **values}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._metrics.append(record)
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in record.items() if v is not None})
 
     def write_completions(self, rows: list[dict[str, Any]], global_step: int) -> None:
         """Sampled completions, into `completions.jsonl` and as a wandb table."""
-        with self.completions_path.open("a") as file:
-            for row in rows:
-                file.write(json.dumps({"global_step": global_step, **row}) + "\n")
+        for row in rows:
+            self._completions.append({"global_step": global_step, **row})
         if self._wandb is None or not rows:
             return
         import wandb
@@ -108,21 +155,49 @@ class MetricsLog:
 
     def close(self) -> None:
         """Write the CSV and end the wandb run, so that a next run in this process gets its own."""
-        self._file.close()
-        records = read_records(self.path)
-        names = list(dict.fromkeys(name for record in records for name in record))
-        with self.path.with_suffix(".csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(records)
+        self._metrics.close()
+        self._completions.close()
+        path = self._metrics.path
+        if path.is_file():
+            records = read_records(path)
+            save_atomically(path.with_suffix(".csv"), lambda file: _write_csv(file, records))
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
 
 
+def _write_csv(path: Path, records: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for record in records for name in record))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def parse_records(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The records of JSON lines, and the number of lines that cannot be read."""
+    records: list[dict[str, Any]] = []
+    num_unreadable = 0
+    for line in content.split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:  # neither JSON nor UTF-8
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        else:
+            num_unreadable += 1
+    return records, num_unreadable
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The records of a metrics.jsonl. Lines that cannot be read are left out, with a warning."""
+    records, num_unreadable = parse_records(path.read_bytes())
+    if num_unreadable:
+        _log.warning("%s: %d lines could not be read and are left out", path, num_unreadable)
+    return records
 
 
 class StageProgress:

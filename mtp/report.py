@@ -197,7 +197,7 @@ def save_curves(points: list[dict[str, Any]], path: Path) -> None:
     for axes in panels:
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format="png")
 
 
 ARM_COLUMNS = {

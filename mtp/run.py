@@ -1,10 +1,12 @@
 """What the stages of a run share, and where the run is."""
 
 import hashlib
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric import Fabric
 from rich.console import Console
@@ -32,6 +34,12 @@ class Progress:
     """One entry per finished stage."""
     points: list[dict[str, Any]] = field(default_factory=list)
     """Evaluations so far, for the curves."""
+    is_trained: bool = False
+    """True once the current stage has taken its steps; its evaluation comes next."""
+    best_accuracy: float = 0.0
+    """Best accuracy of an evaluation within the current stage; 0 before the first."""
+    changed: list[dict[str, Any]] = field(default_factory=list)
+    """Settings that differ from those the run began with: key, then, now and global_step."""
 
 
 @dataclass
@@ -51,6 +59,8 @@ class Run:
     """`MetricsLog`, or `NoLog` in processes other than the first."""
     progress: Progress
     stop: StopRequest
+    settings: dict[str, Any]
+    """What a checkpoint keeps of the config, see `start.settings_of`."""
     reference: Any = None
     """Frozen model that the current stage is held to; None where it is held to none."""
 
@@ -58,6 +68,13 @@ class Run:
         """Seed of one purpose: a function of the run's seed, the process and the purpose."""
         name = "/".join(map(str, (self.config.seed, self.fabric.global_rank, *purpose)))
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+
+    def seed_globals(self, *purpose: object) -> None:
+        """Seed every global generator for one purpose, so that none needs to be saved."""
+        seed = self.seed_of(*purpose)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
 
     def generator(self, *purpose: object) -> torch.Generator:
         """A generator of one purpose, on the model's device."""

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .checkpoint import save_atomically
+from .checkpoint import save_text
 from .errors import one_line
 from .interval import interval
 from .logger import make_console
@@ -93,11 +93,7 @@ def run_job(
 def note_job(folder: Path, overrides: dict[str, str], error: str | None) -> None:
     """Write `job.json`."""
     text = json.dumps({"overrides": overrides, "error": error}, indent=2) + "\n"
-    save_atomically(folder / "job.json", lambda file: _write(file, text))
-
-
-def _write(file: Path, text: str) -> None:
-    file.write_text(text)
+    save_text(folder / "job.json", text)
 
 
 def read_jobs(folder: Path) -> list[Job]:
@@ -171,7 +167,7 @@ def report(folder: Path, console: Console | None = None) -> int:
     groups = group_by_seed(jobs)
     write_csv(folder / "sweep.csv", jobs)
     content = {"jobs": [asdict(job) for job in jobs], "groups": [asdict(g) for g in groups]}
-    (folder / "sweep.json").write_text(json.dumps(content, indent=2) + "\n")
+    save_text(folder / "sweep.json", json.dumps(content, indent=2) + "\n")
     print_jobs(console or make_console(), folder, jobs, groups)
     return sum(job.status == "failed" for job in jobs)
 

@@ -23,7 +23,8 @@ LAYERS = [
     ["tasks.reasoning_gym", "tasks.user_reward"],
     ["tasks.rows"],
     ["tasks"],
-    ["text", "batch", "advantage", "optim", "checkpoint", "logger", "runtime", "interval"],
+    ["text", "batch", "advantage", "optim", "checkpoint", "runtime", "interval"],
+    ["logger", "run_folder"],
     ["algorithms.algorithm", "algorithms.ratio"],
     ["algorithms.grpo", "algorithms.dapo", "algorithms.dr_grpo", "algorithms.rloo"]
     + ["algorithms.gspo", "algorithms.cispo", "algorithms.reinforce_pp"],
@@ -39,6 +40,7 @@ LAYERS = [
     ["update", "stage", "report"],
     ["export", "sweep"],
     ["config"],
+    ["start"],
     ["run"],
     ["groups", "reference"],
     ["steps"],
