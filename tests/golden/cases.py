@@ -145,19 +145,28 @@ def default(folder: Path) -> Values:
     )
 
 
+ESTIMATORS = {"reinforce_pp": "k1", "rloo": "k3"}
+"""Algorithms whose case estimates the reference KL from the sampled tokens; the others sum it."""
+
+
 def algorithm(name: str) -> Callable[[Path], Values]:
     """Two steps of two updates: the first on-policy, the second with ratios that are clipped."""
 
     def run(folder: Path) -> Values:
-        policy = "stages.rl.objective.policy"
-        return from_old_run(
-            folder,
-            f"{policy}.algorithm={name}",
-            f"{policy}.length=16",
+        objective, overrides = "stages.rl.objective", list(RATES)
+        if name in ESTIMATORS:
+            overrides.append(f"{objective}.leash.kind={ESTIMATORS[name]}")
+            overrides.append(f"{objective}.leash.reverse=true")
+        overrides += [
+            f"{objective}.policy.algorithm={name}",
+            f"{objective}.policy.length=16",
             "stages.rl.advantage.kind=null",
             "stages.rl.num_epochs=2",
-            *RATES,
-        )
+        ]
+        clips = configured("run_dir=unused", *overrides).stages["rl"].objective.policy.clips()
+        # GSPO's range is so narrow that a loss hardly shows it.
+        clipped = {"clip range": {part: list(range_) for part, range_ in clips.items()}}
+        return clipped | from_old_run(folder, *overrides)
 
     return run
 
@@ -194,17 +203,6 @@ def rl_options(folder: Path) -> Values:
         "stages.rl.reward.legibility_cost=0.05",
         *RATES,
         "stages.rl.head.weight_decay=0.1",
-    )
-
-
-def estimated_divergence(folder: Path) -> Values:
-    """The reference KL estimated from the sampled tokens."""
-    return from_old_run(
-        folder,
-        "stages.rl.objective.leash.kind=k3",
-        "stages.rl.objective.leash.reverse=true",
-        "stages.rl.num_epochs=2",
-        *RATES,
     )
 
 
@@ -455,7 +453,6 @@ CASES: dict[str, Callable[[Path], Values]] = {
     "default": default,
     **{f"rl_{name}": algorithm(name) for name in ALGORITHMS},
     "rl_options": rl_options,
-    "rl_estimated_divergence": estimated_divergence,
     "rl_auxiliary_ce": slow_rollouts("rl_proof_auxiliary_ce"),
     "rl_auxiliary_policy": slow_rollouts("rl_proof_auxiliary_policy"),
     "segments": segments,

@@ -49,12 +49,12 @@ class Moved:
         return math.inf if math.isnan(share) else share
 
     def __str__(self) -> str:
-        told = f"{self.place}: expected {self.expected!r}, got {self.got!r}"
         if not (is_number(self.expected) and is_number(self.got)):
-            return told
+            return f"{self.place}: expected {self.expected!r}, got {self.got!r}"
         off = self.got - self.expected
         relative = f" ({off / abs(self.expected):+.2%})" if self.expected else ""
-        return f"{told}, off by {off:+.6g}{relative}"
+        numbers = f"expected {self.expected:.{DIGITS}g}, got {self.got:.{DIGITS + 1}g}"
+        return f"{self.place}: {numbers}, off by {off:+.3g}{relative}"
 
 
 def is_number(value: Any) -> bool:
