@@ -3,6 +3,7 @@
 The interpreter computes bfloat16 products wrongly, so tiles are upcast there.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -184,6 +185,24 @@ def log1p_negative(u):
     return exact
 
 
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    inputs: Sequence[Any],
+    outputs: Sequence[Tensor],
+    *sizes: int,
+    **options: Any,
+) -> None:
+    """Runs a kernel of (inputs, outputs, sizes), in the order of its parameters.
+
+    Kernels address tensors as contiguous. Inputs of any other layout are copied, so that a caller
+    need not know its operands' strides; a copy of an output would take what is written to it.
+    """
+    assert all(tensor.is_contiguous() for tensor in outputs)
+    inputs = [t.contiguous() if isinstance(t, Tensor) else t for t in inputs]
+    kernel[grid](*inputs, *outputs, *sizes, **options)
+
+
 def tile_options(config: Config, *hidden: Tensor) -> dict[str, Any]:
     """The tile and the launch options of a kernel whose products are of hidden states [R, D]."""
     nvidia = torch.version.hip is None and not triton_interpreted()
@@ -193,14 +212,14 @@ def tile_options(config: Config, *hidden: Tensor) -> dict[str, Any]:
         config.depth,
         even=all(h.shape[1] % config.depth == 0 for h in hidden),
         precision="tf32x3" if nvidia else "ieee",
-        upcast=triton_interpreted() and hidden[0].dtype != torch.float32,
+        upcast=triton_interpreted() and any(h.dtype != torch.float32 for h in hidden),
         described=config.described,
     )
     return {"T": tile, "num_warps": config.warps, "num_stages": config.stages}
 
 
 def operand_arguments(config: Config, hidden: Tensor, weight: Tensor) -> tuple[Any, Any]:
-    """Hidden and weight as a kernel takes them: as they are, or as descriptors of their tiles."""
+    """Contiguous hidden and weight as a kernel takes them: tensors, or descriptors of tiles."""
     if not config.described:
         return hidden, weight
     return (

@@ -152,10 +152,13 @@ def test_compiles_without_graph_breaks(op):
 
 
 @pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("op", [*DIFFERENTIABLE, "linear_sample", "linear_verify_residual"])
-def test_operators_are_registered_as_torch_asks(op):
-    """Fake tensors, gradients, and that no argument is written to."""
+def test_operators_are_registered_as_torch_asks(op, transposed):
+    """Fake tensors, their strides included, gradients, and that no argument is written to."""
     hidden, weight = operands((5,), 33, 8, torch.float32)
+    if transposed:
+        hidden, weight = (t.detach().T.contiguous().T.requires_grad_() for t in (hidden, weight))
     fixed_hidden, fixed_weight = hidden.detach(), weight.detach()
     target, row, lse = torch.tensor([0, 32, -100, 5, 5]), torch.arange(5), torch.full((5,), 9.0)
     operand, fixed, scaling = (hidden, weight, None), (fixed_hidden, fixed_weight, None), (0.7, 5.0)

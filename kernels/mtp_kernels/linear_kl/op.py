@@ -22,8 +22,8 @@ def kl_op(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """([R] divergences, [R] the students' log-sum-exp), 0 where index is negative."""
-    student = Layer(hidden, weight.contiguous(), bias)
-    teacher = Layer(teacher_hidden, teacher_weight.contiguous(), teacher_bias)
+    student = Layer(hidden, weight, bias)
+    teacher = Layer(teacher_hidden, teacher_weight, teacher_bias)
     problem = Problem(student, teacher, index, reverse, temperature, softcap)
     if impl == "triton":
         from mtp_kernels.linear_kl.triton import divergence_triton
@@ -58,8 +58,8 @@ def kl_backward_op(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients by the first six arguments; an empty tensor for each that is not needed."""
-    student = Layer(hidden, weight.contiguous(), bias)
-    teacher = Layer(teacher_hidden, teacher_weight.contiguous(), teacher_bias)
+    student = Layer(hidden, weight, bias)
+    teacher = Layer(teacher_hidden, teacher_weight, teacher_bias)
     problem = Problem(student, teacher, index, reverse, temperature, softcap)
     if impl == "triton":
         from mtp_kernels.linear_kl.triton import backward_triton
@@ -74,7 +74,7 @@ def kl_backward_op(
 def _(*args):  # type: ignore[no-untyped-def]
     hidden, needs = args[0], args[-1]
     return [
-        torch.empty_like(t) if need else hidden.new_empty(0)
+        t.new_empty(t.shape) if need else hidden.new_empty(0)
         for t, need in zip(args[:6], needs, strict=True)
     ]
 
@@ -88,7 +88,7 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     needs = [ctx.needs_input_grad[i] for i in range(6)]
     settings = (ctx.reverse, ctx.temperature, ctx.softcap, ctx.impl)
-    grads = kl_backward_op(*ctx.saved_tensors, grad.contiguous(), *settings, needs)
+    grads = kl_backward_op(*ctx.saved_tensors, grad, *settings, needs)
     chosen = (g if need else None for g, need in zip(grads, needs, strict=True))
     return *chosen, None, None, None, None, None
 

@@ -1,6 +1,6 @@
 """What a divergence is taken of: the arguments that every path of `linear_kl` shares."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -15,6 +15,10 @@ class Layer(NamedTuple):
     """[V, D] output matrix, hidden's dtype."""
     bias: Tensor | None
     """[V] added to the logits, or None."""
+
+    def contiguous(self) -> "Layer":
+        """The layer with contiguous matrices; rows gathered from them are contiguous, too."""
+        return self._replace(hidden=self.hidden.contiguous(), weight=self.weight.contiguous())
 
 
 @dataclass(frozen=True)
@@ -34,3 +38,8 @@ class Problem:
     def scaling(self) -> tuple[float, float | None]:
         """(temperature, softcap)."""
         return self.temperature, self.softcap
+
+    def contiguous(self) -> "Problem":
+        """The problem with contiguous matrices, which kernels read chunk by chunk."""
+        student, teacher = self.student.contiguous(), self.teacher.contiguous()
+        return replace(self, student=student, teacher=teacher)

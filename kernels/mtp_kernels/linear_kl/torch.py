@@ -114,7 +114,7 @@ def backward_torch(
     plan = make_plan(problem.index)
     operands = (*problem.student, *problem.teacher)
     totals = [
-        torch.zeros_like(t, dtype=statistics_dtype(t)) if need and t is not None else None
+        t.new_zeros(t.shape, dtype=statistics_dtype(t)) if need and t is not None else None
         for t, need in zip(operands, needs, strict=True)
     ]
     sizes = chunk_sizes(plan.students.shape[0], plan.teachers.shape[0], vocab, hidden)

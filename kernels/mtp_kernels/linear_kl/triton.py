@@ -30,6 +30,7 @@ from mtp_kernels.tiles import (
     NEG,
     VARYING,
     check_triton,
+    launch,
     logits_tile,
     operand_arguments,
     scaling_options,
@@ -168,6 +169,7 @@ def kl_gradient_kernel(
 def divergence_triton(problem: Problem) -> tuple[Tensor, Tensor]:
     """([R] divergences, [R] the students' lse), 0 where the index is negative."""
     check_triton(*problem.student, *problem.teacher)
+    problem = problem.contiguous()
     hidden, weight, bias = problem.student
     vocab = weight.shape[0]
     config = config_for("kl_stats", hidden, weight)
@@ -181,13 +183,17 @@ def divergence_triton(problem: Problem) -> tuple[Tensor, Tensor]:
             row_tiles, splits, per_split = split_grid(count, vocab, config, hidden.device)
             floats = torch.empty((splits, 4, count), dtype=torch.float32, device=hidden.device)
             place = plan.place[part] - chunk.teachers.start
-            kl_stats_kernel[(row_tiles, splits)](
-                *operand_arguments(config, inputs, weight),
-                inputs if bias is None else bias,
-                teacher,
-                teacher_lse,
-                place,
-                floats,
+            launch(
+                kl_stats_kernel,
+                (row_tiles, splits),
+                (
+                    *operand_arguments(config, inputs, weight),
+                    inputs if bias is None else bias,
+                    teacher,
+                    teacher_lse,
+                    place,
+                ),
+                (floats,),
                 count,
                 vocab,
                 hidden.shape[1],
@@ -233,12 +239,13 @@ def backward_triton(
     problem: Problem, divergence: Tensor, lse: Tensor, grad: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
     """Gradients by the student's and the teacher's hidden, weight and bias where `needs` asks."""
+    problem = problem.contiguous()
     hidden, weight, _ = problem.student
     teacher_hidden, teacher_weight, _ = problem.teacher
     plan = make_plan(problem.index)
     operands = (*problem.student, *problem.teacher)
     totals = [
-        torch.zeros_like(t, dtype=torch.float32) if need and t is not None else None
+        t.new_zeros(t.shape, dtype=torch.float32) if need and t is not None else None
         for t, need in zip(operands, needs, strict=True)
     ]
     size = _teacher_rows(plan, weight.shape[0], hidden, tall=needs[1] or needs[4])
@@ -277,14 +284,18 @@ def _logit_gradient(
     count, vocab = inputs.shape[0], weight.shape[0]
     dtype = problem.teacher.hidden.dtype if of_teacher else inputs.dtype
     out = inputs.new_empty((count, vocab), dtype=dtype)
-    kl_gradient_kernel[(triton.cdiv(count, config.rows), triton.cdiv(vocab, config.vocab))](
-        *operand_arguments(config, inputs, weight),
-        inputs if bias is None else bias,
-        teacher,
-        teacher_lse,
-        place,
-        values,
-        out,
+    launch(
+        kl_gradient_kernel,
+        (triton.cdiv(count, config.rows), triton.cdiv(vocab, config.vocab)),
+        (
+            *operand_arguments(config, inputs, weight),
+            inputs if bias is None else bias,
+            teacher,
+            teacher_lse,
+            place,
+            values,
+        ),
+        (out,),
         count,
         vocab,
         inputs.shape[1],

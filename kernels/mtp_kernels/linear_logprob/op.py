@@ -138,10 +138,9 @@ def logprob_backward_op(
 @logprob_backward_op.register_fake
 def _(hidden, weight, bias, target, lse, entropy, *rest):  # type: ignore[no-untyped-def]
     needs = rest[-1]
-    return (
-        torch.empty_like(hidden) if needs[0] else hidden.new_empty(0),
-        torch.empty_like(weight) if needs[1] else hidden.new_empty(0),
-        torch.empty_like(bias) if needs[2] else hidden.new_empty(0),
+    return tuple(
+        t.new_empty(t.shape) if need else hidden.new_empty(0)
+        for t, need in zip((hidden, weight, bias), needs, strict=True)
     )
 
 
@@ -155,7 +154,7 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _backward(ctx, grad_logprob, grad_lse, grad_entropy, _):  # type: ignore[no-untyped-def]
     needs = [ctx.needs_input_grad[i] for i in range(3)]
     upstream = (
-        torch.zeros_like(ctx.saved_tensors[4]) if grad is None else grad.contiguous()
+        torch.zeros_like(ctx.saved_tensors[4]) if grad is None else grad
         for grad in (grad_logprob, grad_lse, grad_entropy)
     )
     grads = logprob_backward_op(*ctx.saved_tensors, *upstream, *ctx.settings, needs)

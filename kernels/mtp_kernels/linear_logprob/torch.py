@@ -107,8 +107,8 @@ def backward_torch(
     """Gradients by hidden, weight and bias, each None unless `needs` asks for it."""
     rows, vocab = hidden.shape[0], weight.shape[0]
     dtype = statistics_dtype(hidden)
-    grad_hidden = torch.empty_like(hidden) if needs[0] else None
-    grad_weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None
+    grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else None
+    grad_weight = weight.new_zeros(weight.shape, dtype=dtype) if needs[1] else None
     grad_bias = hidden.new_zeros(vocab, dtype=dtype) if needs[2] else None
     size = rows_per_chunk(rows, vocab, hidden, tall=needs[1])
     body = maybe_compiled(gradient_of_chunk, rows, vocab)

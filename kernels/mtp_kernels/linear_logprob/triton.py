@@ -20,6 +20,7 @@ from mtp_kernels.tiles import (
     NEG,
     VARYING,
     check_triton,
+    launch,
     logits_tile,
     operand_arguments,
     scaling_options,
@@ -157,13 +158,11 @@ def stats_triton(
     floats = hidden.new_empty((splits, 4, rows), dtype=torch.float32)
     argmax = torch.empty((splits, rows), dtype=torch.int64, device=hidden.device)
     if rows:
-        row_stats_kernel[(row_tiles, splits)](
-            *operand_arguments(config, hidden, weight),
-            hidden if bias is None else bias,
-            target,
-            floats,
-            argmax,
-            floats if logits is None else logits,
+        launch(
+            row_stats_kernel,
+            (row_tiles, splits),
+            (*operand_arguments(config, hidden, weight), hidden if bias is None else bias, target),
+            (floats, argmax, floats if logits is None else logits),
             rows,
             vocab,
             hidden.shape[1],
@@ -195,8 +194,8 @@ def backward_triton(
     hidden, weight = hidden.contiguous(), weight.contiguous()
     rows, vocab = hidden.shape[0], weight.shape[0]
     config = config_for("row_gradient", hidden, weight)
-    grad_hidden = torch.empty_like(hidden) if needs[0] else None
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
+    grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else None
+    grad_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if needs[1] else None
     grad_bias = hidden.new_zeros(vocab, dtype=torch.float32) if needs[2] else None
     values = torch.stack((lse, entropy, grad_logprob, grad_lse, grad_entropy)).float()
     size = rows_per_chunk(rows, vocab, hidden, tall=needs[1])
@@ -204,12 +203,16 @@ def backward_triton(
         part = slice(start, min(start + size, rows))
         count = part.stop - start
         dx = hidden.new_empty((count, vocab))
-        row_gradient_kernel[(triton.cdiv(count, config.rows), triton.cdiv(vocab, config.vocab))](
-            *operand_arguments(config, hidden[part], weight),
-            hidden if bias is None else bias,
-            target[part],
-            values[:, part].contiguous(),
-            dx,
+        launch(
+            row_gradient_kernel,
+            (triton.cdiv(count, config.rows), triton.cdiv(vocab, config.vocab)),
+            (
+                *operand_arguments(config, hidden[part], weight),
+                hidden if bias is None else bias,
+                target[part],
+                values[:, part],
+            ),
+            (dx,),
             count,
             vocab,
             hidden.shape[1],

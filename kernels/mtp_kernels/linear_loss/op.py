@@ -57,7 +57,7 @@ def _(hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     values = [hidden.new_empty(hidden.shape[:1], dtype=dtype) for _ in range(3)]
     grads = [
-        torch.empty_like(t) if need else hidden.new_empty(0)
+        t.new_empty(t.shape) if need else hidden.new_empty(0)
         for t, need in zip((hidden, weight, bias), needs, strict=True)
     ]
     argmax = hidden.new_empty(hidden.shape[:1], dtype=torch.int64)

@@ -65,8 +65,8 @@ def loss_torch(
     dtype = statistics_dtype(hidden)
     outputs = [hidden.new_empty(rows, dtype=dtype) for _ in range(4)]
     outputs.append(torch.empty(rows, dtype=torch.int64, device=hidden.device))
-    grad_hidden = torch.empty_like(hidden) if needs[0] else None
-    grad_weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None
+    grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else None
+    grad_weight = weight.new_zeros(weight.shape, dtype=dtype) if needs[1] else None
     grad_bias = hidden.new_zeros(vocab, dtype=dtype) if needs[2] else None
     # A chunk's weight gradient reads and writes all of [V, D], so training wants taller chunks.
     size = rows_per_chunk(rows, vocab, hidden, tall=any(needs))

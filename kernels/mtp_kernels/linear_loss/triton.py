@@ -16,7 +16,7 @@ from mtp_kernels.linear_logprob.triton import stats_triton
 from mtp_kernels.linear_loss.objective import row_gradients, row_losses
 from mtp_kernels.logits import accumulate_weight
 from mtp_kernels.rowstats import finish
-from mtp_kernels.tiles import VARYING, scaling_options, unscale_tile
+from mtp_kernels.tiles import VARYING, launch, scaling_options, unscale_tile
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -67,8 +67,8 @@ def loss_triton(
     rows, vocab = hidden.shape[0], weight.shape[0]
     outputs = [hidden.new_empty(rows, dtype=torch.float32) for _ in range(4)]
     outputs.append(torch.empty(rows, dtype=torch.int64, device=hidden.device))
-    grad_hidden = torch.empty_like(hidden) if needs[0] else None
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
+    grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else None
+    grad_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if needs[1] else None
     grad_bias = hidden.new_zeros(vocab, dtype=torch.float32) if needs[2] else None
     scaling = (temperature, softcap)
     size = rows_per_chunk(rows, vocab, hidden, tall=needs[1]) if any(needs) else max(rows, 1)
@@ -116,11 +116,11 @@ def gradient_from_logits(
     out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
     scaling = scaling_options(None, temperature, softcap)
     del scaling["HAS_BIAS"]
-    gradient_from_logits_kernel[(rows, triton.cdiv(vocab, config.vocab))](
-        logits,
-        target,
-        values,
-        out,
+    launch(
+        gradient_from_logits_kernel,
+        (rows, triton.cdiv(vocab, config.vocab)),
+        (logits, target, values),
+        (out,),
         rows,
         vocab,
         **scaling,

@@ -18,6 +18,7 @@ from mtp_kernels.tiles import (
     VARYING,
     check_triton,
     gumbel_tile,
+    launch,
     logits_tile,
     scaling_options,
     tile_options,
@@ -106,21 +107,17 @@ def best_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(best score, its token, its scaled logit, maximum, total), each [R]; see `best_torch`."""
     check_triton(hidden, weight, bias)
-    hidden, weight = hidden.contiguous(), weight.contiguous()
     rows, vocab = hidden.shape[0], weight.shape[0]
     config = config_for("sample", hidden)
     row_tiles, splits, per_split = split_grid(rows, vocab, config, hidden.device)
     floats = hidden.new_empty((splits, 4, rows), dtype=torch.float32)
     tokens = torch.empty((splits, rows), dtype=torch.int64, device=hidden.device)
     if rows:
-        sample_kernel[(row_tiles, splits)](
-            hidden,
-            weight,
-            hidden if bias is None else bias,
-            seed.contiguous(),
-            position.contiguous(),
-            floats,
-            tokens,
+        launch(
+            sample_kernel,
+            (row_tiles, splits),
+            (hidden, weight, hidden if bias is None else bias, seed, position),
+            (floats, tokens),
             rows,
             vocab,
             hidden.shape[1],

@@ -17,6 +17,7 @@ from mtp_kernels.tiles import (
     VARYING,
     check_triton,
     gumbel_tile,
+    launch,
     logits_tile,
     scaling_options,
     tile_options,
@@ -138,20 +139,23 @@ def residual_triton(
     floats = torch.empty((splits, 2, 2, rows), dtype=torch.float32, device=hidden.device)
     tokens = torch.empty((splits, 2, rows), dtype=torch.int64, device=hidden.device)
     if rows:
-        residual_kernel[(row_tiles, splits)](
-            hidden.contiguous(),
-            weight.contiguous(),
-            hidden if bias is None else bias,
-            lse.contiguous(),
-            draft_hidden.contiguous(),
-            draft_weight.contiguous(),
-            hidden if draft_bias is None else draft_bias,
-            draft_lse.contiguous(),
-            rejected.to(torch.int32),
-            seed.contiguous(),
-            position.contiguous(),
-            floats,
-            tokens,
+        launch(
+            residual_kernel,
+            (row_tiles, splits),
+            (
+                hidden,
+                weight,
+                hidden if bias is None else bias,
+                lse,
+                draft_hidden,
+                draft_weight,
+                hidden if draft_bias is None else draft_bias,
+                draft_lse,
+                rejected.to(torch.int32),
+                seed,
+                position,
+            ),
+            (floats, tokens),
             rows,
             vocab,
             hidden.shape[1],
@@ -166,7 +170,7 @@ def residual_triton(
     zero = torch.zeros_like(best)
     score, token, value, _, _ = combine_best(best, tokens.flatten(1), picked, zero, zero)
     empty = score[:rows] < NEGATIVE / 2
-    return (
-        torch.where(empty, token[rows:], token[:rows]),
-        torch.where(empty, value[rows:], value[:rows]).clamp_max(0.0),
-    )
+    picked = torch.where(empty, value[rows:], value[:rows]).clamp_max(0.0)
+    # A row of NaN has no best score, and the kernel picks no log p for it.
+    picked = torch.where(lse.isnan(), lse, picked)
+    return torch.where(empty, token[rows:], token[:rows]), picked
