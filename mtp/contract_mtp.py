@@ -106,7 +106,7 @@ PROMPTS, STEPS = (13, 8), (5, 1, 1)
 
 
 @torch.no_grad()
-def check_slow_mode(model: Any) -> None:
+def check_slow_mode(model: Any, what: str | None = None) -> None:
     """Compare slow mode's logits with those of main's stock forward, on a few random tokens.
 
     Two texts of different lengths go through the pass loop's cache, mask and positions: the
@@ -117,26 +117,27 @@ def check_slow_mode(model: Any) -> None:
       rows, so they differ by the rounding of one product: at most 1e-5 of the largest logit in
       float32, 0.02 in 16 bits.
     * The pass loop's logits are the stock's. Sums are taken in another order in every layer, and
-      rounding grows with depth: the root mean square of the difference is at most 1e-3 of that of
-      the logits in float32 (30 layers: about 2e-6), 0.2 in 16 bits (30 layers: about 0.03).
+      rounding grows with depth: the norm of the difference is at most 1e-3 of that of a text's
+      logits in float32, 0.1 in 16 bits. SmolLM2-135M, of 30 layers, is at 1e-6 and at 0.03; with
+      a window of 8 tokens it would be at 0.4 or more.
 
     Uses a random generator of its own. A model on the meta device has no numbers and passes.
 
-    Raises ValueError if they differ.
+    Raises ValueError naming the model, `what` or else its class, if they differ.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         return
     was_training = model.training
     model.eval()
     try:
-        _compare(model)
+        _compare(model, what or type(model).__name__)
     finally:
         model.train(was_training)
 
 
-def _compare(model: Any) -> None:
-    name, weight = type(model).__name__, model.get_output_embeddings().weight
-    exact, close = (1e-5, 1e-3) if weight.dtype == torch.float32 else (0.02, 0.2)
+def _compare(model: Any, name: str) -> None:
+    weight = model.get_output_embeddings().weight
+    exact, close = (1e-5, 1e-3) if weight.dtype == torch.float32 else (0.02, 0.1)
     size = (len(PROMPTS), max(PROMPTS) + sum(STEPS))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(len(weight), size, generator=generator).to(weight.device)
@@ -158,8 +159,7 @@ def _compare(model: Any) -> None:
                 "use another distribution; choose a base model without a scale, cap or bias there"
             )
         other = F.linear(ours, weight).float()
-        error = (other - logits).square().mean(-1) / logits.square().mean(-1).clamp(min=1e-24)
-        difference = float(error.max().sqrt())
+        difference = float((other - logits).norm() / logits.norm().clamp(min=1e-12))
         if not difference <= close:
             raise ValueError(
                 f"{name} must give the same logits in the pass loop as by its stock forward, but "

@@ -67,8 +67,10 @@ class HeadConfig:
         sizes = ("num_slots", "hidden_size", "num_layers", "num_attention_heads")
         for key in (*sizes, "intermediate_size"):
             value = getattr(self, key)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"head.{key} must be a whole number and at least 1, got {value!r}")
+            if type(value) is not int:
+                raise ValueError(f"head.{key} must be a whole number, got {value!r}")
+            if value < 1:
+                raise ValueError(f"head.{key} must be at least 1, got {value}")
         for key in ("shared_embeddings", "recall"):
             if type(getattr(self, key)) is not bool:
                 raise ValueError(f"head.{key} must be true or false, got {getattr(self, key)!r}")

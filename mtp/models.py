@@ -116,7 +116,8 @@ def build_model(
     if not has_head(config):
         start_from_main(model)
     model.to(config.torch_dtype())
-    check_slow_mode(model)
+    named = f"model.config of family {config.family}"
+    check_slow_mode(model, named if config.source is None else f"model.source={config.source!r}")
     return model, text
 
 
@@ -360,7 +361,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Tex
     )
     tokenizer = read_tokenizer(folder, str(folder))
     check_vocabulary(model, tokenizer, str(folder))
-    check_slow_mode(model)
+    check_slow_mode(model, str(folder))
     given = model.generation_config
     saved = getattr(given, "mtp_phases", None)
     if saved is None:

@@ -48,12 +48,14 @@ def blame(trouble: str, remedy: str) -> Iterator[None]:
 
 
 def _cause(error: Exception) -> str:
-    """The first line of an error's text, with its kind where the text alone says little."""
+    """An error's text in one line, with its kind where the text alone says little."""
     if isinstance(error, StrictDataclassError):
         # Its own text is a heading; the cause, or what is below the heading, says what is wrong.
         return str(error.__cause__ or error).splitlines()[-1].strip()
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0].rstrip(".:;") if lines else "no reason given"
+    # A first line that ends in a colon heads a list, which is the cause.
+    text = " ".join(lines) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    text = text.rstrip(".:;") or "no reason given"
     return text if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"
 
 

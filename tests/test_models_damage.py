@@ -133,7 +133,7 @@ DAMAGE = {
     "a weight is not a number": (
         "one",
         lambda f: edit_weights(f, lambda w: w[NORM].fill_(torch.nan)),
-        "must give finite logits",
+        "{what} must give finite logits",
     ),
     "tokenizer cut": (
         "one",
