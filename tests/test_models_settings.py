@@ -19,7 +19,7 @@ from mtp.tasks.running_sum import RunningSumConfig
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"intermediate_size": 0}, "head.intermediate_size must be .* at least 1, got 0"),
+        ({"intermediate_size": 0}, "head.intermediate_size must be at least 1, got 0"),
         ({"intermediate_size": -3}, "head.intermediate_size .* got -3"),
         ({"num_slots": 0}, "head.num_slots .* got 0"),
         ({"num_layers": -1}, "head.num_layers .* got -1"),
