@@ -153,13 +153,18 @@ DAMAGE = {
 }
 
 
+def test_a_source_that_is_whole_opens_in_one_file_or_several(whole):
+    one, shards = (build_toy(whole / name)[0].model.layers for name in ("one", "shards"))
+    expected = one.state_dict()
+    assert all(torch.equal(weight, expected[n]) for n, weight in shards.state_dict().items())
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_source_is_one_line_that_names_it(whole, tmp_path, damage):
     which, break_it, message = DAMAGE[damage]
     folder = tmp_path / "base"
     shutil.copytree(whole / which, folder)
-    build_toy(folder)
     break_it(folder)
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         build_toy(folder)
