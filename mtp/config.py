@@ -85,6 +85,7 @@ class RunConfig:
             )
         for name, stage in self.active_stages().items():
             stage.validate(name)
+        self.model.validate()
         self.head.validate()
         if self.kernels not in IMPLS:
             raise ValueError(f"kernels must be one of {list(IMPLS)}, got {self.kernels!r}")

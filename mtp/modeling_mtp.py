@@ -5,13 +5,13 @@ two heads behind one interface, the mixin that gives any Hugging Face causal LM 
 two-line class per base family. What is left out: decoding (`generation_mtp.py`), search
 (`search_mtp.py`) and losses.
 
-This file travels with exported checkpoints, so it imports torch, transformers and its sibling only.
+This file travels with exported checkpoints: imports torch, transformers and siblings only.
 
 Shapes: B batch, T time, N anchors, K head slots, D main width, H head width, V vocabulary,
 E width of the output matrix that the head uses (D when it shares main's, else H).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PretrainedConfig, Qwen3ForCausalLM, initialization
 
+from .contract_mtp import check_config, check_layout
 from .search_mtp import MTPSearchMixin
 
 
@@ -61,16 +62,48 @@ class HeadConfig:
 
     def validate(self) -> None:
         """Raises ValueError for settings that no head can have."""
-        if self.type not in HEADS:
+        if self.type not in list(HEADS):
             raise ValueError(f"head.type must be one of {sorted(HEADS)}, got {self.type!r}")
-        for key in ("num_slots", "hidden_size", "num_layers", "num_attention_heads"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"head.{key} must be at least 1, got {getattr(self, key)}")
+        sizes = ("num_slots", "hidden_size", "num_layers", "num_attention_heads")
+        for key in (*sizes, "intermediate_size"):
+            value = getattr(self, key)
+            if type(value) is not int:
+                raise ValueError(f"head.{key} must be a whole number, got {value!r}")
+            if value < 1:
+                raise ValueError(f"head.{key} must be at least 1, got {value}")
+        for key in ("shared_embeddings", "recall"):
+            if type(getattr(self, key)) is not bool:
+                raise ValueError(f"head.{key} must be true or false, got {getattr(self, key)!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"head.hidden_size must be a multiple of head.num_attention_heads="
                 f"{self.num_attention_heads}, got {self.hidden_size}"
             )
+        taps = self.taps
+        if taps is None:
+            return
+        if not isinstance(taps, list) or any(type(tap) is not int for tap in taps):
+            raise ValueError(f"head.taps must be null or a list of layers, got {taps!r}")
+        if len(set(taps)) < len(taps):
+            raise ValueError(f"head.taps must name each layer once, got {taps}")
+
+    @classmethod
+    def from_checkpoint(cls, saved: Any) -> "HeadConfig":
+        """The settings in `config.mtp`; a field that an older checkpoint lacks has its default.
+
+        Raises ValueError for fields that this version does not know, and as `validate` does.
+        """
+        if not isinstance(saved, dict):
+            raise ValueError(f"mtp in config.json must be a head's settings by name, got {saved!r}")
+        unknown = sorted(set(saved) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"mtp in config.json holds settings that this version does not know "
+                f"({', '.join(unknown)}); open the checkpoint with the version that wrote it"
+            )
+        settings = cls(**saved)
+        settings.validate()
+        return settings
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -322,15 +355,18 @@ class MTPMixin(MTPSearchMixin):
     """Gives a causal LM class a head. Put it before the stock class in the bases.
 
     The stock parameters keep their names; the head's are `mtp_head.*`. Settings are read from
-    `config.mtp` (a dict of `HeadConfig` fields).
+    `config.mtp` (a dict of `HeadConfig` fields). A main that the pass loop cannot follow is refused
+    (`contract_mtp.py`).
     """
 
     def __init__(self, config: PretrainedConfig):
         if getattr(config, "mtp", None) is None:
             config.mtp = asdict(HeadConfig())
+        check_config(config)
+        settings = HeadConfig.from_checkpoint(config.mtp)
+        config.mtp = asdict(settings)
         super().__init__(config)
-        settings = HeadConfig(**config.mtp)
-        settings.validate()
+        check_layout(self)
         self.mtp_settings = settings
         self.mtp_taps = settings.resolved_taps(config.num_hidden_layers)
         self.mtp_head: Any = HEADS[settings.type](settings, config, len(self.mtp_taps))
@@ -343,6 +379,29 @@ class MTPMixin(MTPSearchMixin):
             initialization.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
         elif isinstance(module, HeadRMSNorm):
             initialization.ones_(module.weight)
+
+    def _resize_token_embeddings(
+        self,
+        new_num_tokens: int | None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Main's matrices, and those of the head's own with them: one row a token in each."""
+        embeddings = super()._resize_token_embeddings(
+            new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
+        head, size = self.mtp_head, embeddings.weight.shape[0]
+        if hasattr(head, "embed_tokens"):
+            self._get_resized_embeddings(head.embed_tokens, size, mean_resizing=mean_resizing)
+        if hasattr(head, "lm_head"):
+            old = head.lm_head
+            new = self._get_resized_lm_head(old, size, mean_resizing=mean_resizing).weight
+            # In its own module, which `_init_weights` tells apart from main's.
+            old.weight, old.out_features = (
+                nn.Parameter(new.detach(), old.weight.requires_grad),
+                size,
+            )
+        return embeddings
 
     @property
     def num_slots(self) -> int:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["errors", "cache_mtp", "memory_mtp", "phases_mtp", "records_mtp", "sampling_mtp"]
     + ["attention_mtp", "tasks.base"],
-    ["draws_mtp", "running_mtp"],
+    ["draws_mtp", "running_mtp", "contract_mtp"],
     ["passes_mtp"],
     ["segments_mtp"],
     ["generation_mtp", "branches_mtp"],
@@ -23,7 +23,8 @@ LAYERS = [
     ["tasks.reasoning_gym", "tasks.user_reward"],
     ["tasks.rows"],
     ["tasks"],
-    ["text", "batch", "advantage", "optim", "checkpoint", "runtime", "interval"],
+    ["text", "batch", "advantage", "optim", "checkpoint", "runtime", "interval"]
+    + ["pretrained"],
     ["logger", "run_folder"],
     ["algorithms.algorithm", "algorithms.ratio"],
     ["algorithms.grpo", "algorithms.dapo", "algorithms.dr_grpo", "algorithms.rloo"]
