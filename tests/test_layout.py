@@ -22,7 +22,7 @@ LAYERS = [
     + ["tasks.continuation"],
     ["tasks.reasoning_gym", "tasks.user_reward"],
     ["tasks.rows"],
-    ["tasks"],
+    ["tasks", "tokenization"],
     ["text", "batch", "advantage", "optim", "checkpoint", "logger", "runtime", "interval"],
     ["algorithms.algorithm", "algorithms.ratio"],
     ["algorithms.grpo", "algorithms.dapo", "algorithms.dr_grpo", "algorithms.rloo"]
