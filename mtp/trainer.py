@@ -19,6 +19,7 @@ from lightning.fabric import seed_everything
 from .checkpoint import load_checkpoint, rng_state, save_atomically, set_rng_state
 from .config import RunConfig, save_run_config
 from .evaluate import evaluate, fast_accuracy
+from .examples import checked_task
 from .export import export
 from .logger import MetricsLog, StageProgress, make_console, read_records
 from .models import build_model, has_head, save_model
@@ -72,6 +73,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     check_disjoint(task)
     check_judged(config, task)
     model, text = build_model(config.model, config.head, config.decoding, task)
+    task = checked_task(task, config, model, text)
     model.to(fabric.device)
     progress, state = Progress(), None
     checkpoint = folder / "checkpoints" / "last.ckpt"

@@ -39,7 +39,7 @@ LAYERS = [
     ["update", "stage", "report"],
     ["export", "sweep"],
     ["config"],
-    ["run"],
+    ["run", "examples"],
     ["groups", "reference"],
     ["steps"],
     ["trainer"],
