@@ -14,6 +14,7 @@ from .batch import collate_text
 from .config import RunConfig
 from .tasks.base import Example, Split, Task
 from .text import TextFormat
+from .tokenization import unknown_characters
 
 _log = logging.getLogger(__name__)
 _NUM_CHECKED = 256
@@ -49,6 +50,8 @@ class FittedTask(Task):
         self._kept: dict[Split, list[Example]] = {}
         self._has_warned: set[Split] = set()
         answer = "".join(map(chr, range(33, 127)))
+        lacking = unknown_characters(text.tokenizer, answer)
+        answer = "".join(character for character in answer if character not in lacking)
         self._keeps_ascii = text.read_back(answer) == answer
 
     def size(self, split: Split) -> int | None:

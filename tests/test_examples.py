@@ -19,7 +19,7 @@ from mtp.runtime import FabricConfig
 from mtp.stage import StageConfig
 from mtp.tasks import RowsConfig
 from mtp.tasks.base import Example, Task
-from mtp.text import TextFormat
+from mtp.text import TextFormat, character_tokenizer
 from mtp.trainer import train
 
 PHASES = {
@@ -207,6 +207,11 @@ def test_an_answer_that_the_tokenizer_cannot_give_is_refused(tmp_path):
         checked_task(rows_task(tmp_path, content), run_config(), MODEL, text)
     content = [{**row, "answer": "four"} for row in rows(40)]
     assert checked_task(rows_task(tmp_path, content), run_config(), MODEL, text)
+
+
+def test_answers_are_read_back_only_where_the_tokenizer_may_lose_something():
+    alone = TextFormat(character_tokenizer("0123456789+=", ["<think>", "</think>"]), PHASES, 4)
+    assert FittedTask(Counted(), alone)._keeps_ascii and FittedTask(Counted(), TEXT)._keeps_ascii
 
 
 def test_the_form_in_which_unicode_is_written_does_not_matter(tmp_path):

@@ -2,7 +2,10 @@
 
 import json
 import logging
+import subprocess
+import sys
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -80,6 +83,21 @@ def test_explicit_test_rows_are_kept_from_training(tmp_path, caplog):
     assert {e.prompt for e in every(task, "test")} == {"0+1=", "1+1=", "2+1="}
     assert [e.prompt for e in every(task, "train")] == [f"{i}+1=" for i in range(3, 10)]
     assert "dropped 3 of 10 training rows" in caplog.text
+
+
+def test_a_run_shows_the_warnings(tmp_path):
+    """Hydra's logging is off, and the warnings of tasks are shown nonetheless."""
+    given = [
+        "task=rows",
+        f"task.source={write(tmp_path / 'train.jsonl', sums(10))}",
+        f"task.test_source={write(tmp_path / 'test.jsonl', sums(3))}",
+        f"run_dir={tmp_path / 'run'}",
+        f"model.source={tmp_path / 'none'}",
+    ]
+    command = [sys.executable, str(Path(__file__).parents[1] / "train.py"), *given]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: model.source=" in done.stderr
+    assert "rows/train.jsonl: dropped 3 of 10 training rows whose question is in" in done.stderr
 
 
 def test_num_test_takes_the_same_sample(tmp_path):
