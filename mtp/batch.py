@@ -16,7 +16,9 @@ Shapes: B texts, T time, R main rows, N anchors, K head slots, M head rows, G ro
 S segments.
 """
 
+import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
@@ -113,13 +115,14 @@ def collate_text(
     *,
     num_anchors: int = 0,
     block_anchors: bool = False,
-    generator: torch.Generator | None = None,
+    anchor_seeds: Sequence[int] = (),
 ) -> TextBatch:
     """Supervised batch of (prompt ids, completion ids): every completion token is main's target.
 
     Each position whose block would keep head slots under `plan` is an anchor, and only slots that
     would be kept are scored. `block_anchors` takes only the positions where passes begin when the
-    text is decoded under `plan`; `num_anchors` > 0 draws so many of them per sequence.
+    text is decoded under `plan`; `num_anchors` > 0 samples so many of them per sequence, each
+    sequence by its own seed of `anchor_seeds`, so that they do not depend on the batch.
     """
     tokens, lengths = pad([p + c for p, c in samples], pad_id)
     prompt_lengths = torch.tensor([len(p) for p, _ in samples])
@@ -141,7 +144,12 @@ def collate_text(
             position = position + kept[row, position].clamp(min=1)
         is_anchor &= begins
     if num_anchors:
-        scores = torch.rand(num_rows, time, generator=generator).masked_fill(~is_anchor, -1.0)
+        scores = torch.full((num_rows, time), -1.0)
+        sizes = lengths.tolist()
+        for scored_row, size, seed in zip(scores, sizes, anchor_seeds, strict=True):
+            generator = torch.Generator().manual_seed(seed)
+            scored_row[:size] = torch.rand(size, generator=generator)
+        scores = scores.masked_fill(~is_anchor, -1.0)
         best = scores.topk(min(num_anchors, time), 1).indices
         is_anchor &= torch.zeros_like(is_anchor).scatter(1, best, True)
     anchors = flat[is_anchor]
@@ -308,13 +316,14 @@ def collate_slow_rollouts(
     *,
     num_anchors: int = 0,
     block_anchors: bool = False,
-    generator: torch.Generator | None = None,
+    anchor_seed: int = 0,
 ) -> RolloutBatch:
     """Rollouts that main wrote alone, with the anchors of a solved example.
 
     Main's tokens are its actions. The head's rows score what main wrote after each anchor, of which
     the head had no part: `head_sampled` is main's log-probability of the token. Arguments are those
-    of `collate_rollouts` and of `collate_text`; `plan` has the phases in fast mode.
+    of `collate_rollouts` and of `collate_text`; `plan` has the phases in fast mode. A text's
+    anchors are sampled by `anchor_seed` and the text, so that they do not depend on the batch.
     """
     chosen = Chosen(prompts, out, rows, owners)
     samples = [(prompts[row], out.completion(row)) for row in chosen.texts]
@@ -325,9 +334,15 @@ def collate_slow_rollouts(
         pad_id,
         num_anchors=num_anchors,
         block_anchors=block_anchors,
-        generator=generator,
+        anchor_seeds=[text_seed(anchor_seed, *sample) for sample in samples],
     )
     return chosen.batch(drop_forced(text, chosen.slots() == FORCED), advantages)
+
+
+def text_seed(seed: int, prompt: list[int], completion: list[int]) -> int:
+    """A seed of one text: equal for texts that are equal."""
+    digest = hashlib.sha256(repr((seed, prompt, completion)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def drop_forced(text: TextBatch, forced: Tensor) -> TextBatch:

@@ -191,7 +191,7 @@ def open_writer(arguments: argparse.Namespace) -> Writer:
 def generate(arguments: argparse.Namespace) -> None:
     """`mtp generate`."""
     writer = open_writer(arguments)
-    check_characters(writer.text, arguments.prompt)
+    writer.text.check_prompt(arguments.prompt)
     prompt = writer.text.prompt_ids(arguments.prompt)
     style = "dim" if writer.console.is_terminal else ""
     writer.console.print(arguments.prompt, end=" ", style=style)
@@ -220,21 +220,8 @@ def chat(arguments: argparse.Namespace) -> None:
         writer.text,
         writer.write,
         mode=writer.mode,
-        check=lambda message: check_characters(writer.text, message),
+        check=writer.text.check_prompt,
     )
-
-
-def check_characters(text: "TextFormat", prompt: str) -> None:
-    """Raises ValueError naming the characters of a prompt that the tokenizer does not know."""
-    tokenizer = text.tokenizer
-    unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {None}
-    bad = [
-        character
-        for character in dict.fromkeys(prompt)
-        if unknown & set(tokenizer.encode(character, add_special_tokens=False))
-    ]
-    if bad:
-        raise ValueError(f"the model's tokenizer does not know {' '.join(map(repr, bad))}")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -250,14 +237,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
         evaluate_search(arguments, opened, search, number or config.evaluation.num_problems)
         return
     from .evaluate import evaluate as measure
+    from .examples import fit_task
     from .logger import make_console
     from .models import load_model
     from .reference import evaluation_reference, folder_of
     from .report import COLUMNS
 
     device = choose_device(arguments.device)
-    task = config.task.build()
     model, text = opened.load(device)
+    task = fit_task(config.task.build(), config, model, text)
     source = folder_of(config, arguments.folder, evaluation_reference(config))
     reference = None
     if (source / "config.json").is_file():
@@ -293,6 +281,7 @@ def evaluate_search(
 
     from .evaluate_search import FIGURES
     from .evaluate_search import evaluate_search as measure
+    from .examples import fit_task
     from .logger import make_console
 
     device = choose_device(arguments.device)
@@ -301,7 +290,7 @@ def evaluate_search(
     figures = measure(
         model,
         text,
-        run.task.build(),
+        fit_task(run.task.build(), run, model, text),
         config,
         sampler,
         mode=mode,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, try_to_load_from_cache
+from jinja2 import TemplateError
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -83,7 +84,7 @@ def _write(
     )
     limit = config.decoding.max_new_tokens
     _edit_json(folder / "generation_config.json", max_new_tokens=limit)
-    _open_first_phase(text, folder / "chat_template.jinja")
+    _open_first_phase(text, folder)
     for file in [code, *map(Path, get_relative_import_files(code))]:
         shutil.copyfile(file, folder / file.name)
     (folder / CARD).write_text(model_card(model, text, summary, config))
@@ -94,19 +95,29 @@ def _edit_json(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _open_first_phase(text: TextFormat, template: Path) -> None:
-    """Make the chat template's generation prompt end with the first phase's delimiter."""
-    if text.opener is None or not text.uses_template or not template.is_file():
+def _open_first_phase(text: TextFormat, folder: Path) -> None:
+    """Make the generation prompts of the chat templates end with the first phase's delimiter.
+
+    A tokenizer may have several: one for tools lies in a folder of its own.
+    """
+    if text.opener is None or not text.uses_template:
         return
     tokenizer: Any = text.tokenizer
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True
-    )
-    if not prompt.rstrip().endswith(text.opener):
+    question = [{"role": "user", "content": "?"}]
+    for template in [folder / "chat_template.jinja", *sorted(folder.glob("*/*.jinja"))]:
+        if not template.is_file():
+            continue
         # Jinja drops one newline at the very end of a template.
         source = template.read_text().removesuffix("\n")
-        opener = json.dumps(text.opener, ensure_ascii=False)
-        template.write_text(f"{source}{{{{ {opener} if add_generation_prompt else '' }}}}")
+        try:
+            prompt = tokenizer.apply_chat_template(
+                question, chat_template=source, tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, TypeError, ValueError):
+            prompt = ""  # a template for tools may not do without any
+        if not prompt.rstrip().endswith(text.opener):
+            opener = json.dumps(text.opener, ensure_ascii=False)
+            template.write_text(f"{source}{{{{ {opener} if add_generation_prompt else '' }}}}")
 
 
 def model_card(model: Any, text: TextFormat, summary: dict[str, Any], config: Any) -> str:
@@ -165,8 +176,14 @@ def _snippet(text: TextFormat, config: Any, *, head: bool) -> str:
     """Python that loads the folder through one door and answers a prompt."""
     prompt = sample_prompt(config)
     if not text.uses_template:
-        inputs = [f"inputs = tokenizer({json.dumps(prompt + (text.opener or ''))}, "]
-        inputs[0] += 'return_tensors="pt", add_special_tokens=False)'
+        tokenizer: Any = text.tokenizer
+        shown, special = prompt + (text.opener or ""), ""
+        if not text.leading_ids or tokenizer.encode(shown) != text.prompt_ids(prompt):
+            shown, special = (
+                tokenizer.decode(text.leading_ids) + shown,
+                ", add_special_tokens=False",
+            )
+        inputs = [f'inputs = tokenizer({json.dumps(shown)}, return_tensors="pt"{special})']
     else:
         messages = [{"role": "user", "content": prompt}]
         if text.system_prompt is not None:

@@ -111,6 +111,7 @@ def build_model(
         system_prompt=decoding.system_prompt,
         segments=decoding.segments,
         chat_template=decoding.chat_template,
+        end_ids=end_ids(model.generation_config),
     )
     model.generation_config = generation_config(text, decoding.phases)
     if not has_head(config):
@@ -334,10 +335,17 @@ def check_same_head(head: HeadConfig, saved: HeadConfig, num_layers: int, what: 
 
 def generation_config(text: TextFormat, phases: dict[str, Phase]) -> GenerationConfig:
     """What `generate` needs to know of the phases, saved beside the weights."""
-    out: Any = GenerationConfig(eos_token_id=text.eos_id, pad_token_id=text.pad_id)
+    eos = text.eos_ids if len(text.eos_ids) > 1 else text.eos_id
+    out: Any = GenerationConfig(eos_token_id=eos, pad_token_id=text.pad_id)
     out.mtp_phases = phases_to_json(phases, text.delimiter_id)
     out.mtp_segments = asdict(text.segments)
     return out
+
+
+def end_ids(config: GenerationConfig) -> list[int]:
+    """Ids that end a text by a generation config."""
+    eos = config.eos_token_id
+    return [eos] if isinstance(eos, int) else list(eos or [])
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, TextFormat]:
@@ -373,7 +381,9 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Tex
     system = getattr(given, "mtp_system_prompt", None)
     segments = SegmentSettings(**(getattr(given, "mtp_segments", None) or {}))
     template = getattr(given, "mtp_chat_template", True)
-    return model, TextFormat(tokenizer, phases, model.num_slots, system, segments, template)
+    return model, TextFormat(
+        tokenizer, phases, model.num_slots, system, segments, template, end_ids(given)
+    )
 
 
 def save_model(model: Any, text: TextFormat, folder: Path) -> None:

@@ -31,6 +31,9 @@ class DecodingConfig:
     segments: SegmentSettings = field(default_factory=SegmentSettings)
     max_new_tokens: int = 64
     """Of each segment."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt of a task, in tokens with its chat template; None: what fits main's
+    max_position_embeddings before `max_new_tokens`. Longer problems are dropped and counted."""
     temperature: float = 1.0
     """Of rollouts. Evaluations are greedy."""
     top_k: int = 0
@@ -46,6 +49,11 @@ class DecodingConfig:
             raise ValueError(
                 f"decoding.max_new_tokens must be at least 1, got {self.max_new_tokens}"
             )
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
+            raise ValueError(
+                "decoding.max_prompt_tokens must be null or at least 1, got "
+                f"{self.max_prompt_tokens}"
+            )
         check_phases(self.phases, "decoding.phases")
         check_segments(self.segments, self.phases, "decoding")
         self._check_budgets()
@@ -58,6 +66,29 @@ class DecodingConfig:
             return Sampler(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
         except ValueError as error:
             raise ValueError(f"decoding.{error}") from None
+
+    def prompt_limit(self, positions: int | None) -> int | None:
+        """Most tokens of a prompt under a model of so many positions; None: no limit.
+
+        Raises ValueError naming the key if there is no room for a prompt, or not for so long a one.
+        """
+        if positions is None:
+            return self.max_prompt_tokens
+        room = positions - self.max_new_tokens
+        if self.segments.max_segments > 1:  # a later segment's context adds memory and thought
+            room -= self.segments.memory_tokens + self.segments.recent_tokens + 3
+        if room < 1:
+            raise ValueError(
+                f"decoding.max_new_tokens must leave room for a prompt, got {self.max_new_tokens} "
+                f"with the model's max_position_embeddings={positions}; lower it"
+            )
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens > room:
+            raise ValueError(
+                f"decoding.max_prompt_tokens must be at most {room}, which the model's "
+                f"max_position_embeddings={positions} leave before "
+                f"max_new_tokens={self.max_new_tokens}, got {self.max_prompt_tokens}"
+            )
+        return room if self.max_prompt_tokens is None else self.max_prompt_tokens
 
     def _check_budgets(self) -> None:
         """Raises ValueError if a segment ends before its thought and summary are used up."""

@@ -47,7 +47,6 @@ def solved_batches(
 ) -> tuple[list[TextBatch], int]:
     """`number` solved examples as batches, and the tokens of their text."""
     text = run.text
-    generator = torch.Generator().manual_seed(run.seed_of(name, step))
     samples = [s for example in draw(run, number) for s in text.example_segments(example)]
     batches = [
         collate_text(
@@ -57,7 +56,7 @@ def solved_batches(
             text.pad_id,
             num_anchors=stage.num_anchors,
             block_anchors=stage.block_anchors,
-            generator=generator,
+            anchor_seeds=[run.seed_of(name, "anchors", step, i) for i in chosen],
         ).to(run.fabric.device)
         for chosen in pieces(len(samples), stage.micro_batch_size)
     ]
@@ -95,9 +94,9 @@ def rollout_batches(
             purpose = f"{name}/solved/{number}"
             solved, num_tokens = solved_batches(run, purpose, stage, step, stage.num_solved)
             metrics["num_text_tokens"] += num_tokens
-        generator = torch.Generator().manual_seed(run.seed_of(name, "anchors", step, number))
+        anchor_seed = run.seed_of(name, "anchors", step, number)
         batches = [
-            collate(run, stage, groups, advantages, segments, generator)
+            collate(run, stage, groups, advantages, segments, anchor_seed)
             for segments in micro_batches(groups, share, stage.micro_batch_size)
         ]
         minibatches.append([*solved, *batches])
@@ -127,11 +126,11 @@ def collate(
     groups: Groups,
     advantages: torch.Tensor,
     segments: list[int],
-    generator: torch.Generator,
+    anchor_seed: int,
 ) -> RolloutBatch:
     """The chosen segments as a batch, with the log-probabilities that ratios are taken to.
 
-    generator: draws anchors, where a slow rollout has only some of its positions as such.
+    anchor_seed: samples the anchors of slow rollouts where `num_anchors` limits them.
     """
     text, rollouts = run.text, groups.rollouts
     given = (rollouts.prompts, rollouts.out, advantages.flatten(), segments)
@@ -143,7 +142,7 @@ def collate(
             *sizes,
             num_anchors=stage.num_anchors,
             block_anchors=stage.block_anchors,
-            generator=generator,
+            anchor_seed=anchor_seed,
         )
     else:
         batch = collate_rollouts(*given, *sizes)

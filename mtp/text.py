@@ -2,13 +2,19 @@
 
 A completion is `thought </think> answer <eos>`: the prompt ends with the delimiter that opens the
 first phase, as chat templates of thinking models do. Delimiters come from the decoding phases.
+
+A text ends at the tokenizer's EOS or at another end token of the source's generation config.
+Special tokens around a prompt are those of the chat template, or without one those that the
+tokenizer puts before a text (BOS).
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -16,6 +22,7 @@ from .generation_mtp import Phase, PhasePlan, SegmentSettings, check_segments, m
 from .memory_mtp import ALPHABET, DONE
 from .segments_mtp import Trajectory, summary_marks
 from .tasks.base import Example
+from .tokenization import find_token, leading_ids, name_of, special_ids, unknown_characters
 
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -47,8 +54,15 @@ class TextFormat:
     segments: SegmentSettings = field(default_factory=SegmentSettings)
     chat_template: bool = True
     """False gives prompts as they are, though the tokenizer has a chat template."""
+    end_ids: list[int] = field(default_factory=list)
+    """Tokens that end a text beside the tokenizer's EOS: from the source's generation config."""
 
     def __post_init__(self) -> None:
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"model.source must have a tokenizer with an EOS token, which ends an answer; "
+                f"{name_of(self.tokenizer)} has none: set eos_token in its tokenizer_config.json"
+            )
         if not self.phases:
             raise ValueError("decoding.phases must name at least one phase, got none")
         names = list(self.phases)
@@ -66,13 +80,20 @@ class TextFormat:
             for phase in self.phases.values()
             if phase.closed_by is not None and phase.opened_by is not None
         ]
-        for phase in self.phases.values():
-            for delimiter in (phase.opened_by, phase.closed_by):
-                if delimiter is not None:
-                    self.delimiter_id(delimiter)
+        for name, phase in self.phases.items():
+            for key, delimiter in (("opened_by", phase.opened_by), ("closed_by", phase.closed_by)):
+                if delimiter is not None and self.delimiter_id(delimiter) in self.eos_ids:
+                    raise ValueError(
+                        f"decoding.phases.{name}.{key} must not be a token that ends a text, got "
+                        f"{delimiter!r}; choose another token"
+                    )
+        self.marks = self.plan().marks
+        """Ids of delimiters and end tokens, which no thought or answer may hold as text."""
         check_segments(self.segments, self.phases, "decoding")
         if self.segments.max_segments > 1:
             self._check_alphabet()
+        if self.uses_template:
+            self._check_template()
 
     @property
     def pad_id(self) -> int:
@@ -88,8 +109,27 @@ class TextFormat:
 
     @property
     def eos_id(self) -> int:
-        """Ends a sequence."""
+        """The tokenizer's EOS."""
         return int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Tokens that end a text: the tokenizer's EOS first, then `end_ids`."""
+        return list(dict.fromkeys([self.eos_id, *self.end_ids]))
+
+    @cached_property
+    def turn_end_id(self) -> int:
+        """The end token of solved examples: the one after an answer in the chat template.
+
+        The tokenizer's EOS where there is no template, or none of `eos_ids` after an answer.
+        """
+        if not self.uses_template or len(self.eos_ids) == 1:
+            return self.eos_id
+        answer = "An answer"
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        _, found, after = self._render(messages, add_generation_prompt=False).rpartition(answer)
+        ids = self._encode(after) if found else []
+        return next((token for token in ids if token in self.eos_ids), self.eos_id)
 
     def delimiter_id(self, delimiter: str) -> int:
         """Id of a delimiter. Raises ValueError if the tokenizer has no single token for it."""
@@ -104,11 +144,46 @@ class TextFormat:
         self._delimiter_ids[delimiter] = ids[0]
         return ids[0]
 
+    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """Messages through the chat template. Raises ValueError if it refuses them."""
+        tokenizer: Any = self.tokenizer
+        try:
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the chat template of {name_of(tokenizer)} refused the messages "
+                f"({str(error) or type(error).__name__}); set decoding.chat_template=false to give "
+                "prompts as they are"
+            ) from None
+
+    def _check_template(self) -> None:
+        """Raises ValueError if the chat template loses the user's message or the system prompt."""
+        user = {"role": "user", "content": "A question"}
+        if user["content"] not in self._render([user]):
+            raise ValueError(
+                f"the chat template of {name_of(self.tokenizer)} leaves out the user's message; "
+                "set decoding.chat_template=false to give prompts as they are"
+            )
+        if self.system_prompt is None:
+            return
+        try:
+            shown = self._render([{"role": "system", "content": self.system_prompt}, user])
+        except ValueError as error:
+            raise ValueError(
+                f"decoding.system_prompt={self.system_prompt!r} cannot be used: {error}; or set "
+                "decoding.system_prompt=null"
+            ) from None
+        if self.system_prompt.strip() not in shown:
+            raise ValueError(
+                f"decoding.system_prompt={self.system_prompt!r} does not appear in the prompt: the "
+                f"chat template of {name_of(self.tokenizer)} has no place for it; set it to null"
+            )
+
     def _check_alphabet(self) -> None:
         """Raises ValueError if the tokenizer cannot write commands or the memory file."""
-        tokenizer: Any = self.tokenizer
-        unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {None}
-        lacking = [c for c in dict.fromkeys(ALPHABET) if unknown & set(self._encode(c))]
+        lacking = unknown_characters(self.tokenizer, ALPHABET)
         if lacking:
             raise ValueError(
                 f"decoding.segments.max_segments={self.segments.max_segments} needs a tokenizer "
@@ -128,7 +203,7 @@ class TextFormat:
             list(self.phases.values()),
             ids([phase.opened_by for phase in self.phases.values()]),
             num_slots=self.num_slots,
-            eos_ids=[self.eos_id],
+            eos_ids=self.eos_ids,
             mode=mode,
             closed_by=ids([phase.closed_by for phase in self.phases.values()]),
         )
@@ -142,22 +217,108 @@ class TextFormat:
 
         Without a chat template there is no way to tell who speaks: the last message alone.
         """
-        tokenizer: Any = self.tokenizer
+        leading: list[int] = []
         if not self.uses_template:
-            text = messages[-1]["content"]
+            text, leading = messages[-1]["content"], self.leading_ids
         else:
             if self.system_prompt is not None:
                 messages = [{"role": "system", "content": self.system_prompt}, *messages]
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
+            text = self._render(messages)
         if self.opener is not None and not text.rstrip().endswith(self.opener):
             text += self.opener
-        return tokenizer.encode(text, add_special_tokens=False)
+        return [*leading, *self._encode(text)]
+
+    @cached_property
+    def leading_ids(self) -> list[int]:
+        """What the tokenizer puts before a text, such as BOS; a chat template writes its own.
+
+        A token that it puts after a text is left out: the completion follows there.
+        """
+        return leading_ids(self.tokenizer)
+
+    def is_longer(self, prompt: str, limit: int, completion: str = "") -> bool | None:
+        """Whether a prompt and a completion have more tokens than `limit`, by their characters.
+
+        None where characters alone do not tell. No token has more characters than the longest in
+        the vocabulary, and ASCII text has no more tokens than characters.
+        """
+        characters = len(prompt) + len(completion)
+        if characters > limit * self._longest_token:
+            return True
+        is_plain = prompt.isascii() and completion.isascii()
+        return False if is_plain and characters + self._frame <= limit else None
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    @cached_property
+    def _frame(self) -> int:
+        """More tokens than a prompt, a thought and an answer get around their own."""
+        return len(self.prompt_ids("a")) + 32
+
+    def check_prompt(self, prompt: str, where: str = "the prompt") -> None:
+        """Raises ValueError for a prompt that the model would read as something else.
+
+        Text of a special token would break the roles of a chat template. Without a template it is
+        read as that token, as by the tokenizer itself.
+        """
+        self._check_known(prompt, where)
+        if not self.uses_template:
+            return
+        found = find_token(self.tokenizer, prompt, self._special_ids)
+        if found is not None:
+            raise ValueError(
+                f"{where} must not hold the special token {found!r}, which would break the roles "
+                "of the chat template; take it out, or set decoding.chat_template=false to give "
+                "prompts as they are"
+            )
+
+    @cached_property
+    def _special_ids(self) -> set[int]:
+        return special_ids(self.tokenizer) | self.marks
+
+    def _check_known(self, text: str, where: str) -> None:
+        unknown = unknown_characters(self.tokenizer, text)
+        if unknown:
+            raise ValueError(
+                f"the model's tokenizer does not know {' '.join(map(repr, unknown[:5]))} in "
+                f"{where}; take them out or choose another model"
+            )
+
+    def checked(self, example: Example, where: str) -> Example:
+        """The example without the delimiters that data may bring around its thought.
+
+        Raises ValueError naming `where` the example is from if a delimiter or an end token is
+        within its thought or answer, or if the tokenizer does not know a character.
+        """
+        self.check_prompt(example.prompt, f"the prompt of {where}")
+        texts = {"answer": example.answer}
+        if example.thought is not None and self.closer is not None:
+            texts["thought"] = self.bare_thought(example.thought)
+        for name, text in texts.items():
+            found = find_token(self.tokenizer, text, self.marks)
+            if found is not None:
+                raise ValueError(
+                    f"the {name} of {where} must not hold {found!r}, which ends a phase or a text; "
+                    "take it out, and give a thought in a column of its own"
+                )
+            self._check_known(text, f"the {name} of {where}")
+        thought = texts.get("thought", example.thought)
+        return example if thought == example.thought else replace(example, thought=thought)
+
+    def bare_thought(self, thought: str) -> str:
+        """A thought without its own delimiters: `<think>2+2</think>` -> `2+2`."""
+        bare = thought.strip().removeprefix(self.opener or "").removesuffix(self.closer or "")
+        return thought if bare == thought.strip() else bare.strip()
+
+    def read_back(self, answer: str) -> str:
+        """An answer as it is read from a completion that holds it."""
+        return str(self.tokenizer.decode(self._encode(answer))).strip()
 
     def completion_ids(self, thought: str | None, answer: str) -> list[int]:
         """`thought </think> answer <eos>`; without a thought phase `answer <eos>`."""
-        return [*self.thought_ids(thought), *self._encode(answer), self.eos_id]
+        return [*self.thought_ids(thought), *self._encode(answer), self.turn_end_id]
 
     def thought_ids(self, thought: str | None) -> list[int]:
         """`thought </think>`, what stands between the prompt and the answer."""
@@ -170,7 +331,7 @@ class TextFormat:
 
         The answer is None if the thought was never closed, or the sequence never ended.
         """
-        ended = bool(ids) and ids[-1] == self.eos_id
+        ended = bool(ids) and ids[-1] in self.eos_ids
         body = ids[:-1] if ended else ids
         if self.closer is None:
             return [], body if ended else None
@@ -202,7 +363,7 @@ class TextFormat:
 
     def bare_answer_text(self, ids: list[int]) -> str | None:
         """The same for a completion that is the answer alone, its thought having been given."""
-        if not ids or ids[-1] != self.eos_id:
+        if not ids or ids[-1] not in self.eos_ids:
             return None
         return str(self.tokenizer.decode(ids[:-1])).strip()
 

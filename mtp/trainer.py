@@ -18,6 +18,7 @@ from lightning.fabric import Fabric, seed_everything
 from .checkpoint import save_atomically, save_checkpoint, save_text
 from .config import RunConfig
 from .evaluate import evaluate, fast_accuracy
+from .examples import checked_task
 from .export import export
 from .logger import MetricsLog, StageProgress, make_console, read_records
 from .models import build_model, has_head, save_model
@@ -107,6 +108,7 @@ def run_stages(
     check_disjoint(task)
     check_judged(config, task)
     model, text = build_model(config.model, config.head, config.decoding, task)
+    task = checked_task(task, config, model, text)
     model.to(fabric.device)
     if state is not None:
         load_weights(model, state.pop("model"), checkpoint)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CLOSE, EOS, PAD, VOCABULARY
 
-from mtp.batch import collate_rollouts, collate_text
+from mtp.batch import collate_rollouts, collate_slow_rollouts, collate_text
 from mtp.generation_mtp import Decoded, PhasePlan
 
 
@@ -59,8 +59,8 @@ def test_supervised_rows_by_hand():
 )
 def test_every_supervised_row_predicts_the_token_that_follows_in_its_own_text(samples, num_anchors):
     plan = PhasePlan(keep=[4, 1], opened_by=[None, CLOSE], eos_ids=[EOS])
-    generator = torch.Generator().manual_seed(0)
-    batch = collate_text(samples, plan, 4, PAD, num_anchors=num_anchors, generator=generator)
+    seeds = range(len(samples))
+    batch = collate_text(samples, plan, 4, PAD, num_anchors=num_anchors, anchor_seeds=seeds)
     flat, time = batch.tokens.flatten(), batch.tokens.shape[1]
     assert len(batch.main_rows) == sum(len(c) for _, c in samples)
     assert torch.equal(flat[batch.main_rows + 1], batch.main_targets)
@@ -77,3 +77,47 @@ def test_every_supervised_row_predicts_the_token_that_follows_in_its_own_text(sa
         assert len(prompt) - 1 <= at and position % time + 1 < len(prompt) + len(completion)
         between = flat[anchor + 1 : position + 1].tolist()
         assert CLOSE not in between and EOS not in between
+
+
+def test_the_anchors_of_a_sequence_do_not_depend_on_the_batch():
+    plan = PhasePlan(keep=[4, 1], opened_by=[None, CLOSE], eos_ids=[EOS])
+    samples = [([5], list(range(3, 20 - i))) for i in range(6)]
+    given = {"num_anchors": 3}
+
+    def anchors(rows):
+        chosen, seeds = [samples[i] for i in rows], [100 + i for i in rows]
+        batch = collate_text(chosen, plan, 4, PAD, anchor_seeds=seeds, **given)
+        row, at = batch.anchors // batch.tokens.shape[1], batch.anchors % batch.tokens.shape[1]
+        return {i: at[row == number].tolist() for number, i in enumerate(rows)}
+
+    whole = anchors(range(6))
+    assert whole == anchors([4, 5]) | anchors([0]) | anchors([3, 1, 2])
+    assert all(len(found) == 3 for found in whole.values())
+    assert len({tuple(found) for found in whole.values()}) > 3, "each sequence has its own"
+
+
+def test_the_anchors_of_a_slow_rollout_do_not_depend_on_the_batch():
+    lengths = torch.tensor([12, 12, 7, 12])
+    tokens = torch.randint(3, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(0))
+    tokens[1] = tokens[0]
+    out = Decoded(
+        tokens, torch.zeros(4, 12, dtype=torch.long), torch.zeros(4, 12), lengths, lengths,
+        torch.ones(4, dtype=torch.bool),
+    )  # fmt: skip
+    plan = PhasePlan(keep=[4], opened_by=[None], eos_ids=[EOS])
+
+    def anchors(rows, seed=7):
+        batch = collate_slow_rollouts(
+            [[5]] * 4, out, torch.zeros(4), rows, plan, 4, PAD, num_anchors=3, anchor_seed=seed
+        )
+        width = batch.tokens.shape[1]
+        found = {}
+        rows_of_text = batch.anchors[batch.head_rows // 3].tolist()
+        for row, rollout in zip(rows_of_text, batch.head_rollouts.tolist(), strict=True):
+            found.setdefault(rows[rollout], set()).add(row % width)
+        return found
+
+    whole = anchors([0, 1, 2, 3])
+    assert whole == anchors([3, 0]) | anchors([2]) | anchors([1])
+    assert whole[0] == whole[1] != whole[3], "equal texts have equal anchors"
+    assert whole != anchors([0, 1, 2, 3], seed=8)

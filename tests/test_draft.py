@@ -76,7 +76,7 @@ def test_a_head_that_learns_what_main_wrote_is_accepted_more_often():
     for step in range(80):
         batch = collate_slow_rollouts(
             prompts, slow, advantages, rows, PLAN, 4, PAD, num_anchors=8,
-            generator=torch.Generator().manual_seed(step),
+            anchor_seed=step,
         )  # fmt: skip
         scored = score_batch(model, model, batch, channel_gradient=0.0, use_head=True)
         loss = objective.terms(scored, batch)["head_ce"].total / len(batch.head_rows)
@@ -97,7 +97,7 @@ def test_anchors_of_slow_rollouts_are_drawn_or_begin_blocks():
     out = run(model, prompts, PLAN.as_slow(), GREEDY, max_new_tokens=12)
     given = (prompts, out, torch.zeros(2), [0, 1], PLAN, 4, PAD)
     every = collate_slow_rollouts(*given)
-    drawn = collate_slow_rollouts(*given, num_anchors=3, generator=torch.Generator().manual_seed(0))
+    drawn = collate_slow_rollouts(*given, num_anchors=3)
     blocks = collate_slow_rollouts(*given, block_anchors=True)
     time = every.tokens.shape[1]
     assert (drawn.anchors // time).bincount().tolist() == [3, 3]

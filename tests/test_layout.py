@@ -22,7 +22,7 @@ LAYERS = [
     + ["tasks.continuation"],
     ["tasks.reasoning_gym", "tasks.user_reward"],
     ["tasks.rows"],
-    ["tasks"],
+    ["tasks", "tokenization"],
     ["text", "batch", "advantage", "optim", "checkpoint", "runtime", "interval"]
     + ["pretrained"],
     ["logger", "run_folder"],
@@ -42,7 +42,7 @@ LAYERS = [
     ["export", "sweep"],
     ["config"],
     ["start"],
-    ["run"],
+    ["run", "examples"],
     ["groups", "reference"],
     ["steps"],
     ["trainer"],

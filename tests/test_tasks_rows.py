@@ -1,9 +1,11 @@
-"""Rows from files and rewards by import path."""
+"""Rows from files, and equality of mathematical answers."""
 
-import importlib
 import json
 import logging
+import subprocess
 import sys
+from decimal import Decimal
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -11,45 +13,7 @@ from hypothesis import strategies as st
 
 from mtp.tasks.base import Example, Task, check_disjoint, fingerprint
 from mtp.tasks.math_answer import MathJudge
-from mtp.tasks.rows import RowsConfig, in_test_share
-from mtp.tasks.user_reward import detect_style, load_reward
-
-REWARDS = """
-seen = []
-def trl(prompts, completions, completion_ids, level, **columns):
-    seen.append((prompts, completions, level, sorted(columns)))
-    return [float(c == a) for c, a in zip(completions, columns["answer"])]
-def trl_short(completions, answer):
-    return [2.0 if c == a else None for c, a in zip(completions, answer)]
-def trl_ids(completions, completion_ids):
-    return [float(len(ids)) for ids in completion_ids]
-def trl_many(completions):
-    return [1.0, 0.0]
-def compute_score(data_source, solution_str, ground_truth, extra_info=None):
-    seen.append((data_source, solution_str, ground_truth, extra_info))
-    return {"score": 1.0 if solution_str == ground_truth else 0.1}
-def score_answer(answer, entry):
-    return float(answer == entry["answer"] and entry["question"] == "1+1=" and entry["level"] == 3)
-def raises(answer, entry):
-    raise KeyError("oracle")
-def nan(answer, entry):
-    return float("nan")
-def unclear(guess, truth):
-    return 1.0
-def unclear_but_named(*arguments):
-    return float(arguments == ("2", arguments[1]))
-value = 3
-"""
-EXAMPLE = Example("1+1=", "2", "one and one", {"prompt": "1+1=", "answer": "2", "level": 3})
-
-
-@pytest.fixture
-def rewards(tmp_path, monkeypatch):
-    """A module of rewards."""
-    (tmp_path / "rewards_for_test.py").write_text(REWARDS)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "rewards_for_test", raising=False)
-    return importlib.import_module("rewards_for_test")
+from mtp.tasks.rows import RowsConfig, in_test_share, to_example
 
 
 def write(path, rows):
@@ -119,6 +83,21 @@ def test_explicit_test_rows_are_kept_from_training(tmp_path, caplog):
     assert {e.prompt for e in every(task, "test")} == {"0+1=", "1+1=", "2+1="}
     assert [e.prompt for e in every(task, "train")] == [f"{i}+1=" for i in range(3, 10)]
     assert "dropped 3 of 10 training rows" in caplog.text
+
+
+def test_a_run_shows_the_warnings(tmp_path):
+    """Hydra's logging is off, and the warnings of tasks are shown nonetheless."""
+    given = [
+        "task=rows",
+        f"task.source={write(tmp_path / 'train.jsonl', sums(10))}",
+        f"task.test_source={write(tmp_path / 'test.jsonl', sums(3))}",
+        f"run_dir={tmp_path / 'run'}",
+        f"model.source={tmp_path / 'none'}",
+    ]
+    command = [sys.executable, str(Path(__file__).parents[1] / "train.py"), *given]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: model.source=" in done.stderr
+    assert "rows/train.jsonl: dropped 3 of 10 training rows whose question is in" in done.stderr
 
 
 def test_num_test_takes_the_same_sample(tmp_path):
@@ -219,83 +198,114 @@ def test_line_separators_within_a_string(tmp_path):
     assert task.example("train", 0).prompt.startswith("a\u2028")
 
 
-def test_trl_style(rewards):
-    reward = load_reward("rewards_for_test:trl")
-    assert reward(EXAMPLE, "2") == 1.0 and reward(EXAMPLE, "3") == 0.0
-    assert rewards.seen[0] == (["1+1="], ["2"], [3], ["answer", "thought"])
-
-
-def test_trl_style_without_the_parameters_it_does_not_need(rewards):
-    reward = load_reward("rewards_for_test:trl_short")
-    assert reward(EXAMPLE, "2") == 2.0
-    with pytest.raises(TypeError, match="returned None"):
-        reward(EXAMPLE, "3")
-
-
-def test_trl_style_asking_for_what_is_not_there(rewards):
-    assert load_reward("rewards_for_test:trl_many")
-    with pytest.raises(ValueError, match="one number a completion, got 2 for one"):
-        load_reward("rewards_for_test:trl_many")(EXAMPLE, "2")
-    with pytest.raises(TypeError, match="completion_ids are not known"):
-        load_reward("rewards_for_test:trl_ids")(EXAMPLE, "2")
-
-
-def test_verl_style(rewards):
-    reward = load_reward("rewards_for_test:compute_score")
-    assert reward(EXAMPLE, "2") == 1.0 and reward(EXAMPLE, "3") == 0.1
-    assert rewards.seen[0] == ("", "2", "2", EXAMPLE.columns)
-    marked = Example("p", "2", None, {"data_source": "gsm8k", "extra_info": {"index": 4}})
-    reward(marked, "2")
-    assert rewards.seen[2] == ("gsm8k", "2", "2", {"index": 4})
-
-
-def test_reasoning_gym_style(rewards):
-    reward = load_reward("rewards_for_test:score_answer")
-    assert reward(EXAMPLE, "2") == 1.0 and reward(EXAMPLE, "3") == 0.0
-
-
-def test_an_explicit_style_overrules_the_names(rewards):
-    assert detect_style(rewards.trl, "trl") == "trl"
-    with pytest.raises(ValueError, match="cannot tell the style of .*:unclear .*task.reward_style"):
-        load_reward("rewards_for_test:unclear")
-    reward = load_reward("rewards_for_test:unclear_but_named", "reasoning_gym")
-    assert reward(EXAMPLE, "2") == 1.0 and reward(EXAMPLE, "3") == 0.0
-
-
-def test_a_function_must_be_one(rewards):
-    with pytest.raises(ValueError, match="has no function 'value'"):
-        load_reward("rewards_for_test:value")
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (6, "6"),
+        (6.0, "6"),
+        (-0.0, "0"),
+        (10.0, "10"),
+        (1e16, "10000000000000000"),
+        (1.5e300, "15" + "0" * 299),
+        (0.1, "0.1"),
+        (-2.50, "-2.5"),
+        (1e-7, "0.0000001"),
+        (Decimal("1E+3"), "1000"),
+        (Decimal("2.500"), "2.5"),
+        (" 06.0 ", "06.0"),
+    ],
+)
+def test_numbers_become_text_as_they_are_written(value, text):
+    row = {"prompt": value, "answer": value, "thought": value}
+    example = to_example(row, RowsConfig(), "row 3 of r")
+    assert (example.prompt, example.answer, example.thought) == (text, text, text)
+    assert example.where == "row 3 of r"
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    "value", [float("nan"), float("inf"), Decimal("NaN"), Decimal("-Infinity")]
+)
+def test_numbers_that_are_none_are_refused(value):
+    message = "task.answer_column must hold finite numbers, got .* in row 3 of r; mend"
+    with pytest.raises(ValueError, match=message):
+        to_example({"prompt": "p", "answer": value}, RowsConfig(), "row 3 of r")
+
+
+@pytest.mark.parametrize("line", ['"answer": NaN', '"answer": -Infinity', '"answer": 1e999'])
+def test_json_numbers_that_are_none_are_refused(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "answer": 1}\n{"prompt": "b", ' + line + "}\n")
+    with pytest.raises(ValueError, match="must hold finite numbers, .* in row 1 of .*rows.jsonl"):
+        RowsConfig(source=str(path)).build()
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = "".join(json.dumps(row) + "\r\n" for row in sums(40))
+    path.write_bytes(lines.encode("utf-8-sig"))
+    wanted = RowsConfig(source=write(tmp_path / "plain.jsonl", sums(40))).build()
+    assert every(RowsConfig(source=str(path)).build(), "train") == every(wanted, "train")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"),
     [
-        (
-            "raises",
-            r"the reward raised KeyError\('oracle'\) \(task rows/r.jsonl, prompt '.*answer 'x'",
-        ),
-        (
-            "nan",
-            r"must be a finite number, got nan \(task rows/r.jsonl, prompt '\d+\+1=', answer 'x'",
-        ),
+        ("utf-16", r"task.source must be UTF-8 text, got .*rows.jsonl; .*iconv -f UTF-16 -t UTF-8"),
+        ("utf-16-le", r"must be UTF-8 text, got .*rows.jsonl; .*iconv -f UTF-16 -t UTF-8"),
+        ("latin-1", r"must be UTF-8 text, got .*rows.jsonl, line 3; .*iconv -f ISO-8859-1"),
     ],
 )
-def test_a_reward_that_fails_names_task_and_sample(tmp_path, rewards, name, message):
-    source = write(tmp_path / "r.jsonl", sums(40))
-    task = RowsConfig(source=source, reward=f"rewards_for_test:{name}").build()
+def test_other_encodings_are_named_with_the_remedy(tmp_path, encoding, message):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "caf\u00e9" if i == 2 else str(i), "answer": "b"} for i in range(5)]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_bytes(text.encode(encoding))
     with pytest.raises(ValueError, match=message):
-        task.outcome(task.example("train", 0), "x")
+        RowsConfig(source=str(path)).build()
 
 
-def test_right_at_sets_the_bar(tmp_path, rewards):
-    source = write(tmp_path / "r.jsonl", sums(40))
-    config = RowsConfig(source=source, reward="rewards_for_test:compute_score")
-    strict = config.build()
-    config.right_at = 0.1
-    lenient = config.build()
-    example = strict.example("train", 0)
-    assert strict.score(example, "no") == 0.1
-    assert (strict.outcome(example, "no"), lenient.outcome(example, "no")) == (0.0, 1.0)
+@pytest.mark.parametrize("column", ["prompt", "answer", "thought"])
+def test_a_lone_surrogate_is_named(tmp_path, column):
+    rows = sums(40)
+    rows[3][column] = "a\ud800b"
+    source = write(tmp_path / "rows.jsonl", rows)
+    message = rf"task.{column}_column must .*lone surrogate '.ud800' in row 3 of .*rows.jsonl"
+    with pytest.raises(ValueError, match=message):
+        RowsConfig(source=source).build()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a", "answer": "b", "prompt": "c"}', "line 2 of .*'prompt' is there twice"),
+        ('{"prompt": "a", "answer": %s}' % ("9" * 5000), "line 2 of .* is not JSON: Exceeds"),
+        ('{"prompt": %s}' % ("[" * 100_000), "line 2 of .* is not JSON: maximum recursion"),
+        ('{"prompt": [[{"role": "user", "content": "a"}]], "answer": 1}', "one user message, no"),
+        ('{"prompt": [{"role": "user", "content": ["a"]}], "answer": 1}', "one user message, no"),
+    ],
+)
+def test_json_that_is_no_row_is_named(tmp_path, line, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        RowsConfig(source=str(path)).build()
+
+
+def test_parquet_columns_that_are_there_twice_or_hold_short_floats(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    prompts = pyarrow.array([str(i) for i in range(40)])
+    answers = pyarrow.array([0.1, None, *[6.0] * 38], pyarrow.float32())
+    table = pyarrow.table([prompts, answers, answers], names=["prompt", "answer", "answer"])
+    parquet.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match="twice.parquet has the column 'answer' twice; rename"):
+        RowsConfig(source=str(tmp_path / "twice.parquet")).build()
+    table = pyarrow.table([prompts, answers.fill_null(2.5)], names=["prompt", "answer"])
+    parquet.write_table(table, tmp_path / "short.parquet")
+    task = RowsConfig(source=str(tmp_path / "short.parquet"), num_test=99).build()
+    found = {e.prompt: e.answer for e in every(task, "train") + every(task, "test")}
+    assert (found["0"], found["1"], found["2"]) == ("0.1", "2.5", "6")
 
 
 @pytest.fixture(scope="module")

@@ -156,8 +156,14 @@ def score_batch(
         logits_detach: True keeps the head's gradient off an output matrix shared with main.
         impl: implementation of `mtp_kernels` ops.
     """
-    if use_head and len(batch.anchors):
-        rows = model.score(batch.tokens, batch.anchors, batch.slot_inputs, channel_gradient)
+    if use_head:
+        anchors, slot_inputs = batch.anchors, batch.slot_inputs
+        if not len(anchors):
+            # No example has text for the head. It runs at one anchor, none of whose slots is
+            # scored, so that its gradient is zero and not missing.
+            anchors = anchors.new_zeros(1)
+            slot_inputs = batch.tokens[:1, :1].expand(1, slot_inputs.shape[1])
+        rows = model.score(batch.tokens, anchors, slot_inputs, channel_gradient)
         head_hidden = rows.head_hidden.flatten(0, 1)[batch.head_rows]
         head_targets = batch.head_targets
     else:

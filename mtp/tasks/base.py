@@ -4,12 +4,16 @@ Data flow: a task gives `Example`s; `mtp.text` turns them into token ids; the sa
 back to `Task.outcome`. A task knows nothing of tokens or models.
 """
 
+import codecs
 import hashlib
 import math
 import random
+import unicodedata
 from abc import ABC, abstractmethod
+from asyncio import CancelledError
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 Split = Literal["train", "test"]
@@ -25,6 +29,8 @@ class Example:
     """A chain of thought that leads to the answer, without delimiters; None if there is none."""
     columns: dict[str, Any] = field(default_factory=dict)
     """Whatever else a reward may want to see."""
+    where: str = field(default="", compare=False)
+    """Where it is from, for errors: `row 3 of rows.jsonl`; empty: its number in the task."""
 
 
 @dataclass(kw_only=True)
@@ -47,6 +53,8 @@ class Task(ABC):
     """An answer is right if its score is at least this."""
     judges: bool = True
     """False where no answer is right or wrong: accuracies are null then, and outcomes 0."""
+    is_listed: bool = False
+    """True where all examples are in memory: they are checked, and counted, before a run begins."""
 
     @abstractmethod
     def size(self, split: Split) -> int | None:
@@ -61,7 +69,7 @@ class Task(ABC):
 
         A task overrides this, and lets what its reward raises pass.
         """
-        return float(answer == example.answer)
+        return float(same_text(answer, example.answer))
 
     def outcome(self, example: Example, answer: str) -> float:
         """1.0 if the final answer (extracted, stripped) is right, else 0.0.
@@ -71,7 +79,8 @@ class Task(ABC):
         where = f"task {self.name}, prompt {example.prompt[:80]!r}, answer {answer[:80]!r}"
         try:
             value = float(self.score(example, answer))
-        except Exception as error:
+        # A reward that ends the process or cancels its task must not end the run silently.
+        except (Exception, SystemExit, CancelledError) as error:
             raise ValueError(f"the reward raised {error!r} ({where})") from error
         if not math.isfinite(value):
             raise ValueError(f"the reward must be a finite number, got {value} ({where})")
@@ -80,6 +89,33 @@ class Task(ABC):
     def true_steps(self, thought: str) -> tuple[int, int] | None:
         """(true steps, steps) of a thought whose steps can be checked; None if they cannot."""
         return None
+
+
+def same_text(first: str, second: str) -> bool:
+    """Whether two texts are equal but for white space around them and Unicode's form (NFC)."""
+    a, b = (unicodedata.normalize("NFC", text.strip()) for text in (first, second))
+    return a == b
+
+
+def read_utf8(path: Path, key: str) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Raises ValueError naming the config's `key`, the file and the line if it is another encoding.
+    """
+    data = path.read_bytes()
+    where, encoding = str(path), "ISO-8859-1"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
+        encoding = "UTF-16"
+    else:
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            number = data.count(b"\n", 0, error.start) + 1
+            where = f"{path}, line {number}"
+    raise ValueError(
+        f"{key} must be UTF-8 text, got {where}; if it is {encoding}, convert it: "
+        f"iconv -f {encoding} -t UTF-8"
+    )
 
 
 def fingerprint(example: Example) -> str:

@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .base import Example, Split, Task, TaskConfig
+from .base import Example, Split, Task, TaskConfig, read_utf8
 
 _MAX_DRAWS = 1000
 """Test stretches drawn in search of one that the training text does not hold."""
@@ -130,14 +130,7 @@ def texts(patterns: list[str]) -> list[str]:
         if not matched:
             raise ValueError(f"task.files must be patterns of text files, got {pattern!r}: no file")
         paths.update(matched)
-    return [_read(Path(path)) for path in sorted(paths)]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"task.files must be UTF-8 text, got {path}: {error}") from None
+    return [read_utf8(Path(path), "task.files") for path in sorted(paths)]
 
 
 def cut(text: str, start: int, size: int) -> int:

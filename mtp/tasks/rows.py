@@ -12,12 +12,14 @@ Left out: streaming, and prompts of several messages.
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from .base import Example, Split, Task, TaskConfig, fingerprint
+from .base import Example, Split, Task, TaskConfig, fingerprint, read_utf8
 from .user_reward import load_reward
 
 _log = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class Rows(Task):
     def __init__(self, config: RowsConfig):
         assert config.source is not None
         self.config = config
+        self.is_listed = True
         self.name = f"rows/{Path(config.source).name}"
         self.right_at = config.right_at
         self._reward = load_reward(config.reward, config.reward_style, config.reward_seconds)
@@ -140,7 +143,7 @@ def to_example(row: dict[str, Any], config: RowsConfig, where: str) -> Example:
     thought = _find(row, config.thought_column)
     if thought is not None:
         thought = _text(thought, "thought_column", where)
-    return Example(prompt, answer, thought, dict(row))
+    return Example(prompt, answer, thought, dict(row), where)
 
 
 def _find(row: Any, path: str) -> Any:
@@ -169,13 +172,31 @@ def _prompt(value: Any) -> Any:
 
 
 def _text(value: Any, key: str, where: str) -> str:
-    """Text or a number, stripped."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    """Text or a number, stripped. Whole numbers have no decimal point, and none has an exponent."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise ValueError(
             f"task.{key} must hold text or numbers, got {value!r:.80} in {where}"
             + ("; a prompt may be one user message, no more" if key == "prompt_column" else "")
         )
-    return str(value).strip()
+    if isinstance(value, float | Decimal):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"task.{key} must hold finite numbers, got {value} in {where}; mend or leave out "
+                "the row"
+            )
+        # A float's own digits are the fewest that tell it from others: 1e16, not what it is exactly
+        value = f"{Decimal(repr(value) if isinstance(value, float) else value):f}"
+        value = value.rstrip("0").rstrip(".") if "." in value else value
+        value = "0" if value == "-0" else value
+    text = str(value).strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"task.{key} must hold Unicode text, got the lone surrogate {text[error.start]!r} in "
+            f"{where}; mend the row"
+        ) from None
+    return text
 
 
 def load_rows(source: str, subset: str | None, split: str, key: str) -> Sequence[dict[str, Any]]:
@@ -206,12 +227,12 @@ def load_rows(source: str, subset: str | None, split: str, key: str) -> Sequence
 def _jsonl(path: Path, key: str) -> list[dict[str, Any]]:
     rows = []
     # split at line feeds alone: JSON strings may hold other line separators
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(read_utf8(path, key).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json.loads(line, object_pairs_hook=_object)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{key}: line {number} of {path} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{key}: line {number} of {path} must be an object, got {row!r:.80}")
@@ -219,14 +240,37 @@ def _jsonl(path: Path, key: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError if it holds a name twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(n for n, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return found
+
+
 def _parquet(path: Path, key: str) -> list[dict[str, Any]]:
+    import numpy
     import pyarrow
     from pyarrow import parquet
 
     try:
-        return parquet.read_table(path).to_pylist()
+        table = parquet.ParquetFile(path).read()
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{key}={path} could not be read as Parquet: {error}") from None
+    twice = [name for name, count in Counter(table.column_names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{key}={path} has the column {twice[0]!r} twice; rename one")
+    try:
+        rows = table.to_pylist()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{key}={path} must hold UTF-8 text: {error}; convert the file") from None
+    for column in table.schema:
+        if column.type == pyarrow.float32():  # 0.1, which as a double is 0.10000000149
+            for row in rows:
+                value = row[column.name]
+                row[column.name] = None if value is None else float(str(numpy.float32(value)))
+    return rows
 
 
 def _datasets(path: Path, source: str, subset: str | None, split: str, key: str) -> Any:

@@ -19,17 +19,21 @@ code; a C function that never looks at signals, such as a power of huge integers
 Left out: rewards that compare the completions of a group, and TRL's message lists.
 """
 
+import asyncio
 import importlib
 import inspect
 import logging
+import math
+import numbers
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from types import FrameType
 from typing import Any
 
-from .base import Example
+from .base import Example, same_text
 from .math_answer import MathJudge
 
 Reward = Callable[[Example, str], float]
@@ -44,8 +48,8 @@ _NEEDED = {
 
 
 def exact(example: Example, answer: str) -> float:
-    """1.0 if the answer is the gold one, character by character."""
-    return float(answer == example.answer)
+    """1.0 if the answer is the gold one, character by character in Unicode's normal form."""
+    return float(same_text(answer, example.answer))
 
 
 def load_reward(path: str, style: str = "auto", seconds: float = 10.0) -> Reward:
@@ -125,7 +129,7 @@ def import_function(path: str) -> Callable[..., Any]:
         raise ValueError(f"{expected}, got {path!r}")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the module's own code raises
+    except (Exception, SystemExit) as error:  # whatever the module's own code raises
         raise ValueError(
             f"{expected}, but importing {module_name!r} failed: {error!r}; install it or put its "
             "folder on PYTHONPATH"
@@ -141,7 +145,7 @@ def import_function(path: str) -> Callable[..., Any]:
 
 def detect_style(function: Callable[..., Any], path: str) -> str:
     """The style whose parameter names a function has."""
-    names = set(inspect.signature(function).parameters)
+    names = set(_parameters(function, path))
     for style, needed in _NEEDED.items():
         if needed <= names:
             return style
@@ -150,6 +154,31 @@ def detect_style(function: Callable[..., Any], path: str) -> str:
         f"{sorted(names)}; expected {' or '.join(str(sorted(n)) for n in _NEEDED.values())}: set "
         f"task.reward_style to one of {STYLES}"
     )
+
+
+def _parameters(function: Callable[..., Any], path: str) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"task.reward must be a function whose parameters Python knows, got {path}; write a "
+            "function that calls it"
+        ) from None
+
+
+def call(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """What a function returns, or what its coroutine does: `async def` rewards are awaited.
+
+    Each call has an event loop of its own.
+    """
+    value = function(*arguments, **named)
+    if not inspect.isawaitable(value):
+        return value
+
+    async def awaited() -> Any:
+        return await value
+
+    return asyncio.run(awaited())
 
 
 def _accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -161,8 +190,15 @@ def _accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[s
 
 
 def _number(value: Any) -> float:
+    """A reward's value. Raises TypeError for anything but one number."""
     if value is None:
         raise TypeError("it returned None; one reward judges every row here, so leave out the rows")
+    if not isinstance(value, numbers.Real | Decimal):
+        # numpy and torch have numbers of their own
+        size = getattr(value, "shape", None)
+        if size is None or math.prod(size) != 1 or not isinstance(value.item(), numbers.Real):
+            raise TypeError(f"it must return a number, got {value!r:.80} ({type(value).__name__})")
+        value = value.item()
     return float(value)
 
 
@@ -192,7 +228,9 @@ def _trl(function: Callable[..., Any]) -> Reward:
             "completions": [answer],
             "completion_ids": NoTokenIds(),
         }
-        values = function(**_accepted(function, arguments))
+        values = call(function, **_accepted(function, arguments))
+        if not hasattr(values, "__len__") or isinstance(values, str | bytes | dict):
+            raise TypeError(f"it must return a list of numbers, got {values!r:.80}")
         if len(values) != 1:
             raise ValueError(f"it must return one number a completion, got {len(values)} for one")
         return _number(values[0])
@@ -208,7 +246,9 @@ def _verl(function: Callable[..., Any]) -> Reward:
             "ground_truth": example.answer,
             "extra_info": example.columns.get("extra_info", example.columns),
         }
-        value = function(**_accepted(function, arguments))
+        value = call(function, **_accepted(function, arguments))
+        if isinstance(value, dict) and "score" not in value:
+            raise TypeError(f"its dict must have a `score`, got {sorted(map(str, value))}")
         return _number(value["score"] if isinstance(value, dict) else value)
 
     return reward
@@ -218,6 +258,6 @@ def _reasoning_gym(function: Callable[..., Any]) -> Reward:
     def reward(example: Example, answer: str) -> float:
         entry = {"metadata": {}, **example.columns}
         entry |= {"question": example.prompt, "answer": example.answer}
-        return _number(function(answer, entry))
+        return _number(call(function, answer, entry))
 
     return reward

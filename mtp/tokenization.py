@@ -1,0 +1,67 @@
+"""What a tokenizer does with text: special tokens that it adds, finds or cannot do without."""
+
+import re
+from functools import lru_cache
+from typing import Any
+
+
+def name_of(tokenizer: Any) -> str:
+    """What errors call a tokenizer."""
+    return f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r}"
+
+
+def leading_ids(tokenizer: Any) -> list[int]:
+    """Ids that `tokenizer(text)` puts before those of the text itself.
+
+    Raises ValueError if the text's own ids cannot be found among them.
+    """
+    text = "a"
+    own = tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(text)
+    for start in range(len(ids) - len(own) + 1):
+        if ids[start : start + len(own)] == own:
+            return ids[:start]
+    raise ValueError(
+        f"{name_of(tokenizer)} reads text differently with special tokens than without; set a "
+        "chat template, through which prompts are given"
+    )
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of the special tokens that a tokenizer finds in text."""
+    added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def find_token(tokenizer: Any, text: str, ids: set[int]) -> str | None:
+    """The first of some tokens that a text is read as; None if it is read as none of them."""
+    if not _written(tokenizer, frozenset(ids)).search(text):
+        return None
+    found = (i for i in tokenizer.encode(text, add_special_tokens=False) if i in ids)
+    return next((str(tokenizer.decode([i])) for i in found), None)
+
+
+@lru_cache(maxsize=8)
+def _written(tokenizer: Any, ids: frozenset[int]) -> re.Pattern[str]:
+    """Finds text that may be read as one of the tokens, so that little text is encoded for it."""
+    words = {str(tokenizer.decode([i])).strip() for i in ids}
+    return re.compile("|".join(map(re.escape, sorted(words))), re.IGNORECASE)
+
+
+def unknown_characters(tokenizer: Any, text: str) -> list[str]:
+    """The characters of a text that a tokenizer has no token for."""
+    unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {None}
+    known = _known(tokenizer)
+    new = [c for c in dict.fromkeys(text) if c not in known]
+    lacking = [c for c in new if unknown & set(tokenizer.encode(c, add_special_tokens=False))]
+    known |= set(new) - set(lacking)
+    # A tokenizer of word pieces may know a character within a word that it does not know alone.
+    if lacking and not unknown & set(tokenizer.encode(text, add_special_tokens=False)):
+        return []
+    return lacking
+
+
+@lru_cache(maxsize=8)
+def _known(tokenizer: Any) -> set[str]:
+    """Characters that a tokenizer is known to have tokens for; filled as they are met."""
+    return set()
