@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = [
     ["errors", "cache_mtp", "memory_mtp", "phases_mtp", "records_mtp", "sampling_mtp"]
-    + ["attention_mtp", "tasks.base"],
-    ["draws_mtp", "running_mtp"],
+    + ["attention_mtp", "matrices_mtp", "tasks.base"],
+    ["running_mtp", "requests_mtp"],
+    ["draws_mtp"],
     ["passes_mtp"],
     ["segments_mtp"],
     ["generation_mtp", "branches_mtp"],
