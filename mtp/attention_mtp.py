@@ -4,13 +4,16 @@ Where several query heads share a key head, transformers' SDPA copies the cache 
 a mask is given and there is more than one query. Here the queries of such heads are put one behind
 the other instead: the same products, of the cache as it is.
 
+A model that attends by `sdpa` does so by `attend`, registered with transformers as
+`sdpa_of_blocks`: transformers' own function, except where a pass asks for the above. The choice is
+an argument of each forward and no setting is changed for it, so passes, `generate` and training may
+run side by side in threads.
+
 Travels with exported checkpoints: imports torch and transformers only.
 
 Shapes: B rows, H query heads, G key heads, L queries, S keys, d width of a head.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
@@ -31,11 +34,15 @@ def attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    in_pass: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Query [B, H, L, d], key and value [B, G, S, d], mask [B, 1, L, S] or None -> [B, L, H, d]."""
+    """Query [B, H, L, d], key and value [B, G, S, d], mask [B, 1, L, S] or None -> [B, L, H, d].
+
+    in_pass: the caller is a pass of the pass loop.
+    """
     rows, heads, num, width = query.shape
-    if attention_mask is None or num in (1, key.shape[2]):
+    if not in_pass or attention_mask is None or num in (1, key.shape[2]):
         # One token, or a prompt of which nothing is cached: as transformers, to the last bit.
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -53,13 +60,11 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-@contextmanager
-def attention_of_blocks(config: PretrainedConfig) -> Iterator[None]:
-    """Within, a main that attends by `sdpa` does so by `attend`; any other is left as it is."""
-    before = config._attn_implementation
-    if before == "sdpa":
-        config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+def check_attention(config: PretrainedConfig) -> None:
+    """Raises ValueError for an implementation that cannot read a pass's cache under its mask."""
+    found = config._attn_implementation
+    if found not in (NAME, "sdpa", "eager"):
+        raise ValueError(
+            f"attn_implementation must be sdpa or eager to decode with mtp, got {found!r}; call "
+            "model.set_attn_implementation('sdpa')"
+        )

@@ -16,10 +16,21 @@ from torch import Tensor
 
 from .phases_mtp import PlanTables
 from .records_mtp import Slots
+from .running_mtp import Texts
 from .sampling_mtp import KernelDraws, Sampler, Verdict, verify
 
 Process = Callable[[Tensor, Tensor], Tensor]
 """What a `LogitsProcessor` does: token ids [B, T] and scores [B, V] -> scores [B, V]."""
+
+
+def processed(process: Process, texts: Texts, scores: Tensor) -> Tensor:
+    """Scores [F, V] as a `process` changes them; it is given the rows of one length at a time."""
+    out = torch.empty_like(scores)
+    for where, text in texts:
+        if len(where) == len(scores):
+            return process(text, scores)
+        out[where] = process(text, scores[where])
+    return out
 
 
 class Ready(NamedTuple):
@@ -81,14 +92,14 @@ class Draws:
         # Nobody asks how likely the likeliest token was: there are no thresholds.
         return Ready(None, Slots(tokens, logprobs, logprobs, source))
 
-    def draw(self, ready: Ready, text: Callable[[], Tensor]) -> Slots:
-        """The tokens of slots that are ready; a `process` is given `text` and a single slot."""
+    def draw(self, ready: Ready, texts: Callable[[], Texts]) -> Slots:
+        """The tokens of slots that are ready; a `process` is given `texts` and a single slot."""
         logits = ready.logits
         if logits is None:
             assert ready.drawn is not None
             return ready.drawn
         if self.process is not None:
-            logits = self.process(text(), logits[:, 0].float())[:, None]
+            logits = processed(self.process, texts(), logits[:, 0].float())[:, None]
         log_probs = self.sampler.log_probs(logits)
         tokens = self.sampler.choose(logits, log_probs, self.generator)
         logprobs = log_probs.gather(2, tokens[..., None])[..., 0]
@@ -109,13 +120,13 @@ class Draws:
         head_weight: Tensor,
         row: Tensor,
         position: Tensor,
-        text: Callable[[int], Tensor],
+        texts: Callable[[int], Texts],
     ) -> Verdict:
         """What main accepts of drafts [F, J], and its token after them.
 
         hidden [F, J + 1, D] of main, weight [V, D] and head_weight [V, H]; num_drafts [F] of each
         row, of which `source` is `Slots.source`; row and position [F] as in `ready`, of the first
-        draft; text(j): what a `process` is given before draft j.
+        draft; texts(j): what a `process` is given before draft j.
         """
         if self.kernel is not None:
             return self.kernel.verify(
@@ -124,7 +135,8 @@ class Draws:
         logits = hidden @ weight.T
         if self.process is not None:
             scores = [
-                self.process(text(j), logits[:, j].float()) for j in range(drafts.shape[1] + 1)
+                processed(self.process, texts(j), logits[:, j].float())
+                for j in range(drafts.shape[1] + 1)
             ]
             logits = torch.stack(scores, 1)
         return verify(logits, drafts, num_drafts, source, self.sampler, self.generator)

@@ -311,10 +311,11 @@ def _limitations(config: Any) -> str:
             "measured.",
             "- A thought that a model was rewarded for need not be a true account of how it found "
             "the answer; compare the table's true steps and thought controls.",
-            "- With `mtp_mode`, `generate` takes `max_new_tokens`, `do_sample`, `temperature`, "
-            "`top_k`, `top_p`, `eos_token_id`, `pad_token_id`, `return_dict_in_generate`, "
-            "`logits_processor`, `stopping_criteria`, `streamer`, `num_return_sequences`, "
-            "`cache_implementation` (dynamic or static), `mtp_k` and `max_thought_tokens`; "
+            "- With `mtp_mode`, `generate` takes `max_new_tokens`, `max_length`, `do_sample`, "
+            "`temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`, `stop_strings`, "
+            "`return_dict_in_generate`, `logits_processor`, `stopping_criteria`, `streamer`, "
+            "`num_return_sequences`, `cache_implementation` (dynamic or static), `mtp_k`, "
+            "`max_thought_tokens` and the options that transformers does with logits processors; "
             "any other option is an error.",
         ]
     )

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList
 from transformers.utils import ModelOutput
 
-from .attention_mtp import attention_of_blocks
+from .attention_mtp import NAME, check_attention
 from .cache_mtp import BlockCache
 from .memory_mtp import Memory
 from .passes_mtp import decode
@@ -32,6 +32,16 @@ from .phases_mtp import (
     phases_to_json,
 )
 from .records_mtp import FORCED, Block, Decoded, pad
+from .requests_mtp import (
+    OF_MTP,
+    STOCK,
+    Kind,
+    Wanted,
+    check_own,
+    check_processors,
+    first_set,
+    token_ids,
+)
 from .sampling_mtp import Sampler
 from .segments_mtp import Segments, SegmentSettings, check_segments, decode_segments
 
@@ -58,43 +68,6 @@ __all__ = [
     "phases_to_json",
 ]
 
-HONOURED = (
-    "max_new_tokens",
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-    "eos_token_id",
-    "pad_token_id",
-    "num_return_sequences",
-    "cache_implementation",
-    "return_dict_in_generate",
-)
-"""Fields of a generation config, or arguments of `generate`, that the pass loop reads."""
-
-NEUTRAL: dict[str, Any] = {
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "min_p": 0.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "guidance_scale": 1.0,
-    "bad_words_ids": None,
-    "sequence_bias": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "watermarking_config": None,
-    "stop_strings": None,
-    "max_time": None,
-}
-"""Fields that the pass loop does not read, with the value that asks for nothing."""
-
 
 @dataclass
 class MTPGenerateOutput(ModelOutput):
@@ -119,8 +92,8 @@ class Request(NamedTuple):
 
     given: Tensor
     """[B, T] prompts as they were given."""
-    setting: dict[str, Any]
-    """Of `HONOURED`, what the call or its config sets."""
+    wanted: Wanted
+    """The options that the call and its configs set."""
     text: tuple[Tensor, Tensor, list[PhasePlan], Sampler]
     """Prompts padded on the right, their lengths, their plans, the sampler."""
     arguments: dict[str, Any]
@@ -131,6 +104,15 @@ class Request(NamedTuple):
 
 class MTPGenerationMixin:
     """`generate` with `mtp_mode`. Without it, the stock `generate` runs on main alone."""
+
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        """As transformers chooses, but `sdpa` is the one that knows a pass (`attention_mtp`)."""
+        found: str = super().get_correct_attn_implementation(  # type: ignore[misc]
+            requested_attention, is_init_check
+        )
+        return NAME if found == "sdpa" else found
 
     def main_states(
         self,
@@ -155,19 +137,23 @@ class MTPGenerationMixin:
             mask = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill(
                 ~mask, torch.finfo(self.dtype).min
             )
-        with attention_of_blocks(self.config):
-            out = self.model(
-                input_ids=fed,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                output_hidden_states=taps or None,
-            )
+        out = self.model(
+            input_ids=fed,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=taps or None,
+            in_pass=True,
+        )
         return out.last_hidden_state, [out.hidden_states[tap] for tap in taps]
 
     def phase_plan(
-        self, mode: str, k: int | None = None, max_thought_tokens: int | None = None
+        self,
+        mode: str,
+        k: int | None = None,
+        max_thought_tokens: int | None = None,
+        config: GenerationConfig | None = None,
     ) -> PhasePlan:
         """The plan saved with the checkpoint (`generation_config.mtp_phases`), for one request.
 
@@ -175,24 +161,28 @@ class MTPGenerationMixin:
             mode: `fast` runs each phase in its own mode, `slow` and `verified` all in that mode.
             k: head slots of a pass; None: all that the head has.
             max_thought_tokens: after so many tokens of the first phase it is closed by force.
+            config: of the request, whose phases and end tokens count more than the checkpoint's.
 
         Raises ValueError for settings that the checkpoint cannot follow.
         """
         if mode not in MODES:
-            raise ValueError(f"mtp_mode must be one of {list(MODES)}, got {mode!r}")
-        saved = getattr(self.generation_config, "mtp_phases", None)
+            raise ValueError(
+                f"mtp_mode must be one of {list(MODES)}, by row or for all, or {STOCK!r} for all; "
+                f"got {mode!r}"
+            )
+        saved = first_set("mtp_phases", config, self.generation_config)
         if saved is None:
             raise ValueError("generation_config.mtp_phases is missing: export the model with mtp")
         if k is not None and not 1 <= k < self.num_slots:
             raise ValueError(
                 f"mtp_k must be between 1 and the head's {self.num_slots - 1} slots, got {k}"
             )
-        eos = self.generation_config.eos_token_id
+        eos = first_set("eos_token_id", config, self.generation_config)
         plan = make_plan(
             list(phases_from_json(saved, str).values()),
             [entry["opened_by"] for entry in saved],
             num_slots=self.num_slots if k is None else k + 1,
-            eos_ids=[eos] if isinstance(eos, int) else list(eos or []),
+            eos_ids=token_ids(eos),
             mode=mode,
             closed_by=[entry.get("closed_by") for entry in saved],
         )
@@ -221,24 +211,41 @@ class MTPGenerationMixin:
         Args:
             inputs: [B, T] token ids, padded on either side; `input_ids` is the same.
             generation_config: of this call; the model's own by default.
-            mtp_mode: `fast`, `slow` or `verified`, or one of them for each row. None: stock
-                `generate` on main alone, with all its arguments.
-            mtp_k: head slots of a pass; None: all that the head has.
-            max_thought_tokens: budget of the first phase, whose closing delimiter is then forced.
+            mtp_mode: `fast`, `slow` or `verified`, or one of them for each row; `stock`:
+                transformers' own `generate` on main alone, with all its arguments. None: what the
+                generation config says under this name, `stock` if it says nothing.
+            mtp_k: head slots of a pass; None: as the generation config says, else all that the
+                head has.
+            max_thought_tokens: budget of the first phase, whose closing delimiter is then forced;
+                None: as the generation config says, else that of the phase.
             generator: source of randomness for sampling.
-            kwargs: with `mtp_mode` one of `HONOURED`, and attention_mask, logits_processor (applied
+            kwargs: with a mode, what `requests_mtp.OPTIONS` honours, as logits_processor (applied
                 to every slot), stopping_criteria (asked after every token) and streamer (given a
                 block at a time).
 
         Returns [B * num_return_sequences, T + L] ids, or `MTPGenerateOutput`. Raises ValueError,
         before any pass, for what the pass loop cannot do.
         """
-        if mtp_mode is None:
+        check_own(generation_config, self.generation_config)
+        mode = first_set("mtp_mode", generation_config, self.generation_config)
+        mode = mode if mtp_mode is None else mtp_mode
+        if mode is None or mode == STOCK:
+            ours = {
+                "mtp_k": mtp_k,
+                "max_thought_tokens": max_thought_tokens,
+                "generator": generator,
+            }
+            for name, value in ours.items():
+                if value is not None:
+                    raise ValueError(
+                        f"{name} must be left out without an mtp_mode, which is {mode!r}, got "
+                        f"{value}; give one of {list(MODES)}"
+                    )
             return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
         request = self._read_request(
-            inputs, generation_config, mtp_mode, mtp_k, max_thought_tokens, generator, kwargs
+            inputs, generation_config, mode, mtp_k, max_thought_tokens, generator, kwargs
         )
-        prompts, setting = request.given, request.setting
+        prompts = request.given
         padded, lengths, plans, sampler = request.text
         copies, streamer = request.arguments["num_return_sequences"], request.streamer
         if streamer is not None and len(prompts) * copies > 1:
@@ -257,7 +264,7 @@ class MTPGenerationMixin:
         if streamer is not None:
             streamer.end()
         sequences = torch.cat([prompts.repeat_interleave(copies, 0), out.tokens], 1)
-        if not setting.get("return_dict_in_generate"):
+        if not request.wanted["return_dict_in_generate"]:
             return sequences
         return MTPGenerateOutput(
             sequences=sequences,
@@ -274,7 +281,7 @@ class MTPGenerationMixin:
         generation_config: GenerationConfig | None = None,
         *,
         tokenizer: Any,
-        mtp_mode: str | Sequence[str] = "fast",
+        mtp_mode: str | Sequence[str] | None = None,
         mtp_k: int | None = None,
         max_segments: int | None = None,
         generator: torch.Generator | None = None,
@@ -291,24 +298,33 @@ class MTPGenerationMixin:
             inputs: [B, T] token ids, padded on either side.
             generation_config: of this call; the model's own by default.
             tokenizer: of the model; it reads summaries and writes the memory file.
-            mtp_mode: for all phases' modes, or one for each row.
-            mtp_k: head slots of a pass; None: all that the head has.
+            mtp_mode: for all phases' modes, or one for each row; None: as the generation config
+                says, else `fast`.
+            mtp_k: as in `generate`.
             max_segments: of a trajectory; None: as saved.
             generator: source of randomness for sampling.
             on_block: called after each pass.
             on_segment: called with a trajectory's number, its next context and its memory.
-            kwargs: as in `generate`, without a streamer.
+            kwargs: as in `generate`, without a streamer and whatever counts from the beginning of a
+                text that is not one.
 
         Raises ValueError, before any pass, for what cannot be done.
         """
-        saved = getattr(self.generation_config, "mtp_segments", None)
+        saved = first_set("mtp_segments", generation_config, self.generation_config)
         settings = SegmentSettings(**(saved or {}))
         if max_segments is not None:
             settings.max_segments = max_segments
-        phases = getattr(self.generation_config, "mtp_phases", None) or []
+        phases = first_set("mtp_phases", generation_config, self.generation_config) or []
         check_segments(settings, phases_from_json(phases, str), "generation_config", "mtp_")
         request = self._read_request(
-            inputs, generation_config, mtp_mode, mtp_k, None, generator, kwargs
+            inputs,
+            generation_config,
+            mtp_mode,
+            mtp_k,
+            None,
+            generator,
+            {"tokenizer": tokenizer, **kwargs},
+            one_context=settings.max_segments == 1,
         )
         if request.streamer is not None:
             raise ValueError("generate_segments takes no streamer; give it on_block")
@@ -326,89 +342,136 @@ class MTPGenerationMixin:
         self,
         inputs: Tensor | None,
         generation_config: GenerationConfig | None,
-        mtp_mode: str | Sequence[str],
+        mtp_mode: str | Sequence[str] | None,
         mtp_k: int | None,
         max_thought_tokens: int | None,
         generator: torch.Generator | None,
         kwargs: dict[str, Any],
-    ) -> "Request":
-        """What `decode` is asked for. Raises ValueError for what it cannot do."""
-        prompts = kwargs.pop("input_ids", inputs)
-        if prompts is None:
-            raise ValueError("input_ids must be given to generate with mtp_mode")
-        attention = kwargs.pop("attention_mask", None)
-        process = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
-        stop = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
-        streamer = kwargs.pop("streamer", None)
-        setting = read_settings(generation_config or self.generation_config, kwargs)
-        copies = setting.get("num_return_sequences", 1)
-        if copies > 1 and not setting.get("do_sample"):
+        one_context: bool = True,
+    ) -> Request:
+        """What `decode` is asked for. Raises ValueError for what it cannot do.
+
+        mtp_mode, mtp_k, max_thought_tokens: None: the generation config's. one_context: a text
+        continues its prompt throughout.
+        """
+        check_attention(self.config)
+        check_own(generation_config, self.generation_config)
+        configs = generation_config, self.generation_config
+        wanted = Wanted(kwargs, *configs)
+        wanted.check()
+        prompts = read_prompts(inputs, wanted["input_ids"])
+        eos_ids = token_ids(wanted["eos_token_id"])
+        pad_id = next(iter(token_ids(wanted["pad_token_id"])), None)
+        copies = wanted["num_return_sequences"]
+        copies = 1 if copies is None else copies
+        if copies > 1 and not wanted["do_sample"]:
             raise ValueError(
                 f"num_return_sequences={copies} greedy sequences of a prompt would be the same; "
                 "set do_sample=True"
             )
-        cache = setting.get("cache_implementation", "dynamic")
+        cache = wanted["cache_implementation"] or "dynamic"
         if cache not in ("dynamic", "static"):
             raise ValueError(f"cache_implementation must be dynamic or static, got {cache!r}")
-        modes = [mtp_mode] * len(prompts) if isinstance(mtp_mode, str) else list(mtp_mode)
-        by_mode = {mode: self.phase_plan(mode, mtp_k, max_thought_tokens) for mode in modes}
-        eos = setting.get("eos_token_id")
+        max_new_tokens = wanted.max_new_tokens(prompts.shape[1] if one_context else None)
+        stock = wanted.stock_config(eos_ids, pad_id, prompts.device)
+        stock.max_length = prompts.shape[1] + max_new_tokens
+        mask = self._read_mask(wanted["attention_mask"], prompts, stock)
+        check_processors(wanted["logits_processor"] or [], len(prompts) * copies)
+        process = self._read_processors(wanted, prompts, mask, stock, one_context)
+        stop = wanted.criteria()
+        own: dict[str, Any] = dict(zip(OF_MTP, (mtp_mode, mtp_k, max_thought_tokens), strict=True))
+        mode, k, most = (
+            first_set(name, *configs) if value is None else value for name, value in own.items()
+        )
+        mode = "fast" if mode is None else mode
+        modes = [mode] * len(prompts) if isinstance(mode, str) else list(mode)
+        by_mode = {mode: self.phase_plan(mode, k, most, generation_config) for mode in modes}
         for plan in by_mode.values():
-            if eos is not None:
-                plan.eos_ids = [eos] if isinstance(eos, int) else list(eos)
+            plan.eos_ids = eos_ids
         plans = [by_mode[mode] for mode in modes]
-        eos_ids = plans[0].eos_ids
-        if attention is None:
-            attention = torch.ones_like(prompts)
-        if not bool(attention.any(1).all()):
-            raise ValueError("attention_mask leaves a row without a token; give every row a prompt")
-        order = attention.long().argsort(dim=1, descending=True, stable=True)
-        text = prompts.gather(1, order), attention.sum(1), plans, make_sampler(setting)
+        order = mask.argsort(dim=1, descending=True, stable=True)
+        text = prompts.gather(1, order), mask.sum(1), plans, wanted.sampler()
         arguments = {
-            "max_new_tokens": setting.get("max_new_tokens", 256),
-            "pad_id": setting.get("pad_token_id", eos_ids[0] if eos_ids else 0),
+            "max_new_tokens": max_new_tokens,
+            "pad_id": (eos_ids[0] if eos_ids else 0) if pad_id is None else pad_id,
             "generator": generator,
             "process": process if len(process) else None,
             "stop": stop if len(stop) else None,
             "num_return_sequences": copies,
             "static_cache": cache == "static",
             # Greedy tokens are the same with and without; a draw from the generator is not.
-            "kernels": None if setting.get("do_sample") else "auto",
+            "kernels": None if wanted["do_sample"] else "auto",
         }
-        return Request(prompts, setting, text, arguments, streamer)
+        return Request(prompts, wanted, text, arguments, wanted["streamer"])
 
+    def _read_mask(self, given: Tensor | None, prompts: Tensor, stock: GenerationConfig) -> Tensor:
+        """[B, T] int64: 1 where a prompt has a token; not given, it is inferred as in transformers.
 
-def read_settings(config: GenerationConfig, given: dict[str, Any]) -> dict[str, Any]:
-    """What a request sets of `HONOURED`: the arguments given, else the config's.
-
-    Raises ValueError for anything else that the arguments or the config ask for.
-    """
-    unknown = sorted(key for key in given if key not in HONOURED)
-    unknown = [key for key in unknown if given[key] not in (None, NEUTRAL.get(key))]
-    if unknown:
-        raise ValueError(
-            f"generate with mtp_mode does not take {unknown}; it takes {list(HONOURED)}"
-        )
-    for key, neutral in NEUTRAL.items():
-        value = getattr(config, key, None)
-        if value is not None and value != neutral:
+        Raises ValueError for a mask that does not belong to the prompts.
+        """
+        if given is None:
+            infer = self._prepare_attention_mask_for_generation  # type: ignore[attr-defined]
+            given = infer(prompts, stock, {})
+        mask = given.to(prompts.device).ne(0).long()
+        if mask.shape != prompts.shape:
             raise ValueError(
-                f"generation_config.{key} must be {neutral} with mtp_mode, got {value}; give a "
-                "logits_processor or a stopping_criteria that does it"
+                f"attention_mask must have the shape of the prompts, {list(prompts.shape)}, got "
+                f"{list(mask.shape)}"
             )
-    merged = {key: given.get(key, getattr(config, key, None)) for key in HONOURED}
-    return {key: value for key, value in merged.items() if value is not None}
+        if not bool(mask.any(1).all()):
+            raise ValueError("attention_mask leaves a row without a token; give every row a prompt")
+        return mask
+
+    def _read_processors(
+        self,
+        wanted: Wanted,
+        prompts: Tensor,
+        mask: Tensor,
+        stock: GenerationConfig,
+        one_context: bool,
+    ) -> LogitsProcessorList:
+        """The processors that are given, and transformers' own for the options that these do.
+
+        Raises ValueError for options that do not suit the prompts.
+        """
+        given = LogitsProcessorList(wanted["logits_processor"] or [])
+        asked = wanted.asked(Kind.PROCESSED)
+        if not asked:
+            return given
+        if not one_context:
+            raise ValueError(
+                f"{asked[0]} must be left out where a text has several contexts, got "
+                f"{wanted[asked[0]]}; give a logits_processor that knows of them"
+            )
+        if "repetition_penalty" in asked and not bool(mask.all()):
+            raise ValueError(
+                "repetition_penalty must be 1.0 where prompts are padded, got "
+                f"{wanted['repetition_penalty']}; generate prompts of one length together"
+            )
+        made: LogitsProcessorList = self._get_logits_processor(  # type: ignore[attr-defined]
+            stock,
+            input_ids_seq_length=prompts.shape[1],
+            encoder_input_ids=prompts,
+            logits_processor=given,
+            device=prompts.device,
+            model_kwargs={},
+        )
+        return made
 
 
-def make_sampler(setting: dict[str, Any]) -> Sampler:
-    """The distribution that a request asks for."""
-    if not setting.get("do_sample"):
-        return Sampler(temperature=0.0)
-    return Sampler(
-        temperature=setting.get("temperature", 1.0),
-        top_k=setting.get("top_k", 0),
-        top_p=setting.get("top_p", 1.0),
-    )
+def read_prompts(inputs: Tensor | None, input_ids: Tensor | None) -> Tensor:
+    """[B, T] the prompts of a call, which has two names for them."""
+    if inputs is not None and input_ids is not None:
+        raise ValueError("input_ids must be left out beside inputs, which is the same; give one")
+    prompts = input_ids if inputs is None else inputs
+    if prompts is None:
+        raise ValueError("input_ids must be given to generate with mtp_mode")
+    if prompts.ndim != 2 or 0 in prompts.shape or prompts.is_floating_point():
+        raise ValueError(
+            f"input_ids must be token ids of at least one prompt and token, [B, T], got "
+            f"{prompts.dtype} {list(prompts.shape)}"
+        )
+    return prompts
 
 
 def put_block(streamer: Any, block: Block) -> None:

@@ -13,6 +13,7 @@ from mtp_kernels import linear_logprob
 from torch import Tensor
 
 from .generation_mtp import pad
+from .matrices_mtp import plain_matrix
 from .rollout import Rollouts
 from .tasks.base import Task
 from .text import TextFormat
@@ -37,7 +38,7 @@ def thought_nats(batch: Rollouts, text: TextFormat, reference: Any) -> ThoughtNa
     """-log p of every token of the thoughts, their closing delimiters included."""
     found = []
     device = next(reference.parameters()).device
-    weight = reference.get_output_embeddings().weight
+    weight = plain_matrix(reference.get_output_embeddings(), "the reference's output layer")
     for first in range(0, len(batch.prompts), ROWS_AT_ONCE):
         chosen = range(first, min(first + ROWS_AT_ONCE, len(batch.prompts)))
         thoughts = [text.thought_of(batch.out.completion(r)) for r in chosen]

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PretrainedConfig, Qwen3ForCausalLM, initialization
 
 from .contract_mtp import check_config, check_layout
+from .matrices_mtp import plain_matrix
 from .search_mtp import MTPSearchMixin
 
 
@@ -300,7 +301,8 @@ class EavesdropHead(nn.Module):
         """
         these = slice(slot, slot + embeds.shape[1])
         embeds = F.rms_norm(embeds, embeds.shape[-1:], eps=1e-6)
-        x = self.in_proj(embeds) + message[:, None] + self.slot_embed.weight[these]
+        slots = plain_matrix(self.slot_embed, "mtp_head.slot_embed")
+        x = self.in_proj(embeds) + message[:, None] + slots[these]
         if recalled is not None:
             x = x + recalled[:, these]
         new_state = []
@@ -417,7 +419,8 @@ class MTPMixin(MTPSearchMixin):
     def head_embed(self, tokens: Tensor, channel_gradient: float = 1.0) -> Tensor:
         """Embeddings of tokens as the head reads them: [...] -> [..., D or H]."""
         if self.mtp_settings.shared_embeddings:
-            weight = scale_gradient(self.get_input_embeddings().weight, channel_gradient)
+            matrix = plain_matrix(self.get_input_embeddings(), "the model's input embedding")
+            weight = scale_gradient(matrix, channel_gradient)
             return F.embedding(tokens, weight)
         own = getattr(self.mtp_head, "embed_tokens", None)
         # The parallel head has no embedding: it does not read tokens.
@@ -426,9 +429,9 @@ class MTPMixin(MTPSearchMixin):
     def head_output_weight(self, channel_gradient: float = 1.0) -> Tensor:
         """[V, E]: the output matrix of the head's slots."""
         if self.mtp_settings.shared_embeddings:
-            return scale_gradient(self.get_output_embeddings().weight, channel_gradient)
-        matrix: Tensor = self.mtp_head.lm_head.weight
-        return matrix
+            matrix = plain_matrix(self.get_output_embeddings(), "the model's output layer")
+            return scale_gradient(matrix, channel_gradient)
+        return plain_matrix(self.mtp_head.lm_head, "mtp_head.lm_head")
 
     def score(
         self,

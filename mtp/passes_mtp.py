@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .attention_mtp import check_attention
 from .cache_mtp import BlockCache, in_autocast_dtype
 from .draws_mtp import Draws, Process, Ready
+from .matrices_mtp import plain_matrix
 from .phases_mtp import PhasePlan, check_plans
 from .records_mtp import Block, Decoded, Slots
-from .running_mtp import RunningRows, Stop, splice
+from .running_mtp import RunningRows, Stop, Texts, splice
 from .sampling_mtp import Sampler, Verdict, length_of_prefix
 
 
@@ -61,9 +63,9 @@ def decode(
         pad_id: fills the unused end of each row.
         generator: source of randomness for sampling.
         process: changes the scores of every slot, main's and the head's, before the sampler. It is
-            given the text up to the slot, padded on the left.
-        stop: asked after every token, with the text so far, padded on the left; a block is cut
-            where it says True.
+            given the texts up to the slot, padded on the left to T and the tokens written since:
+            rows of one width at a time.
+        stop: asked after every token, with texts as above; a block is cut where it says True.
         on_block: called after each pass.
         num_return_sequences: continuations of each prompt, n. The prompt is read once for all of
             them, and row i of the output continues prompt i // n.
@@ -125,11 +127,14 @@ class PassLoop:
         self.model = model
         self.running = RunningRows(prompts, prompt_lengths, plans, max_new_tokens, pad_id, stop)
         self.plan, self.tables = self.running.plan, self.running.tables
-        shared = model.get_output_embeddings().weight
+        check_attention(model.config)
+        shared = plain_matrix(model.get_output_embeddings(), "the model's output layer")
         self.main_weight = in_autocast_dtype(shared)
         own = model.head_output_weight()
         self.head_weight = self.main_weight if own is shared else in_autocast_dtype(own)
         self.draws = Draws(sampler, self.tables, self.main_weight, generator, process, kernels)
+        if self.tables.num_head_slots and model.mtp_head.sequential:
+            model.head_embed(prompts[:0])  # refuses an embedding that cannot be read
         self.num_copies = num_copies  # rows next to each other that are still the same
         # A plan without head slots needs nothing recalled.
         self.recall = model.mtp_head.recall if self.tables.num_head_slots else None
@@ -217,15 +222,15 @@ class PassLoop:
         row, at = torch.arange(len(running.rows), device=hidden.device), running.num_fresh - 1
         width, position = running.drafts.shape[1], running.known()
 
-        def text(num_drafts: int) -> Tensor:
-            return running.context(row, running.drafts, torch.full_like(at, num_drafts))
+        def texts(num_drafts: int) -> Texts:
+            return running.texts(row, running.drafts, torch.full_like(at, num_drafts))
 
         if not width and not self.draws.always_judges:
             rows = self.anchor_rows(hidden[row, at], taps, at)
             ready = self.draws.ready(rows, self.main_weight, running.rows, position)
             if rows.shape[1] > 1:
                 self.head_ready = ready.part(slice(None), slice(1, None))
-            first = self.draws.draw(ready.part(slice(None), slice(1)), lambda: text(0))
+            first = self.draws.draw(ready.part(slice(None), slice(1)), lambda: texts(0))
             return Verdict(torch.zeros_like(at), first.tokens[:, 0], first.logprobs)
         columns = at[:, None] + torch.arange(width + 1, device=hidden.device)
         return self.draws.judge(
@@ -237,7 +242,7 @@ class PassLoop:
             self.head_weight,
             running.rows,
             position,
-            text,
+            texts,
         )
 
     def anchor_rows(self, hidden: Tensor, taps: list[Tensor], at: Tensor) -> Tensor:
@@ -334,12 +339,12 @@ class PassLoop:
                 ready = self.draws.ready(states, self.head_weight, rows, position)
         said, state, drawn = token[:, None], None, []
 
-        def text() -> Tensor:
+        def texts() -> Texts:
             behind = splice(prefix, running.drafts[chosen], said)
-            return running.context(chosen, behind, prefix + said.shape[1])
+            return running.texts(chosen, behind, prefix + said.shape[1])
 
         if ready is not None and self.draws.process is None:
-            return self.draws.draw(ready, text)
+            return self.draws.draw(ready, texts)
         going = torch.ones_like(token, dtype=torch.bool)
         for slot in range(width):
             if ready is None:
@@ -348,7 +353,7 @@ class PassLoop:
                 one = self.draws.ready(hidden, self.head_weight, rows, position + slot)
             else:
                 one = ready.part(slice(None), slice(slot, slot + 1))
-            drawn.append(self.draws.draw(one, text))
+            drawn.append(self.draws.draw(one, texts))
             if self.tables.has_thresholds:
                 going = going & (drawn[-1].likeliest >= sure)[:, 0]
                 if not bool(going.any()):

@@ -6,7 +6,7 @@ Shapes: B rows of the batch, R rows still running, W tokens that a pass adds, L 
 pass, J drafts, K head slots, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,8 @@ from .records_mtp import FORCED, Block, Decoded
 
 Stop = Callable[[Tensor, Any], Tensor]
 """What a `StoppingCriteria` does: token ids [B, T] and None -> [B] bool."""
+Texts = Iterator[tuple[Tensor, Tensor]]
+"""Of F rows, those of one length at a time: which they are [G], and their texts [G, W]."""
 
 
 def splice(count: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -110,17 +112,24 @@ class RunningRows:
         """[R] tokens of each running row's text, its prompt included."""
         return self.prompt_lengths[self.rows] + self.out.lengths[self.rows]
 
-    def context(self, index: Tensor, extra: Tensor, num_extra: Tensor) -> Tensor:
-        """Text of running rows, `index` [F], with `num_extra` [F] tokens of `extra` [F, E] behind.
+    def texts(self, index: Tensor, extra: Tensor, num_extra: Tensor) -> Texts:
+        """Texts of running rows, `index` [F], with `num_extra` [F] tokens of `extra` [F, E] behind.
 
-        Padded on the left: [F, longest].
+        Rows with equally many new tokens come together: which of the F they are [G], and their
+        texts [G, T + new], padded on the left. So a text has the width that it has in transformers'
+        `generate`, whatever the other rows of the batch have written.
         """
-        rows, known = self.rows[index], self.known()[index]
+        rows = self.rows[index]
+        new = self.out.lengths[rows] + num_extra
         text = splice(self.prompt_lengths[rows], self.prompts[rows], self.out.tokens[rows])
-        text, length = splice(known, text, extra), known + num_extra
-        longest = int(length.max())
-        source = torch.arange(longest, device=text.device) - longest + length[:, None]
-        return torch.where(source < 0, self.pad_id, text.gather(1, source.clamp(min=0)))
+        text = splice(self.known()[index], text, extra)
+        for number in new.unique().tolist():
+            where = (new == number).nonzero()[:, 0]
+            width = self.prompts.shape[1] + number
+            source = torch.arange(width, device=text.device) - width
+            source = source + self.prompt_lengths[rows[where], None] + number
+            known = text[where].gather(1, source.clamp(min=0))
+            yield where, torch.where(source < 0, self.pad_id, known)
 
     def enter_phases(self, tokens: Tensor, count: Tensor) -> Tensor:
         """Take note of `count` [R] more tokens of `tokens` [R, J], of which only the last may be a
@@ -171,12 +180,14 @@ class RunningRows:
         ended [R] -> the same, with rows that it stopped counted as ended.
         """
         assert self.stop is not None
-        total, tokens = added.lengths, added.tokens
-        row, stopped = torch.arange(len(total), device=total.device), torch.zeros_like(ended)
-        for count in range(1, tokens.shape[1] + 1):
-            told = self.stop(self.context(row, tokens, total.clamp(max=count)), None)
-            now = told & self.active & ~stopped & (total >= count)
-            total, stopped = torch.where(now, count, total), stopped | now
+        total, stopped = added.lengths.clone(), torch.zeros_like(ended)
+        for count in range(1, added.tokens.shape[1] + 1):
+            asked = (self.active & ~stopped & (total >= count)).nonzero()[:, 0]
+            for where, text in self.texts(
+                asked, added.tokens[asked], torch.full_like(asked, count)
+            ):
+                told = asked[where][self.stop(text, None)]
+                total[told], stopped[told] = count, True
         self.closed = self.closed & ~stopped
         return replace(added, lengths=total), ended | stopped
 

@@ -257,7 +257,7 @@ class MTPSearchMixin(MTPGenerationMixin):
         generation_config: GenerationConfig | None = None,
         *,
         config: SearchConfig | dict[str, Any],
-        mtp_mode: str | Sequence[str] = "fast",
+        mtp_mode: str | Sequence[str] | None = None,
         judge: Judge | None = None,
         answer_of: AnswerOf | None = None,
         mtp_k: int | None = None,
@@ -268,9 +268,9 @@ class MTPSearchMixin(MTPGenerationMixin):
         """Look for the best continuation of each prompt among sampled branches.
 
         Args:
-            inputs: as in `generate`, and so are generation_config, mtp_mode, mtp_k,
-                max_thought_tokens, generator and kwargs, of which streamer, num_return_sequences,
-                a static cache_implementation and return_dict_in_generate are not taken.
+            inputs: as in `generate`, and so are generation_config, mtp_mode (`fast` if nobody sets
+                it), mtp_k, max_thought_tokens, generator and kwargs, of which streamer,
+                num_return_sequences and a static cache_implementation are not taken.
             config: method and settings; a dict of `SearchConfig` fields is the same.
             judge: scores branches (a list of `Branch`), many at once; see `search_mtp.search`.
             answer_of: ids of an output -> its final answer or None, which `majority` counts.

@@ -15,6 +15,7 @@ from lightning.fabric import Fabric
 
 from .batch import RolloutBatch, TextBatch
 from .generation_mtp import Sampler
+from .matrices_mtp import plain_matrix
 from .objectives import ObjectiveConfig, score_batch, scores_head
 
 
@@ -103,7 +104,12 @@ def update(
                 if reference is not None and streams.keys() & {"leash", "preserve"}:
                     with torch.no_grad():
                         hidden = reference.score(batch.tokens).main_hidden.flatten(0, 1)
-                    rows = (hidden, reference.get_output_embeddings().weight)
+                    rows = (
+                        hidden,
+                        plain_matrix(
+                            reference.get_output_embeddings(), "the reference's output layer"
+                        ),
+                    )
                 terms = objective.terms(scored, batch, sampler or Sampler(), rows, in_rl)
             loss = torch.stack(
                 [t.weight * t.total / max(counts[n], 1.0) for n, t in terms.items()]

@@ -200,8 +200,8 @@ def test_what_cannot_be_done_is_refused_before_any_pass(given, message, monkeypa
 def test_what_only_the_config_asks_for_is_refused_too(monkeypatch):
     model = make()
     monkeypatch.setattr(type(model), "main_states", None)
-    model.generation_config.repetition_penalty = 1.2
-    with pytest.raises(ValueError, match="repetition_penalty must be 1.0 with mtp_mode, got 1.2"):
+    model.generation_config.guidance_scale = 1.2
+    with pytest.raises(ValueError, match="guidance_scale must be 1 with mtp_mode, got 1.2"):
         model.generate(PROMPT, mtp_mode="slow")
     model = make(close=40)
     with pytest.raises(ValueError, match="phase token 40 is not in the model's vocabulary of 23"):

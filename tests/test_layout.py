@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = [
     ["errors", "cache_mtp", "memory_mtp", "phases_mtp", "records_mtp", "sampling_mtp"]
-    + ["attention_mtp", "tasks.base"],
-    ["draws_mtp", "running_mtp", "contract_mtp"],
+    + ["attention_mtp", "matrices_mtp", "tasks.base"],
+    ["running_mtp", "requests_mtp", "contract_mtp"],
+    ["draws_mtp"],
     ["passes_mtp"],
     ["segments_mtp"],
     ["generation_mtp", "branches_mtp"],
@@ -23,8 +24,7 @@ LAYERS = [
     ["tasks.reasoning_gym", "tasks.user_reward"],
     ["tasks.rows"],
     ["tasks", "tokenization"],
-    ["text", "batch", "advantage", "optim", "checkpoint", "runtime", "interval"]
-    + ["pretrained"],
+    ["text", "batch", "advantage", "optim", "checkpoint", "runtime", "interval"] + ["pretrained"],
     ["logger", "run_folder"],
     ["algorithms.algorithm", "algorithms.ratio"],
     ["algorithms.grpo", "algorithms.dapo", "algorithms.dr_grpo", "algorithms.rloo"]

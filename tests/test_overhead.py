@@ -6,7 +6,7 @@ from tiny import HEADS, PAD, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from mtp.attention_mtp import NAME, attend, attention_of_blocks
+from mtp.attention_mtp import attend
 from mtp.batch import pad
 from mtp.generation_mtp import PhasePlan, Sampler, decode
 from mtp.passes_mtp import PassLoop
@@ -132,19 +132,11 @@ def test_a_block_attends_as_transformers_sdpa_does(num_queries, masked):
         mask[..., 0] = True
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = 3, False
-    ours, _ = attend(module, query, key, value, mask, scaling=0.3)
+    ours, _ = attend(module, query, key, value, mask, scaling=0.3, in_pass=True)
     theirs, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
     assert torch.allclose(ours, theirs, atol=1e-6)
-
-
-def test_attention_of_blocks_is_of_passes_alone():
-    model = tiny_model()
-    for kind in ("sdpa", "eager"):
-        model.set_attn_implementation(kind)
-        with attention_of_blocks(model.config):
-            inside = model.config._attn_implementation
-        assert inside == ("eager" if kind == "eager" else NAME)
-        assert model.config._attn_implementation == kind
+    outside, _ = attend(module, query, key, value, mask, scaling=0.3)
+    assert torch.equal(outside, theirs)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

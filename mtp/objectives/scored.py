@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..batch import TextBatch
 from ..generation_mtp import Sampler
+from ..matrices_mtp import plain_matrix
 
 PLAIN = Sampler()
 
@@ -172,7 +173,10 @@ def score_batch(
         head_targets = batch.head_targets[:0]
     flat = rows.main_hidden.flatten(0, 1)
     main = Emitter(
-        flat[batch.main_rows], parts.get_output_embeddings().weight, batch.main_targets, impl
+        flat[batch.main_rows],
+        plain_matrix(parts.get_output_embeddings(), "the model's output layer"),
+        batch.main_targets,
+        impl,
     )
     head_weight = parts.head_output_weight(0.0 if logits_detach else channel_gradient)
     head = Emitter(head_hidden, head_weight, head_targets, impl)
