@@ -9,7 +9,7 @@ from toy_text import CHAT, NO_SYSTEM, save_toy, toy_tokenizer
 
 from mtp.batch import collate_text
 from mtp.config import RunConfig
-from mtp.export import _open_first_phase, export
+from mtp.export import _open_first_phase, check_replaceable, export
 from mtp.generation_mtp import Phase, Sampler
 from mtp.modeling_mtp import HeadConfig
 from mtp.models import ModelConfig, build_model, load_model, save_model
@@ -201,6 +201,18 @@ def test_an_export_opens_the_thought_in_each_chat_template(tmp_path):
     assert again.encode(again.apply_chat_template(messages, **given)) == text.prompt_ids("what")
     shown = again.apply_chat_template(messages, tools=[{"name": "f"}], **given)
     assert shown.endswith("<|assistant|><think>") and shown.count("<think>") == 1
+
+
+def test_an_export_with_two_chat_templates_is_known_as_one_and_replaced(tmp_path):
+    tokenizer = toy_tokenizer(chat_template={"default": CHAT, "tool_use": "{{ tools }}" + CHAT})
+    folder = tmp_path / "export"
+    tokenizer.save_pretrained(folder)
+    (folder / "modeling_mtp.py").touch()
+    assert (folder / "additional_chat_templates").is_dir()
+    check_replaceable(folder)
+    (folder / "additional_chat_templates" / "mine.txt").touch()
+    with pytest.raises(ValueError, match="holds files that no export wrote .mine.txt"):
+        check_replaceable(folder)
 
 
 def test_a_batch_without_text_for_the_head_has_finite_zero_gradients(tmp_path):
