@@ -59,9 +59,9 @@ def check_replaceable(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; an export is a folder, so give another name")
     names = sorted(path.name for path in folder.iterdir())
-    foreign = [
-        n for n in names if n not in (CARD, TEMPLATES) and Path(n).suffix not in WRITTEN
-    ] + [path.name for path in (folder / TEMPLATES).glob("*") if path.suffix != ".jinja"]
+    foreign = [n for n in names if n not in (CARD, TEMPLATES) and Path(n).suffix not in WRITTEN] + [
+        path.name for path in (folder / TEMPLATES).glob("*") if path.suffix != ".jinja"
+    ]
     is_export = Path(modeling_mtp.__file__).name in names
     if names and (foreign or not is_export):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Matrices that are read past their modules: output matrices and embeddings.
+"""Matrices that are read past their modules: output matrices.
 
 Decoding and losses multiply hidden rows by an output matrix themselves, so that logits need not be
 made. Whatever else its module does is then not done: an adapter adds nothing, a hook does not run,

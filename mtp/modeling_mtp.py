@@ -419,9 +419,7 @@ class MTPMixin(MTPSearchMixin):
     def head_embed(self, tokens: Tensor, channel_gradient: float = 1.0) -> Tensor:
         """Embeddings of tokens as the head reads them: [...] -> [..., D or H]."""
         if self.mtp_settings.shared_embeddings:
-            matrix = plain_matrix(self.get_input_embeddings(), "the model's input embedding")
-            weight = scale_gradient(matrix, channel_gradient)
-            return F.embedding(tokens, weight)
+            return scale_gradient(self.get_input_embeddings()(tokens), channel_gradient)
         own = getattr(self.mtp_head, "embed_tokens", None)
         # The parallel head has no embedding: it does not read tokens.
         return own(tokens) if own is not None else tokens.new_empty(*tokens.shape, 0).float()

@@ -133,8 +133,6 @@ class PassLoop:
         own = model.head_output_weight()
         self.head_weight = self.main_weight if own is shared else in_autocast_dtype(own)
         self.draws = Draws(sampler, self.tables, self.main_weight, generator, process, kernels)
-        if self.tables.num_head_slots and model.mtp_head.sequential:
-            model.head_embed(prompts[:0])  # refuses an embedding that cannot be read
         self.num_copies = num_copies  # rows next to each other that are still the same
         # A plan without head slots needs nothing recalled.
         self.recall = model.mtp_head.recall if self.tables.num_head_slots else None

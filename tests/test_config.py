@@ -102,7 +102,6 @@ def test_a_single_run_does_not_resume_and_belongs_to_no_group():
         ("head.num_slots=null", "head.num_slots must not be null"),
         ("head.taps=2", "head.taps must be a list, such as head.taps=[...]"),
         ("stages.rl=5", "stages.rl holds keys of its own: set stages.rl.KEY=..."),
-        ("resume=maybe", "resume must be true, false or auto, got 'maybe'"),
         ("seed=???", "seed must be set: seed=..."),
         ("seed", "'seed' could not be read as key=value ("),
         ("seed=1,2", "seed=1,2 gives several values: add -m for a sweep, or write 'seed=[1,2]'"),

@@ -202,6 +202,12 @@ def test_every_flipped_byte_of_a_checkpoint_is_noticed(tmp_path):
         path.write_bytes(whole)
 
 
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="resume must be true, false, auto or a checkpoint in"):
+        train(config(tmp_path / "run", "resume=maybe"))
+    assert list(tmp_path.iterdir()) == []
+
+
 class Payload:
     def __reduce__(self):
         return (Path.touch, (Path("/tmp/mtp-payload-ran"),))
