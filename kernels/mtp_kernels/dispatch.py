@@ -10,12 +10,11 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Impl = Literal["auto", "reference", "torch", "triton"]
 IMPLS = ("auto", "reference", "torch", "triton")
 
 DIRECT_NUMEL = 1 << 23
@@ -146,32 +145,6 @@ def _compiled(body: Callable[..., Any]) -> Callable[..., Any]:
 def statistics_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of row statistics: float64 for float64 operands, float32 for all others."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises ValueError unless hidden [..., D], weight [V, D] and bias [V] fit together."""
-    if weight.ndim != 2:
-        raise ValueError(f"weight must be [V, D], got shape {tuple(weight.shape)}")
-    if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden must be [..., D] with D = {weight.shape[1]} as in weight, "
-            f"got shape {tuple(hidden.shape)}"
-        )
-    if hidden.dtype != weight.dtype:
-        raise ValueError(
-            f"hidden and weight must share one dtype, got {hidden.dtype} and {weight.dtype}; "
-            "cast one of them, or call under torch.autocast"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [V] = [{weight.shape[0]}], got shape {tuple(bias.shape)}")
-
-
-def check_scale(temperature: float, softcap: float | None) -> None:
-    """Raises ValueError unless temperature and softcap are positive."""
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be > 0 or None, got {softcap}")
 
 
 def autocast_operands(*operands: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -41,7 +41,7 @@ def scale(raw: Tensor, bias: Tensor | None, softcap: float | None, temperature: 
     """Raw products [R, V] as scaled logits in the statistics' dtype."""
     x = raw.to(statistics_dtype(raw))
     if bias is not None:
-        x = x + bias
+        x = x + bias.to(x.dtype)
     if softcap is not None:
         x = softcap * torch.tanh(x / softcap)
     return x if temperature == 1.0 else x / temperature

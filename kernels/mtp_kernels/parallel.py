@@ -12,19 +12,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtp_kernels.dispatch import check_operands, check_scale, resolve_impl
+from mtp_kernels.checks import check_operands, check_scale
+from mtp_kernels.dispatch import resolve_impl
 from mtp_kernels.linear_logprob.api import LinearLogprob
 from mtp_kernels.linear_logprob.op import kept_rows, put, row_backward, row_stats, take
-from mtp_kernels.linear_sample.api import LinearSample, check_sampling
+from mtp_kernels.linear_sample.api import LinearSample, check_rows
 from mtp_kernels.linear_sample.op import best_rows
 from mtp_kernels.noise import seed_rows
 from mtp_kernels.rowstats import RowStats, combine, combine_best, finish
+from mtp_kernels.targets import resolve_targets
 
 
 def _gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[ranks, ...] of every rank's tensor."""
+    tensor = tensor.contiguous()
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, tensor.contiguous(), group=group)
+    dist.all_gather(parts, tensor, group=group)
     return torch.stack(parts)
 
 
@@ -39,9 +42,11 @@ class _Logprob(torch.autograd.Function):
         local = take(target, keep) - start
         local = torch.where((local >= 0) & (local < weight.shape[0]), local, -1)
         part = row_stats(take(hidden, keep), weight, bias, local, temperature, softcap, impl)
-        floats = _gather(torch.stack(part[:4]), group)  # [ranks, 4, R]
+        has_target = (local >= 0).to(part.target.dtype)
+        floats = _gather(torch.stack((*part[:4], has_target)), group)  # [ranks, 5, R]
         argmax = _gather(part.argmax + start, group)
-        maximum, total, moment, picked = floats.unbind(1)
+        maximum, total, moment, picked, has_target = floats.unbind(1)
+        picked = torch.where(has_target.sum(0) == 0, torch.nan, picked)  # an id that no rank has
         stats = combine(RowStats(maximum, total, moment, picked, argmax))
         logprob, lse, entropy = finish(stats)
         ctx.save_for_backward(hidden, weight, bias, local, lse, entropy)
@@ -54,7 +59,7 @@ class _Logprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, local, lse, entropy = ctx.saved_tensors
-        g_logprob, g_lse, g_entropy = (take(g.contiguous(), ctx.keep) for g in upstream[:3])
+        g_logprob, g_lse, g_entropy = (take(g, ctx.keep) for g in upstream[:3])
         grad_hidden, grad_weight, grad_bias = row_backward(
             take(hidden, ctx.keep),
             weight,
@@ -90,7 +95,8 @@ def linear_logprob_parallel(
     Args:
         hidden: [..., D], the same on every rank; its gradient is complete on every rank.
         weight: [V_r, D] this rank's rows of the output matrix.
-        target: [...] ids of the whole vocabulary, or ignore_index; the same on every rank.
+        target: [...] ids of the whole vocabulary, or ignore_index; the same on every rank. The
+            log-probability of an id that no rank has is NaN.
         start: this rank's first vocabulary id; ascending with the rank.
         group: the ranks; None is all of them.
         temperature, softcap, ignore_index, impl: as in `linear_logprob`.
@@ -100,12 +106,15 @@ def linear_logprob_parallel(
     """
     check_operands(hidden, weight, bias)
     check_scale(temperature, softcap)
+    target = resolve_targets(
+        hidden, target, None, shift=1, document=None, mask=None, ignore_index=ignore_index
+    )
     impl = "torch" if impl == "reference" else resolve_impl(impl, hidden)
     values = _Logprob.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
-        target.reshape(-1).long(),
+        target.reshape(-1),
         start,
         group,
         (float(temperature), softcap),
@@ -135,7 +144,8 @@ def linear_sample_parallel(
     on the shard. Arguments as in `linear_logprob_parallel` and `linear_sample`.
     """
     check_operands(hidden, weight, bias)
-    check_sampling(hidden, position, temperature, None, None)
+    check_scale(temperature, softcap, greedy=True)
+    check_rows(hidden, seed, position)
     impl = "torch" if impl == "reference" else resolve_impl(impl, hidden)
     rows = hidden.reshape(-1, hidden.shape[-1])
     seeds, positions = seed_rows(seed, position)

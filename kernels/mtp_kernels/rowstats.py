@@ -44,8 +44,16 @@ def combine(parts: RowStats) -> RowStats:
         (parts.total * scale).sum(0),
         (scale * (parts.moment + relative * parts.total)).sum(0),
         parts.target.sum(0),
-        torch.where(parts.maximum == maximum, parts.argmax, torch.iinfo(torch.int64).max).amin(0),
+        _candidates(parts.argmax, parts.maximum, maximum).amin(0),
     )
+
+
+def _candidates(ids: Tensor, values: Tensor, best: Tensor) -> Tensor:
+    """The ids [parts, R] of parts whose value is the best, and a large number elsewhere.
+
+    Where the best is NaN no value equals it: there every id stays, so that the choice is an id.
+    """
+    return torch.where((values == best) | best.isnan(), ids, torch.iinfo(torch.int64).max)
 
 
 def finish(stats: RowStats) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,7 +69,7 @@ def combine_best(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The same five, each [R], of parts [parts, R] of the vocabulary; ties go to the lower id."""
     score = best.amax(0)
-    candidate = torch.where(best == score, token, torch.iinfo(torch.int64).max)
+    candidate = _candidates(token, best, score)
     chosen = candidate.amin(0)
     value = torch.where(candidate == chosen, picked, -torch.inf).amax(0)
     largest = maximum.amax(0)

@@ -10,6 +10,8 @@ With hidden states [B, T, K, D] and tokens [B, T], slot j at position t predicts
 import torch
 from torch import Tensor
 
+from mtp_kernels.checks import check_document_and_mask, check_integers
+
 
 def shifted_positions(length: int, num_slots: int, shift: int, device: torch.device) -> Tensor:
     """[T, K] int64: the position that slot j at t predicts, unclipped."""
@@ -39,6 +41,8 @@ def shifted_targets(
     """
     if tokens.ndim != 2:
         raise ValueError(f"tokens must be [B, T], got shape {tuple(tokens.shape)}")
+    check_integers(tokens=tokens)
+    check_document_and_mask(document, mask, (tokens.shape[0], tokens.shape[1]))
     if shift < 0:
         raise ValueError(f"shift must be >= 0, got {shift}")
     length = tokens.shape[1]
@@ -81,6 +85,7 @@ def resolve_targets(
                 f"target must have hidden's leading shape {tuple(hidden.shape[:-1])}, "
                 f"got {tuple(target.shape)}"
             )
+        check_integers(target=target)
         return target.long()
     assert tokens is not None
     if ignore_index is None:

@@ -15,6 +15,7 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
 
@@ -34,6 +35,15 @@ def tall_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interprets many rows at once: a tile step takes the same time whatever its size."""
     tall = dataclasses.replace(configs.INTERPRET, rows=512)
     monkeypatch.setattr(configs, "INTERPRET", tall)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A group of one rank, for the vocabulary-parallel ops."""
+    file = tmp_path_factory.mktemp("rendezvous") / "file"
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

@@ -48,4 +48,4 @@ def test_wrong_arguments_say_what_is_expected():
     with pytest.raises(ValueError, match=r"tokens must be \[B, T\]"):
         shifted_targets(torch.arange(4), 2)
     with pytest.raises(ValueError, match="shift must be >= 0"):
-        shifted_targets(torch.zeros(1, 4), 2, shift=-1)
+        shifted_targets(torch.zeros(1, 4).long(), 2, shift=-1)

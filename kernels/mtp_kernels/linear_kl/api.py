@@ -4,13 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mtp_kernels.dispatch import (
-    autocast_operands,
-    check_operands,
-    check_scale,
-    is_direct,
-    resolve_impl,
-)
+from mtp_kernels.checks import check_integers, check_operands, check_scale
+from mtp_kernels.dispatch import autocast_operands, is_direct, resolve_impl
 from mtp_kernels.linear_kl.op import kl_op
 from mtp_kernels.linear_kl.plan import shifted_index
 from mtp_kernels.linear_kl.problem import Layer, Problem
@@ -114,6 +109,7 @@ def _teacher_index(
                 f"index must have hidden's leading shape {tuple(hidden.shape[:-1])}, "
                 f"got {tuple(index.shape)}"
             )
+        check_integers(index=index)
         return index.long()
     if hidden.ndim != 4 or teacher_hidden.shape[:-1] != hidden.shape[:2]:
         raise ValueError(

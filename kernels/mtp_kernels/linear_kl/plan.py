@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mtp_kernels.checks import check_document_and_mask
 from mtp_kernels.targets import shifted_positions
 
 
@@ -66,6 +67,7 @@ def shifted_index(
 ) -> Tensor:
     """[B, T, K] flat teacher row of each student: t + shift - 1 + j for slot j at t, or -1."""
     batch, length, slots = shape
+    check_document_and_mask(document, mask, (batch, length))
     position = shifted_positions(length, slots, shift - 1, device)
     inside = position < length
     clipped = position.clamp_max(max(length - 1, 0))

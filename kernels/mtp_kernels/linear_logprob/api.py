@@ -4,13 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mtp_kernels.dispatch import (
-    autocast_operands,
-    check_operands,
-    check_scale,
-    is_direct,
-    resolve_impl,
-)
+from mtp_kernels.checks import check_operands, check_scale
+from mtp_kernels.dispatch import autocast_operands, is_direct, resolve_impl
 from mtp_kernels.linear_logprob.op import logprob_op
 from mtp_kernels.linear_logprob.reference import linear_logprob_reference
 from mtp_kernels.targets import resolve_targets

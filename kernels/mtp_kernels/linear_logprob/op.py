@@ -6,6 +6,7 @@ Rows that are ignored are left out before any work is done and come back as zero
 import torch
 from torch import Tensor
 
+from mtp_kernels.checks import check_ids
 from mtp_kernels.linear_logprob.torch import backward_torch, stats_torch
 from mtp_kernels.rowstats import RowStats, finish
 
@@ -82,12 +83,15 @@ def logprob_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-prob, log-sum-exp, entropy, argmax), each [R]."""
     keep = kept_rows(target, ignore_index)
-    stats = row_stats(
-        take(hidden, keep), weight, bias, take(target, keep), temperature, softcap, impl
-    )
+    kept = take(target, keep)
+    check_ids("target", kept, weight.shape[0], wait=ignore_index is not None)
+    stats = row_stats(take(hidden, keep), weight, bias, kept, temperature, softcap, impl)
+    logprob, lse, entropy = finish(stats)
+    if ignore_index is None:  # what could not be checked must not look like a log-probability
+        logprob = torch.where((kept < 0) | (kept >= weight.shape[0]), torch.nan, logprob)
     rows = hidden.shape[0]
-    logprob, lse, entropy = (put(value, keep, rows) for value in finish(stats))
-    return logprob, lse, entropy, put(stats.argmax, keep, rows, fill=-1)
+    values = (put(value, keep, rows) for value in (logprob, lse, entropy))
+    return *values, put(stats.argmax, keep, rows, fill=-1)  # type: ignore[return-value]
 
 
 @logprob_op.register_fake

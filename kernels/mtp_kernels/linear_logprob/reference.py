@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mtp_kernels.checks import check_ids
 from mtp_kernels.dispatch import statistics_dtype
 from mtp_kernels.logits import scale
 from mtp_kernels.rowstats import NEGATIVE
@@ -32,9 +33,11 @@ def linear_logprob_reference(
     """(log-prob, log-sum-exp, entropy, argmax) [R] of hidden [R, D]; see `linear_logprob`."""
     x = reference_logits(hidden, weight, bias, temperature, softcap)
     valid = torch.ones_like(target).bool() if ignore_index is None else target != ignore_index
+    target = torch.where(valid, target, 0)
+    check_ids("target", target, weight.shape[0])
     lse = torch.logsumexp(x, -1)
     log_p = x - lse[:, None]
-    picked = log_p.gather(-1, torch.where(valid, target, 0)[:, None])[:, 0]
+    picked = log_p.gather(-1, target[:, None])[:, 0]
     entropy = -(log_p.exp() * log_p.clamp_min(NEGATIVE)).sum(-1)
     return (
         torch.where(valid, picked.clamp_max(0.0), 0.0),

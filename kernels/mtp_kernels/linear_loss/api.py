@@ -5,13 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mtp_kernels.dispatch import (
-    autocast_operands,
-    check_operands,
-    check_scale,
-    is_direct,
-    resolve_impl,
-)
+from mtp_kernels.checks import check_operands, check_scale
+from mtp_kernels.dispatch import autocast_operands, is_direct, resolve_impl, statistics_dtype
 from mtp_kernels.linear_loss.op import loss_op
 from mtp_kernels.linear_loss.reference import linear_loss_reference
 from mtp_kernels.targets import resolve_targets
@@ -89,6 +84,9 @@ def linear_loss(
     check_scale(temperature, softcap)
     if (advantage is None) != (old_logprob is None):
         raise ValueError("advantage and old_logprob go together; give both or none")
+    for name, bound in (("clip_low", clip_low), ("clip_high", clip_high)):
+        if not bound >= 0:
+            raise ValueError(f"{name} must be >= 0, got {bound}")
     lead = hidden.shape[:-1]
     target = resolve_targets(
         hidden,
@@ -102,7 +100,7 @@ def linear_loss(
     row_weight = _row_weights(target, ignore_index, row_weight, slot_weight, slot_count)
     rows = hidden.reshape(-1, hidden.shape[-1])
     per_row = [
-        None if t is None else _row_shaped(name, t, lead)
+        None if t is None else _row_shaped(name, t, hidden)
         for name, t in (
             ("row_weight", row_weight),
             ("advantage", advantage),
@@ -123,13 +121,14 @@ def linear_loss(
     return LinearLoss(values[0], *(value.reshape(lead) for value in values[1:]))
 
 
-def _row_shaped(name: str, tensor: Tensor, lead: torch.Size) -> Tensor:
+def _row_shaped(name: str, tensor: Tensor, hidden: Tensor) -> Tensor:
+    """[R] without gradient, in the dtype of hidden's statistics."""
+    lead = hidden.shape[:-1]
     if tensor.shape != lead:
         raise ValueError(
             f"{name} must have hidden's leading shape {tuple(lead)}, got {tuple(tensor.shape)}"
         )
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return tensor.detach().to(dtype).reshape(-1)
+    return tensor.detach().to(statistics_dtype(hidden)).reshape(-1)
 
 
 def _row_weights(

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_kernels.checks import check_ids
 from mtp_kernels.linear_logprob.op import kept_rows, put, take
 from mtp_kernels.linear_loss.torch import loss_torch
 
@@ -33,6 +34,7 @@ def loss_op(
     per_row: tuple[Any, ...] = tuple(
         None if t is None else take(t, keep) for t in (target, row_weight, advantage, old_logprob)
     )
+    check_ids("target", per_row[0], weight.shape[0], wait=True)
     settings = (clip_low, clip_high, z_loss, temperature, softcap)
     operands: list[Any] = [take(hidden, keep), weight, bias, *per_row, *settings, needs]
     if impl == "triton":

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mtp_kernels.dispatch import autocast_operands, check_operands, is_direct, resolve_impl
+from mtp_kernels.checks import check_integers, check_operands, check_scale
+from mtp_kernels.dispatch import autocast_operands, is_direct, resolve_impl
 from mtp_kernels.linear_sample.op import sample_op
 from mtp_kernels.linear_sample.reference import linear_sample_reference
 from mtp_kernels.linear_sample.torch import filtered_torch
@@ -57,7 +58,12 @@ def linear_sample(
     """
     hidden, weight, bias = autocast_operands(hidden, weight, bias)  # type: ignore[assignment]
     check_operands(hidden, weight, bias)
-    check_sampling(hidden, position, temperature, top_k, top_p)
+    check_scale(temperature, softcap, greedy=True)
+    check_rows(hidden, seed, position)
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be >= 1 or None, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1] or None, got {top_p}")
     lead = hidden.shape[:-1]
     rows = hidden.detach().reshape(-1, hidden.shape[-1])
     seeds, positions = seed_rows(seed, position)
@@ -73,18 +79,11 @@ def linear_sample(
     return LinearSample(token.reshape(lead), logprob.reshape(lead))
 
 
-def check_sampling(
-    hidden: Tensor, position: Tensor, temperature: float, top_k: int | None, top_p: float | None
-) -> None:
-    """Raises ValueError unless the sampling arguments make sense."""
+def check_rows(hidden: Tensor, seed: int | Tensor, position: Tensor) -> None:
+    """Raises ValueError unless seed and position are integers and position is one per row."""
     if position.shape != hidden.shape[:-1]:
         raise ValueError(
             f"position must have hidden's leading shape {tuple(hidden.shape[:-1])}, "
             f"got {tuple(position.shape)}"
         )
-    if temperature < 0:
-        raise ValueError(f"temperature must be >= 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be >= 1 or None, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1] or None, got {top_p}")
+    check_integers(seed=seed, position=position)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mtp_kernels.dispatch import autocast_operands, check_operands, check_scale
+from mtp_kernels.checks import check_ids, check_integers, check_operands, check_scale
+from mtp_kernels.dispatch import autocast_operands
 from mtp_kernels.linear_logprob import linear_logprob
 from mtp_kernels.linear_verify.op import residual_rows
 from mtp_kernels.linear_verify.reference import count_accepted
@@ -68,6 +69,16 @@ def linear_verify(
     assert draft_weight is not None
     check_operands(hidden, weight, bias)
     check_operands(draft_hidden, draft_weight, draft_bias)
+    if weight.shape[0] != draft_weight.shape[0]:
+        raise ValueError(
+            "weight and draft_weight must share one vocabulary, got "
+            f"{weight.shape[0]} and {draft_weight.shape[0]} rows"
+        )
+    if draft.ndim != 2 or draft.shape[1] == 0:
+        raise ValueError(
+            f"draft must be [N, K] with K >= 1, got shape {tuple(draft.shape)}; "
+            "without drafts give one column of ignore_index"
+        )
     num, slots = draft.shape
     if hidden.shape[:-1] != (num, slots + 1) or draft_hidden.shape[:-1] != (num, slots):
         raise ValueError(
@@ -76,13 +87,15 @@ def linear_verify(
         )
     if position.shape != (num,):
         raise ValueError(f"position must be [N] = [{num}], got shape {tuple(position.shape)}")
+    check_integers(draft=draft, seed=seed, position=position)
+    check_scale(temperature, softcap, greedy=True)
     greedy = temperature == 0
     scaling = {"temperature": temperature or 1.0, "softcap": softcap, "impl": impl}
     scaling["ignore_index"] = None
-    check_scale(temperature or 1.0, softcap)
 
-    valid = draft != ignore_index
+    valid = (draft != ignore_index).cumprod(1).bool()
     drafted = torch.where(valid, draft, 0)
+    check_ids("draft", drafted, weight.shape[0])
     target = torch.nn.functional.pad(drafted, (0, 1))  # the row after the drafts has no target
     main = linear_logprob(hidden, weight, target, bias=bias, **scaling)  # type: ignore[arg-type]
     seeds, first = seed_rows(seed, position)
@@ -90,7 +103,6 @@ def linear_verify(
     if greedy:
         num_accepted = count_accepted(valid & (main.argmax[:, :slots] == drafted))
         token = main.argmax.gather(1, num_accepted[:, None])[:, 0]
-        picked = main.logprob.new_empty(num)
         last = hidden[torch.arange(num, device=draft.device), num_accepted]
         picked = linear_logprob(last, weight, token, bias=bias, **scaling).logprob  # type: ignore[arg-type]
     else:
@@ -101,7 +113,7 @@ def linear_verify(
         accept = uniform.log() < main.logprob[:, :slots] - proposal.logprob
         num_accepted = count_accepted(valid & accept)
         row = torch.arange(num, device=draft.device)
-        slot = num_accepted.clamp_max(max(slots - 1, 0))
+        slot = num_accepted.clamp_max(slots - 1)
         rejected = (num_accepted < slots) & valid[row, slot]
         token, picked = residual_rows(
             hidden[row, num_accepted],
