@@ -10,17 +10,20 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from mtp.config import job_overrides, register_configs, to_run_config
+from mtp.cli.hydra import job_overrides, register_configs, run_job
+from mtp.config import to_run_config
 from mtp.errors import one_line
-from mtp.sweep import run_job
 
 register_configs()
+# Memory that a step frees goes back to the system, and is fetched page by page in the next one.
+# PyTorch reads this at its first allocation: blocks of 2 MB and more use large pages (Linux).
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def run(config: DictConfig) -> float | None:
     """Run the configured stages and return the last fast accuracy, or slow where there is none."""
-    from mtp.runtime import hand_on
     from mtp.trainer import Interrupted, train
+    from mtp.training.runtime import hand_on
 
     try:
         summary = train(to_run_config(config))

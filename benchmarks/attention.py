@@ -18,7 +18,8 @@ import torch
 from decoding import take_turns
 from rl_step import configuration
 
-from mtp.models import build_model, quiet
+from mtp.hub.build import build_model
+from mtp.hub.pretrained import quiet
 
 
 @dataclass(frozen=True)

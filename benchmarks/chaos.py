@@ -56,14 +56,14 @@ MOMENTS = {
     "update": ("mtp.trainer", "update", 18),
     "rollout": ("mtp.groups", "sample", 4),
     "evaluation": ("mtp.trainer", "evaluate", 6),
-    "checkpoint written": ("mtp.checkpoint", "write_state", 24),
-    "checkpoint moved": ("mtp.checkpoint", "_settle", 40),
-    "old checkpoint removed": ("mtp.checkpoint", "checkpoints", 24),
+    "checkpoint written": ("mtp.hub.checkpoint", "write_state", 24),
+    "checkpoint moved": ("mtp.files", "_settle", 40),
+    "old checkpoint removed": ("mtp.hub.checkpoint", "checkpoints", 24),
     "stage saved": ("mtp.trainer", "save_model", 4),
     "end of stage": ("mtp.trainer", "end_stage", 4),
-    "metrics": ("mtp.logger", "JsonLines.append", 60),
+    "metrics": ("mtp.reports.logger", "JsonLines.append", 60),
     "export": ("mtp.trainer", "export", 1),
-    "export written": ("mtp.export", "model_card", 1),
+    "export written": ("mtp.hub.export", "model_card", 1),
     "curves": ("mtp.trainer", "save_curves", 1),
     "summary": ("mtp.trainer", "save_text", 1),
     "start": ("mtp.start", "save_run_config", 1),
@@ -76,7 +76,8 @@ def compose(folder: Path) -> Any:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
-    from mtp.config import register_configs, to_run_config
+    from mtp.cli.hydra import register_configs
+    from mtp.config import to_run_config
 
     register_configs()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -214,7 +215,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the moments")
     parser.add_argument("--json", action="store_true", help="print a JSON object at the end")
     arguments = parser.parse_args()
-    import mtp.trainer  # noqa: F401  imported once, before the processes are forked
 
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     stages: Counter[str] = Counter()

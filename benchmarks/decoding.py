@@ -42,11 +42,14 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers import logging as hf_logging
 
-from mtp.evaluate import acceptance_by_slot
-from mtp.generation_mtp import Decoded, Phase, PhasePlan, Sampler, decode
-from mtp.modeling_mtp import HEADS, HeadConfig
-from mtp.models import ModelConfig, build_model, load_model
-from mtp.rollout import DecodingConfig
+from mtp.evaluation.evaluate import acceptance_by_slot
+from mtp.hub.build import ModelConfig, build_model, load_model
+from mtp.modeling.decode import decode
+from mtp.modeling.heads import HEADS, HeadConfig
+from mtp.modeling.phases import Phase, PhasePlan
+from mtp.modeling.records import Decoded
+from mtp.modeling.sampler import Sampler
+from mtp.rollouts.rollout import DecodingConfig
 from mtp.tasks.running_sum import RunningSumConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

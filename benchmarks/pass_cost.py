@@ -25,8 +25,9 @@ from decoding import FRESH_HEADS, bare_pass, fresh_head, load_main, prompts, wal
 from torch import Tensor
 from transformers import logging as hf_logging
 
-from mtp.generation_mtp import PhasePlan, Sampler
-from mtp.passes_mtp import PassLoop
+from mtp.modeling.decode import PassLoop
+from mtp.modeling.phases import PhasePlan
+from mtp.modeling.sampler import Sampler
 
 SLOTS = (1, 2, 3, 5, 8, 12, 16)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)

@@ -45,7 +45,8 @@ def configuration(experiment: str) -> Any:
     """Model, head, task and text as the experiment has them."""
     from hydra import compose, initialize_config_dir
 
-    from mtp.config import register_configs, to_run_config
+    from mtp.cli.hydra import register_configs
+    from mtp.config import to_run_config
 
     register_configs()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -74,16 +75,17 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
     import torch
     from lightning.fabric import Fabric
 
-    from mtp.advantage import group_advantages
-    from mtp.batch import collate_rollouts
-    from mtp.generation_mtp import PhasePlan, Sampler
-    from mtp.models import build_model
-    from mtp.objectives import ObjectiveConfig
-    from mtp.objectives.policy import Policy
-    from mtp.optim import OptimizerConfig, build_optimizer, split_parameters
-    from mtp.reward import RewardConfig, score
-    from mtp.rollout import sample
-    from mtp.update import update
+    from mtp.hub.build import build_model
+    from mtp.modeling.phases import PhasePlan
+    from mtp.modeling.sampler import Sampler
+    from mtp.rollouts.advantage import group_advantages
+    from mtp.rollouts.reward import RewardConfig, score
+    from mtp.rollouts.rollout import sample
+    from mtp.training.batch import collate_rollouts
+    from mtp.training.objectives import ObjectiveConfig
+    from mtp.training.objectives.policy import Policy
+    from mtp.training.optimizers import OptimizerConfig, build_optimizer, split_parameters
+    from mtp.training.update import update
 
     config = configuration(experiment)
     task = config.task.build()
@@ -165,7 +167,7 @@ def causal_seconds(fabric: Any, wrapped: Any, batches: list[Any], repeats: int) 
     """Seconds of main's forward and backward over the text, every written token scored."""
     import torch
 
-    from mtp.objectives.scored import Emitter
+    from mtp.training.objectives.scored import Emitter
 
     def call() -> None:
         for batch in batches:
@@ -188,7 +190,7 @@ def speed_limit(fabric: Any, model: Any, num_rows: int, repeats: int) -> float:
     """(k + 1) t(1) / t(k + 1), each t over a cache of `CACHED` tokens a row."""
     import torch
 
-    from mtp.generation_mtp import BlockCache
+    from mtp.modeling.cache import BlockCache
 
     seconds = {}
     with torch.no_grad(), fabric.autocast():
@@ -214,7 +216,7 @@ def trl_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from mtp.models import build_model, save_model
+    from mtp.hub.build import build_model, save_model
 
     config = configuration(experiment)
     task = config.task.build()

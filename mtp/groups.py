@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from .advantage import informative
-from .generation_mtp import Decoded
-from .reward import Rewards, score
-from .rollout import Rollouts, sample
+from .modeling.records import Decoded
+from .rollouts.advantage import informative
+from .rollouts.reward import Rewards, score
+from .rollouts.rollout import Rollouts, sample
 from .run import Run, draw
-from .stage import StageConfig
-from .update import over_processes
+from .training.runtime import over_processes
+from .training.stage import StageConfig
 
 
 @dataclass

@@ -1,8 +1,9 @@
 """What the stages of a run share, and where the run is."""
 
 import hashlib
+import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 
-from .config import RunConfig
-from .runtime import StopRequest
+from .config import RunConfig, save_run_config
+from .hub.checkpoint import read_state, remove_later
+from .hub.run_folder import MARK, RunFolder, changed_settings
+from .rollouts.prompt_format import TextFormat
 from .tasks.base import Example, Task, training_index
-from .text import TextFormat
+from .training.runtime import StopRequest
 
 
 @dataclass
@@ -98,3 +101,36 @@ def draw(run: Run, number: int) -> list[Example]:
         run.task.example("train", training_index(position, size, config.seed))
         for position in positions
     ]
+
+
+def settings_of(config: RunConfig, fabric: Fabric) -> dict[str, Any]:
+    """The settings that a checkpoint keeps, and those that a machine adds."""
+    settings = json.loads(json.dumps(asdict(config)))
+    settings["fabric"]["processes"] = fabric.world_size
+    settings["fabric"]["device_type"] = fabric.device.type
+    return settings
+
+
+def read_start(checkpoint: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The state to continue from, with the settings that changed in its progress.
+
+    Raises ValueError naming the settings that must not change.
+    """
+    state = read_state(Path(checkpoint))
+    progress = state["progress"]
+    for key, (then, now) in changed_settings(state["settings"], settings).items():
+        progress["changed"].append(
+            {"key": key, "then": then, "now": now, "global_step": progress["global_step"]}
+        )
+    return state
+
+
+def write_start(folder: RunFolder, config: RunConfig, state: dict[str, Any] | None) -> None:
+    """Make the folder that of the run: a new one, or one that continues from `state`."""
+    if state is None:
+        folder.begin()
+    else:
+        remove_later(folder.path / "checkpoints", state["progress"]["global_step"])
+        (folder.path / "summary.json").unlink(missing_ok=True)
+        (folder.path / MARK).touch()
+    save_run_config(config, folder.path / "config.yaml")

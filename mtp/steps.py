@@ -5,16 +5,22 @@ from typing import Any
 
 import torch
 
-from .advantage import group_advantages, informative
-from .batch import RolloutBatch, TextBatch, collate_rollouts, collate_slow_rollouts, collate_text
-from .generation_mtp import FORCED
 from .groups import Groups, sample_groups
-from .legibility import true_step_share, unigram_drift
-from .objectives import score_batch
-from .reward import Rewards
-from .rollout import Rollouts
+from .modeling.records import FORCED
+from .rollouts.advantage import group_advantages, informative
+from .rollouts.legibility import true_step_share, unigram_drift
+from .rollouts.reward import Rewards
+from .rollouts.rollout import Rollouts
 from .run import Run, draw
-from .stage import StageConfig
+from .training.batch import (
+    RolloutBatch,
+    TextBatch,
+    collate_rollouts,
+    collate_slow_rollouts,
+    collate_text,
+)
+from .training.objectives.scored import score_batch
+from .training.stage import StageConfig
 
 
 def step_batches(

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric, seed_everything
 
-from .checkpoint import save_atomically, save_checkpoint, save_text
 from .config import RunConfig
-from .evaluate import evaluate, fast_accuracy
-from .examples import checked_task
-from .export import export
-from .logger import MetricsLog, StageProgress, make_console, read_records
-from .models import build_model, has_head, save_model
-from .optim import build_optimizer, set_lr, split_parameters
+from .evaluation.evaluate import evaluate, fast_accuracy
+from .files import save_atomically, save_text
+from .hub.build import build_model, has_head, save_model
+from .hub.checkpoint import save_checkpoint
+from .hub.export import export
+from .hub.run_folder import RunFolder, claim
 from .reference import (
     check_references,
     frozen_for_evaluation,
@@ -30,16 +29,19 @@ from .reference import (
     reference_in_loss,
     save_start,
 )
-from .report import completions_rows, print_completions, print_table, save_curves
-from .rollout import Rollouts
-from .run import Progress, Run
-from .run_folder import RunFolder
-from .runtime import StopRequest
-from .stage import StageConfig
-from .start import claim, on_first_process, read_start, settings_of, write_start
+from .reports.curves import save_curves
+from .reports.logger import MetricsLog, read_records
+from .reports.progress import StageProgress, make_console
+from .reports.tables import completions_rows, print_completions, print_table
+from .rollouts.rollout import Rollouts
+from .run import Progress, Run, read_start, settings_of, write_start
 from .steps import step_batches
 from .tasks.base import Task, check_disjoint, training_index
-from .update import over_processes, update
+from .training.examples import checked_task
+from .training.optimizers import build_optimizer, set_lr, split_parameters
+from .training.runtime import StopRequest, on_first_process, over_processes
+from .training.stage import StageConfig
+from .training.update import update
 
 DRY_STEPS = 3
 """Steps of each stage in a dry run."""
@@ -72,7 +74,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         full_steps = {name: stage.steps for name, stage in config.active_stages().items()}
         config = dry_config(config)
     folder = RunFolder(path)
-    checkpoint = on_first_process(fabric, lambda: claim(folder, config))
+    checkpoint = on_first_process(fabric, lambda: claim(folder, config.resume, config.overwrite))
     try:
         summary = run_stages(config, fabric, folder, checkpoint)
         if config.dry_run and fabric.is_global_zero:
@@ -108,7 +110,14 @@ def run_stages(
     check_disjoint(task)
     check_judged(config, task)
     model, text = build_model(config.model, config.head, config.decoding, task)
-    task = checked_task(task, config, model, text)
+    task = checked_task(
+        task,
+        config.decoding,
+        config.active_stages(),
+        model,
+        text,
+        config.evaluation.num_problems,
+    )
     model.to(fabric.device)
     if state is not None:
         load_weights(model, state.pop("model"), checkpoint)

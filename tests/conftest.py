@@ -7,9 +7,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
-from tiny import CLOSE, EOS
+from helpers import CLOSE, EOS
 
-from mtp.generation_mtp import PhasePlan
+from mtp.modeling.phases import PhasePlan
 
 
 @pytest.fixture

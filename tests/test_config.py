@@ -10,10 +10,11 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 from omegaconf import open_dict
 
-from mtp.config import job_folder, register_configs, to_run_config
+from mtp.cli.hydra import job_folder, register_configs
+from mtp.config import to_run_config
 from mtp.errors import one_line
-from mtp.models import build_model
-from mtp.text import TextFormat, character_tokenizer
+from mtp.hub.build import build_model
+from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"

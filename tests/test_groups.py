@@ -5,14 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_objectives import rollouts
-from test_trainer import config, records
-from tiny import tiny_model
+from helpers import config, records, rollouts, tiny_model
 
 import mtp.groups as groups
 from mtp.groups import choose, join_rewards, join_rollouts
-from mtp.reward import Rewards
-from mtp.rollout import Rollouts
+from mtp.rollouts.reward import Rewards
+from mtp.rollouts.rollout import Rollouts
 from mtp.steps import shares
 from mtp.tasks.base import Example
 from mtp.trainer import train

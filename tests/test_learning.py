@@ -1,10 +1,11 @@
 """The default experiment at a reduced size, on sums of two terms, still learns."""
 
 import pytest
+from helpers import ROOT
 from hydra import compose, initialize_config_dir
-from test_trainer import ROOT
 
-from mtp.config import register_configs, to_run_config
+from mtp.cli.hydra import register_configs
+from mtp.config import to_run_config
 from mtp.trainer import train
 
 REDUCED = [

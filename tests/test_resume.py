@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import ROOT, config, records
+from helpers import ROOT, config, records
 
 import mtp.trainer as trainer
-from mtp.checkpoint import checkpoints, damage_of, read_state, save_atomically, write_state
-from mtp.logger import read_records
-from mtp.run_folder import RunFolder
+from mtp.files import save_atomically
+from mtp.hub.checkpoint import checkpoints, damage_of, read_state, write_state
+from mtp.hub.run_folder import RunFolder
+from mtp.reports.logger import read_records
 from mtp.trainer import Interrupted, train
 
 CLOCKS = {"seconds"}
@@ -317,7 +318,7 @@ def test_two_runs_cannot_write_into_one_folder(tmp_path):
 
 def test_a_dead_process_holds_no_lock(tmp_path):
     code = (
-        "import sys, os, time; from pathlib import Path; from mtp.run_folder import RunFolder\n"
+        "import sys, os, time; from pathlib import Path; from mtp.hub.run_folder import RunFolder\n"
         "folder = RunFolder(Path(sys.argv[1])); folder.lock()\n"
         "print('locked', flush=True); time.sleep(60)"
     )
@@ -399,7 +400,7 @@ def test_a_replaced_folder_is_always_there(tmp_path):
 
 def test_a_folder_whose_replacement_was_cut_short_is_put_back(tmp_path, monkeypatch):
     """Where names cannot be exchanged in one step, a crash between two renames is mended."""
-    import mtp.checkpoint as checkpoint
+    import mtp.hub.checkpoint as checkpoint
 
     monkeypatch.setattr(checkpoint, "_exchange", lambda a, b: False)
     target = tmp_path / "out"

@@ -5,28 +5,29 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_export import run_alone
-from test_trainer import config, records
-from tiny import tiny_model
+from helpers import config, records, run_alone, tiny_model
 from transformers import AutoTokenizer, LogitsProcessor
 
-from mtp.batch import collate_rollouts, collate_slow_rollouts
-from mtp.cli import main
-from mtp.evaluate import accuracy
-from mtp.generation_mtp import FORCED, Decoded, Memory, Phase, Sampler, SegmentSettings
-from mtp.legibility import mean_nats_of_rollouts, thought_nats, true_step_share
-from mtp.memory_mtp import ALPHABET
-from mtp.models import generation_config, load_model
-from mtp.objectives import score_batch
-from mtp.objectives.policy import Policy
-from mtp.report import completions_rows
-from mtp.reward import RewardConfig, score
-from mtp.rollout import DecodingConfig, Rollouts, sample
+from mtp.cli.main import main
+from mtp.evaluation.evaluate import accuracy
+from mtp.hub.build import generation_config, load_model
+from mtp.modeling.memory import ALPHABET, Memory
+from mtp.modeling.phases import Phase
+from mtp.modeling.records import FORCED, Decoded
+from mtp.modeling.sampler import Sampler
+from mtp.modeling.segments import SegmentSettings
+from mtp.reports.tables import completions_rows
+from mtp.rollouts.legibility import mean_nats_of_rollouts, thought_nats, true_step_share
+from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
+from mtp.rollouts.reward import RewardConfig, score
+from mtp.rollouts.rollout import DecodingConfig, Rollouts, sample
 from mtp.steps import micro_batches, segment_metrics
 from mtp.tasks.base import Example
 from mtp.tasks.running_sum import RunningSumConfig
-from mtp.text import TextFormat, character_tokenizer
 from mtp.trainer import train
+from mtp.training.batch import collate_rollouts, collate_slow_rollouts
+from mtp.training.objectives.policy import Policy
+from mtp.training.objectives.scored import score_batch
 
 PHASES = {
     "thought": Phase(mode="fast", opened_by="<think>", max_tokens=4),
@@ -382,7 +383,7 @@ def test_generate_shows_segments_and_the_memory_between_them(run, capsys):
 
 def test_an_export_writes_segments_where_mtp_is_not_installed(run, tmp_path):
     folder, prompt = run[0] / "export", prompt_of_segments(run[0])
-    assert {"memory_mtp.py", "segments_mtp.py"} <= {path.name for path in folder.iterdir()}
+    assert {"memory.py", "segments.py"} <= {path.name for path in folder.iterdir()}
     code = f"""
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)

@@ -6,51 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from helpers import ROOT, TINY, config, records
 
-from mtp.config import register_configs, to_run_config
-from mtp.logger import read_records
 from mtp.trainer import Interrupted, over_updates, train
-
-ROOT = Path(__file__).parents[1]
-
-TINY = [
-    "stages.main.steps=6",
-    "stages.head.steps=4",
-    "stages.joint.steps=4",
-    "stages.rl.steps=4",
-    "stages.rl.num_prompts=4",
-    "stages.rl.group_size=4",
-    "evaluation.num_problems=8",
-    "evaluation.num_interim_problems=4",
-    "stages.joint.evaluate_every=2",
-    "stages.rl.evaluate_every=2",
-    "logger.log_every=1",
-    "fabric.accelerator=cpu",
-    "fabric.num_threads=1",
-    "model.config.hidden_size=32",
-    "model.config.intermediate_size=48",
-    "head.hidden_size=16",
-    "head.intermediate_size=24",
-]
-CLOCKS = {"step_time", "rollout_time", "tokens_per_second"}
-
-
-def config(run_dir: Path, *overrides: str):
-    register_configs()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = compose("train", [*TINY, f"run_dir={run_dir}", *overrides])
-    return to_run_config(composed)
-
-
-def records(folder: Path) -> list[dict]:
-    return [
-        {k: v for k, v in record.items() if k not in CLOCKS}
-        for record in read_records(folder / "metrics.jsonl")
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mtp.generation_mtp import Phase
-from mtp.modeling_mtp import HeadConfig
-from mtp.models import ModelConfig, build_model
-from mtp.rollout import DecodingConfig
+from mtp.hub.build import ModelConfig, build_model
+from mtp.modeling.heads import HeadConfig
+from mtp.modeling.phases import Phase
+from mtp.rollouts.rollout import DecodingConfig
 from mtp.tasks.running_sum import RunningSumConfig
 
 SIZES = {

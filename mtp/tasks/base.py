@@ -1,7 +1,7 @@
 """What a task is: numbered examples in two disjoint splits, and an outcome for an answer.
 
-Data flow: a task gives `Example`s; `mtp.text` turns them into token ids; the sampler's text comes
-back to `Task.outcome`. A task knows nothing of tokens or models.
+Data flow: a task gives `Example`s; `mtp.rollouts.prompt_format` turns them into token ids; the
+sampler's text comes back to `Task.outcome`. A task knows nothing of tokens or models.
 """
 
 import codecs

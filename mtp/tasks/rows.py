@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import Example, Split, Task, TaskConfig, fingerprint, read_utf8
-from .user_reward import load_reward
+from .reward_functions import load_reward
 
 _log = logging.getLogger(__name__)
 

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from mtp.cli import main as command_line
-from mtp.config import RunConfig, load_run_config, register_configs, to_run_config
-from mtp.models import build_model, load_model
+from mtp.cli.hydra import register_configs
+from mtp.cli.main import main as command_line
+from mtp.config import RunConfig, load_run_config, to_run_config
+from mtp.hub.build import build_model, load_model
 from mtp.trainer import train
 
 ROOT = Path(__file__).parents[2]

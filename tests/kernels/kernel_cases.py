@@ -55,3 +55,15 @@ def assert_as_good(
         allowed = 3 * (naive.double() - true.double()).abs().max().item()
         allowed += 1e-5 * max(1.0, true.abs().max().item())
         assert error <= allowed, f"value {number}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def chi_square_is_plausible(counts: torch.Tensor, probability: torch.Tensor) -> bool:
+    """Pearson's statistic within five standard deviations; bins expecting < 5 are merged."""
+    expected = probability * counts.sum()
+    small = expected < 5
+    observed = torch.cat((counts[~small], counts[small].sum()[None]))
+    expected = torch.cat((expected[~small], expected[small].sum()[None]))
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    freedom = len(expected) - 1
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    return abs(statistic - freedom) < 5 * (2 * max(freedom, 1)) ** 0.5

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from kernel_cases import SCALINGS, assert_as_good, operands, plain_logits
+from kernel_cases import SCALINGS, assert_as_good, chi_square_is_plausible, operands, plain_logits
 from mtp_kernels import linear_kl, linear_logprob, linear_loss, linear_sample, linear_verify
 from mtp_kernels.dispatch import triton_interpreted
-from test_kernel_sample import chi_square_is_plausible
 from torch import Tensor
 
 pytestmark = [

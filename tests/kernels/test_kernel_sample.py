@@ -5,24 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import operands
+from kernel_cases import chi_square_is_plausible, operands
 from mtp_kernels import configs, linear_logprob, linear_sample
 from mtp_kernels.linear_sample.reference import keep_likely
 from mtp_kernels.noise import philox
 
 PATHS = ("torch", "triton")
-
-
-def chi_square_is_plausible(counts: torch.Tensor, probability: torch.Tensor) -> bool:
-    """Pearson's statistic within five standard deviations; bins expecting < 5 are merged."""
-    expected = probability * counts.sum()
-    small = expected < 5
-    observed = torch.cat((counts[~small], counts[small].sum()[None]))
-    expected = torch.cat((expected[~small], expected[small].sum()[None]))
-    observed, expected = observed[expected > 0], expected[expected > 0]
-    freedom = len(expected) - 1
-    statistic = ((observed - expected) ** 2 / expected).sum()
-    return abs(statistic - freedom) < 5 * (2 * max(freedom, 1)) ** 0.5
 
 
 @pytest.mark.usefixtures("chunked", "tall_tiles")

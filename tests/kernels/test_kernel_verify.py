@@ -4,9 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import operands
+from kernel_cases import chi_square_is_plausible, operands
 from mtp_kernels import linear_logprob, linear_sample, linear_verify
-from test_kernel_sample import chi_square_is_plausible
 
 PATHS = ("torch", "triton")
 ALL = ("reference", *PATHS)

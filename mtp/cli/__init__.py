@@ -1,0 +1,1 @@
+"""The `mtp` command, and Hydra's side of train.py."""

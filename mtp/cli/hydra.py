@@ -1,0 +1,154 @@
+"""Hydra's side of a run: the schema, the resolvers of conf/train.yaml, and the jobs of a sweep."""
+
+import hashlib
+import json
+import math
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from ..config import RunConfig
+from ..errors import one_line
+from ..files import save_text
+from ..tasks import TASK_CONFIGS
+
+
+def register_configs() -> None:
+    """Put the schema, the tasks' schemas and the resolvers where conf/ can name them."""
+    store = ConfigStore.instance()
+    store.store(name="run_config", node=RunConfig)
+    for name, config in TASK_CONFIGS.items():
+        store.store(group="task", name=f"{name}_schema", node=config)
+    for resolver in (in_sweep, run_folder, job_folder, sweep_name, choices):
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
+
+
+def in_sweep(then: Any, otherwise: Any) -> Any:
+    """`${in_sweep:a,b}` is a within a job of a sweep, else b."""
+    in_job = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    return then if in_job else otherwise
+
+
+def run_folder(name: str) -> str:
+    """`${run_folder:${name}}` is runs/<name>, or the folder of a sweep's job."""
+    if not in_sweep(True, False):
+        return f"runs/{name}"
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    here = Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+
+
+def sweep_name() -> str | None:
+    """`${sweep_name:}` is what a sweep's folder is called; None outside of one."""
+    return Path(HydraConfig.get().runtime.output_dir).parent.name if in_sweep(True, False) else None
+
+
+def job_folder(overrides: str, number: int) -> str:
+    """What a job's folder is called: its overrides, as far as they make a good name.
+
+    A name that had to be changed or cut ends in a hash, so that two jobs never share a folder.
+    """
+    name = re.sub(r"[^\w.,=+-]", "_", overrides) or f"job{number}"
+    if name == overrides and len(name) <= 120 or not overrides:
+        return name
+    return f"{name[:100]}-{hashlib.sha256(overrides.encode()).hexdigest()[:6]}"
+
+
+def choices() -> str:
+    """The options of every group of conf/ with the first line of each file's comment."""
+    sources = HydraConfig.get().runtime.config_sources
+    conf = next(source.path for source in sources if source.provider == "main")
+    lines, group = [], ""
+    for path in sorted(Path(conf).glob("*/*.yaml")):
+        comments = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ")]
+        about = next((line for line in comments if "@package" not in line), "")
+        shown = "" if path.parent.name == group else path.parent.name
+        group = path.parent.name
+        lines.append(shorten(f"  {shown:<11}{path.stem:<24}{about}"))
+    return "\n".join(lines)
+
+
+def shorten(line: str) -> str:
+    """A line that fits a screen of 100 columns."""
+    return line.rstrip() if len(line) <= 100 else line[:97].rstrip() + "..."
+
+
+def job_overrides() -> dict[str, str] | None:
+    """What sets this job apart from the others of its sweep, by key; None outside a sweep."""
+    if not in_sweep(True, False):
+        return None
+    hydra = HydraConfig.get()
+    fixed = hydra.job.config.override_dirname.exclude_keys
+    pairs = (override.partition("=")[::2] for override in hydra.overrides.task)
+    return {key: value for key, value in pairs if key not in fixed}
+
+
+class SweepCallback(Callback):
+    """Names a sweep's jobs by what differs between them, and ends the sweep with its table."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Leave out of the jobs' names what all of them share; one folder for all of them."""
+        overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        swept = {o.key_or_group for o in overrides if o.is_sweep_override()}
+        given = {o.key_or_group for o in overrides}
+        if "name" in swept or "run_dir" in given:
+            print(
+                "error: a sweep writes to runs/<name>_sweep/<overrides>: name cannot be swept over "
+                "and run_dir cannot be set; name=... or hydra.sweep.dir=... moves the sweep",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+        fixed, launcher = ",".join(sorted(given - swept)), config.hydra.launcher
+        with read_write(config.hydra), open_dict(config.hydra):
+            config.hydra.overrides.hydra.append(
+                f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]"
+            )
+            # An experiment may have a name of its own; its jobs belong here nonetheless.
+            folder = config.hydra.sweep.dir
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")
+        logs = f"; output of the jobs: {folder}/.submitit/" if "submitit_folder" in launcher else ""
+        print(f"sweep over {', '.join(sorted(swept)) or 'nothing'}: {folder}{logs}", flush=True)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Print the table; exit with code 1 if a job failed."""
+        from ..reports.sweep import report
+
+        if report(Path(config.hydra.sweep.dir)):
+            sys.exit(1)
+
+
+def run_job(
+    run: Callable[[], float | None], folder: Path, overrides: dict[str, str]
+) -> float | None:
+    """Run a sweep's job and return its value.
+
+    An exception is printed and noted in `job.json`, and the value is NaN, so that the other jobs of
+    the sweep run and the table lists the error.
+    """
+    note_job(folder, overrides, None)
+    try:
+        return run()
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            traceback.print_exc()
+            line = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"error: {folder.name}: {line}", file=sys.stderr)
+        note_job(folder, overrides, line)
+        return math.nan
+
+
+def note_job(folder: Path, overrides: dict[str, str], error: str | None) -> None:
+    """Write `job.json`."""
+    text = json.dumps({"overrides": overrides, "error": error}, indent=2) + "\n"
+    save_text(folder / "job.json", text)

@@ -1,0 +1,415 @@
+"""The command `mtp`: write text with a trained model, talk with it, evaluate it, export it.
+
+Errors are one line on standard error and exit code 2. Heavy imports wait until a command runs, so
+`--help` answers at once.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .options import (
+    DEFAULT_SEED,
+    add_sampling_options,
+    add_search_options,
+    add_writing_options,
+    make_sampler,
+    search_config,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from rich.console import Console
+
+    from ..config import RunConfig
+    from ..modeling.branches import SearchConfig
+    from ..rollouts.prompt_format import TextFormat
+
+DEFAULT_MAX_NEW_TOKENS = 256
+"""Where neither the command line nor the folder says."""
+
+
+@dataclass
+class Opened:
+    """A model that a command works on."""
+
+    folder: Path
+    """Of the weights."""
+    stage: str | None
+    """That left the model; None for an exported folder."""
+    config: "RunConfig | None"
+    """Of the run; None for an exported folder."""
+
+    @property
+    def head_is_trained(self) -> bool:
+        """False if no stage up to this one trained the head."""
+        return self.config is None or any(
+            self.config.stages[name].train_head for name in self.stages_so_far()
+        )
+
+    def choose_mode(self, mode: str | None) -> str:
+        """The mode asked for, else fast where the head is trained and slow where it is not.
+
+        Raises ValueError for fast mode with an untrained head.
+        """
+        if mode == "fast" and not self.head_is_trained:
+            raise ValueError(f"the head is untrained after stage {self.stage}; use --mode slow")
+        return mode or ("fast" if self.head_is_trained else "slow")
+
+    def stages_so_far(self) -> list[str]:
+        """Names of the run's stages up to this one."""
+        if self.config is None or self.stage is None:
+            return []
+        names = list(self.config.active_stages())
+        return names[: names.index(self.stage) + 1]
+
+    def load(self, device: str) -> tuple[Any, "TextFormat"]:
+        """The model on a device, ready to decode, and its text format."""
+        from ..hub.build import load_model
+
+        dtype = None if self.config is None else self.config.model.torch_dtype()
+        model, text = load_model(self.folder, dtype)
+        return model.to(device).eval(), text
+
+
+def open_run(folder: Path, stage: str | None) -> Opened:
+    """A run's model: as the given stage left it, or the last stage that has ended.
+
+    Raises ValueError if the folder is no run or holds no such model.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} does not exist; give a folder such as runs/default")
+    from ..config import load_run_config
+
+    config = load_run_config(folder / "config.yaml")
+    ended = [
+        name
+        for name in config.active_stages()
+        if (folder / "stages" / name / "config.json").is_file()
+    ]
+    if not ended:
+        raise ValueError(f"{folder} holds no trained model yet: none of its stages has ended")
+    if stage is not None and stage not in ended:
+        raise ValueError(f"--stage must be one of {', '.join(ended)} in {folder}, got {stage}")
+    missing = [name for name in config.active_stages() if name not in ended]
+    if stage is None and missing:
+        print(
+            f"note: {folder} has not ended ({', '.join(missing)} to go); this is its model after "
+            f"{ended[-1]}",
+            file=sys.stderr,
+        )
+    stage = stage or ended[-1]
+    return Opened(folder / "stages" / stage, stage, config)
+
+
+def open_model(folder: Path, stage: str | None) -> Opened:
+    """The model of a run, or the one that an exported folder holds."""
+    if (folder / "config.yaml").is_file() or not folder.is_dir():
+        return open_run(folder, stage)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} is neither a run (no config.yaml) nor an exported model (no config.json)"
+        )
+    if stage is not None:
+        raise ValueError(f"--stage chooses among the stages of a run, but {folder} is one model")
+    if "mtp" not in json.loads((folder / "config.json").read_text()):
+        raise ValueError(f"{folder} holds a model without a head; give one that mtp wrote")
+    return Opened(folder, None, None)
+
+
+def choose_device(name: str) -> str:
+    """`auto` is a GPU if there is one. Raises ValueError for one that is not there."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise ValueError("--device cuda needs a GPU that torch can use; there is none")
+    return ("cuda" if has_gpu else "cpu") if name == "auto" else name
+
+
+@dataclass
+class Writer:
+    """A model that is ready to write, as `mtp generate` and `mtp chat` were asked to."""
+
+    console: "Console"
+    model: Any
+    text: "TextFormat"
+    mode: str
+    write: "Callable[[list[int], str], list[int]]"
+    """(prompt ids, mode) -> completion ids, shown as they come."""
+
+
+def open_writer(arguments: argparse.Namespace) -> Writer:
+    """The model of a writing command. Raises ValueError for settings that it cannot follow."""
+    opened = open_model(arguments.folder, arguments.stage)
+    mode = opened.choose_mode(arguments.mode)
+    config = search_config(arguments)
+    if config is not None and (arguments.max_segments or 1) > 1:
+        raise ValueError(
+            f"a search writes one segment, got --max-segments {arguments.max_segments}; drop it"
+        )
+    sampler = make_sampler(arguments, config)
+    import torch
+
+    from ..modeling.segments import check_segments
+    from ..reports.progress import make_console
+    from .streaming import write_live
+    from .streaming_search import write_found
+
+    device = choose_device(arguments.device)
+    model, text = opened.load(device)
+    limit = arguments.max_new_tokens
+    if limit is None and opened.config is not None:
+        limit = opened.config.decoding.max_new_tokens
+    if limit is None:
+        limit = model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+    if limit < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {limit}")
+    if arguments.max_segments is not None:
+        text.segments = replace(text.segments, max_segments=arguments.max_segments)
+        check_segments(text.segments, text.phases, "decoding")
+    seed = DEFAULT_SEED if arguments.seed is None else arguments.seed
+    generator = torch.Generator(device=device).manual_seed(seed)
+    console = make_console()
+
+    def write(prompt: list[int], mode: str) -> list[int]:
+        plan = text.plan(mode)
+        if arguments.max_thought_tokens is not None:
+            plan.max_tokens[0] = arguments.max_thought_tokens
+        given = {"mode": mode, "max_new_tokens": limit, "generator": generator}
+        if config is not None:
+            return write_found(console, model, text, prompt, plan, sampler, config, **given)
+        return write_live(console, model, text, prompt, plan, sampler, **given)
+
+    return Writer(console, model, text, mode, write)
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """`mtp generate`."""
+    writer = open_writer(arguments)
+    writer.text.check_prompt(arguments.prompt)
+    prompt = writer.text.prompt_ids(arguments.prompt)
+    style = "dim" if writer.console.is_terminal else ""
+    writer.console.print(arguments.prompt, end=" ", style=style)
+    writer.write(prompt, writer.mode)
+
+
+def chat(arguments: argparse.Namespace) -> None:
+    """`mtp chat`."""
+    from .streaming import HELP, converse
+
+    writer = open_writer(arguments)
+    console = writer.console
+    if console.is_terminal:
+        console.print(HELP, style="dim")
+
+    def said() -> "Iterator[str]":
+        while True:
+            try:
+                yield console.input("> " if console.is_terminal else "")
+            except EOFError:
+                return
+
+    converse(
+        said(),
+        console,
+        writer.text,
+        writer.write,
+        mode=writer.mode,
+        check=writer.text.check_prompt,
+    )
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """`mtp evaluate`."""
+    opened = open_run(arguments.folder, arguments.stage)
+    config = opened.config
+    assert config is not None
+    number = arguments.num_problems
+    if number is not None and number < 1:
+        raise ValueError(f"--num-problems must be at least 1, got {number}")
+    search = search_config(arguments)
+    if search is not None:
+        evaluate_search(arguments, opened, search, number or config.evaluation.num_problems)
+        return
+    from ..evaluation.evaluate import evaluate as measure
+    from ..hub.build import load_model
+    from ..reference import evaluation_reference, folder_of
+    from ..reports.progress import make_console
+    from ..reports.tables import COLUMNS
+    from ..training.examples import fit_task
+
+    device = choose_device(arguments.device)
+    model, text = opened.load(device)
+    task = fit_task(config.task.build(), config.decoding, config.active_stages(), model, text)
+    source = folder_of(config, arguments.folder, evaluation_reference(config))
+    reference = None
+    if (source / "config.json").is_file():
+        reference = load_model(source, config.model.torch_dtype())[0].to(device).eval()
+    figures, _ = measure(
+        model,
+        text,
+        task,
+        config.decoding,
+        num_problems=number or config.evaluation.num_problems,
+        batch_size=config.evaluation.batch_size,
+        use_head=opened.head_is_trained,
+        reference=reference,
+        verified=config.evaluation.verified,
+        kernels=config.kernels,
+    )
+    if arguments.json:
+        print(json.dumps({"name": opened.stage, **figures}, indent=2))
+    else:
+        title = f"{arguments.folder}, stage {opened.stage}"
+        print_figures(make_console(), title, figures, COLUMNS)
+
+
+def evaluate_search(
+    arguments: argparse.Namespace, opened: Opened, config: "SearchConfig", num_problems: int
+) -> None:
+    """`mtp evaluate --search`."""
+    run = opened.config
+    assert run is not None
+    mode = opened.choose_mode(arguments.mode)
+    sampler = make_sampler(arguments, config)
+    import torch
+
+    from ..evaluation.evaluate_search import FIGURES
+    from ..evaluation.evaluate_search import evaluate_search as measure
+    from ..reports.progress import make_console
+    from ..training.examples import fit_task
+
+    device = choose_device(arguments.device)
+    seed = DEFAULT_SEED if arguments.seed is None else arguments.seed
+    model, text = opened.load(device)
+    figures = measure(
+        model,
+        text,
+        fit_task(run.task.build(), run.decoding, run.active_stages(), model, text),
+        config,
+        sampler,
+        mode=mode,
+        judge=arguments.judge or "logprob",
+        max_new_tokens=run.decoding.max_new_tokens,
+        num_problems=num_problems,
+        batch_size=run.evaluation.batch_size,
+        generator=torch.Generator(device=device).manual_seed(seed),
+        kernels=run.kernels,
+    )
+    if arguments.json:
+        asked = {"mode": mode, **vars(config), "temperature": sampler.temperature, "seed": seed}
+        print(json.dumps({"name": opened.stage, **asked, **figures}, indent=2))
+        return
+    title = f"{arguments.folder}, stage {opened.stage}, {mode}, {config.method}"
+    print_figures(make_console(), title, figures, FIGURES, "sampled")
+
+
+def print_figures(
+    console: "Console",
+    title: str,
+    figures: dict[str, Any],
+    columns: dict[str, str],
+    drawn: str = "greedy",
+) -> None:
+    """One row a figure."""
+    from rich.table import Table
+
+    from ..reports.tables import cell
+
+    table = Table(title=f"{title}: {figures['num_problems']} held-out problems, {drawn}")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, shown in columns.items():
+        if name in figures:
+            table.add_row(shown, cell(name, figures[name]))
+    console.print(table)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """`mtp export`."""
+    opened = open_run(arguments.folder, arguments.stage)
+    config = opened.config
+    assert config is not None
+    from ..hub.export import check_replaceable
+    from ..hub.export import export as write
+
+    check_replaceable(arguments.out)
+    measured = arguments.folder / "summary.json"
+    summary: dict[str, Any] = {"stages": [], "seed": config.seed}
+    if measured.is_file():
+        summary = json.loads(measured.read_text())
+    so_far = opened.stages_so_far()
+    summary["stages"] = [stage for stage in summary["stages"] if stage["name"] in so_far]
+    model, text = opened.load("cpu")
+    write(model, text, arguments.out, summary, config)
+    print(f"exported {opened.folder} to {arguments.out}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="mtp", description="Use a main LLM and its eavesdropping head that train.py trained."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str, folder: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("folder", type=Path, metavar="FOLDER", help=folder)
+        return sub
+
+    a_run = "a run's folder, such as runs/default"
+    sub = command("generate", generate, "write text with a model", f"{a_run}, or an exported one")
+    sub.add_argument("prompt", metavar="PROMPT", help="the user's message, such as 37+85+46=")
+    add_search_options(sub)
+    writers = [sub]
+    sub = command("chat", chat, "talk with a model", f"{a_run}, or an exported one")
+    writers.append(sub)
+    for sub in writers:
+        add_writing_options(sub)
+    sub = command("evaluate", evaluate, "measure a run's model on held-out problems", a_run)
+    sub.add_argument(
+        "--num-problems", type=int, metavar="N", help="default: the run's evaluation.num_problems"
+    )
+    sub.add_argument(
+        "--json", action="store_true", help="print the figures as summary.json has them"
+    )
+    add_search_options(sub, "judge", "mode", "temperature", "top_k", "top_p", "seed")
+    sub.add_argument(
+        "--judge",
+        choices=["logprob", "reward"],
+        help="of texts and branches: their mean log-probability (the default), or whether the "
+        "task finds their answer right",
+    )
+    add_sampling_options(sub)
+    sub = command("export", export, "write a run's model as a Hugging Face folder", a_run)
+    sub.add_argument("out", type=Path, metavar="OUT", help="folder to make; an export is replaced")
+    for name, sub in commands.choices.items():
+        sub.add_argument(
+            "--stage", metavar="NAME", help="the model as this stage left it, not the last"
+        )
+        if name != "export":
+            sub.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 2 after an error, 130 after Ctrl-C."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""Files that survive a crash: temporary names, forced to disk, moved into place."""
+
+import ctypes
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+TEMPORARY = ".mtp-tmp"
+"""Suffix of what is being written; its name begins with a dot."""
+
+
+REPLACED = ".mtp-old"
+"""Suffix of a folder while another takes its place; its name begins with a dot."""
+
+
+_RENAME_EXCHANGE, _AT_FDCWD = 2, -100
+
+
+def save_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file or folder under a temporary name, then move it into place.
+
+    A crash, of the machine too, leaves the old one or the new one, never half of one. Files get the
+    permissions that the user's umask gives. The parent folder is made if it is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recover(path)
+    temporary = path.with_name(f".{path.name}{TEMPORARY}")
+    _remove(temporary)
+    try:
+        write(temporary)
+        _settle(temporary)
+        if path.is_dir():
+            _replace_folder(temporary, path)
+        else:
+            os.replace(temporary, path)
+        _sync(path.parent)
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8."""
+    save_atomically(path, lambda file: _write_text(file, text))
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
+
+
+def recover(path: Path) -> None:
+    """Mend what a crash left of `save_atomically(path)`: a temporary file, a replaced folder."""
+    replaced = path.with_name(f".{path.name}{REPLACED}")
+    if replaced.exists():
+        if path.exists():
+            _remove(replaced)
+        else:
+            replaced.rename(path)
+    _remove(path.with_name(f".{path.name}{TEMPORARY}"))
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what interrupted `save_atomically` calls left directly in a folder."""
+    for path in list(folder.glob(f".*{TEMPORARY}")) + list(folder.glob(f".*{REPLACED}")):
+        suffix = TEMPORARY if path.name.endswith(TEMPORARY) else REPLACED
+        recover(path.with_name(path.name[1 : -len(suffix)]))
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """Put `new` in the place of the folder `path`, at no moment leaving nothing there."""
+    if _exchange(new, path):
+        _remove(new)
+        return
+    # A filesystem without an atomic exchange: `recover` mends a crash between the two renames.
+    replaced = path.with_name(f".{path.name}{REPLACED}")
+    _remove(replaced)
+    path.rename(replaced)
+    try:
+        new.rename(path)
+    except OSError:
+        replaced.rename(path)
+        raise
+    _remove(replaced)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two names in one step; False where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    done = rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
+    return bool(done == 0)
+
+
+def _settle(path: Path) -> None:
+    """Give a new file or folder the umask's permissions and force it to disk."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for root, _, names in os.walk(path) if path.is_dir() else ():
+        for name in names:
+            os.chmod(Path(root) / name, 0o666 & ~umask)
+            _sync(Path(root) / name)
+        os.chmod(root, 0o777 & ~umask)
+        _sync(Path(root))
+    if path.is_file():
+        os.chmod(path, 0o666 & ~umask)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _link(path: Path, file: Path) -> None:
+    """A second name for a file, or a copy where the filesystem has no hard links."""
+    try:
+        os.link(path, file)
+    except OSError:
+        shutil.copyfile(path, file)

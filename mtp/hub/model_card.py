@@ -1,0 +1,242 @@
+"""The model card of an export: what it is, how to load it, what was measured, and its limits."""
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, try_to_load_from_cache
+
+from ..reports.tables import cell, columns_of
+from ..rollouts.prompt_format import TextFormat
+from .build import ModelConfig, source_folder
+
+CARD = "README.md"
+
+
+def model_card(model: Any, text: TextFormat, summary: dict[str, Any], config: Any) -> str:
+    """README.md of an export: what it is, both doors, the measured table, provenance, limits."""
+    base, hub_id, licence = base_model(config.model)
+    meta = ["library_name: transformers", "pipeline_tag: text-generation"]
+    meta += [f"license: {licence}"] if licence else []
+    meta += [f"base_model: {hub_id}"] if hub_id else []
+    meta += ["tags:", "- multi-token-prediction", "- custom_code"]
+    counts = {"main": 0, "head": 0}
+    for name, parameter in model.named_parameters():
+        counts["head" if name.startswith("mtp_head.") else "main"] += parameter.numel()
+    fast = [name for name, phase in text.phases.items() if phase.mode == "fast"]
+    slow = [name for name, phase in text.phases.items() if phase.mode == "slow"]
+    verified = [name for name, phase in text.phases.items() if phase.mode == "verified"]
+    checked = f" In a verified phase ({_listed(verified)}) main checks them." if verified else ""
+    slots = model.num_slots
+    parts = [
+        "---\n" + "\n".join(meta) + "\n---",
+        f"# {config.name}: a language model with an eavesdropping head",
+        f"A causal language model (**main**, {counts['main']:,} parameters, `"
+        f"{model.config.model_type}`) that writes one token per forward pass, and a small **head** "
+        f"({counts['head']:,} parameters, `{model.mtp_settings.type}`) that listens to main's "
+        f"residual stream after layers {model.mtp_taps} and writes the next {slots - 1} tokens of "
+        f"the same pass. In a fast phase ({_listed(fast)}) all of them are kept, up to {slots} "
+        f"tokens a pass; in a slow phase ({_listed(slow)}) only main's own token is kept.{checked}",
+        "## Use",
+        "Main alone, with nothing but transformers. The loading report lists the head's weights "
+        "(`mtp_head.*`) as unexpected: they are left aside.",
+        _snippet(text, config, head=False),
+        "Main with its head. The code is in this folder (`*_mtp.py`), so no other package is "
+        "needed.",
+        _snippet(text, config, head=True),
+        "`fast` decodes each phase in its own mode, `slow` all of them one token per pass, "
+        "`verified` gives main's own text in fewer passes: the head proposes and main decides. "
+        "Without `mtp_mode`, `generate` is the stock one on main. "
+        '`model.search(**given, config={"method": "best_of_n", "n": 8}, do_sample=True)` looks for '
+        "the likeliest of several texts; `beam` and `mcts` are the other methods, and `judge`, a "
+        "function of the branches, ranks them by anything else.",
+        *_segments(text),
+        "## Measured",
+        _table(summary),
+        "## Provenance",
+        _provenance(base, licence, text, config),
+        "## Limitations",
+        _limitations(config),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "none here"
+
+
+def _snippet(text: TextFormat, config: Any, *, head: bool) -> str:
+    """Python that loads the folder through one door and answers a prompt."""
+    prompt = sample_prompt(config)
+    if not text.uses_template:
+        tokenizer: Any = text.tokenizer
+        shown, special = prompt + (text.opener or ""), ""
+        if not text.leading_ids or tokenizer.encode(shown) != text.prompt_ids(prompt):
+            shown, special = (
+                tokenizer.decode(text.leading_ids) + shown,
+                ", add_special_tokens=False",
+            )
+        inputs = [f'inputs = tokenizer({json.dumps(shown)}, return_tensors="pt"{special})']
+    else:
+        messages = [{"role": "user", "content": prompt}]
+        if text.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": text.system_prompt})
+        inputs = [
+            f"messages = {json.dumps(messages, ensure_ascii=False)}",
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            ")",
+        ]
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'folder = "path/to/this/folder"',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        *inputs,
+        'given = {name: inputs[name] for name in ("input_ids", "attention_mask")}',
+    ]
+    if head:
+        lines += [
+            "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
+            'for mode in ("fast", "slow"):',
+            "    out = model.generate(**given, mtp_mode=mode, return_dict_in_generate=True)",
+            "    print(mode, int(out.passes[0]), tokenizer.decode(out.sequences[0]))",
+        ]
+    else:
+        lines += [
+            "model = AutoModelForCausalLM.from_pretrained(folder)",
+            "print(tokenizer.decode(model.generate(**given)[0]))",
+        ]
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _segments(text: TextFormat) -> list[str]:
+    """How to write text in segments; nothing for a model that writes one."""
+    settings = text.segments
+    if settings.max_segments == 1:
+        return []
+    return [
+        f"It was trained to think in up to {settings.max_segments} segments: a summary edits a "
+        f"memory file of at most {settings.memory_tokens} tokens, and thinking goes on with the "
+        f"prompt, that file and the last {settings.recent_tokens} tokens of the thought.",
+        "```python\nsegments = model.generate_segments(**given, tokenizer=tokenizer)\n"
+        "print(tokenizer.decode(segments.out.completion(-1)))  # the last, with the answer\n"
+        "print(segments.memories[-1].text)\n```",
+    ]
+
+
+def sample_prompt(config: Any) -> str:
+    """A prompt for the card: the task's first held-out one."""
+    try:
+        return config.task.build().example("test", 0).prompt
+    except (ImportError, OSError, ValueError):  # its data may not be where the export is made
+        return "Hello"
+
+
+def _table(summary: dict[str, Any]) -> str:
+    """The stages' figures in Markdown."""
+    stages = summary["stages"]
+    if not stages:
+        return "Nothing was measured: the run had not ended when this was exported."
+    columns = columns_of(stages)
+    rows = [["stage", *columns.values()], ["---"] + ["---:"] * len(columns)]
+    rows += [[s["name"], *(cell(key, s.get(key)) for key in columns)] for s in stages]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines += [
+        "",
+        f"{stages[-1]['num_problems']} held-out problems, greedy decoding, seed {summary['seed']}; "
+        "one row per training stage, the last is this model. Empty and wrong thought: accuracy "
+        "when the model is made to think nothing, or another problem's thought. True steps: share "
+        "of the steps in the thoughts that are true. Ref. nats/token: how surprising the thoughts "
+        "are to the model as the first stage left it.",
+    ]
+    if "acceptance_by_slot" in columns:
+        lines[-1] += (
+            " Accepted by slot: share of the passes of verified mode in which main accepted the "
+            "head's draft of each slot."
+        )
+    return "\n".join(lines)
+
+
+def _provenance(base: str, licence: str | None, text: TextFormat, config: Any) -> str:
+    versions = []
+    for package in ("mtp-eavesdrop", "torch", "transformers"):
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            versions.append(f"{package} (not installed as a package)")
+    head = ", ".join(f"{key} {value}" for key, value in sorted(vars(config.head).items()))
+    task = ", ".join(f"{key} {value}" for key, value in sorted(vars(config.task).items()))
+    phases = ", ".join(
+        f"{name} ({p.mode}{f', opened by `{p.opened_by}`' if p.opened_by else ''})"
+        for name, p in text.phases.items()
+    )
+    lines = [
+        f"- Base model: {base}; licence: {licence or 'not recorded'}",
+        f"- Task: {type(config.task).__name__.removesuffix('Config')} ({task})",
+        f"- Head: {head}",
+        f"- Phases: {phases}; at most {config.decoding.max_new_tokens} new tokens",
+        f"- Seed {config.seed}, precision {config.fabric.precision}",
+        f"- Versions: {', '.join(versions)}",
+    ]
+    for name, stage in config.active_stages().items():
+        trained = [part for part in ("main", "head") if getattr(stage, f"train_{part}")]
+        rates = ", ".join(f"{part} {getattr(stage, part).lr:g}" for part in trained)
+        weights = ", ".join(
+            f"{k} {t.weight:g}" for k, t in vars(stage.objective).items() if t.weight
+        )
+        lines.append(
+            f"- Stage `{name}`: {stage.kind}, {stage.steps} steps, learning rates {rates}; "
+            f"objective {weights}; channel gradient {stage.channel_gradient:g}"
+        )
+    return "\n".join(lines)
+
+
+def _limitations(config: Any) -> str:
+    task = type(config.task).__name__.removesuffix("Config")
+    return "\n".join(
+        [
+            "- **In fast mode nobody verifies the head's tokens.** They are the model's own "
+            "output, not proposals that main checks: fast and slow text differ, and so may the "
+            "answers. "
+            "The table says how often each is right.",
+            f"- The figures hold for the task above ({task}) and its phases; nothing else was "
+            "measured.",
+            "- A thought that a model was rewarded for need not be a true account of how it found "
+            "the answer; compare the table's true steps and thought controls.",
+            "- With `mtp_mode`, `generate` takes `max_new_tokens`, `max_length`, `do_sample`, "
+            "`temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`, `stop_strings`, "
+            "`return_dict_in_generate`, `logits_processor`, `stopping_criteria`, `streamer`, "
+            "`num_return_sequences`, `cache_implementation` (dynamic or static), `mtp_k`, "
+            "`max_thought_tokens` and the options that transformers does with logits processors; "
+            "any other option is an error.",
+        ]
+    )
+
+
+def base_model(config: ModelConfig) -> tuple[str, str | None, str | None]:
+    """What main was before training: its name, its hub id and its licence, None where unknown.
+
+    Only what is on this machine is read: the header of a GGUF file, or the model card.
+    """
+    if config.source is None:
+        return f"none ({config.family} trained from scratch)", None, None
+    folder = Path(source_folder(config.source))
+    if not folder.is_dir():
+        card = try_to_load_from_cache(config.source, CARD)
+        return config.source, config.source, _card_licence(card)
+    name = config.source if config.source.startswith("package:") else folder.name
+    if config.gguf_file is not None:
+        from gguf import GGUFReader
+
+        entry = GGUFReader(folder / config.gguf_file).get_field("general.license")
+        return f"{name}, {config.gguf_file}", None, entry.contents() if entry else None
+    return name, None, _card_licence(folder / CARD)
+
+
+def _card_licence(card: Any) -> str | None:
+    """The licence field of a model card; None if there is no such file or field."""
+    if not isinstance(card, str | Path) or not Path(card).is_file():
+        return None
+    return ModelCard(Path(card).read_text(), ignore_metadata_errors=True).data.get("license")

@@ -1,0 +1,239 @@
+"""The folder of a run: who may write there, what may be removed, and which settings may change.
+
+A run writes only into a folder that is new, empty, or carries the mark of a run. It removes only
+what a run wrote, and only when that run is replaced. While a process writes, it holds a lock that
+the system releases when the process ends, however it ends.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..files import remove_temporary, save_text
+from .checkpoint import choose_checkpoint
+from .export import check_replaceable
+
+MARK = ".mtp-run"
+"""File that says that a folder is a run's."""
+LOCK = ".mtp-lock"
+FOLDERS = ("checkpoints", "stages", "start", "export", "wandb")
+FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "metrics.csv",
+    "completions.jsonl",
+    "curves.png",
+    "summary.json",
+)
+BESIDE = ("job.json", MARK, LOCK)
+"""Files that may lie in the folder of a run that has not begun."""
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError unless `name` is a path that stays below `runs/`."""
+    path = Path(name)
+    parts = name.split("/")
+    if path.is_absolute() or any(part.strip() in ("", ".", "..") for part in parts):
+        raise ValueError(
+            f"name must be a folder below runs/, such as mine or study/mine, got {name!r}; "
+            "run_dir=... puts a run elsewhere"
+        )
+
+
+class RunFolder:
+    """A run's folder, for the process that writes there."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock: TextIO | None = None
+        self._made: list[Path] = []  # folders that were missing, the innermost first
+
+    @property
+    def is_marked(self) -> bool:
+        """True if a run wrote this folder (earlier versions left no mark, but a config)."""
+        config = self.path / "config.yaml"
+        if (self.path / MARK).is_file():
+            return True
+        return config.is_file() and config.read_bytes()[:10] == b"task_name:"
+
+    def check(self) -> None:
+        """Raises ValueError if the folder holds what no run wrote, or cannot hold a run."""
+        here, target = Path.cwd().resolve(), self.path.resolve()
+        if here == target or target in here.parents:
+            raise ValueError(
+                f"run_dir must be a folder of its own, got {str(self.path)!r}, which is the "
+                "working folder or above it; use run_dir=runs/NAME"
+            )
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(
+                f"run_dir must be a folder, got {str(self.path)!r}, which is a file; use "
+                "run_dir=runs/NAME"
+            )
+        if not self.path.exists() or self.is_marked:
+            return
+        names = sorted(p.name for p in self.path.iterdir())
+        foreign = [name for name in names if name not in BESIDE]
+        if foreign:
+            raise ValueError(
+                f"{self.path} holds files that no run wrote ({', '.join(foreign[:3])}); use "
+                "name=... or run_dir=... to give the run a folder of its own"
+            )
+
+    def lock(self) -> None:
+        """Make the folder if it is missing and claim it for this process.
+
+        Raises ValueError if another process that still runs has claimed it.
+        """
+        missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._made = missing
+        file = self.path / LOCK
+        while True:
+            lock = file.open("a+", encoding="utf-8")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                owner = lock.read().strip() or "another process"
+                lock.close()
+                raise ValueError(
+                    f"{self.path} is in use by {owner}; wait until it ends, or use name=... to "
+                    "start another run"
+                ) from None
+            # Its owner may have removed the file between our opening and locking it.
+            if file.exists() and os.fstat(lock.fileno()).st_ino == file.stat().st_ino:
+                break
+            lock.close()
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        self._lock = lock
+
+    def release(self) -> None:
+        """Give the folder back. One that `lock` made and that is still empty is removed."""
+        if self._lock is None:
+            return
+        (self.path / LOCK).unlink(missing_ok=True)
+        self._lock.close()
+        self._lock = None
+        for path in self._made:
+            if any(path.iterdir()):
+                break
+            path.rmdir()
+
+    def begin(self) -> None:
+        """Remove what an earlier run wrote, and mark the folder as that of a new one."""
+        self.remove()
+        save_text(self.path / MARK, json.dumps({"format": 1}) + "\n")
+
+    def remove(self) -> None:
+        """Remove what a run wrote, if one did, and nothing else."""
+        if not self.is_marked:
+            return
+        for name in FOLDERS:
+            if (self.path / name).is_dir():
+                shutil.rmtree(self.path / name)
+        for name in FILES:
+            (self.path / name).unlink(missing_ok=True)
+        # Last, so that a removal that was interrupted can be begun again.
+        (self.path / MARK).unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Remove temporary files of a process that was killed."""
+        for folder in (self.path, *(self.path / name for name in FOLDERS)):
+            if folder.is_dir():
+                remove_temporary(folder)
+
+
+DECIDES = (
+    "seed",
+    "model",
+    "head",
+    "task",
+    "decoding",
+    "stages",
+    "evaluation",
+    "kernels",
+    "fabric.precision",
+    "fabric.processes",
+    "fabric.device_type",
+)
+"""Settings that decide a run's numbers."""
+PER_START = ("resume", "overwrite", "dry_run", "experiment")
+"""Settings that concern one start of the program only."""
+
+
+def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
+    """A tree of dicts as one dict from dotted keys to what is no dict."""
+    if not isinstance(node, dict) or not node:
+        return {prefix: node}
+    return {
+        key: value
+        for name, child in node.items()
+        for key, value in leaves(child, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings of a resumed run that differ from the checkpoint's, as (then, now) by key.
+
+    Args:
+        saved: the checkpoint's settings, as JSON gives them back.
+        now: the settings of this start, in the same form.
+
+    Raises:
+        ValueError: naming the keys, if one of them decides the run's numbers.
+    """
+    then, today = leaves(saved), leaves(json.loads(json.dumps(now)))
+    absent = "not set"
+    changed = {
+        key: (then.get(key, absent), today.get(key, absent))
+        for key in dict.fromkeys([*then, *today])
+        if then.get(key, absent) != today.get(key, absent)
+        and not any(key == name or key.startswith(f"{name}.") for name in PER_START)
+    }
+    deciding = {
+        key: pair
+        for key, pair in changed.items()
+        if any(key == name or key.startswith(f"{name}.") for name in DECIDES)
+    }
+    if deciding:
+        shown = [
+            f"{key} was {was!r} and is now {is_now!r}" for key, (was, is_now) in deciding.items()
+        ]
+        more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+        raise ValueError(
+            "a resumed run must keep the settings that decide its numbers, but "
+            f"{'; '.join(shown[:3])}{more}; use the run's settings, or name=... to start another"
+        )
+    return changed
+
+
+def claim(folder: RunFolder, resume: bool | str, overwrite: bool) -> str | None:
+    """Claim the run's folder and return the checkpoint to continue from; None for a new run.
+
+    Raises ValueError if the folder is another's, is in use, or holds a run that is neither
+    continued nor replaced.
+    """
+    folder.check()
+    folder.lock()
+    try:
+        folder.tidy()
+        if resume:
+            found = choose_checkpoint(folder.path / "checkpoints", resume)
+            if found is not None:
+                return str(found)
+        if folder.is_marked and not (overwrite or resume):
+            raise ValueError(
+                f"{folder.path} already holds a run; use resume=true to continue it, "
+                "overwrite=true to replace it, or name=... to start another"
+            )
+        check_replaceable(folder.path / "export")
+    except BaseException:
+        folder.release()
+        raise
+    return None

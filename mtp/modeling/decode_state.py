@@ -1,0 +1,279 @@
+"""The rows of a batch between two passes: what is written, and what the next pass is fed.
+
+Ships with checkpoints: imports torch and siblings only.
+
+Shapes: B rows of the batch, R rows still running, W tokens that a pass adds, L tokens fed to a
+pass, J drafts, K head slots, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .phases import PhasePlan, PlanTables
+from .records import FORCED, Block, Decoded
+
+Stop = Callable[[Tensor, Any], Tensor]
+"""What a `StoppingCriteria` does: token ids [B, T] and None -> [B] bool."""
+Texts = Iterator[tuple[Tensor, Tensor]]
+"""Of F rows, those of one length at a time: which they are [G], and their texts [G, W]."""
+
+
+def splice(count: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """`count` [R] columns of `first` [R, J], then `second` [R, W], then anything: [R, J + W]."""
+    width = first.shape[1]
+    if not width:
+        return second
+    both = torch.cat([first, second], 1)
+    column = torch.arange(both.shape[1], device=both.device)
+    source = torch.where(column < count[:, None], column, column + width - count[:, None])
+    return both.gather(1, source.clamp(max=both.shape[1] - 1))
+
+
+class RunningRows:
+    """A batch of which some rows are still running."""
+
+    def __init__(
+        self,
+        prompts: Tensor,
+        prompt_lengths: Tensor,
+        plans: list[PhasePlan],
+        max_new_tokens: int,
+        pad_id: int,
+        stop: Stop | None,
+    ):
+        """Before the first pass of prompts [B, T] with lengths [B]."""
+        device, num_rows = prompts.device, len(prompts)
+        self.plan, self.tables = plans[0], PlanTables(plans, max_new_tokens + 1, device)
+        self.prompts, self.prompt_lengths = prompts, prompt_lengths
+        self.max_new_tokens, self.pad_id, self.stop = max_new_tokens, pad_id, stop
+        # Beyond the limit there is room for what a cut drops.
+        self.room = max_new_tokens + 2 * (self.tables.num_head_slots + 1)
+
+        # What is written: rows of the batch.
+        self.out = Decoded(
+            tokens=torch.full((num_rows, self.room), pad_id, device=device),
+            slots=torch.full((num_rows, self.room), -1, device=device),
+            logprobs=torch.zeros(num_rows, self.room, device=device),
+            lengths=torch.zeros(num_rows, dtype=torch.long, device=device),
+            passes=torch.zeros(num_rows, dtype=torch.long, device=device),
+            finished=torch.zeros(num_rows, dtype=torch.bool, device=device),
+            accepted=torch.zeros(num_rows, self.room, dtype=torch.long, device=device),
+            closed=torch.zeros(num_rows, dtype=torch.bool, device=device),
+        )
+
+        # Rows still running; `rows` says where they belong in the above.
+        self.rows = torch.arange(num_rows, device=device)
+        self.active = torch.ones(num_rows, dtype=torch.bool, device=device)
+        self.phase = self.plan.phase_after(prompts).gather(1, prompt_lengths[:, None] - 1)[:, 0]
+        self.in_phase = torch.zeros_like(prompt_lengths)  # output tokens of the current phase
+        self.closed = torch.zeros_like(self.active)  # the segment was closed (`Phase.closed_by`)
+        # A pass is fed `num_fresh` tokens that are kept, then `num_drafts` that may be.
+        self.fed, self.num_fresh = prompts, prompt_lengths
+        self.drafts, self.num_drafts = prompts[:, :0], torch.zeros_like(prompt_lengths)
+        self.draft_source: Tensor | None = None  # of sampled drafts, see `Slots`
+        self.start = torch.zeros_like(prompt_lengths)  # position of the first token that is fed
+        self.length = prompts.shape[1]  # positions of the longest row, with what is fed
+        self.is_even = bool((prompt_lengths == self.length).all())  # running rows end at `length`
+        self.num_active = num_rows
+        self.all_use_head = bool((self.kept_of_block() > 1).all())
+
+    def resume(self, written: Decoded, phase: Tensor, in_phase: Tensor, start: Tensor) -> None:
+        """Begin not at the prompts but at texts that are partly `written` and go on, one a row.
+
+        Args:
+            written: what the rows have so far.
+            phase: [R] index of the phase that the next pass begins in.
+            in_phase: [R] output tokens of that phase so far.
+            start: [R] position of the first token that main has not read.
+        """
+        for name, values in vars(written).items():
+            getattr(self.out, name)[..., : values.shape[-1]] = values
+        self.phase, self.in_phase, self.start = phase, in_phase, start
+        self.num_fresh = self.known() - start
+        figures = self.num_fresh.max(), start.max(), self.kept_of_block().min()
+        widest, farthest, fewest = torch.stack(figures).tolist()
+        text = splice(self.prompt_lengths, self.prompts, self.out.tokens)
+        columns = torch.arange(widest, device=text.device)
+        fed = text.gather(1, (start[:, None] + columns).clamp(max=text.shape[1] - 1))
+        self.fed = torch.where(columns < self.num_fresh[:, None], fed, self.pad_id)
+        self.length, self.drafts = farthest + widest, fed[:, :0]
+        self.all_use_head, self.is_even = fewest > 1, False
+
+    def kept_of_block(self) -> Tensor:
+        """[R] most tokens of a block that the mode of each running row's phase may keep."""
+        return self.tables.keep.gather(1, self.phase[:, None])[:, 0]
+
+    def known(self) -> Tensor:
+        """[R] tokens of each running row's text, its prompt included."""
+        return self.prompt_lengths[self.rows] + self.out.lengths[self.rows]
+
+    def texts(self, index: Tensor, extra: Tensor, num_extra: Tensor) -> Texts:
+        """Texts of running rows, `index` [F], with `num_extra` [F] tokens of `extra` [F, E] behind.
+
+        Rows with equally many new tokens come together: which of the F they are [G], and their
+        texts [G, T + new], padded on the left. So a text has the width that it has in transformers'
+        `generate`, whatever the other rows of the batch have written.
+        """
+        rows = self.rows[index]
+        new = self.out.lengths[rows] + num_extra
+        text = splice(self.prompt_lengths[rows], self.prompts[rows], self.out.tokens[rows])
+        text = splice(self.known()[index], text, extra)
+        for number in new.unique().tolist():
+            where = (new == number).nonzero()[:, 0]
+            width = self.prompts.shape[1] + number
+            source = torch.arange(width, device=text.device) - width
+            source = source + self.prompt_lengths[rows[where], None] + number
+            known = text[where].gather(1, source.clamp(min=0))
+            yield where, torch.where(source < 0, self.pad_id, known)
+
+    def enter_phases(self, tokens: Tensor, count: Tensor) -> Tensor:
+        """Take note of `count` [R] more tokens of `tokens` [R, J], of which only the last may be a
+        delimiter or an end token. Returns [R] bool, True where it ends the row's text.
+        """
+        if not tokens.shape[1]:
+            return torch.zeros_like(self.active)
+        last = tokens.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0]
+        begun = self.plan.opened(last)
+        enters = (count > 0) & (begun >= 0)
+        self.closed = self.closed | ((count > 0) & self.plan.closes(last, self.phase))
+        self.phase = torch.where(enters, begun, self.phase)
+        self.in_phase = torch.where(enters, 0, self.in_phase + count)
+        return (count > 0) & self.plan.is_end(last) | self.closed
+
+    def close_phases(self, added: Block, ended: Tensor) -> tuple[Block, Tensor]:
+        """Write a delimiter (`PhasePlan.forced`) behind what is added to rows whose phase is used
+        up. ended [R] -> the same, with rows counted whose segment that closed.
+        """
+        total = added.lengths
+        row = torch.arange(len(total), device=total.device)
+        used_up = self.in_phase >= self.tables.budget[row, self.phase]
+        full = self.active & ~ended & used_up
+        full &= self.out.lengths[self.rows] + total < self.max_new_tokens
+        closer = self.tables.forced[row, self.phase]
+        at = torch.arange(added.tokens.shape[1] + 1, device=total.device) == total[:, None]
+        at &= full[:, None]
+
+        def with_closer(values: Tensor, of_closer: Tensor | float) -> Tensor:
+            return torch.where(at, of_closer, F.pad(values, (0, 1)))
+
+        self.closed = self.closed | (full & self.plan.closes(closer, self.phase))
+        self.phase = torch.where(full & ~self.closed, self.plan.opened(closer), self.phase)
+        self.in_phase = torch.where(full, 0, self.in_phase)
+        added = Block(
+            added.rows,
+            with_closer(added.tokens, closer[:, None]),
+            with_closer(added.slots, FORCED),
+            with_closer(added.accepted, 0),
+            with_closer(added.logprobs, 0.0),
+            total + full,
+        )
+        return added, ended | self.closed
+
+    def stop_rows(self, added: Block, ended: Tensor) -> tuple[Block, Tensor]:
+        """Cut what is added after the first token at which the stopping criterion is met.
+
+        ended [R] -> the same, with rows that it stopped counted as ended.
+        """
+        assert self.stop is not None
+        total, stopped = added.lengths.clone(), torch.zeros_like(ended)
+        for count in range(1, added.tokens.shape[1] + 1):
+            asked = (self.active & ~stopped & (total >= count)).nonzero()[:, 0]
+            for where, text in self.texts(
+                asked, added.tokens[asked], torch.full_like(asked, count)
+            ):
+                told = asked[where][self.stop(text, None)]
+                total[told], stopped[told] = count, True
+        self.closed = self.closed & ~stopped
+        return replace(added, lengths=total), ended | stopped
+
+    def write(self, added: Block, ended: Tensor) -> None:
+        """Copy what a pass added to the output."""
+        out, rows = self.out, self.rows
+        columns = torch.arange(added.tokens.shape[1], device=rows.device)
+        is_kept = columns < added.lengths[:, None]
+        where = rows[:, None], out.lengths[rows, None] + columns
+        out.tokens[where] = torch.where(is_kept, added.tokens, self.pad_id)
+        out.slots[where] = torch.where(is_kept, added.slots, -1)
+        out.logprobs[where] = torch.where(is_kept, added.logprobs, 0.0)
+        out.accepted[where] = torch.where(is_kept, added.accepted, 0)
+        out.lengths[rows] += added.lengths
+        out.passes[rows] += self.active.long()
+        out.finished[rows] |= self.active & ended & ~self.closed
+        out.closed[rows] |= self.active & self.closed
+        self.active = self.active & ~ended & (out.lengths[rows] < self.max_new_tokens)
+
+    def advance(self, added: Block, prefix: Tensor, drafts: Tensor, proposed: Tensor) -> bool:
+        """Prepare the next pass; False if no row goes on.
+
+        prefix [R]: added tokens that main has already read, as drafts. proposed [R]: how many of
+        `drafts` [R, K] are fed behind the tokens that it has not.
+        """
+        fresh, columns = added.tokens, torch.arange(added.tokens.shape[1], device=prefix.device)
+        if self.drafts.shape[1]:
+            fresh = fresh.gather(1, (columns + prefix[:, None]).clamp(max=fresh.shape[1] - 1))
+        # An inactive row is fed one token at position 0 until half of the rows are inactive.
+        self.start = torch.where(self.active, self.start + self.num_fresh + prefix, 0)
+        self.num_fresh = torch.where(self.active, added.lengths - prefix, 1)
+        self.num_drafts = torch.where(self.active, proposed, 0)
+        num_fed = self.num_fresh + self.num_drafts
+        widest_row, farthest_row = num_fed.max(), self.start.max()
+        end = widest_row + farthest_row
+        figures = (
+            self.active.sum(),
+            widest_row,
+            farthest_row,
+            self.num_drafts.max(),
+            torch.where(self.active, self.kept_of_block(), 2).min(),
+            torch.where(self.active, self.start + num_fed, end).min(),
+        )
+        counts = torch.stack(figures).tolist()
+        self.num_active, widest, farthest, num_drafts, fewest, nearest = counts
+        self.all_use_head, self.is_even = fewest > 1, nearest == farthest + widest
+        if not self.num_active:
+            return False
+        self.drafts = drafts[:, :num_drafts]
+        if not num_drafts:
+            self.draft_source = None
+        elif self.draft_source is not None:
+            self.draft_source = self.draft_source[:, :num_drafts]
+        fed = splice(self.num_fresh, fresh, self.drafts) if num_drafts else fresh
+        columns = torch.arange(fed.shape[1], device=fed.device)
+        fed = torch.where(columns < num_fed[:, None], fed, self.pad_id)
+        self.fed, self.length = fed[:, :widest], farthest + widest
+        return True
+
+    def select(self, chosen: Tensor) -> None:
+        """Go on with the chosen rows only."""
+        self.tables.select(chosen)
+        for name in ("rows", "active", "phase", "in_phase", "closed", "start"):
+            setattr(self, name, getattr(self, name)[chosen])
+        for name in ("fed", "num_fresh", "drafts", "num_drafts"):
+            setattr(self, name, getattr(self, name)[chosen])
+        if self.draft_source is not None:
+            self.draft_source = self.draft_source[chosen]
+
+    def renumber(self) -> None:
+        """Make the running rows, of which some may be the same, all the rows of the batch."""
+        kept = self.rows
+        self.prompts, self.prompt_lengths = self.prompts[kept], self.prompt_lengths[kept]
+        self.out, self.rows = self.out.select(kept), torch.arange(len(kept), device=kept.device)
+
+    def drop_drafts(self, where: Tensor) -> None:
+        """Feed no drafts to the next pass in rows that are True in `where` [R]."""
+        self.num_drafts = torch.where(where, 0, self.num_drafts)
+        widest_row = (self.num_fresh + self.num_drafts).max()
+        widest, farthest = torch.stack([widest_row, self.start.max()]).tolist()
+        self.fed, self.length = self.fed[:, :widest], farthest + widest
+        self.is_even = False
+
+    def decoded(self) -> Decoded:
+        """The output, cut to its longest row."""
+        out, longest = self.out, int(self.out.lengths.max())
+        for name in ("tokens", "slots", "logprobs", "accepted"):
+            setattr(out, name, getattr(out, name)[:, :longest])
+        return out

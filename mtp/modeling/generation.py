@@ -1,0 +1,472 @@
+"""`generate` with `mtp_mode`: transformers' conventions around the pass loop.
+
+What is here: the mixin that reads a request (padding, generation config, processors, criteria,
+streamer), refuses impossible ones before any pass, and runs `passes_mtp.decode`. This module is
+also the door to decoding for the rest of the library.
+
+Ships with checkpoints: imports torch, transformers and siblings only.
+
+Shapes: B rows, T prompt, L new tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.utils import ModelOutput
+
+from .attention import NAME, check_attention
+from .cache import BlockCache
+from .decode import decode
+from .memory import Memory
+from .phases import (
+    MODES,
+    Phase,
+    PhasePlan,
+    check_phases,
+    make_plan,
+    phases_from_json,
+    phases_to_json,
+)
+from .records import FORCED, Block, Decoded, pad
+from .requests import OF_MTP, STOCK, Kind, Wanted, check_own, check_processors, first_set, token_ids
+from .sampler import Sampler
+from .segments import Segments, SegmentSettings, check_segments, decode_segments
+
+__all__ = [
+    "FORCED",
+    "MODES",
+    "Block",
+    "Decoded",
+    "MTPGenerateOutput",
+    "MTPGenerationMixin",
+    "Memory",
+    "Phase",
+    "PhasePlan",
+    "Sampler",
+    "SegmentSettings",
+    "Segments",
+    "check_phases",
+    "check_segments",
+    "decode",
+    "decode_segments",
+    "make_plan",
+    "pad",
+    "phases_from_json",
+    "phases_to_json",
+]
+
+
+@dataclass
+class MTPGenerateOutput(ModelOutput):
+    """`generate(..., mtp_mode=..., return_dict_in_generate=True)`."""
+
+    sequences: Tensor | None = None
+    """[B, T + L] the prompt as given and the output, padded on the right."""
+    slots: Tensor | None = None
+    """[B, L] emitter of each output token: 0 main, 1..K the head's slot, -1 padding, -2 forced."""
+    logprobs: Tensor | None = None
+    """[B, L] log-probability of each output token under its emitter's sampling distribution."""
+    passes: Tensor | None = None
+    """[B] forward passes of main."""
+    accepted: Tensor | None = None
+    """[B, L] slot of the head that proposed a token which main accepted (verified mode), else 0."""
+    finished: Tensor | None = None
+    """[B] bool, ended by an end token or a stopping criterion."""
+
+
+class Request(NamedTuple):
+    """A call of `generate`, as `decode` takes it."""
+
+    given: Tensor
+    """[B, T] prompts as they were given."""
+    wanted: Wanted
+    """The options that the call and its configs set."""
+    text: tuple[Tensor, Tensor, list[PhasePlan], Sampler]
+    """Prompts padded on the right, their lengths, their plans, the sampler."""
+    arguments: dict[str, Any]
+    """Keyword arguments of `decode`."""
+    streamer: Any
+    """transformers' streamer, or None."""
+
+
+class MTPGenerationMixin:
+    """`generate` with `mtp_mode`. Without it, the stock `generate` runs on main alone."""
+
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        """As transformers chooses, but `sdpa` is the one that knows a pass (`attention_mtp`)."""
+        found: str = super().get_correct_attn_implementation(  # type: ignore[misc]
+            requested_attention, is_init_check
+        )
+        return NAME if found == "sdpa" else found
+
+    def main_states(
+        self,
+        fed: Tensor,
+        start: Tensor,
+        cache: BlockCache,
+        length: int,
+        *,
+        is_even: bool = False,
+        with_taps: bool = True,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Feed tokens [B, L] whose first is at position `start` [B]; the cache then holds `length`.
+
+        is_even: every row that counts ends there, which spares one token a row its mask.
+        Returns main's hidden rows after its final norm [B, L, D], and each tap's [B, L, D], none
+        without taps.
+        """
+        taps = self.mtp_taps if with_taps else []
+        positions = start[:, None] + torch.arange(fed.shape[1], device=fed.device)
+        mask = cache.place(positions, length, is_even)
+        if mask is not None and self.config._attn_implementation == "eager":
+            mask = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill(
+                ~mask, torch.finfo(self.dtype).min
+            )
+        out = self.model(
+            input_ids=fed,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=taps or None,
+            in_pass=True,
+        )
+        return out.last_hidden_state, [out.hidden_states[tap] for tap in taps]
+
+    def phase_plan(
+        self,
+        mode: str,
+        k: int | None = None,
+        max_thought_tokens: int | None = None,
+        config: GenerationConfig | None = None,
+    ) -> PhasePlan:
+        """The plan saved with the checkpoint (`generation_config.mtp_phases`), for one request.
+
+        Args:
+            mode: `fast` runs each phase in its own mode, `slow` and `verified` all in that mode.
+            k: head slots of a pass; None: all that the head has.
+            max_thought_tokens: after so many tokens of the first phase it is closed by force.
+            config: of the request, whose phases and end tokens count more than the checkpoint's.
+
+        Raises ValueError for settings that the checkpoint cannot follow.
+        """
+        if mode not in MODES:
+            raise ValueError(
+                f"mtp_mode must be one of {list(MODES)}, by row or for all, or {STOCK!r} for all; "
+                f"got {mode!r}"
+            )
+        saved = first_set("mtp_phases", config, self.generation_config)
+        if saved is None:
+            raise ValueError("generation_config.mtp_phases is missing: export the model with mtp")
+        if k is not None and not 1 <= k < self.num_slots:
+            raise ValueError(
+                f"mtp_k must be between 1 and the head's {self.num_slots - 1} slots, got {k}"
+            )
+        eos = first_set("eos_token_id", config, self.generation_config)
+        plan = make_plan(
+            list(phases_from_json(saved, str).values()),
+            [entry["opened_by"] for entry in saved],
+            num_slots=self.num_slots if k is None else k + 1,
+            eos_ids=token_ids(eos),
+            mode=mode,
+            closed_by=[entry.get("closed_by") for entry in saved],
+        )
+        if max_thought_tokens is not None:
+            if max_thought_tokens < 1 or len(saved) < 2:
+                raise ValueError(
+                    "max_thought_tokens must be at least 1, for a model with a phase after the "
+                    f"thought; got {max_thought_tokens} and {len(saved)} phases"
+                )
+            plan.max_tokens[0] = max_thought_tokens
+        return plan
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        mtp_mode: str | Sequence[str] | None = None,
+        mtp_k: int | None = None,
+        max_thought_tokens: int | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate`; with `mtp_mode`, the pass loop.
+
+        Args:
+            inputs: [B, T] token ids, padded on either side; `input_ids` is the same.
+            generation_config: of this call; the model's own by default.
+            mtp_mode: `fast`, `slow` or `verified`, or one of them for each row; `stock`:
+                transformers' own `generate` on main alone, with all its arguments. None: what the
+                generation config says under this name, `stock` if it says nothing.
+            mtp_k: head slots of a pass; None: as the generation config says, else all that the
+                head has.
+            max_thought_tokens: budget of the first phase, whose closing delimiter is then forced;
+                None: as the generation config says, else that of the phase.
+            generator: source of randomness for sampling.
+            kwargs: with a mode, what `requests_mtp.OPTIONS` honours, as logits_processor (applied
+                to every slot), stopping_criteria (asked after every token) and streamer (given a
+                block at a time).
+
+        Returns [B * num_return_sequences, T + L] ids, or `MTPGenerateOutput`. Raises ValueError,
+        before any pass, for what the pass loop cannot do.
+        """
+        check_own(generation_config, self.generation_config)
+        mode = first_set("mtp_mode", generation_config, self.generation_config)
+        mode = mode if mtp_mode is None else mtp_mode
+        if mode is None or mode == STOCK:
+            ours = {
+                "mtp_k": mtp_k,
+                "max_thought_tokens": max_thought_tokens,
+                "generator": generator,
+            }
+            for name, value in ours.items():
+                if value is not None:
+                    raise ValueError(
+                        f"{name} must be left out without an mtp_mode, which is {mode!r}, got "
+                        f"{value}; give one of {list(MODES)}"
+                    )
+            return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+        request = self._read_request(
+            inputs, generation_config, mode, mtp_k, max_thought_tokens, generator, kwargs
+        )
+        prompts = request.given
+        padded, lengths, plans, sampler = request.text
+        copies, streamer = request.arguments["num_return_sequences"], request.streamer
+        if streamer is not None and len(prompts) * copies > 1:
+            raise ValueError(f"streamer takes one sequence at a time, got {len(prompts) * copies}")
+        if streamer is not None:
+            streamer.put(prompts.cpu())
+        out = decode(
+            self,
+            padded,
+            lengths,
+            [plan.as_last_segment() for plan in plans],
+            sampler,
+            on_block=None if streamer is None else lambda block: put_block(streamer, block),
+            **request.arguments,
+        )
+        if streamer is not None:
+            streamer.end()
+        sequences = torch.cat([prompts.repeat_interleave(copies, 0), out.tokens], 1)
+        if not request.wanted["return_dict_in_generate"]:
+            return sequences
+        return MTPGenerateOutput(
+            sequences=sequences,
+            slots=out.slots,
+            logprobs=out.logprobs,
+            passes=out.passes,
+            accepted=out.accepted,
+            finished=out.finished,
+        )
+
+    def generate_segments(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        tokenizer: Any,
+        mtp_mode: str | Sequence[str] | None = None,
+        mtp_k: int | None = None,
+        max_segments: int | None = None,
+        generator: torch.Generator | None = None,
+        on_block: Callable[[Block], None] | None = None,
+        on_segment: Callable[[int, list[int], Memory], None] | None = None,
+        **kwargs: Any,
+    ) -> Segments:
+        """Trajectories that summarize into a memory file and think on; see `segments_mtp`.
+
+        The settings saved with the checkpoint (`generation_config.mtp_segments`) say what a next
+        segment is given. Arguments are those of `generate`, `max_new_tokens` being a segment's, and
+
+        Args:
+            inputs: [B, T] token ids, padded on either side.
+            generation_config: of this call; the model's own by default.
+            tokenizer: of the model; it reads summaries and writes the memory file.
+            mtp_mode: for all phases' modes, or one for each row; None: as the generation config
+                says, else `fast`.
+            mtp_k: as in `generate`.
+            max_segments: of a trajectory; None: as saved.
+            generator: source of randomness for sampling.
+            on_block: called after each pass.
+            on_segment: called with a trajectory's number, its next context and its memory.
+            kwargs: as in `generate`, without a streamer and whatever counts from the beginning of a
+                text that is not one.
+
+        Raises ValueError, before any pass, for what cannot be done.
+        """
+        saved = first_set("mtp_segments", generation_config, self.generation_config)
+        settings = SegmentSettings(**(saved or {}))
+        if max_segments is not None:
+            settings.max_segments = max_segments
+        phases = first_set("mtp_phases", generation_config, self.generation_config) or []
+        check_segments(settings, phases_from_json(phases, str), "generation_config", "mtp_")
+        request = self._read_request(
+            inputs,
+            generation_config,
+            mtp_mode,
+            mtp_k,
+            None,
+            generator,
+            {"tokenizer": tokenizer, **kwargs},
+            one_context=settings.max_segments == 1,
+        )
+        if request.streamer is not None:
+            raise ValueError("generate_segments takes no streamer; give it on_block")
+        return decode_segments(
+            self,
+            *request.text,
+            settings=settings,
+            tokenizer=tokenizer,
+            on_block=on_block,
+            on_segment=on_segment,
+            **request.arguments,
+        )
+
+    def _read_request(
+        self,
+        inputs: Tensor | None,
+        generation_config: GenerationConfig | None,
+        mtp_mode: str | Sequence[str] | None,
+        mtp_k: int | None,
+        max_thought_tokens: int | None,
+        generator: torch.Generator | None,
+        kwargs: dict[str, Any],
+        one_context: bool = True,
+    ) -> Request:
+        """What `decode` is asked for. Raises ValueError for what it cannot do.
+
+        mtp_mode, mtp_k, max_thought_tokens: None: the generation config's. one_context: a text
+        continues its prompt throughout.
+        """
+        check_attention(self.config)
+        check_own(generation_config, self.generation_config)
+        configs = generation_config, self.generation_config
+        wanted = Wanted(kwargs, *configs)
+        wanted.check()
+        prompts = read_prompts(inputs, wanted["input_ids"])
+        eos_ids = token_ids(wanted["eos_token_id"])
+        pad_id = next(iter(token_ids(wanted["pad_token_id"])), None)
+        copies = wanted["num_return_sequences"]
+        copies = 1 if copies is None else copies
+        if copies > 1 and not wanted["do_sample"]:
+            raise ValueError(
+                f"num_return_sequences={copies} greedy sequences of a prompt would be the same; "
+                "set do_sample=True"
+            )
+        cache = wanted["cache_implementation"] or "dynamic"
+        if cache not in ("dynamic", "static"):
+            raise ValueError(f"cache_implementation must be dynamic or static, got {cache!r}")
+        max_new_tokens = wanted.max_new_tokens(prompts.shape[1] if one_context else None)
+        stock = wanted.stock_config(eos_ids, pad_id, prompts.device)
+        stock.max_length = prompts.shape[1] + max_new_tokens
+        mask = self._read_mask(wanted["attention_mask"], prompts, stock)
+        check_processors(wanted["logits_processor"] or [], len(prompts) * copies)
+        process = self._read_processors(wanted, prompts, mask, stock, one_context)
+        stop = wanted.criteria()
+        own: dict[str, Any] = dict(zip(OF_MTP, (mtp_mode, mtp_k, max_thought_tokens), strict=True))
+        mode, k, most = (
+            first_set(name, *configs) if value is None else value for name, value in own.items()
+        )
+        mode = "fast" if mode is None else mode
+        modes = [mode] * len(prompts) if isinstance(mode, str) else list(mode)
+        by_mode = {mode: self.phase_plan(mode, k, most, generation_config) for mode in modes}
+        for plan in by_mode.values():
+            plan.eos_ids = eos_ids
+        plans = [by_mode[mode] for mode in modes]
+        order = mask.argsort(dim=1, descending=True, stable=True)
+        text = prompts.gather(1, order), mask.sum(1), plans, wanted.sampler()
+        arguments = {
+            "max_new_tokens": max_new_tokens,
+            "pad_id": (eos_ids[0] if eos_ids else 0) if pad_id is None else pad_id,
+            "generator": generator,
+            "process": process if len(process) else None,
+            "stop": stop if len(stop) else None,
+            "num_return_sequences": copies,
+            "static_cache": cache == "static",
+            # Greedy tokens are the same with and without; a draw from the generator is not.
+            "kernels": None if wanted["do_sample"] else "auto",
+        }
+        return Request(prompts, wanted, text, arguments, wanted["streamer"])
+
+    def _read_mask(self, given: Tensor | None, prompts: Tensor, stock: GenerationConfig) -> Tensor:
+        """[B, T] int64: 1 where a prompt has a token; not given, it is inferred as in transformers.
+
+        Raises ValueError for a mask that does not belong to the prompts.
+        """
+        if given is None:
+            infer = self._prepare_attention_mask_for_generation  # type: ignore[attr-defined]
+            given = infer(prompts, stock, {})
+        mask = given.to(prompts.device).ne(0).long()
+        if mask.shape != prompts.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of the prompts, {list(prompts.shape)}, got "
+                f"{list(mask.shape)}"
+            )
+        if not bool(mask.any(1).all()):
+            raise ValueError("attention_mask leaves a row without a token; give every row a prompt")
+        return mask
+
+    def _read_processors(
+        self,
+        wanted: Wanted,
+        prompts: Tensor,
+        mask: Tensor,
+        stock: GenerationConfig,
+        one_context: bool,
+    ) -> LogitsProcessorList:
+        """The processors that are given, and transformers' own for the options that these do.
+
+        Raises ValueError for options that do not suit the prompts.
+        """
+        given = LogitsProcessorList(wanted["logits_processor"] or [])
+        asked = wanted.asked(Kind.PROCESSED)
+        if not asked:
+            return given
+        if not one_context:
+            raise ValueError(
+                f"{asked[0]} must be left out where a text has several contexts, got "
+                f"{wanted[asked[0]]}; give a logits_processor that knows of them"
+            )
+        if "repetition_penalty" in asked and not bool(mask.all()):
+            raise ValueError(
+                "repetition_penalty must be 1.0 where prompts are padded, got "
+                f"{wanted['repetition_penalty']}; generate prompts of one length together"
+            )
+        made: LogitsProcessorList = self._get_logits_processor(  # type: ignore[attr-defined]
+            stock,
+            input_ids_seq_length=prompts.shape[1],
+            encoder_input_ids=prompts,
+            logits_processor=given,
+            device=prompts.device,
+            model_kwargs={},
+        )
+        return made
+
+
+def read_prompts(inputs: Tensor | None, input_ids: Tensor | None) -> Tensor:
+    """[B, T] the prompts of a call, which has two names for them."""
+    if inputs is not None and input_ids is not None:
+        raise ValueError("input_ids must be left out beside inputs, which is the same; give one")
+    prompts = input_ids if inputs is None else inputs
+    if prompts is None:
+        raise ValueError("input_ids must be given to generate with mtp_mode")
+    if prompts.ndim != 2 or 0 in prompts.shape or prompts.is_floating_point():
+        raise ValueError(
+            f"input_ids must be token ids of at least one prompt and token, [B, T], got "
+            f"{prompts.dtype} {list(prompts.shape)}"
+        )
+    return prompts
+
+
+def put_block(streamer: Any, block: Block) -> None:
+    """Hand a pass's tokens of a batch of one to a transformers streamer."""
+    length = int(block.lengths[0]) if len(block.lengths) else 0
+    if length:
+        streamer.put(block.tokens[0, :length].cpu())

@@ -1,0 +1,56 @@
+"""Matrices that are read past their modules: output matrices.
+
+Decoding and losses multiply hidden rows by an output matrix themselves, so that logits need not be
+made. Whatever else its module does is then not done: an adapter adds nothing, a hook does not run,
+a weight that is stored elsewhere or in other numbers is not fetched. Such a module is refused here,
+since the numbers without it would be those of another model.
+
+Ships with checkpoints: imports torch only.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PLAIN = (nn.Linear.forward, nn.Embedding.forward)
+"""What a module does that does no more than its weight says."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def plain_matrix(module: Any, name: str) -> Tensor:
+    """The weight [V, D] of a linear layer or an embedding that is nothing but its weight.
+
+    Raises ValueError for any other module, by the `name` that a reader knows it by.
+    """
+    found = beyond_weight(module)
+    if found is not None:
+        raise ValueError(
+            f"{name} must be a plain nn.Linear or nn.Embedding with a dense weight in memory: mtp "
+            f"reads its weight, and nothing else of it would count; got {found}. Merge adapters "
+            "first (merge_and_unload()), and load this layer without device_map, quantization and "
+            "hooks"
+        )
+    weight: Tensor = module.weight
+    return weight
+
+
+def beyond_weight(module: Any) -> str | None:
+    """What there is to a module beside a dense weight, in words; None: nothing."""
+    kind = type(module)
+    if getattr(kind, "forward", None) not in PLAIN:
+        return f"a {kind.__name__}"
+    if "forward" in vars(module):
+        return f"a {kind.__name__} whose forward was replaced (as accelerate does for device_map)"
+    weight = module._parameters.get("weight")
+    if type(weight) is not nn.Parameter:
+        return f"a {kind.__name__} whose weight is computed or stored by other means"
+    if weight.is_meta or weight.layout != torch.strided or weight.dtype not in DTYPES:
+        return f"a weight of {weight.dtype} on {weight.device}"
+    if module._parameters.get("bias") is not None:
+        return f"a {kind.__name__} with a bias"
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    names = [getattr(hook, "__name__", type(hook).__name__) for hook in hooks]
+    # This one, of transformers and peft, asks for gradients and changes no number.
+    names = [name for name in names if not name.startswith("make_inputs_require_grad")]
+    return f"a {kind.__name__} with the hook {names[0]}" if names else None

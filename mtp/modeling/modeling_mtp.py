@@ -1,0 +1,175 @@
+"""A causal LM that is overheard by a small head, which writes the next tokens of each pass.
+
+What is here: the taps (layers of main's residual stream at the anchor), the message made of them,
+two heads behind one interface, the mixin that gives any Hugging Face causal LM a head, and one
+two-line class per base family. What is left out: decoding (`generation.py`), search
+(`search.py`) and losses.
+
+This file thips with checkpoints: imports torch, transformers and siblings only.
+
+Shapes: B batch, T time, N anchors, K head slots, D main width, H head width, V vocabulary,
+E width of the output matrix that the head uses (D when it shares main's, else H).
+"""
+
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, PretrainedConfig, Qwen3ForCausalLM, initialization
+
+from .contract import check_config, check_layout
+from .heads import HEADS, HeadConfig, HeadLinear, HeadRMSNorm
+from .matrices import plain_matrix
+from .search import MTPSearchMixin
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0] * ctx.scale, None
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """`x` itself; its gradient is multiplied by `scale` (0 detaches, so no gradient is made)."""
+    if scale == 1.0:
+        return x
+    return x.detach() if scale == 0.0 else _ScaleGradient.apply(x, scale)
+
+
+class ScoredRows(NamedTuple):
+    """What one parallel forward over flat text gives; logits are left to the caller."""
+
+    main_hidden: Tensor
+    """[B, T, D] after main's final norm; row t times the output matrix gives t + 1."""
+    head_hidden: Tensor | None
+    """[N, K, E]; row (n, j) times the head's output matrix gives the head's slot j of anchor n."""
+
+
+class MTPMixin(MTPSearchMixin):
+    """Gives a causal LM class a head. Put it before the stock class in the bases.
+
+    The stock parameters keep their names; the head's are `mtp_head.*`. Settings are read from
+    `config.mtp` (a dict of `HeadConfig` fields). A main that the pass loop cannot follow is refused
+    (`contract.py`).
+    """
+
+    def __init__(self, config: PretrainedConfig):
+        if getattr(config, "mtp", None) is None:
+            config.mtp = asdict(HeadConfig())
+        check_config(config)
+        settings = HeadConfig.from_checkpoint(config.mtp)
+        config.mtp = asdict(settings)
+        super().__init__(config)
+        check_layout(self)
+        self.mtp_settings = settings
+        self.mtp_taps = settings.resolved_taps(config.num_hidden_layers)
+        self.mtp_head: Any = HEADS[settings.type](settings, config, len(self.mtp_taps))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Main as its family does; the head's matrices by fan-in, whatever main's range is."""
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, HeadLinear):
+            initialization.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
+        elif isinstance(module, HeadRMSNorm):
+            initialization.ones_(module.weight)
+
+    def _resize_token_embeddings(
+        self,
+        new_num_tokens: int | None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Main's matrices, and those of the head's own with them: one row a token in each."""
+        embeddings = super()._resize_token_embeddings(
+            new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
+        head, size = self.mtp_head, embeddings.weight.shape[0]
+        if hasattr(head, "embed_tokens"):
+            self._get_resized_embeddings(head.embed_tokens, size, mean_resizing=mean_resizing)
+        if hasattr(head, "lm_head"):
+            old = head.lm_head
+            new = self._get_resized_lm_head(old, size, mean_resizing=mean_resizing).weight
+            # In its own module, which `_init_weights` tells apart from main's.
+            old.weight, old.out_features = (
+                nn.Parameter(new.detach(), old.weight.requires_grad),
+                size,
+            )
+        return embeddings
+
+    @property
+    def num_slots(self) -> int:
+        """K + 1: the tokens of one pass."""
+        return self.mtp_settings.num_slots + 1
+
+    def main_rows(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Main's forward: hidden rows [B, T, D] after the final norm and taps [B, T, taps, D]."""
+        out = self.model(input_ids=input_ids, output_hidden_states=self.mtp_taps, **kwargs)
+        taps = torch.stack([out.hidden_states[tap] for tap in self.mtp_taps], -2)
+        return out.last_hidden_state, taps
+
+    def head_embed(self, tokens: Tensor, channel_gradient: float = 1.0) -> Tensor:
+        """Embeddings of tokens as the head reads them: [...] -> [..., D or H]."""
+        if self.mtp_settings.shared_embeddings:
+            return scale_gradient(self.get_input_embeddings()(tokens), channel_gradient)
+        own = getattr(self.mtp_head, "embed_tokens", None)
+        # The parallel head has no embedding: it does not read tokens.
+        return own(tokens) if own is not None else tokens.new_empty(*tokens.shape, 0).float()
+
+    def head_output_weight(self, channel_gradient: float = 1.0) -> Tensor:
+        """[V, E]: the output matrix of the head's slots."""
+        if self.mtp_settings.shared_embeddings:
+            matrix = plain_matrix(self.get_output_embeddings(), "the model's output layer")
+            return scale_gradient(matrix, channel_gradient)
+        return plain_matrix(self.mtp_head.lm_head, "mtp_head.lm_head")
+
+    def score(
+        self,
+        input_ids: Tensor,
+        anchors: Tensor | None = None,
+        slot_inputs: Tensor | None = None,
+        channel_gradient: float = 1.0,
+    ) -> ScoredRows:
+        """One causal forward over flat, right-padded text, and the head at the given anchors.
+
+        Args:
+            input_ids: [B, T] int64; padding on the right only, so no mask is needed.
+            anchors: [N] int64 indices into the flattened B * T positions.
+            slot_inputs: [N, K] int64, t_0..t_{K-1}: what each head slot reads.
+            channel_gradient: scale of the head's gradient on every parameter of main, its
+                embedding and output matrices included; 0 makes none.
+        """
+        if anchors is None or slot_inputs is None:
+            hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
+            return ScoredRows(hidden, None)
+        hidden, taps = self.main_rows(input_ids, use_cache=False)
+        head, recalled = self.mtp_head, None
+        if head.recall is None:
+            message = head.message(scale_gradient(taps.flatten(0, 1)[anchors], channel_gradient))
+        else:
+            messages = head.message(scale_gradient(taps, channel_gradient))
+            recalled = head.recall(messages).flatten(0, 1)[anchors]
+            message = messages.flatten(0, 1)[anchors]
+        embeds = self.head_embed(slot_inputs, channel_gradient)
+        return ScoredRows(hidden, head(message, embeds, recalled))
+
+
+class LlamaMTPForCausalLM(MTPMixin, LlamaForCausalLM):
+    """Llama and its kin (SmolLM2, Mistral-shaped checkpoints saved as Llama) with a head."""
+
+
+class Qwen3MTPForCausalLM(MTPMixin, Qwen3ForCausalLM):
+    """Qwen3 with a head."""
+
+
+FAMILIES: dict[str, type[MTPMixin]] = {
+    "llama": LlamaMTPForCausalLM,
+    "qwen3": Qwen3MTPForCausalLM,
+}
+"""`config.model_type` -> class. A new family is two lines: the class above and its entry here."""

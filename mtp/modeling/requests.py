@@ -1,0 +1,288 @@
+"""What a call of `generate` with `mtp_mode` may ask for: every option of transformers, by name.
+
+`OPTIONS` holds each field of a `GenerationConfig` and each argument of `generate`, and says whether
+the pass loop honours it, a processor of transformers does, or it is refused unless its value asks
+for nothing. A field that is not in it fails a test, so none is ever passed over in silence.
+
+Ships with checkpoints: imports torch, transformers and siblings only.
+
+Shapes: B rows, T prompt.
+"""
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
+
+from .sampler import Sampler
+
+DEFAULT_NEW_TOKENS = 256
+STOCK = "stock"
+"""In place of a mode: transformers' own `generate`, whatever the generation config says."""
+
+
+class Kind(Enum):
+    """What becomes of an option."""
+
+    HONOURED = "read by the pass loop"
+    PROCESSED = "done by transformers' own processor, as in the stock `generate`"
+    REFUSED = "an error unless it asks for nothing"
+    SAMPLING = "an error if tokens are sampled, unless it asks for nothing; nothing reads it if not"
+    IDLE = "read by nobody, whatever it says: it belongs to options that are refused"
+
+
+class Option(NamedTuple):
+    """An option of `generate`."""
+
+    kind: Kind
+    neutral: tuple[Any, ...] = (None,)
+    """Values that ask for nothing, as None always does. The first is the default."""
+    remedy: str = "call generate with mtp_mode='stock' for it"
+
+
+def _each(names: str, option: Option) -> dict[str, Option]:
+    return dict.fromkeys(names.split(), option)
+
+
+PROCESSOR = "give a logits_processor that does it"
+BEAMS = "model.search(..., config={'method': 'beam'}) searches with the head"
+NO_LOGITS = "return_dict_in_generate=True gives the log-probability of every token"
+
+OPTIONS: dict[str, Option] = {
+    # Length and end.
+    **_each("max_new_tokens max_length", Option(Kind.HONOURED)),
+    **_each("eos_token_id pad_token_id max_time stop_strings", Option(Kind.HONOURED)),
+    "min_length": Option(Kind.PROCESSED, (0,)),
+    "min_new_tokens": Option(Kind.PROCESSED, (None, 0)),
+    **_each("forced_bos_token_id forced_eos_token_id", Option(Kind.PROCESSED)),
+    "exponential_decay_length_penalty": Option(Kind.PROCESSED),
+    # The distribution. transformers samples from the 50 likeliest tokens if nobody says otherwise.
+    "do_sample": Option(Kind.HONOURED, (False,)),
+    "temperature": Option(Kind.HONOURED, (1.0,)),
+    "top_k": Option(Kind.HONOURED, (50,)),
+    "top_p": Option(Kind.HONOURED, (1.0,)),
+    "repetition_penalty": Option(Kind.PROCESSED, (1.0,)),
+    "no_repeat_ngram_size": Option(Kind.PROCESSED, (0,)),
+    "remove_invalid_values": Option(Kind.PROCESSED, (False,)),
+    **_each("bad_words_ids sequence_bias", Option(Kind.PROCESSED)),
+    **_each("suppress_tokens begin_suppress_tokens", Option(Kind.PROCESSED)),
+    "renormalize_logits": Option(Kind.IDLE),  # the sampler's distributions always sum to 1
+    "min_p": Option(Kind.SAMPLING, (None, 0.0), PROCESSOR),
+    "top_h": Option(Kind.SAMPLING, (None,), PROCESSOR),
+    "typical_p": Option(Kind.SAMPLING, (1.0,), PROCESSOR),
+    **_each("epsilon_cutoff eta_cutoff", Option(Kind.SAMPLING, (0.0,), PROCESSOR)),
+    "encoder_repetition_penalty": Option(Kind.REFUSED, (1.0,), PROCESSOR),
+    "encoder_no_repeat_ngram_size": Option(Kind.REFUSED, (0,), PROCESSOR),
+    "guidance_scale": Option(Kind.REFUSED, (None, 1)),
+    "watermarking_config": Option(Kind.REFUSED),
+    "prefix_allowed_tokens_fn": Option(Kind.REFUSED, (None,), PROCESSOR),
+    **_each("negative_prompt_ids negative_prompt_attention_mask", Option(Kind.REFUSED)),
+    "token_healing": Option(Kind.REFUSED, (False,)),
+    # Who decodes.
+    "num_beams": Option(Kind.REFUSED, (1,), BEAMS),
+    "num_beam_groups": Option(Kind.REFUSED, (1,), BEAMS),
+    "diversity_penalty": Option(Kind.REFUSED, (0.0,), BEAMS),
+    **_each("constraints force_words_ids", Option(Kind.REFUSED)),
+    **_each("early_stopping length_penalty", Option(Kind.IDLE)),  # of beams
+    "penalty_alpha": Option(Kind.REFUSED, (None, 0.0)),
+    "dola_layers": Option(Kind.REFUSED),
+    "low_memory": Option(Kind.REFUSED, (None, False)),
+    "use_mtp": Option(Kind.REFUSED, (None, False), "mtp_mode='verified' drafts with the head"),
+    **_each(
+        "assistant_model assistant_early_exit prompt_lookup_num_tokens speculation_type",
+        Option(Kind.REFUSED, (None,), "mtp_mode='verified' drafts with the head"),
+    ),
+    "is_assistant": Option(Kind.REFUSED, (None, False)),
+    **_each(
+        "num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold "
+        "max_matching_ngram_size assistant_lookbehind target_lookbehind "
+        "assistant_ensemble_weight assistant_tokenizer",
+        Option(Kind.IDLE),  # of an assistant
+    ),
+    "custom_generate": Option(Kind.REFUSED),
+    "trust_remote_code": Option(Kind.IDLE),  # of custom_generate
+    # The cache and the machine.
+    "use_cache": Option(Kind.REFUSED, (True,), "the pass loop needs its cache"),
+    "cache_implementation": Option(Kind.HONOURED, (None,)),
+    **_each("cache_config max_cache_len prefill_chunk_size", Option(Kind.REFUSED)),
+    "continuous_batching_config": Option(Kind.REFUSED),
+    "compile_config": Option(Kind.REFUSED, (None,), "compile model.model.forward yourself"),
+    "disable_compile": Option(Kind.IDLE),  # nothing is compiled
+    "synced_gpus": Option(Kind.REFUSED, (None, False), "each process decodes for itself"),
+    # What is given and returned.
+    "num_return_sequences": Option(Kind.HONOURED, (1,)),
+    "return_dict_in_generate": Option(Kind.HONOURED, (False,)),
+    **_each("output_scores output_logits", Option(Kind.REFUSED, (None, False), NO_LOGITS)),
+    **_each("output_attentions output_hidden_states", Option(Kind.REFUSED, (None, False))),
+    **_each("inputs input_ids generation_config attention_mask", Option(Kind.HONOURED)),
+    **_each("logits_processor stopping_criteria streamer tokenizer", Option(Kind.HONOURED)),
+    **_each("bos_token_id decoder_start_token_id", Option(Kind.IDLE)),  # of a call without prompts
+    "transformers_version": Option(Kind.IDLE),
+}
+
+OF_MTP = ("mtp_mode", "mtp_k", "max_thought_tokens")
+"""Arguments of our own that a generation config may hold too."""
+
+KEEPS_ROWS = (
+    "PrefixConstrainedLogitsProcessor",
+    "EncoderNoRepeatNGramLogitsProcessor",
+    "EncoderRepetitionPenaltyLogitsProcessor",
+)
+"""Processors of transformers that take the i-th row that they are given for row i of the batch."""
+KEEPS_STATE = (
+    "ClassifierFreeGuidanceLogitsProcessor",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+    "SynthIDTextWatermarkLogitsProcessor",
+)
+"""Processors that count on one call a token, the whole batch in each."""
+
+
+class Wanted:
+    """The options that a call sets: its arguments, else a given config's, else the model's."""
+
+    def __init__(self, given: dict[str, Any], *configs: GenerationConfig | None):
+        self.given = given
+        self.configs = [vars(config) for config in configs if config is not None]
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.given:
+            return self.given[name]
+        found = [layer[name] for layer in self.configs if layer.get(name) is not None]
+        return found[0] if found else OPTIONS[name].neutral[0]
+
+    def is_neutral(self, name: str) -> bool:
+        """Whether an option asks for nothing."""
+        value = self[name]
+        is_plain = isinstance(value, bool | int | float | str)
+        return value is None or (is_plain and value in OPTIONS[name].neutral)
+
+    def asked(self, kind: Kind) -> list[str]:
+        """Names of the options of a kind that ask for something."""
+        return [n for n, o in OPTIONS.items() if o.kind is kind and not self.is_neutral(n)]
+
+    def check(self) -> None:
+        """Raises ValueError for what the pass loop cannot do."""
+        unknown = sorted(n for n, v in self.given.items() if n not in OPTIONS and v is not None)
+        if unknown:
+            taken = [n for n, o in OPTIONS.items() if o.kind in (Kind.HONOURED, Kind.PROCESSED)]
+            raise ValueError(f"generate with mtp_mode does not take {unknown}; it takes {taken}")
+        refused = self.asked(Kind.REFUSED) + (
+            self.asked(Kind.SAMPLING) if self["do_sample"] else []
+        )
+        for name in refused:
+            option, where = OPTIONS[name], "" if name in self.given else "generation_config."
+            raise ValueError(
+                f"{where}{name} must be {option.neutral[-1]} with mtp_mode, got {self[name]}; "
+                f"{option.remedy}"
+            )
+
+    def max_new_tokens(self, width: int | None) -> int:
+        """Most tokens of a text that continues prompts of a width.
+
+        Where both limits are set side by side `max_new_tokens` counts, as in transformers; a limit
+        among the arguments counts more than one in a config. None: raises ValueError for
+        `max_length`, since there is no one width that it includes.
+        """
+        for layer in (self.given, *self.configs):
+            if layer.get("max_new_tokens") is not None:
+                return int(layer["max_new_tokens"])
+            most = layer.get("max_length")
+            if most is None:
+                continue
+            if width is None:
+                raise ValueError(
+                    f"max_length={most} must be left out where a text has several contexts; give "
+                    "max_new_tokens, which is a segment's"
+                )
+            if most <= width:
+                raise ValueError(
+                    f"max_length must be above the {width} tokens of the prompts, which it "
+                    f"includes, got {most}; or give max_new_tokens"
+                )
+            return int(most) - width
+        return DEFAULT_NEW_TOKENS
+
+    def sampler(self) -> Sampler:
+        """The distribution that is asked for."""
+        if not self["do_sample"]:
+            return Sampler(temperature=0.0)
+        temperature, top_k, top_p = (self[name] for name in ("temperature", "top_k", "top_p"))
+        return Sampler(
+            temperature=1.0 if temperature is None else temperature,
+            top_k=0 if top_k is None else top_k,
+            top_p=1.0 if top_p is None else top_p,
+        )
+
+    def criteria(self) -> StoppingCriteriaList:
+        """What is asked after every token."""
+        out = StoppingCriteriaList(self["stopping_criteria"] or [])
+        if self["max_time"] is not None:
+            out.append(MaxTimeCriteria(self["max_time"]))
+        if self["stop_strings"] is not None:
+            if self["tokenizer"] is None:
+                raise ValueError(
+                    f"stop_strings={self['stop_strings']!r} needs tokenizer=, which says what text "
+                    "the tokens are; give the model's"
+                )
+            out.append(StopStringCriteria(self["tokenizer"], self["stop_strings"]))
+        return out
+
+    def stock_config(self, eos_ids: list[int], pad_id: int | None, device: Any) -> GenerationConfig:
+        """What transformers' own helpers need to infer a mask and to make processors."""
+        names = self.asked(Kind.PROCESSED)
+        out: Any = GenerationConfig(**{name: self[name] for name in names})
+        if out.min_new_tokens is not None:
+            out.min_length = None  # as in transformers, the number of new tokens counts
+
+        def ids(values: list[int]) -> Tensor:
+            return torch.tensor(values, device=device)
+
+        pad_id = eos_ids[0] if pad_id is None and eos_ids else pad_id
+        out._eos_token_tensor = ids(eos_ids) if eos_ids else None
+        out._pad_token_tensor = None if pad_id is None else ids([pad_id])[0]
+        return out
+
+
+def token_ids(value: Any) -> list[int]:
+    """Ids given as one number, several or a tensor; None: none."""
+    if value is None:
+        return []
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    return [value] if isinstance(value, int) else list(value)
+
+
+def first_set(name: str, *layers: Any) -> Any:
+    """The first value of a name that is not None; a layer has names as attributes."""
+    found = (getattr(layer, name, None) for layer in layers)
+    return next((value for value in found if value is not None), None)
+
+
+def check_own(given: GenerationConfig | None, own: GenerationConfig) -> None:
+    """Raises ValueError for a field of ours that a given config names and nobody reads."""
+    if given is None:
+        return
+    known = [*OF_MTP, *(name for name in vars(own) if name.startswith("mtp_"))]
+    known += ["mtp_phases", "mtp_segments"]
+    for name, value in vars(given).items():
+        if name.startswith("mtp_") and name not in known and value is not None:
+            raise ValueError(f"generation_config.{name} is no setting; there are {sorted(known)}")
+
+
+def check_processors(processors: Sequence[Any], num_rows: int) -> None:
+    """Raises ValueError for a processor of transformers that the pass loop cannot do justice to."""
+    for processor in processors:
+        names = {cls.__name__ for cls in type(processor).__mro__}
+        if names & set(KEEPS_STATE):
+            raise ValueError(
+                f"logits_processor {type(processor).__name__} counts on one call a token, and a "
+                "pass asks about several; call generate with mtp_mode='stock'"
+            )
+        if num_rows > 1 and names & set(KEEPS_ROWS):
+            raise ValueError(
+                f"logits_processor {type(processor).__name__} tells rows by their number, and a "
+                f"pass gives it some of {num_rows}; decode one sequence at a time"
+            )

@@ -1,0 +1,260 @@
+"""Trajectories of several segments: think, summarize into a memory file, think on with that.
+
+A segment is one run of the pass loop with a context of its own. Where a phase has a `closed_by`
+token (the summary, as in `<summary> ... </summary>`), that token ends the segment. The commands in
+the summary edit the trajectory's memory file (`memory_mtp`), and the next segment continues
+
+    prompt <summary> memory </summary> <think> recent tokens
+
+with the prompt as given, the memory as it is now and the last tokens of the thought so far. All
+else is dropped, so a context is bounded however long the thinking goes on. A phase's `max_tokens`
+closes a thought, or a summary, that is too long; in the last segment budgets lead to the answer and
+nothing closes the segment.
+
+What a segment's context is follows from the tokens of the segments before it. So the
+log-probability of a trajectory is the sum over its segments', and replay reads each segment as a
+text of its own.
+
+Ships with checkpoints: imports torch and siblings only.
+
+Shapes: B trajectories, S segments of all of them, L tokens of a segment, T prompt.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .decode import decode
+from .decode_state import Stop
+from .memory import Memory
+from .phases import Phase, PhasePlan
+from .records import Block, Decoded, pad
+from .sampler import Sampler
+from .token_sampling import Process
+
+
+@dataclass(kw_only=True)
+class SegmentSettings:
+    """What the next segment of a trajectory is given. Budgets are those of the phases."""
+
+    max_segments: int = 1
+    """Of a trajectory. 1: nothing closes a segment."""
+    recent_tokens: int = 16
+    """Last tokens of the thought that the next segment's context keeps."""
+    memory_tokens: int = 64
+    """Most tokens that the memory file may have; a write beyond them is ignored."""
+
+
+def check_segments(
+    settings: SegmentSettings, phases: dict[str, Phase], where: str, prefix: str = ""
+) -> None:
+    """Raises ValueError for settings that no trajectory can follow.
+
+    Their keys are `<where>.<prefix>segments` and `<where>.<prefix>phases`.
+    """
+    key, of_phases = f"{where}.{prefix}segments", f"{where}.{prefix}phases"
+    if settings.max_segments < 1:
+        raise ValueError(f"{key}.max_segments must be at least 1, got {settings.max_segments}")
+    for name in ("recent_tokens", "memory_tokens"):
+        if getattr(settings, name) < 0:
+            raise ValueError(f"{key}.{name} must be 0 or above, got {getattr(settings, name)}")
+    if settings.max_segments == 1:
+        return
+    names = list(phases)
+    closing = [name for name in names if phases[name].closed_by is not None]
+    if len(closing) != 1 or closing[0] in (names[0], names[-1]):
+        raise ValueError(
+            f"{key}.max_segments={settings.max_segments} needs closed_by in one phase of "
+            f"{of_phases}, neither the first nor the last, got it in "
+            f"{', '.join(closing) or 'none'}; as in summary: {{mode: slow, opened_by: <summary>, "
+            "closed_by: </summary>}"
+        )
+    for name in (names[0], closing[0]):
+        if phases[name].opened_by is None:
+            raise ValueError(
+                f"{of_phases}.{name}.opened_by must name a token where {key}.max_segments is "
+                "above 1: the next context is put together with it"
+            )
+
+
+@dataclass
+class Segments:
+    """The segments of B trajectories, one below the other: those of one follow one another."""
+
+    prompts: list[list[int]]
+    """[S] the context that each segment continues: token ids."""
+    out: Decoded
+    """[S] rows: what each segment wrote."""
+    owners: list[int]
+    """[S] number of the trajectory that each belongs to, 0..B-1, never falling."""
+    memories: list[Memory]
+    """[S] the memory file after each segment."""
+
+    def of(self, trajectory: int) -> list[int]:
+        """Numbers of a trajectory's segments, in order."""
+        return [i for i, owner in enumerate(self.owners) if owner == trajectory]
+
+
+def decode_segments(
+    model: Any,
+    prompts: Tensor,
+    prompt_lengths: Tensor,
+    plan: PhasePlan | Sequence[PhasePlan],
+    sampler: Sampler,
+    settings: SegmentSettings,
+    tokenizer: Any,
+    *,
+    max_new_tokens: int,
+    pad_id: int,
+    generator: torch.Generator | None = None,
+    process: Process | None = None,
+    stop: Stop | None = None,
+    on_block: Callable[[Block], None] | None = None,
+    on_segment: Callable[[int, list[int], Memory], None] | None = None,
+    num_return_sequences: int = 1,
+    static_cache: bool = False,
+    kernels: str | None = None,
+) -> Segments:
+    """Run the pass loop segment after segment until every trajectory has ended.
+
+    Segment i of all trajectories that have one is one batch. Trajectory i continues prompt
+    i // num_return_sequences. Arguments are those of `decode`, and
+
+    Args:
+        model: an `MTPMixin` model.
+        prompts: [B, T] int64, padded on the right.
+        prompt_lengths: [B] int64, at least 1.
+        plan: with `closed_by` in one phase if `settings.max_segments` is above 1.
+        sampler: how tokens are drawn.
+        settings: what a next context holds.
+        tokenizer: reads summaries and writes the memory file as tokens; may be None where
+            `settings.max_segments` is 1.
+        max_new_tokens: most tokens of one segment.
+        on_block: called after each pass; `Block.rows` are numbers of trajectories.
+        on_segment: called with a trajectory's number, its next context and memory.
+
+    The record is on the device of `prompts`. Raises ValueError for plans that the model cannot
+    follow.
+    """
+    plans = [plan] * len(prompts) if isinstance(plan, PhasePlan) else list(plan)
+    copies, device = num_return_sequences, prompts.device
+    trajectories = [
+        Trajectory(row[:length], plan, settings, tokenizer)
+        for row, length, plan in zip(prompts.tolist(), prompt_lengths.tolist(), plans, strict=True)
+        for _ in range(copies)
+    ]
+    running = list(range(len(trajectories)))
+    parts: list[Decoded] = []
+    owners: list[int] = []
+    for number in range(settings.max_segments):
+        if number + 1 == settings.max_segments:
+            plans = [plan.as_last_segment() for plan in plans]
+        out = decode(
+            model,
+            prompts,
+            prompt_lengths,
+            plans,
+            sampler,
+            max_new_tokens=max_new_tokens,
+            pad_id=pad_id,
+            generator=generator,
+            process=process,
+            stop=stop,
+            on_block=None if on_block is None else _renumbered(on_block, running),
+            num_return_sequences=copies,
+            static_cache=static_cache,
+            kernels=kernels,
+        )
+        parts.append(out)
+        owners += running
+        for row, i in enumerate(running):
+            trajectories[i].add(out.completion(row), bool(out.closed[row]))
+        running = [running[row] for row in out.closed.nonzero()[:, 0].tolist()]
+        if not running:
+            break
+        if on_segment is not None:
+            for i in running:
+                on_segment(i, trajectories[i].context, trajectories[i].memory)
+        copies, plans = 1, [trajectories[i].plan for i in running]
+        contexts = [trajectories[i].context for i in running]
+        prompts, prompt_lengths = (x.to(device) for x in pad(contexts, pad_id))
+    order = sorted(range(len(owners)), key=owners.__getitem__)
+    return Segments(
+        [context for t in trajectories for context in t.contexts],
+        Decoded.join(parts, pad_id).select(order),
+        [owners[i] for i in order],
+        [memory for t in trajectories for memory in t.memories],
+    )
+
+
+class Trajectory:
+    """One trajectory between its segments."""
+
+    def __init__(
+        self, prompt: list[int], plan: PhasePlan, settings: SegmentSettings, tokenizer: Any
+    ):
+        self.prompt, self.plan, self.settings, self.tokenizer = prompt, plan, settings, tokenizer
+        self.context = prompt
+        """What the next segment continues: token ids."""
+        self.memory = Memory()
+        self.recent: list[int] = []
+        self.contexts: list[list[int]] = []
+        self.memories: list[Memory] = []
+
+    def add(self, written: list[int], closed: bool) -> None:
+        """Take note of a segment. A closed one edits the memory and makes the next context."""
+        self.contexts.append(self.context)
+        if closed:
+            thought, summary = split_summary(written, self.plan)
+            limit = self.settings.memory_tokens
+            self.memory = self.memory.edited(self.tokenizer.decode(summary), limit, self.measure)
+            self.recent += [t for t in thought if t not in self.plan.marks]
+            self.recent = self.recent[max(0, len(self.recent) - self.settings.recent_tokens) :]
+            opener, closer = summary_marks(self.plan)
+            kept = [opener, *self.plain_ids(self.memory.text), closer]
+            think = self.plan.opened_by[0]
+            assert think is not None
+            self.context = [*self.prompt, *kept, think, *self.recent]
+        self.memories.append(self.memory)
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Token ids of a text that a model wrote: a delimiter spelt out in it is left out."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return [token for token in ids if token not in self.plan.marks]
+
+    def measure(self, text: str) -> int:
+        """Tokens of a text."""
+        return len(self.plain_ids(text))
+
+
+def summary_marks(plan: PhasePlan) -> tuple[int, int]:
+    """Ids of the tokens that open and close the phase that closes a segment."""
+    opener, closer = next(
+        (opener, closer)
+        for opener, closer in zip(plan.opened_by, plan.closed_by, strict=True)
+        if closer is not None
+    )
+    assert opener is not None
+    return opener, closer
+
+
+def split_summary(written: list[int], plan: PhasePlan) -> tuple[list[int], list[int]]:
+    """Ids that a closed segment wrote -> those before its summary's delimiter, and the summary's.
+
+    A segment that began in its summary has nothing before.
+    """
+    opener, _ = summary_marks(plan)
+    last = max((i for i, token in enumerate(written) if token == opener), default=-1)
+    return written[: max(0, last)], written[last + 1 : -1]
+
+
+def _renumbered(on_block: Callable[[Block], None], running: list[int]) -> Callable[[Block], None]:
+    """`on_block` given the numbers of trajectories in place of rows of a segment's batch."""
+
+    def call(block: Block) -> None:
+        on_block(replace(block, rows=torch.tensor(running, device=block.rows.device)[block.rows]))
+
+    return call

@@ -1,0 +1,221 @@
+"""A sweep: what becomes of each job, and the table over them. `python -m mtp.reports.sweep FOLDER`.
+
+A job notes its overrides, and its error if it fails, in `job.json` of its folder; its figures are
+those of the last stage in `summary.json`. Jobs that differ by `seed` alone are a group, with the
+mean of each figure and its 95 % interval by Student's t: mean ± t(n - 1) * s / sqrt(n).
+
+Left out: tests between groups, and an interval where only one job has ended.
+"""
+
+import argparse
+import csv
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..files import save_text
+from .interval import interval
+from .progress import make_console
+from .tables import COLUMNS, cell
+
+FIGURES = (
+    "slow_accuracy",
+    "fast_accuracy",
+    "slow_passes",
+    "fast_passes",
+    "true_steps",
+    "seconds",
+)
+"""Of the last stage, as `summary.json` calls them; `seconds` is the whole run's."""
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One row of the table."""
+
+    folder: str
+    """Its name within the sweep's."""
+    overrides: dict[str, str]
+    """What sets it apart from the other jobs."""
+    status: str
+    """done, failed or unfinished (running, queued, interrupted or killed)."""
+    error: str | None = None
+    """The first line, if it failed."""
+    stage: str | None = None
+    """The last one, if it is done."""
+    figures: dict[str, float | None] = field(default_factory=dict)
+    """By name; empty unless it is done."""
+
+
+@dataclass(kw_only=True)
+class Group:
+    """Jobs that are done and differ by seed alone."""
+
+    overrides: dict[str, str]
+    """What they share, without the seed."""
+    seeds: list[str]
+    mean: dict[str, float | None]
+    half_width: dict[str, float | None]
+    """Of the 95 % interval around the mean. None, as the mean, if some job lacks the figure."""
+
+
+def read_jobs(folder: Path) -> list[Job]:
+    """The jobs of a sweep, and any run in its folder; numbers in names are sorted as numbers.
+
+    Raises ValueError if there are none.
+    """
+    jobs = []
+    for path in sorted(folder.glob("*/"), key=_sorting_key):
+        if (path / "job.json").is_file() or (path / "summary.json").is_file():
+            jobs.append(read_job(path))
+    if not jobs:
+        raise ValueError(
+            f"{folder} holds no jobs; give the folder of a sweep, such as runs/default_sweep"
+        )
+    return jobs
+
+
+def _sorting_key(path: Path) -> list[tuple[float, str]]:
+    """Fields of a folder's name; those that are numbers come first, in order."""
+    key = []
+    for part in path.name.replace("=", ",").split(","):
+        try:
+            key.append((float(part), ""))
+        except ValueError:
+            key.append((math.inf, part))
+    return key
+
+
+def read_job(path: Path) -> Job:
+    """One job, from its folder."""
+    noted: dict[str, Any] = {"overrides": {}, "error": None}
+    if (path / "job.json").is_file():
+        noted = json.loads((path / "job.json").read_text())
+    job = Job(folder=path.name, overrides=noted["overrides"], status="unfinished")
+    if noted["error"] is not None:
+        job.status, job.error = "failed", noted["error"]
+    elif (path / "summary.json").is_file():
+        summary = json.loads((path / "summary.json").read_text())
+        last = summary["stages"][-1] | {"seconds": summary["seconds"]}
+        job.status, job.stage = "done", last["name"]
+        job.figures = {name: last[name] for name in FIGURES}
+    return job
+
+
+def group_by_seed(jobs: list[Job]) -> list[Group]:
+    """Groups of at least two jobs that are done, in the order of their first job."""
+    members: dict[tuple[tuple[str, str], ...], list[Job]] = {}
+    for job in jobs:
+        if job.status == "done" and "seed" in job.overrides:
+            shared = tuple((k, v) for k, v in sorted(job.overrides.items()) if k != "seed")
+            members.setdefault(shared, []).append(job)
+    groups = []
+    for shared, found in members.items():
+        if len(found) > 1:
+            intervals = {name: interval([job.figures[name] for job in found]) for name in FIGURES}
+            groups.append(
+                Group(
+                    overrides=dict(shared),
+                    seeds=[job.overrides["seed"] for job in found],
+                    mean={name: center for name, (center, _) in intervals.items()},
+                    half_width={name: half for name, (_, half) in intervals.items()},
+                )
+            )
+    return groups
+
+
+def report(folder: Path, console: Console | None = None) -> int:
+    """Print the table, write `sweep.csv` and `sweep.json`; returns the number of failed jobs."""
+    jobs = read_jobs(folder)
+    groups = group_by_seed(jobs)
+    write_csv(folder / "sweep.csv", jobs)
+    content = {"jobs": [asdict(job) for job in jobs], "groups": [asdict(g) for g in groups]}
+    save_text(folder / "sweep.json", json.dumps(content, indent=2) + "\n")
+    print_jobs(console or make_console(), folder, jobs, groups)
+    return sum(job.status == "failed" for job in jobs)
+
+
+def write_csv(path: Path, jobs: list[Job]) -> None:
+    """One row a job: its folder, its overrides by key, its status, figures and error."""
+    keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["folder", *keys, "status", "stage", *FIGURES, "error"])
+        writer.writeheader()
+        for job in jobs:
+            row = {"folder": job.folder, "status": job.status, "stage": job.stage}
+            writer.writerow({**row, "error": job.error, **job.overrides, **job.figures})
+
+
+def print_jobs(console: Console, folder: Path, jobs: list[Job], groups: list[Group]) -> None:
+    """A row a job that is done, a row a group, then the jobs that are not done."""
+    done = [job for job in jobs if job.status == "done"]
+    keys = list(dict.fromkeys(key for job in done for key in job.overrides))
+    if done:
+        table = Table(title=f"{folder}: {len(done)} of {len(jobs)} jobs done, last stage")
+        for key in keys or ["job"]:
+            table.add_column(escape(key))
+        for name in ("stage", *FIGURES):
+            table.add_column(
+                COLUMNS.get(name, name), justify="left" if name == "stage" else "right"
+            )
+        for job in done:
+            named = [job.overrides.get(key, "") for key in keys] or [job.folder]
+            shown = [cell(name, job.figures[name]) for name in FIGURES]
+            table.add_row(*map(escape, named), job.stage, *shown)
+        if groups:
+            table.add_section()
+        for group in groups:
+            named = [
+                f"{len(group.seeds)} seeds" if key == "seed" else group.overrides.get(key, "")
+                for key in keys
+            ]
+            table.add_row(*map(escape, named), "", *(mean_cell(name, group) for name in FIGURES))
+        console.print(table)
+        if groups:
+            console.print("± is half the 95 % interval of the mean over the seeds")
+    for job in jobs:
+        if job.status != "done":
+            console.print(f"{job.status}: {escape(job.folder)}" + _colon(job.error))
+
+
+def _colon(text: str | None) -> str:
+    return "" if text is None else f": {escape(text)}"
+
+
+def mean_cell(name: str, group: Group) -> str:
+    """Mean and half-width as the table shows them."""
+    center, half = group.mean[name], group.half_width[name]
+    if center is None:
+        return "-"
+    shown = cell(name, center)
+    number, _, unit = shown.partition(" ")
+    return f"{number} ± {cell(name, half).partition(' ')[0]}" + (f" {unit}" if unit else "")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print a sweep's table; the exit code is 1 if a job failed, 2 after an error."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mtp.reports.sweep",
+        description="Print the table over a sweep's jobs; write sweep.csv and sweep.json beside "
+        "them.",
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="of a sweep, such as runs/default_sweep"
+    )
+    folder = parser.parse_args(argv).folder
+    try:
+        return 1 if report(folder) else 0
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Prompts, sampling, rewards, advantages and how readable thoughts are."""

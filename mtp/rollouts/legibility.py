@@ -1,0 +1,130 @@
+"""How readable thoughts are: ordinary to a frozen reference, true step by step, near the traces.
+
+Pure measures of rollouts. The reference that measures must not be the one that training is held to
+(`mtp.reference`).
+"""
+
+import math
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+from mtp_kernels import linear_logprob
+from torch import Tensor
+
+from ..modeling.matrices import plain_matrix
+from ..modeling.records import pad
+from ..tasks.base import Task
+from .prompt_format import TextFormat
+from .rollout import Rollouts
+
+ROWS_AT_ONCE = 256
+"""Segments of one forward of the reference."""
+
+
+class ThoughtNats(NamedTuple):
+    """Of M tokens of thoughts, on the CPU. A thought of several segments is scored in each."""
+
+    nats: Tensor
+    """[M] float32, -log p of the token under the reference."""
+    rollouts: Tensor
+    """[M] int64, the rollout that wrote it, and that its segment belongs to."""
+    slots: Tensor
+    """[M] int64, the slot that wrote it; 0: main."""
+
+
+@torch.no_grad()
+def thought_nats(batch: Rollouts, text: TextFormat, reference: Any) -> ThoughtNats:
+    """-log p of every token of the thoughts, their closing delimiters included."""
+    found = []
+    device = next(reference.parameters()).device
+    weight = plain_matrix(reference.get_output_embeddings(), "the reference's output layer")
+    for first in range(0, len(batch.prompts), ROWS_AT_ONCE):
+        chosen = range(first, min(first + ROWS_AT_ONCE, len(batch.prompts)))
+        thoughts = [text.thought_of(batch.out.completion(r)) for r in chosen]
+        prompts = [batch.prompts[r] for r in chosen]
+        tokens, lengths = pad([p + t for p, t in zip(prompts, thoughts, strict=True)], text.pad_id)
+        starts = torch.tensor([len(p) for p in prompts])
+        at = torch.arange(tokens.shape[1])
+        scored = (at >= starts[:, None] - 1) & (at < lengths[:, None] - 1)
+        rows = scored.flatten().nonzero()[:, 0]
+        if not len(rows):
+            continue
+        hidden = reference.score(tokens.to(device)).main_hidden.flatten(0, 1)[rows.to(device)]
+        targets = tokens.flatten()[rows + 1].to(device)
+        nats = -linear_logprob(hidden, weight, targets).logprob.float().cpu()
+        row, position = rows // tokens.shape[1], rows % tokens.shape[1]
+        slots = batch.out.slots[first + row, position + 1 - starts[row]]
+        found.append(ThoughtNats(nats, torch.tensor(batch.owners)[first + row], slots))
+    if not found:
+        none = torch.zeros(0, dtype=torch.long)
+        return ThoughtNats(torch.zeros(0), none, none)
+    return ThoughtNats(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def reference_figures(
+    batches: list[Rollouts], text: TextFormat, reference: Any, num_slots: int
+) -> dict[str, float | None]:
+    """Mean nats per thought token, over all and by slot; None where no token is.
+
+    The exponential of a mean is the reference's perplexity.
+    """
+    measured = [thought_nats(batch, text, reference) for batch in batches]
+
+    def mean(chosen: list[Tensor]) -> float | None:
+        count = sum(len(values) for values in chosen)
+        return sum(float(values.sum()) for values in chosen) / count if count else None
+
+    figures = {"reference_nats_per_token": mean([m.nats for m in measured])}
+    for slot in range(num_slots):
+        figures[f"reference_nats_slot_{slot}"] = mean([m.nats[m.slots == slot] for m in measured])
+    return figures
+
+
+def mean_nats_of_rollouts(batch: Rollouts, text: TextFormat, reference: Any) -> Tensor:
+    """[P * G] mean nats per thought token of each rollout; 0 for one without a thought."""
+    measured = thought_nats(batch, text, reference)
+    number = len(batch)
+    sums = torch.zeros(number).index_add(0, measured.rollouts, measured.nats)
+    counts = measured.rollouts.bincount(minlength=number)
+    return sums / counts.clamp(min=1)
+
+
+def true_step_share(batches: list[Rollouts], task: Task, text: TextFormat) -> float | None:
+    """Share of the thoughts' steps that are true; None for a task whose steps cannot be checked."""
+    true = total = 0
+    for batch in batches:
+        for row in range(len(batch)):
+            steps = task.true_steps(text.thought_text(*batch.completions(row)))
+            if steps is None:
+                return None
+            true, total = true + steps[0], total + steps[1]
+    return true / total if total else 0.0
+
+
+def unigram_drift(batches: list[Rollouts], text: TextFormat) -> float | None:
+    """Jensen-Shannon divergence, in bits, of the thoughts' tokens from the solver's traces.
+
+    0: the same frequencies; 1: no token in common. None where some problem has no trace.
+    """
+    written: Counter[int] = Counter()
+    traced: Counter[int] = Counter()
+    for batch in batches:
+        if any(example.thought is None for example in batch.examples):
+            return None
+        for example in batch.examples:
+            traced.update(text.thought_ids(example.thought))
+        for segment in range(len(batch.prompts)):
+            written.update(text.thought_of(batch.out.completion(segment)))
+    return jensen_shannon(written, traced) if written and traced else None
+
+
+def jensen_shannon(first: Counter[int], second: Counter[int]) -> float:
+    """Bits between two tables of counts."""
+    totals = first.total(), second.total()
+    bits = 0.0
+    for token in first.keys() | second.keys():
+        p, q = first[token] / totals[0], second[token] / totals[1]
+        middle = (p + q) / 2
+        bits += sum(x * math.log2(x / middle) for x in (p, q) if x) / 2
+    return bits

@@ -1,0 +1,420 @@
+"""Text to tokens and back, in one place: prompts, chat templates, thoughts and final answers.
+
+A completion is `thought </think> answer <eos>`: the prompt ends with the delimiter that opens the
+first phase, as chat templates of thinking models do. Delimiters come from the decoding phases.
+
+A text ends at the tokenizer's EOS or at another end token of the source's generation config.
+Special tokens around a prompt are those of the chat template, or without one those that the
+tokenizer puts before a text (BOS).
+"""
+
+import re
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..modeling.memory import ALPHABET, DONE
+from ..modeling.phases import Phase, PhasePlan, make_plan
+from ..modeling.segments import SegmentSettings, Trajectory, check_segments, summary_marks
+from ..tasks.base import Example
+from .tokenization import find_token, leading_ids, name_of, special_ids, unknown_characters
+
+PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def character_tokenizer(alphabet: str, delimiters: list[str]) -> PreTrainedTokenizerFast:
+    """One token a character, for models trained from scratch on a closed alphabet."""
+    special = ["<pad>", "<eos>", *delimiters]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(set(alphabet))])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": delimiters})
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
+
+
+@dataclass
+class TextFormat:
+    """How examples become token ids under one tokenizer and one set of phases."""
+
+    tokenizer: PreTrainedTokenizerBase
+    phases: dict[str, Phase]
+    num_slots: int
+    """K + 1."""
+    system_prompt: str | None = None
+    segments: SegmentSettings = field(default_factory=SegmentSettings)
+    chat_template: bool = True
+    """False gives prompts as they are, though the tokenizer has a chat template."""
+    end_ids: list[int] = field(default_factory=list)
+    """Tokens that end a text beside the tokenizer's EOS: from the source's generation config."""
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"model.source must have a tokenizer with an EOS token, which ends an answer; "
+                f"{name_of(self.tokenizer)} has none: set eos_token in its tokenizer_config.json"
+            )
+        if not self.phases:
+            raise ValueError("decoding.phases must name at least one phase, got none")
+        names = list(self.phases)
+        for name in names[1:]:
+            if self.phases[name].opened_by is None:
+                raise ValueError(
+                    f"decoding.phases.{name}.opened_by is missing: every phase but the first needs "
+                    "the delimiter token that opens it"
+                )
+        self._delimiter_ids: dict[str, int] = {}
+        self.opener = self.phases[names[0]].opened_by
+        self.closer = self.phases[names[-1]].opened_by
+        self.summary_ids = [
+            self.delimiter_id(phase.opened_by)
+            for phase in self.phases.values()
+            if phase.closed_by is not None and phase.opened_by is not None
+        ]
+        for name, phase in self.phases.items():
+            for key, delimiter in (("opened_by", phase.opened_by), ("closed_by", phase.closed_by)):
+                if delimiter is not None and self.delimiter_id(delimiter) in self.eos_ids:
+                    raise ValueError(
+                        f"decoding.phases.{name}.{key} must not be a token that ends a text, got "
+                        f"{delimiter!r}; choose another token"
+                    )
+        self.marks = self.plan().marks
+        """Ids of delimiters and end tokens, which no thought or answer may hold as text."""
+        check_segments(self.segments, self.phases, "decoding")
+        if self.segments.max_segments > 1:
+            self._check_alphabet()
+        if self.uses_template:
+            self._check_template()
+
+    @property
+    def pad_id(self) -> int:
+        """Fills rows on the right; never scored."""
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)  # type: ignore[arg-type]
+
+    @property
+    def uses_template(self) -> bool:
+        """True if prompts go through the tokenizer's chat template."""
+        tokenizer: Any = self.tokenizer
+        return self.chat_template and tokenizer.chat_template is not None
+
+    @property
+    def eos_id(self) -> int:
+        """The tokenizer's EOS."""
+        return int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Tokens that end a text: the tokenizer's EOS first, then `end_ids`."""
+        return list(dict.fromkeys([self.eos_id, *self.end_ids]))
+
+    @cached_property
+    def turn_end_id(self) -> int:
+        """The end token of solved examples: the one after an answer in the chat template.
+
+        The tokenizer's EOS where there is no template, or none of `eos_ids` after an answer.
+        """
+        if not self.uses_template or len(self.eos_ids) == 1:
+            return self.eos_id
+        answer = "An answer"
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        _, found, after = self._render(messages, add_generation_prompt=False).rpartition(answer)
+        ids = self._encode(after) if found else []
+        return next((token for token in ids if token in self.eos_ids), self.eos_id)
+
+    def delimiter_id(self, delimiter: str) -> int:
+        """Id of a delimiter. Raises ValueError if the tokenizer has no single token for it."""
+        if delimiter in self._delimiter_ids:
+            return self._delimiter_ids[delimiter]
+        ids = self.tokenizer.encode(delimiter, add_special_tokens=False)
+        if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
+            raise ValueError(
+                f"delimiter {delimiter!r} must be one token of the tokenizer, got {len(ids)}; add "
+                "it to model.add_tokens or choose another in decoding.phases"
+            )
+        self._delimiter_ids[delimiter] = ids[0]
+        return ids[0]
+
+    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """Messages through the chat template. Raises ValueError if it refuses them."""
+        tokenizer: Any = self.tokenizer
+        try:
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the chat template of {name_of(tokenizer)} refused the messages "
+                f"({str(error) or type(error).__name__}); set decoding.chat_template=false to give "
+                "prompts as they are"
+            ) from None
+
+    def _check_template(self) -> None:
+        """Raises ValueError if the chat template loses the user's message or the system prompt."""
+        user = {"role": "user", "content": "A question"}
+        if user["content"] not in self._render([user]):
+            raise ValueError(
+                f"the chat template of {name_of(self.tokenizer)} leaves out the user's message; "
+                "set decoding.chat_template=false to give prompts as they are"
+            )
+        if self.system_prompt is None:
+            return
+        try:
+            shown = self._render([{"role": "system", "content": self.system_prompt}, user])
+        except ValueError as error:
+            raise ValueError(
+                f"decoding.system_prompt={self.system_prompt!r} cannot be used: {error}; or set "
+                "decoding.system_prompt=null"
+            ) from None
+        if self.system_prompt.strip() not in shown:
+            raise ValueError(
+                f"decoding.system_prompt={self.system_prompt!r} does not appear in the prompt: the "
+                f"chat template of {name_of(self.tokenizer)} has no place for it; set it to null"
+            )
+
+    def _check_alphabet(self) -> None:
+        """Raises ValueError if the tokenizer cannot write commands or the memory file."""
+        lacking = unknown_characters(self.tokenizer, ALPHABET)
+        if lacking:
+            raise ValueError(
+                f"decoding.segments.max_segments={self.segments.max_segments} needs a tokenizer "
+                f"that knows the characters of memory commands, but not {lacking}; train a "
+                "tokenizer with them or set it to 1"
+            )
+
+    def plan(self, mode: str = "fast") -> PhasePlan:
+        """The phases as the pass loop takes them: `fast` runs each in its own mode, `slow` and
+        `verified` run all in that mode.
+        """
+
+        def ids(delimiters: list[str | None]) -> list[int | None]:
+            return [None if d is None else self.delimiter_id(d) for d in delimiters]
+
+        return make_plan(
+            list(self.phases.values()),
+            ids([phase.opened_by for phase in self.phases.values()]),
+            num_slots=self.num_slots,
+            eos_ids=self.eos_ids,
+            mode=mode,
+            closed_by=ids([phase.closed_by for phase in self.phases.values()]),
+        )
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The prompt, through the chat template if it is used, ended by the first delimiter."""
+        return self.conversation_ids([{"role": "user", "content": prompt}])
+
+    def conversation_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """A conversation that the user spoke last in, as a prompt for the next answer.
+
+        Without a chat template there is no way to tell who speaks: the last message alone.
+        """
+        leading: list[int] = []
+        if not self.uses_template:
+            text, leading = messages[-1]["content"], self.leading_ids
+        else:
+            if self.system_prompt is not None:
+                messages = [{"role": "system", "content": self.system_prompt}, *messages]
+            text = self._render(messages)
+        if self.opener is not None and not text.rstrip().endswith(self.opener):
+            text += self.opener
+        return [*leading, *self._encode(text)]
+
+    @cached_property
+    def leading_ids(self) -> list[int]:
+        """What the tokenizer puts before a text, such as BOS; a chat template writes its own.
+
+        A token that it puts after a text is left out: the completion follows there.
+        """
+        return leading_ids(self.tokenizer)
+
+    def is_longer(self, prompt: str, limit: int, completion: str = "") -> bool | None:
+        """Whether a prompt and a completion have more tokens than `limit`, by their characters.
+
+        None where characters alone do not tell. No token has more characters than the longest in
+        the vocabulary, and ASCII text has no more tokens than characters.
+        """
+        characters = len(prompt) + len(completion)
+        if characters > limit * self._longest_token:
+            return True
+        is_plain = prompt.isascii() and completion.isascii()
+        return False if is_plain and characters + self._frame <= limit else None
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    @cached_property
+    def _frame(self) -> int:
+        """More tokens than a prompt, a thought and an answer get around their own."""
+        return len(self.prompt_ids("a")) + 32
+
+    def check_prompt(self, prompt: str, where: str = "the prompt") -> None:
+        """Raises ValueError for a prompt that the model would read as something else.
+
+        Text of a special token would break the roles of a chat template. Without a template it is
+        read as that token, as by the tokenizer itself.
+        """
+        self._check_known(prompt, where)
+        if not self.uses_template:
+            return
+        found = find_token(self.tokenizer, prompt, self._special_ids)
+        if found is not None:
+            raise ValueError(
+                f"{where} must not hold the special token {found!r}, which would break the roles "
+                "of the chat template; take it out, or set decoding.chat_template=false to give "
+                "prompts as they are"
+            )
+
+    @cached_property
+    def _special_ids(self) -> set[int]:
+        return special_ids(self.tokenizer) | self.marks
+
+    def _check_known(self, text: str, where: str) -> None:
+        unknown = unknown_characters(self.tokenizer, text)
+        if unknown:
+            raise ValueError(
+                f"the model's tokenizer does not know {' '.join(map(repr, unknown[:5]))} in "
+                f"{where}; take them out or choose another model"
+            )
+
+    def checked(self, example: Example, where: str) -> Example:
+        """The example without the delimiters that data may bring around its thought.
+
+        Raises ValueError naming `where` the example is from if a delimiter or an end token is
+        within its thought or answer, or if the tokenizer does not know a character.
+        """
+        self.check_prompt(example.prompt, f"the prompt of {where}")
+        texts = {"answer": example.answer}
+        if example.thought is not None and self.closer is not None:
+            texts["thought"] = self.bare_thought(example.thought)
+        for name, text in texts.items():
+            found = find_token(self.tokenizer, text, self.marks)
+            if found is not None:
+                raise ValueError(
+                    f"the {name} of {where} must not hold {found!r}, which ends a phase or a text; "
+                    "take it out, and give a thought in a column of its own"
+                )
+            self._check_known(text, f"the {name} of {where}")
+        thought = texts.get("thought", example.thought)
+        return example if thought == example.thought else replace(example, thought=thought)
+
+    def bare_thought(self, thought: str) -> str:
+        """A thought without its own delimiters: `<think>2+2</think>` -> `2+2`."""
+        bare = thought.strip().removeprefix(self.opener or "").removesuffix(self.closer or "")
+        return thought if bare == thought.strip() else bare.strip()
+
+    def read_back(self, answer: str) -> str:
+        """An answer as it is read from a completion that holds it."""
+        return str(self.tokenizer.decode(self._encode(answer))).strip()
+
+    def completion_ids(self, thought: str | None, answer: str) -> list[int]:
+        """`thought </think> answer <eos>`; without a thought phase `answer <eos>`."""
+        return [*self.thought_ids(thought), *self._encode(answer), self.turn_end_id]
+
+    def thought_ids(self, thought: str | None) -> list[int]:
+        """`thought </think>`, what stands between the prompt and the answer."""
+        if self.closer is None:
+            return []
+        return [*self._encode(thought or ""), self.delimiter_id(self.closer)]
+
+    def split(self, ids: list[int]) -> tuple[list[int], list[int] | None]:
+        """Completion ids -> ids of the thought (its closing delimiter included) and of the answer.
+
+        The answer is None if the thought was never closed, or the sequence never ended.
+        """
+        ended = bool(ids) and ids[-1] in self.eos_ids
+        body = ids[:-1] if ended else ids
+        if self.closer is None:
+            return [], body if ended else None
+        closer = self.delimiter_id(self.closer)
+        if closer not in body:
+            return body, None
+        cut = len(body) - body[::-1].index(closer)
+        return body[:cut], body[cut:] if ended else None
+
+    def thought_of(self, ids: list[int]) -> list[int]:
+        """Completion ids -> ids of the thought up to its summary, with its closing delimiter."""
+        thought, _ = self.split(ids)
+        summary = next((i for i, token in enumerate(thought) if token in self.summary_ids), None)
+        return thought if summary is None else thought[: summary + 1]
+
+    def thought_text(self, *segments: list[int]) -> str:
+        """Text of a thought, given what each segment wrote, without closing delimiters."""
+        ends = [*self.summary_ids, *self.thought_ids("")]
+        thought: list[int] = []
+        for ids in segments:
+            part = self.thought_of(ids)
+            thought += part[:-1] if part and part[-1] in ends else part
+        return str(self.tokenizer.decode(thought))
+
+    def answer_text(self, ids: list[int]) -> str | None:
+        """The final answer, stripped; None if there is none."""
+        _, answer = self.split(ids)
+        return None if answer is None else str(self.tokenizer.decode(answer)).strip()
+
+    def bare_answer_text(self, ids: list[int]) -> str | None:
+        """The same for a completion that is the answer alone, its thought having been given."""
+        if not ids or ids[-1] not in self.eos_ids:
+            return None
+        return str(self.tokenizer.decode(ids[:-1])).strip()
+
+    def example_ids(self, example: Example) -> tuple[list[int], list[int]]:
+        """(prompt ids, completion ids) of a solved example in one segment."""
+        return self.prompt_ids(example.prompt), self.completion_ids(example.thought, example.answer)
+
+    def example_segments(self, example: Example) -> list[tuple[list[int], list[int]]]:
+        """(context ids, completion ids) of each segment of a solved example.
+
+        A thought within its budget is one segment. A longer one is told in segments of as many
+        whole steps as fit; steps end at `;` or a line's end, and each summary notes the last as
+        `write done STEP`. The last segment that is allowed holds the rest.
+
+        Raises ValueError naming the key if a summary is longer than its budget.
+        """
+        prompt, completion = self.example_ids(example)
+        names, limit = list(self.phases), self.segments.max_segments
+        budget = self.phases[names[0]].max_tokens
+        if limit == 1 or budget is None or example.thought is None:
+            return [(prompt, completion)]
+        plan = self.plan()
+        opener, closer = summary_marks(plan)
+        told = Trajectory(prompt, plan, self.segments, self.tokenizer)
+        samples: list[tuple[list[int], list[int]]] = []
+        steps = re.findall(r"[^;\n]*[;\n]?", example.thought)
+        rest = [self._encode(step) for step in steps if step]
+        while len(samples) + 1 < limit and sum(map(len, rest)) > budget:
+            number = max(1, sum(total <= budget for total in accumulate(map(len, rest))))
+            said, rest = rest[:number], rest[number:]
+            note = f"write {DONE} " + str(self.tokenizer.decode(said[-1])).rstrip(";\n")
+            summary = self._encode(note)
+            self._check_summary(summary, plan)
+            thought = [token for step in said for token in step]
+            samples.append((told.context, [*thought, opener, *summary, closer]))
+            told.add(samples[-1][1], closed=True)
+        thought = [token for step in rest for token in step]
+        answer = completion[len(self.thought_ids(example.thought)) :]
+        last = [*thought, *self.thought_ids(""), *answer]
+        return [*samples, (told.context, last)]
+
+    def _check_summary(self, summary: list[int], plan: PhasePlan) -> None:
+        """Raises ValueError if a solved example's summary would be cut when it is decoded."""
+        phase = next(p for p, closer in enumerate(plan.closed_by) if closer is not None)
+        limit = plan.max_tokens[phase]
+        if limit is not None and len(summary) > limit:
+            raise ValueError(
+                f"decoding.phases.{list(self.phases)[phase]}.max_tokens must be at least "
+                f"{len(summary)} for solved examples, got {limit}: they note a step as "
+                f"{self.tokenizer.decode(summary)!r}"
+            )
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)

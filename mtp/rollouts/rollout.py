@@ -1,0 +1,218 @@
+"""Sampling: examples and a policy in, rollouts with their text out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from ..modeling.memory import Memory
+from ..modeling.phases import Phase, PhasePlan, check_phases
+from ..modeling.records import Decoded, pad
+from ..modeling.sampler import Sampler
+from ..modeling.segments import SegmentSettings, check_segments, decode_segments
+from ..tasks.base import Example
+from .prompt_format import TextFormat
+
+
+@dataclass(kw_only=True)
+class DecodingConfig:
+    """How text is written, in rollouts and in evaluations."""
+
+    phases: dict[str, Phase] = field(default_factory=dict)
+    """Phases in order. A prompt ends with the delimiter of the first; see `Phase`."""
+    segments: SegmentSettings = field(default_factory=SegmentSettings)
+    max_new_tokens: int = 64
+    """Of each segment."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt of a task, in tokens with its chat template; None: what fits main's
+    max_position_embeddings before `max_new_tokens`. Longer problems are dropped and counted."""
+    temperature: float = 1.0
+    """Of rollouts. Evaluations are greedy."""
+    top_k: int = 0
+    top_p: float = 1.0
+    system_prompt: str | None = None
+    """Put before every prompt through the chat template; None: what the template puts there."""
+    chat_template: bool = True
+    """False gives prompts to the model as they are, as text that it goes on with."""
+
+    def sampler(self) -> Sampler:
+        """The distribution of rollouts. Raises ValueError for impossible settings."""
+        if self.max_new_tokens < 1:
+            raise ValueError(
+                f"decoding.max_new_tokens must be at least 1, got {self.max_new_tokens}"
+            )
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
+            raise ValueError(
+                "decoding.max_prompt_tokens must be null or at least 1, got "
+                f"{self.max_prompt_tokens}"
+            )
+        check_phases(self.phases, "decoding.phases")
+        check_segments(self.segments, self.phases, "decoding")
+        self._check_budgets()
+        if self.system_prompt is not None and not self.chat_template:
+            raise ValueError(
+                "decoding.system_prompt needs decoding.chat_template=true, which makes it part of "
+                f"the prompt, got {self.system_prompt!r} with false; set it to null"
+            )
+        try:
+            return Sampler(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        except ValueError as error:
+            raise ValueError(f"decoding.{error}") from None
+
+    def prompt_limit(self, positions: int | None) -> int | None:
+        """Most tokens of a prompt under a model of so many positions; None: no limit.
+
+        Raises ValueError naming the key if there is no room for a prompt, or not for so long a one.
+        """
+        if positions is None:
+            return self.max_prompt_tokens
+        room = positions - self.max_new_tokens
+        if self.segments.max_segments > 1:  # a later segment's context adds memory and thought
+            room -= self.segments.memory_tokens + self.segments.recent_tokens + 3
+        if room < 1:
+            raise ValueError(
+                f"decoding.max_new_tokens must leave room for a prompt, got {self.max_new_tokens} "
+                f"with the model's max_position_embeddings={positions}; lower it"
+            )
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens > room:
+            raise ValueError(
+                f"decoding.max_prompt_tokens must be at most {room}, which the model's "
+                f"max_position_embeddings={positions} leave before "
+                f"max_new_tokens={self.max_new_tokens}, got {self.max_prompt_tokens}"
+            )
+        return room if self.max_prompt_tokens is None else self.max_prompt_tokens
+
+    def _check_budgets(self) -> None:
+        """Raises ValueError if a segment ends before its thought and summary are used up."""
+        names = list(self.phases)
+        closing = [name for name in names if self.phases[name].closed_by is not None]
+        if self.segments.max_segments == 1 or not closing:
+            return
+        budgets = [self.phases[name].max_tokens or 0 for name in (names[0], closing[0])]
+        if sum(budgets) + 2 > self.max_new_tokens:
+            raise ValueError(
+                f"decoding.max_new_tokens must be at least {sum(budgets) + 2}, the max_tokens of "
+                f"decoding.phases.{names[0]} and {closing[0]} and their delimiters, got "
+                f"{self.max_new_tokens}"
+            )
+
+
+@dataclass
+class Rollouts:
+    """P prompts times G trajectories; trajectory i belongs to example i // G.
+
+    A trajectory is one or several segments, S of all of them, each a text of its own. Those of one
+    trajectory follow one another.
+    """
+
+    examples: list[Example]
+    """[P]"""
+    group_size: int
+    """G"""
+    prompts: list[list[int]]
+    """[S] ids of the context that each segment continues."""
+    out: Decoded
+    """On the CPU, [S] rows."""
+    owners: list[int] = field(default_factory=list)
+    """[S] the trajectory of each segment; left empty: one segment each."""
+    memories: list[Memory] = field(default_factory=list)
+    """[S] the memory file after each segment; left empty: nothing in any."""
+
+    def __post_init__(self) -> None:
+        self.owners = self.owners or list(range(len(self.prompts)))
+        self.memories = self.memories or [Memory()] * len(self.prompts)
+        self._segments: list[list[int]] = [[] for _ in range(len(self))]
+        for segment, owner in enumerate(self.owners):
+            self._segments[owner].append(segment)
+
+    def __len__(self) -> int:
+        """P * G trajectories."""
+        return len(self.examples) * self.group_size
+
+    def segments_of(self, row: int) -> list[int]:
+        """Segments of one trajectory, in order."""
+        return self._segments[row]
+
+    @property
+    def last(self) -> list[int]:
+        """[P * G] the segment in which each trajectory ended."""
+        return [segments[-1] for segments in self._segments]
+
+    def completions(self, row: int) -> list[list[int]]:
+        """Ids that each segment of one trajectory wrote."""
+        return [self.out.completion(segment) for segment in self.segments_of(row)]
+
+    def completion(self, row: int) -> list[int]:
+        """Ids that one trajectory wrote in its last segment, where its answer is."""
+        return self.out.completion(self.segments_of(row)[-1])
+
+    def example(self, row: int) -> Example:
+        """The problem of one trajectory."""
+        return self.examples[row // self.group_size]
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """[S] of segments -> [P * G] sums over those of each trajectory, float32."""
+        owners = torch.tensor(self.owners)
+        return torch.zeros(len(self)).index_add(0, owners, values.float())
+
+
+@contextmanager
+def keep_casts(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, autocast casts a frozen weight once and not at every pass.
+
+    It keeps the casts only of weights that require a gradient, until it is left.
+    """
+    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+
+
+def sample(
+    model: torch.nn.Module,
+    text: TextFormat,
+    examples: list[Example],
+    plan: PhasePlan,
+    sampler: Sampler,
+    *,
+    max_new_tokens: int,
+    group_size: int = 1,
+    generator: torch.Generator | None = None,
+    prefixes: list[list[int]] | None = None,
+    kernels: str | None = None,
+) -> Rollouts:
+    """Complete each example's prompt `group_size` times, in segments where `text` has them.
+
+    `prefixes`, one per example, are put behind the prompts: what the model is made to have said.
+    `kernels` is that of `decode`.
+    """
+    prompts = [text.prompt_ids(example.prompt) for example in examples]
+    if prefixes is not None:
+        prompts = [p + prefix for p, prefix in zip(prompts, prefixes, strict=True)]
+    device = next(model.parameters()).device
+    tokens, lengths = pad(prompts, text.pad_id)
+    training = model.training
+    model.eval()
+    with keep_casts(model):
+        out = decode_segments(
+            model,
+            tokens.to(device),
+            lengths.to(device),
+            plan,
+            sampler,
+            text.segments,
+            text.tokenizer,
+            max_new_tokens=max_new_tokens,
+            pad_id=text.pad_id,
+            generator=generator,
+            num_return_sequences=group_size,
+            kernels=kernels,
+        )
+    model.train(training)
+    record = out.out.to("cpu")
+    return Rollouts(examples, group_size, out.prompts, record, out.owners, out.memories)

@@ -1,0 +1,1 @@
+"""Stages, batches, objectives, algorithms, and one optimizer step."""

@@ -1,0 +1,183 @@
+"""What every stream reads: the scored rows of a batch under the model being trained.
+
+Hidden rows and output matrices, from which each stream takes what it needs: log-probability and
+entropy of given tokens, or a divergence from other rows. Results are cached, so that two streams
+that need the same numbers share one computation.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from mtp_kernels import LinearLoss, linear_kl, linear_logprob, linear_loss
+from torch import Tensor
+
+from ...modeling.matrices import plain_matrix
+from ...modeling.sampler import Sampler
+from ..batch import TextBatch
+
+PLAIN = Sampler()
+
+
+class RowStats(NamedTuple):
+    """Per row, float32."""
+
+    logprob: Tensor
+    """[R] log-probability of the target."""
+    entropy: Tensor
+    """[R] nats; without gradient."""
+
+
+@dataclass
+class Emitter:
+    """Rows of one emitter, whose logits, `hidden @ weight.T`, are not made."""
+
+    hidden: Tensor
+    """[R, E]"""
+    weight: Tensor
+    """[V, E]"""
+    targets: Tensor
+    """[R]"""
+    impl: str = "auto"
+    """Implementation of `mtp_kernels` ops."""
+
+    def __post_init__(self) -> None:
+        self._stats: dict[str, RowStats] = {}
+
+    def stats(self, sampler: Sampler = PLAIN) -> RowStats:
+        """Statistics under a sampler's distribution."""
+        key = repr(sampler)
+        if key not in self._stats:
+            if sampler.truncates:
+                self._stats[key] = self._truncated_stats(sampler)
+            else:
+                out = linear_logprob(
+                    self.hidden,
+                    self.weight,
+                    self.targets,
+                    temperature=sampler.temperature or 1.0,
+                    impl=self.impl,
+                )
+                self._stats[key] = RowStats(out.logprob, out.entropy.detach())
+        return self._stats[key]
+
+    def has_stats(self, sampler: Sampler) -> bool:
+        """Whether these statistics have been made."""
+        return repr(sampler) in self._stats
+
+    def stats_are(self, sampler: Sampler, stats: RowStats) -> None:
+        """Statistics that were made elsewhere, for whoever asks next."""
+        self._stats[repr(sampler)] = stats
+
+    def _truncated_stats(self, sampler: Sampler) -> RowStats:
+        """Top-k and top-p need all logits of a row: which tokens are left depends on them all."""
+        log_probs = sampler.log_probs(self.hidden @ self.weight.T)
+        with torch.no_grad():
+            entropy = -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1)
+        return RowStats(log_probs.gather(-1, self.targets[:, None])[:, 0], entropy)
+
+    def cross_entropy(self, row_weight: Tensor | None = None) -> LinearLoss:
+        """Sum over the rows of -log-probability of the target, weighted by `row_weight` [R].
+
+        Its gradient is made in the forward, so that logits are made once.
+        """
+        if row_weight is None:
+            row_weight = torch.ones_like(self.targets, dtype=torch.float32)
+        return linear_loss(
+            self.hidden, self.weight, self.targets, row_weight=row_weight, impl=self.impl
+        )
+
+    def kl(self, hidden: Tensor, weight: Tensor, rows: Tensor, *, reverse: bool) -> Tensor:
+        """[R] nats: KL(other || this) of each row, or KL(this || other) if `reverse`.
+
+        Row i is compared with row `rows[i]` of `hidden` [., D] through `weight` [V, D].
+        """
+        direction = "reverse" if reverse else "forward"
+        return linear_kl(
+            self.hidden,
+            self.weight,
+            hidden,
+            weight,
+            index=rows,
+            direction=direction,
+            impl=self.impl,
+        ).kl
+
+
+@dataclass
+class Scored:
+    """A batch after one parallel forward."""
+
+    main: Emitter
+    head: Emitter
+    """Zero rows where the stage has no head."""
+    flat_hidden: Tensor
+    """[B * T, D] every row of main, for streams that compare the head with it."""
+
+    def stats(self, sampler: Sampler = PLAIN) -> dict[str, RowStats]:
+        """Statistics of `main` and of `head`, as `Emitter.stats` gives them.
+
+        Where both read one output matrix, one op serves both: each would make, cast and add up a
+        gradient of the whole matrix.
+        """
+        main, head = self.main, self.head
+        shared = head.weight is main.weight and len(head.targets) and not sampler.truncates
+        if shared and not main.has_stats(sampler):
+            both = Emitter(
+                torch.cat([main.hidden, head.hidden]),
+                main.weight,
+                torch.cat([main.targets, head.targets]),
+                main.impl,
+            ).stats(sampler)
+            sizes = [len(main.targets), len(head.targets)]
+            parts = zip(*(values.split(sizes) for values in both), strict=True)
+            main.stats_are(sampler, RowStats(*next(parts)))
+            head.stats_are(sampler, RowStats(*next(parts)))
+        return {"main": main.stats(sampler), "head": head.stats(sampler)}
+
+
+def score_batch(
+    model: Any,
+    parts: Any,
+    batch: TextBatch,
+    *,
+    channel_gradient: float,
+    use_head: bool,
+    logits_detach: bool = False,
+    impl: str = "auto",
+) -> Scored:
+    """One forward of main over the batch's text and of the head at its anchors.
+
+    Args:
+        model: what runs the forward (wrapped by Fabric, or the bare model).
+        parts: the bare model, whose matrices are read.
+        batch: text and rows.
+        channel_gradient: scale of the head's gradient on main's parameters.
+        use_head: False skips the head and its rows.
+        logits_detach: True keeps the head's gradient off an output matrix shared with main.
+        impl: implementation of `mtp_kernels` ops.
+    """
+    if use_head:
+        anchors, slot_inputs = batch.anchors, batch.slot_inputs
+        if not len(anchors):
+            # No example has text for the head. It runs at one anchor, none of whose slots is
+            # scored, so that its gradient is zero and not missing.
+            anchors = anchors.new_zeros(1)
+            slot_inputs = batch.tokens[:1, :1].expand(1, slot_inputs.shape[1])
+        rows = model.score(batch.tokens, anchors, slot_inputs, channel_gradient)
+        head_hidden = rows.head_hidden.flatten(0, 1)[batch.head_rows]
+        head_targets = batch.head_targets
+    else:
+        rows = model.score(batch.tokens)
+        head_hidden = rows.main_hidden.new_zeros(0, parts.head_output_weight().shape[1])
+        head_targets = batch.head_targets[:0]
+    flat = rows.main_hidden.flatten(0, 1)
+    main = Emitter(
+        flat[batch.main_rows],
+        plain_matrix(parts.get_output_embeddings(), "the model's output layer"),
+        batch.main_targets,
+        impl,
+    )
+    head_weight = parts.head_output_weight(0.0 if logits_detach else channel_gradient)
+    head = Emitter(head_hidden, head_weight, head_targets, impl)
+    return Scored(main, head, flat)

@@ -1,0 +1,144 @@
+"""One optimizer step: micro-batches in, every stream over its global count, gradients out.
+
+    loss = sum over streams of weight * (sum over tokens) / (count over all micro-batches and ranks)
+
+Main and head are clipped apart: their norms can differ twenty-fold, and a joint clip would shrink
+the smaller one's step to nothing.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+
+from ..modeling.matrices import plain_matrix
+from ..modeling.sampler import Sampler
+from .batch import RolloutBatch, TextBatch
+from .objectives import ObjectiveConfig, scores_head
+from .objectives.scored import score_batch
+from .runtime import over_processes
+
+
+def global_counts(
+    fabric: Fabric, objective: ObjectiveConfig, batches: list[TextBatch], in_rl: bool
+) -> dict[str, float]:
+    """Tokens of each stream over all micro-batches and processes."""
+    totals: dict[str, float] = {}
+    for batch in batches:
+        for name, count in objective.counts(batch, in_rl).items():
+            totals[name] = totals.get(name, 0.0) + count
+    return over_processes(fabric, totals, "sum")
+
+
+def update(
+    fabric: Fabric,
+    model: Any,
+    optimizers: Mapping[str, Any],
+    batches: list[TextBatch],
+    objective: ObjectiveConfig,
+    *,
+    clip_norms: dict[str, float],
+    channel_gradient: float = 1.0,
+    logits_detach: bool = False,
+    sampler: Sampler | None = None,
+    reference: Any = None,
+    check_gradients: bool = False,
+    impl: str = "auto",
+) -> dict[str, float]:
+    """Accumulate the gradient over `batches`, clip, step. Returns the step's metrics.
+
+    Args:
+        fabric: runs backward, clipping and reduction.
+        model: the model as wrapped by `fabric`.
+        optimizers: by emitter, `main` and `head`; an absent emitter is not trained.
+        batches: micro-batches of this process, in their own sizes. If one is of rollouts, this is
+            an RL step, and the others are solved examples for the supervised streams.
+        objective: streams and weights.
+        clip_norms: largest gradient norm of each emitter.
+        channel_gradient: scale of the head's gradient on main.
+        logits_detach: keep the head's gradient off an output matrix shared with main.
+        sampler: the distribution that rollouts came from.
+        reference: frozen model whose rows the leash compares with.
+        impl: implementation of `mtp_kernels` ops.
+        check_gradients: raise if a parameter that is trained has got no gradient.
+
+    Raises:
+        ValueError: if the gradient is not finite, or missing where it was to be checked.
+    """
+    parts = model.module
+    in_rl = any(isinstance(batch, RolloutBatch) for batch in batches)
+    counts = global_counts(fabric, objective, batches, in_rl)
+    sums: dict[str, float] = {}
+    seen: dict[str, float] = {}
+    maxima: dict[str, float] = {}
+
+    def add(name: str, value: float, count: float) -> None:
+        sums[name] = sums.get(name, 0.0) + value
+        seen[name] = seen.get(name, 0.0) + count
+
+    for index, batch in enumerate(batches):
+        is_last = index == len(batches) - 1
+        streams = objective.streams(batch, in_rl)
+        with fabric.no_backward_sync(model, enabled=not is_last):
+            rows = None
+            with fabric.autocast():
+                scored = score_batch(
+                    model,
+                    parts,
+                    batch,
+                    channel_gradient=channel_gradient,
+                    use_head=scores_head(streams),
+                    logits_detach=logits_detach,
+                    impl=impl,
+                )
+                if reference is not None and streams.keys() & {"leash", "preserve"}:
+                    with torch.no_grad():
+                        hidden = reference.score(batch.tokens).main_hidden.flatten(0, 1)
+                    rows = (
+                        hidden,
+                        plain_matrix(
+                            reference.get_output_embeddings(), "the reference's output layer"
+                        ),
+                    )
+                terms = objective.terms(scored, batch, sampler or Sampler(), rows, in_rl)
+            loss = torch.stack(
+                [t.weight * t.total / max(counts[n], 1.0) for n, t in terms.items()]
+            ).sum()
+            fabric.backward(loss * fabric.world_size)
+        for name, term in terms.items():
+            add(f"loss/{name}", float(term.total.detach()), 0.0)
+            for metric, (value, count) in term.metrics.items():
+                add(metric, float(value), count)
+            for metric, value in term.maxima.items():
+                maxima[metric] = max(maxima.get(metric, 0.0), float(value))
+        add("loss", float(loss.detach()), 0.0)
+
+    sums, seen = over_processes(fabric, sums, "sum"), over_processes(fabric, seen, "sum")
+    metrics = {name: sums[name] / seen[name] for name in sums if seen[name]}
+    metrics |= over_processes(fabric, maxima, "max")
+    metrics["loss"] = sums["loss"]
+    metrics |= {f"loss/{n}": sums[f"loss/{n}"] / max(c, 1.0) for n, c in counts.items()}
+    metrics |= {f"num_tokens/{n}": c for n, c in counts.items()}
+    if check_gradients:
+        for name, parameter in parts.named_parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                raise ValueError(
+                    f"parameter {name} is trained but got no gradient; freeze its part "
+                    "(train_main, train_head) or give a stream that reaches it a weight"
+                )
+    for name, optimizer in optimizers.items():
+        norm = fabric.clip_gradients(
+            model, optimizer, max_norm=clip_norms[name], error_if_nonfinite=False
+        )
+        metrics[f"{name}/grad_norm"] = float(torch.as_tensor(norm))
+        if not math.isfinite(metrics[f"{name}/grad_norm"]):
+            raise ValueError(
+                f"the gradient of {name} is not finite (norm {norm}); lower its learning "
+                "rate or its clip_norm, or resume from an earlier checkpoint"
+            )
+    for optimizer in optimizers.values():
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return metrics

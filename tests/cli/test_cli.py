@@ -1,0 +1,356 @@
+"""The command `mtp`: what it prints, and one line and exit code 2 where it cannot go on."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_model
+from omegaconf import OmegaConf
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from mtp.cli.main import main
+from mtp.cli.streaming import LiveText, TextPieces, converse
+from mtp.config import RunConfig, load_run_config, save_run_config
+from mtp.evaluation.evaluate import EvaluationConfig, evaluate
+from mtp.hub.build import generation_config, load_model, save_model
+from mtp.modeling.branches import SearchConfig
+from mtp.modeling.heads import HeadConfig
+from mtp.modeling.phases import Phase
+from mtp.modeling.records import FORCED, Block
+from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
+from mtp.rollouts.rollout import DecodingConfig
+from mtp.tasks import TASK_CONFIGS
+from mtp.tasks.running_sum import RunningSumConfig
+from mtp.training.objectives import ObjectiveConfig
+from mtp.training.objectives.head_ce import HeadCE
+from mtp.training.objectives.main_ce import MainCE
+from mtp.training.stage import StageConfig
+
+PHASES = {
+    "thought": Phase(mode="fast", opened_by="<think>"),
+    "answer": Phase(mode="slow", opened_by="</think>"),
+}
+MAIN_ONLY = ObjectiveConfig(main_ce=MainCE(weight=1.0))
+FIGURES = {"slow_accuracy": 0.5, "fast_accuracy": None, "num_problems": 8}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run of two stages, random models, the head trained in the second only."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    (folder / "stages").mkdir(parents=True)
+    stages = {
+        "main": StageConfig(train_head=False, objective=MAIN_ONLY),
+        "head": StageConfig(objective=ObjectiveConfig(head_ce=HeadCE(weight=1.0))),
+    }
+    config = RunConfig(
+        name="tiny",
+        run_dir=str(folder),
+        head=HeadConfig(num_slots=3, hidden_size=16, intermediate_size=24),
+        task=RunningSumConfig(num_terms=2),
+        decoding=DecodingConfig(phases=PHASES, max_new_tokens=14),
+        evaluation=EvaluationConfig(num_problems=12, batch_size=8),
+        stages=stages,
+    )
+    config.validate()
+    save_run_config(config, folder / "config.yaml")
+    text = TextFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), PHASES, 4)
+    for seed, name in enumerate(stages):
+        model = tiny_model(seed=seed)
+        model.generation_config = generation_config(text, PHASES)
+        save_model(model, text, folder / "stages" / name)
+    summary = {"stages": [{"name": n, **FIGURES, "seconds": 1.0} for n in stages], "seed": 3}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def figures_of(run: Path, stage: str) -> dict:
+    """What the trainer's evaluation of a stage gives."""
+    config = load_run_config(run / "config.yaml")
+    model, text = load_model(run / "stages" / stage)
+    figures, _ = evaluate(
+        model,
+        text,
+        config.task.build(),
+        config.decoding,
+        num_problems=12,
+        batch_size=8,
+        use_head=stage == "head",
+        reference=load_model(run / "stages" / "main")[0],
+    )
+    return figures
+
+
+def greedy(run: Path, stage: str, prompt: str, mode: str, limit: int) -> tuple[list, list, int]:
+    """Tokens, their slots and the passes, by `generate`."""
+    model, text = load_model(run / "stages" / stage)
+    ids = torch.tensor([text.prompt_ids(prompt)])
+    out = model.generate(ids, mtp_mode=mode, max_new_tokens=limit, return_dict_in_generate=True)
+    length = int((out.slots[0] >= 0).sum())
+    tokens = out.sequences[0, ids.shape[1] :][:length].tolist()
+    return [text.tokenizer.decode([t]) for t in tokens], out.slots[0].tolist(), int(out.passes[0])
+
+
+def test_a_runs_config_comes_back_as_it_was(run):
+    config = load_run_config(run / "config.yaml")
+    assert config.task == RunningSumConfig(num_terms=2)
+    assert config.stages["head"].objective.head_ce == HeadCE(weight=1.0)
+    assert config.decoding.phases == PHASES
+    assert config.run_dir == str(run)
+
+
+@pytest.mark.parametrize("name", sorted(TASK_CONFIGS))
+def test_every_tasks_config_comes_back(tmp_path, name):
+    stages = {"main": StageConfig(train_head=False, objective=MAIN_ONLY)}
+    config = RunConfig(run_dir="runs/x", task=TASK_CONFIGS[name](num_test=5), stages=stages)
+    save_run_config(config, tmp_path / "config.yaml")
+    assert load_run_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("mode", ["fast", "slow"])
+def test_generate_prints_the_passes_of_generate(run, capsys, mode):
+    assert main(["generate", str(run), "12+34=", "--mode", mode, "--max-new-tokens", "9"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    tokens, slots, passes = greedy(run, "head", "12+34=", mode, 9)
+    blocks = "".join(
+        ("|" if s == 0 and i else "") + t
+        for i, (t, s) in enumerate(zip(tokens, slots, strict=False))
+    )
+    assert lines[0] == f"12+34= {blocks}"
+    assert lines[0].count("|") == passes - 1
+    assert f"{mode}: {len(tokens)} tokens in {passes} passes" in lines[1]
+    assert f"{len(tokens) / passes:.2f} tokens per pass" in lines[1]
+
+
+def test_generate_takes_the_mode_and_limit_of_the_run_and_stage(run, capsys):
+    assert main(["generate", str(run), "12+34="]) == 0
+    last = capsys.readouterr().out
+    assert "fast: " in last
+    assert main(["generate", str(run), "12+34=", "--stage", "main"]) == 0
+    first = capsys.readouterr().out
+    tokens, _, passes = greedy(run, "main", "12+34=", "slow", 14)
+    assert f"slow: {len(tokens)} tokens in {passes} passes" in first
+
+
+@pytest.mark.parametrize("method", ["best_of_n", "beam", "mcts"])
+def test_a_search_shows_its_choice_and_what_else_it_found(run, capsys, method):
+    options = ["--search", method, "--n", "3", "--choose", "majority", "--mode", "slow"]
+    assert main(["generate", str(run), "12+34=", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    model, text = load_model(run / "stages" / "head")
+    config = SearchConfig(method=method, n=3, choose="majority")
+    found = model.search(
+        torch.tensor([text.prompt_ids("12+34=")]), config=config, answer_of=text.answer_text,
+        mtp_mode="slow", do_sample=True, top_k=0, max_new_tokens=14,
+        generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    tokens = found.sequences[0, len(text.prompt_ids("12+34=")) :].tolist()
+    shown = "|".join(text.tokenizer.decode([token]) for token in tokens)
+    assert lines[0] == f"12+34= {shown}"
+    scores = [f"{branch.score:.4f}" for branch in found.texts[0]]
+    assert [line.split()[-2 - line.endswith("no answer")] for line in lines[1:-1]] == scores
+    assert sum(line.startswith("*") for line in lines[1:-1]) == 1
+    spent = f"{int(found.passes[0])} passes, {int(found.tokens_read[0])} tokens read"
+    assert lines[-1] == f"slow, {method}: {len(scores)} texts, {spent}"
+
+
+@pytest.mark.parametrize("method", ["best_of_n", "beam", "mcts"])
+def test_evaluate_tells_what_a_search_chooses_and_what_it_found(run, capsys, method):
+    options = ["--search", method, "--n", "4", "--json"]
+    assert main(["evaluate", str(run), *options]) == 0
+    by_score = json.loads(capsys.readouterr().out)
+    assert by_score["num_problems"] == 12 and by_score["method"] == method
+    assert by_score["search_passes"] > 0 and 1 <= by_score["search_texts"] <= 4
+    assert main(["evaluate", str(run), "--search", method, "--n", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert f"stage head, fast, {method}: 12 held-out problems" in shown.replace("\n", " ")
+    assert "any text right" in shown
+
+
+def test_sampling_is_decided_by_the_seed(run, capsys):
+    def text(seed: str) -> str:
+        main(["generate", str(run), "1+2=", "--temperature", "2", "--seed", seed])
+        return capsys.readouterr().out.splitlines()[0]
+
+    assert text("1") == text("1")
+    assert len({text(str(seed)) for seed in range(4)}) > 1
+
+
+def test_tokens_of_an_unfinished_character_wait_for_its_last_one():
+    class Tokenizer:
+        def decode(self, ids):
+            return bytes(ids).decode(errors="replace")
+
+    pieces = TextPieces(Tokenizer())
+    assert [pieces.add(byte) for byte in "aé!".encode()] == ["a", "", "é", "!"]
+    pieces = TextPieces(Tokenizer())
+    assert [pieces.add(97), pieces.add(0xC3), pieces.pending()] == ["a", "", "�"]
+
+
+def test_a_terminal_shows_the_emitters_in_colours():
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, color_system="standard", width=80)
+    live = LiveText(console, character_tokenizer("0123456789;", []))
+    ids = live.tokenizer.encode("3;45", add_special_tokens=False)
+    row = [torch.tensor([values]) for values in (ids, [0, 1, 0, FORCED], [0, 0, 2, 0])]
+    live(Block(torch.tensor([0]), *row, torch.zeros(1, 4), torch.tensor([4])))
+    shown = file.getvalue()
+    assert "\x1b[1;33m3" in shown and "\x1b[36m;" in shown
+    assert "\x1b[32m4" in shown and "\x1b[35m5" in shown
+    assert "|" not in shown
+
+
+def test_verified_text_is_slow_text(run, capsys):
+    texts = []
+    for mode in ("slow", "verified"):
+        assert main(["generate", str(run), "12+34=", "--mode", mode]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[1].startswith(f"{mode}: ")
+        texts.append(lines[0].replace("|", ""))
+    assert texts[0] == texts[1]
+
+
+def test_a_thought_budget_closes_the_thought(run, capsys):
+    arguments = ["--mode", "slow", "--max-thought-tokens", "3"]
+    assert main(["generate", str(run), "12+34=", *arguments]) == 0
+    text = capsys.readouterr().out.splitlines()[0].split(" ")[1]
+    assert text.index("</think>") <= len("1|2|3")
+
+
+def test_a_conversation_goes_on_until_it_is_quit():
+    text = TextFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), PHASES, 4)
+    console = Console(file=io.StringIO())
+    asked = []
+
+    def write(prompt, mode):
+        asked.append((text.tokenizer.decode(prompt), mode))
+        return text.completion_ids("1;", str(len(asked)))
+
+    def check(message):
+        if "x" in message:
+            raise ValueError("no x")
+
+    lines = ["1+", "", "2+x", "3+", "/mode slow", "/mode warp", "4+", "/new", "5+", "/quit", "6+"]
+    converse(lines, console, text, write, mode="fast", check=check)
+    assert asked == [
+        ("1+<think>", "fast"),
+        ("1+13+<think>", "fast"),
+        ("1+13+24+<think>", "slow"),
+        ("5+<think>", "slow"),
+    ]
+    shown = console.file.getvalue()
+    assert "error: no x" in shown and shown.count("/mode fast|slow|verified") == 1
+
+
+def test_chat_reads_messages_from_standard_input(run, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("1+2=\n/quit\n"))
+    assert main(["chat", str(run), "--mode", "slow"]) == 0
+    assert "slow: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["main", "head"])
+def test_evaluate_gives_the_figures_of_the_summary(run, capsys, stage):
+    assert main(["evaluate", str(run), "--json", "--stage", stage]) == 0
+    got = json.loads(capsys.readouterr().out)
+    assert got == {"name": stage, **figures_of(run, stage)}
+    assert got["num_problems"] == 12
+    assert (got["fast_passes"] is None) == (stage == "main")
+
+
+def test_evaluate_prints_a_table(run, capsys):
+    assert main(["evaluate", str(run), "--num-problems", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "stage head: 4 held-out problems" in shown
+    assert "slow acc." in shown and "seconds" not in shown
+
+
+def test_export_writes_the_last_stage_and_the_chosen_one(run, tmp_path, capsys):
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert "stages/head" in capsys.readouterr().out
+    ids = torch.tensor([[5, 6, 7]])
+    for stage, rows in (("head", 2), ("main", 1)):
+        assert main(["export", str(run), str(tmp_path / "out"), "--stage", stage]) == 0
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        own, _ = load_model(run / "stages" / stage)
+        assert torch.equal(stock(ids).logits, own(ids).logits)
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert card.count("| 50.0 % |") == rows
+    assert main(["generate", str(tmp_path / "out"), "1+2=", "--mode", "slow"]) == 0
+    tokens, _, passes = greedy(run, "main", "1+2=", "slow", 14)
+    assert f"slow: {len(tokens)} tokens in {passes} passes" in capsys.readouterr().out
+
+
+def test_a_run_that_has_not_ended_gives_its_last_model_and_says_so(run, tmp_path, capsys):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert "none of its stages has ended" in capsys.readouterr().err
+    (tmp_path / "stages" / "main").symlink_to(run / "stages" / "main")
+    assert main(["generate", str(tmp_path), "1+2="]) == 0
+    said = capsys.readouterr()
+    assert "has not ended (head to go)" in said.err
+    assert "slow: " in said.out
+    assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 0
+    assert "Nothing was measured" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "RUN/absent", "1+2="], "does not exist"),
+        (["evaluate", "RUN/stages"], "config.yaml does not exist"),
+        (["generate", "RUN/stages", "1+2="], "neither a run (no config.yaml) nor an exported"),
+        (["generate", "RUN", "1+2=", "--stage", "rl"], "--stage must be one of main, head"),
+        (["generate", "RUN/stages/head", "1+2=", "--stage", "main"], "but RUN/stages/head is one"),
+        (["generate", "RUN", "1+2=", "--stage", "main", "--mode", "fast"], "head is untrained"),
+        (["generate", "RUN", "1 + x"], "tokenizer does not know ' ' 'x'"),
+        (["generate", "RUN", "1+2=", "--max-new-tokens", "0"], "--max-new-tokens must be at"),
+        (["generate", "RUN", "1+2=", "--temperature", "-1"], "temperature must be 0"),
+        (["evaluate", "RUN", "--num-problems", "0"], "--num-problems must be at least 1"),
+        (["evaluate", "RUN", "--n", "4"], "--n is an option of --search"),
+        (["evaluate", "RUN", "--top-k", "4"], "--top-k is an option of --search"),
+        (["generate", "RUN", "1+2=", "--choose", "score"], "--choose is an option of --search"),
+        (["generate", "RUN", "1+2=", "--search", "beam", "--n", "0"], "n must be at least 1"),
+        (["generate", "RUN", "1+2=", "--search", "beam", "--max-segments", "2"], "one segment"),
+        (["evaluate", "RUN", "--search", "mcts", "--expand", "1"], "expand must be at least 2"),
+        (["evaluate", "RUN", "--search", "beam", "--temperature", "0"], "sampling must be on"),
+        (["evaluate", "RUN", "--stage", "main", "--search", "beam", "--mode", "fast"], "untrained"),
+        (["export", "RUN", "RUN"], "holds files that no export wrote"),
+        (["export", "RUN", "RUN/config.yaml"], "is a file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, capsys, arguments, message):
+    assert main([a.replace("RUN", str(run)) for a in arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1
+    assert message.replace("RUN", str(run)) in said.err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task_name": "chess"}, "'running_sum'], got 'chess'"),
+        ({"task_name": None}, "'running_sum'], got None"),
+        ({"colour": 1}, "could not be read: Key 'colour' not in 'RunConfig'"),
+        ({"seed": "many"}, "could not be read: Value 'many'"),
+    ],
+)
+def test_a_config_that_does_not_fit_names_the_file(run, tmp_path, change, message):
+    path = tmp_path / "config.yaml"
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(run / "config.yaml"), change), path)
+    with pytest.raises(ValueError, match="config.yaml") as error:
+        load_run_config(path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["evaluate"], ["export"]])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: mtp" in capsys.readouterr().out

@@ -1,0 +1,192 @@
+"""Random models small enough for a test, and the ids that they speak."""
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from mtp.cli.hydra import register_configs
+from mtp.config import to_run_config
+from mtp.modeling.decode import decode
+from mtp.modeling.heads import HeadConfig
+from mtp.modeling.modeling_mtp import FAMILIES
+from mtp.modeling.phases import PhasePlan
+from mtp.modeling.records import pad
+from mtp.modeling.sampler import Sampler
+from mtp.reports.logger import read_records
+from mtp.training.objectives.scored import Emitter
+
+EOS, CLOSE, PAD = 1, 2, 0
+VOCABULARY = 23
+GREEDY = Sampler(temperature=0)
+
+
+HEADS = ("eavesdrop", "parallel", "eavesdrop that recalls", "parallel that recalls")
+"""What `tiny_model` takes as the type of a head."""
+
+
+def tiny_model(
+    family: str = "llama",
+    *,
+    type: str = "eavesdrop",
+    tied: bool = False,
+    seed: int = 0,
+    **head: object,
+):
+    """A random model of a few thousand parameters whose tokens vary from position to position."""
+    torch.manual_seed(seed)
+    cls = FAMILIES[family]
+    config = cls.config_class(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        initializer_range=0.25,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    kind, _, recalls = type.partition(" that ")
+    settings = {"type": kind, "recall": bool(recalls), "num_slots": 3, "hidden_size": 16}
+    settings |= {"intermediate_size": 24, **head}
+    config.mtp = asdict(HeadConfig(**settings))
+    return cls(config).eval()
+
+
+def run(model, prompts, plan, sampler=GREEDY, seed=0, max_new_tokens=24, **options):
+    """Decode prompts of different lengths."""
+    tokens, lengths = pad(prompts, PAD)
+    return decode(
+        model,
+        tokens,
+        lengths,
+        plan,
+        sampler,
+        max_new_tokens=max_new_tokens,
+        pad_id=PAD,
+        generator=torch.Generator().manual_seed(seed),
+        **options,
+    )
+
+
+def head_rows(model, taps, block):
+    """[K, E] the head's rows behind a text by the definition: its taps [1, T, taps, D], and the
+    tokens that the last pass has drawn so far.
+    """
+    head, recalled = model.mtp_head, None
+    if head.recall is not None:
+        recalled = head.recall(head.message(taps))[:, -1]
+    embeds = model.head_embed(torch.tensor([block]))
+    return head(head.message(taps[:, -1]), embeds, recalled)[0]
+
+
+def completions(out):
+    """The new tokens of each row."""
+    return [out.tokens[r, : out.lengths[r]].tolist() for r in range(len(out.tokens))]
+
+
+ROOT = Path(__file__).parents[1]
+
+
+TINY = [
+    "stages.main.steps=6",
+    "stages.head.steps=4",
+    "stages.joint.steps=4",
+    "stages.rl.steps=4",
+    "stages.rl.num_prompts=4",
+    "stages.rl.group_size=4",
+    "evaluation.num_problems=8",
+    "evaluation.num_interim_problems=4",
+    "stages.joint.evaluate_every=2",
+    "stages.rl.evaluate_every=2",
+    "logger.log_every=1",
+    "fabric.accelerator=cpu",
+    "fabric.num_threads=1",
+    "model.config.hidden_size=32",
+    "model.config.intermediate_size=48",
+    "head.hidden_size=16",
+    "head.intermediate_size=24",
+]
+
+
+CLOCKS = {"step_time", "rollout_time", "tokens_per_second"}
+
+
+def config(run_dir: Path, *overrides: str):
+    register_configs()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = compose("train", [*TINY, f"run_dir={run_dir}", *overrides])
+    return to_run_config(composed)
+
+
+def records(folder: Path) -> list[dict]:
+    return [
+        {k: v for k, v in record.items() if k not in CLOCKS}
+        for record in read_records(folder / "metrics.jsonl")
+    ]
+
+
+PLAN = PhasePlan(keep=[4, 1], opened_by=[None, CLOSE], eos_ids=[EOS])
+
+
+SAMPLES = [([5, 6], [7, 8, 9, 10, CLOSE, 11, EOS]), ([3], [4, 5]), ([9, 9, 9], [12, 13, 14, 15])]
+
+
+def emitter(rows: list[list[float]], targets: list[int]) -> Emitter:
+    """Rows of given probabilities, through an identity output matrix."""
+    logits = torch.tensor(rows).log()
+    return Emitter(logits, torch.eye(logits.shape[1]), torch.tensor(targets))
+
+
+def rollouts(model, seed=0):
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12], [4, 4]]
+    tokens, lengths = pad(prompts, PAD)
+    out = decode(
+        model, tokens, lengths, PLAN, Sampler(), max_new_tokens=20, pad_id=PAD,
+        generator=torch.Generator().manual_seed(seed),
+    )  # fmt: skip
+    return prompts, out, torch.tensor([1.0, -1.0, 0.5, -0.5])
+
+
+# The model code must work where mtp is not installed: any import of it fails here.
+ALONE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("mtp", "mtp_kernels"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+try:
+    import mtp
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("mtp can be imported here, so this proves nothing")
+"""
+
+
+def run_alone(script: str, cache: Path) -> str:
+    """Run Python without mtp, with an empty Hugging Face cache, and return what it printed."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("HF_MODULES_CACHE", None)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ALONE + script],
+        cwd=cache,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

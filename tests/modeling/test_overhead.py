@@ -1,0 +1,180 @@
+"""What a pass does beside its arithmetic: reads from the device, casts, copies."""
+
+import pytest
+import torch
+from helpers import HEADS, PAD, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from mtp.modeling.attention import attend
+from mtp.modeling.decode import PassLoop, decode
+from mtp.modeling.phases import PhasePlan
+from mtp.modeling.records import pad
+from mtp.modeling.sampler import Sampler
+from mtp.rollouts.rollout import keep_casts
+
+WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select")
+
+
+class Reads(TorchDispatchMode):
+    """Counts operations whose result the host waits for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += str(function).startswith(WAITING)
+        return function(*args, **(kwargs or {}))
+
+
+def num_reads(monkeypatch, num_rows, mode, max_new_tokens, sampler):
+    """Reads of a whole run, and its passes."""
+    lists = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: lists.append(1) or tolist(x))
+    model = tiny_model()
+    tokens, lengths = pad([[5, 6, 7 + row] for row in range(num_rows)], PAD)
+    plan = PhasePlan([1 if mode == "slow" else 4], [None], verified=[mode == "verified"])
+    with Reads() as reads:
+        out = decode(
+            model, tokens, lengths, plan, sampler, max_new_tokens=max_new_tokens, pad_id=PAD,
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+    return reads.count + len(lists), int(out.passes.max())
+
+
+@pytest.mark.parametrize("mode", ["fast", "slow", "verified"])
+def test_a_pass_is_awaited_twice_whatever_the_batch(mode, monkeypatch):
+    per_pass = 1 if mode == "slow" else 2
+    for num_rows in (1, 4):
+        for sampler in (Sampler(temperature=0), Sampler(top_k=5)):
+            short = num_reads(monkeypatch, num_rows, mode, 8, sampler)
+            long = num_reads(monkeypatch, num_rows, mode, 24, sampler)
+            # Rows that end early are dropped at most log2(batch) times, at one more read each.
+            slack = 2 if num_rows > 1 else 0
+            assert long[0] - short[0] <= per_pass * (long[1] - short[1]) + slack
+
+
+class Casts(TorchDispatchMode):
+    """Shapes of the matrices that are cast to another dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].ndim == 2:
+            self.shapes.append(tuple(args[0].shape))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kernels", [None, "torch"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("mode", ["fast", "verified"])
+def test_autocast_casts_a_weight_once_and_not_at_every_pass(mode, head, kernels):
+    model = tiny_model(type=head)
+    model.model.requires_grad_(False)  # autocast itself keeps casts of trained weights only
+    shapes = {tuple(weight.shape) for weight in model.parameters() if weight.ndim == 2}
+    tokens, lengths = pad([[5, 6, 7], [8, 9]], PAD)
+    plan = PhasePlan([4], [None], verified=[mode == "verified"])
+    counts = []
+    for max_new_tokens in (8, 24):
+        with torch.autocast("cpu", torch.bfloat16), keep_casts(model), Casts() as casts:
+            decode(
+                model, tokens, lengths, plan, Sampler(), max_new_tokens=max_new_tokens, pad_id=PAD,
+                kernels=kernels,
+            )  # fmt: skip
+        counts.append(sum(shape in shapes for shape in casts.shapes))
+    assert 0 < counts[1] == counts[0]
+    assert not any(weight.requires_grad for weight in model.model.parameters())
+    assert all(weight.requires_grad for weight in model.mtp_head.parameters())
+
+
+@pytest.mark.parametrize("mode", ["fast", "verified"])
+def test_the_cache_holds_what_autocast_reads(mode):
+    model = tiny_model()
+    tokens, lengths = pad([[5, 6, 7], [8, 9]], PAD)
+    plan = PhasePlan([4], [None], verified=[mode == "verified"])
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        loop = PassLoop(
+            model, tokens, lengths, [plan, plan], Sampler(temperature=0), 16, PAD,
+            None, None, None, 1,
+        )  # fmt: skip
+        for _ in range(3):
+            loop.run_pass()
+    assert {states.dtype for states in loop.cache.states} == {torch.bfloat16}
+
+
+def test_the_cache_grows_to_what_a_text_may_take_and_no_further():
+    model, capacities, goes_on = tiny_model(), [], True
+    tokens, lengths = pad([[5, 6, 7, 8, 9]], PAD)
+    plan = PhasePlan([model.num_slots], [None])
+    with torch.no_grad():
+        loop = PassLoop(
+            model, tokens, lengths, [plan], Sampler(temperature=0), 40, PAD, None, None, None, 1
+        )
+        while goes_on:
+            _, goes_on = loop.run_pass()
+            capacities.append(loop.cache.capacity)
+    assert loop.cache.length > 40
+    assert sorted(set(capacities)) == [5, 10, 20, 40, 5 + 40 + 2 * model.num_slots]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("num_queries", [1, 5])
+def test_a_block_attends_as_transformers_sdpa_does(num_queries, masked):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 6, num_queries, 8, generator=generator)
+    key, value = torch.randn(2, 3, 2, 11, 8, generator=generator)
+    mask = None
+    if masked:
+        mask = torch.rand(3, 1, num_queries, 11, generator=generator) < 0.6
+        mask[..., 0] = True
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 3, False
+    ours, _ = attend(module, query, key, value, mask, scaling=0.3, in_pass=True)
+    theirs, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    outside, _ = attend(module, query, key, value, mask, scaling=0.3)
+    assert torch.equal(outside, theirs)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_rows_of_one_length_are_given_no_mask(attention, monkeypatch):
+    model = tiny_model()
+    model.set_attn_implementation(attention)
+    given, forward = [], type(model.model).forward
+
+    def noting(self, *args, **kwargs):
+        given.append(kwargs["attention_mask"] is None)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.model), "forward", noting)
+    plan = PhasePlan([1], [None])
+    texts = []
+    for prompts in ([[5, 6, 7], [8, 9, 4]], [[5, 6, 7], [8, 9, 4], [3]]):
+        given.clear()
+        tokens, lengths = pad(prompts, PAD)
+        out = decode(
+            model, tokens, lengths, plan, Sampler(temperature=0), max_new_tokens=6, pad_id=PAD
+        )
+        assert given == [len(prompts) == 2] * 6
+        texts.append(out.tokens[:2])
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_main_is_asked_for_taps_only_where_a_row_may_use_the_head(keep, monkeypatch):
+    model = tiny_model()
+    given, forward = [], type(model.model).forward
+
+    def noting(self, *args, **kwargs):
+        given.append(kwargs["output_hidden_states"])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.model), "forward", noting)
+    tokens, lengths = pad([[5, 6, 7]], PAD)
+    plan = PhasePlan([keep], [None])
+    decode(model, tokens, lengths, plan, Sampler(temperature=0), max_new_tokens=6, pad_id=PAD)
+    assert given == ([None] * 6 if keep == 1 else [model.mtp_taps] * 2)

@@ -1,0 +1,330 @@
+"""Options of `generate` with `mtp_mode`: each is honoured or refused by name, none passed over."""
+
+import inspect
+
+import pytest
+import torch
+from helpers import CLOSE, EOS, PAD, tiny_model
+from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    GenerationConfig,
+    GenerationMixin,
+    LlamaConfig,
+    MinNewTokensLengthLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+)
+
+from mtp.modeling.modeling_mtp import LlamaMTPForCausalLM
+from mtp.modeling.requests import OPTIONS, Kind
+from mtp.rollouts.prompt_format import character_tokenizer
+
+TOKENIZER = character_tokenizer("0123456789+=;abcdef", ["<think>", "</think>"])
+PROMPT = torch.tensor([[5, 6, 7, 9]])
+PADDED = torch.tensor([[PAD, PAD, 5, 6], [8, 4, 9, 10]])
+MODES = ["fast", "slow", "verified"]
+PHASES = [
+    {"name": "thought", "mode": "fast", "opened_by": None},
+    {"name": "answer", "mode": "slow", "opened_by": CLOSE},
+]
+
+
+def make(**settings):
+    model = tiny_model(**settings)
+    model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
+    model.generation_config.mtp_phases = PHASES
+    return model
+
+
+def written(model, ids=PROMPT, **given):
+    given = {"mtp_mode": "fast", "max_new_tokens": 20, **given}
+    return model.generate(ids, **given)[:, ids.shape[1] :].tolist()
+
+
+def routes(model, name, value):
+    """A call that asks for an option as an argument, in a given config, in the model's config."""
+    given, own = GenerationConfig(), GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
+    own.mtp_phases = PHASES
+    yield {name: value}
+    setattr(given, name, value)
+    yield {"generation_config": given}
+    model.generation_config = own
+    setattr(own, name, value)
+    yield {}
+
+
+def test_every_field_of_transformers_is_classified():
+    fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    arguments = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs"}
+    others = {"input_ids", "attention_mask", "tokenizer", "assistant_tokenizer"}
+    assert fields | arguments <= set(OPTIONS), "say in requests_mtp.OPTIONS what becomes of it"
+    assert set(OPTIONS) <= fields | arguments | others | {"trust_remote_code"}
+
+
+@pytest.mark.parametrize("name", [n for n, o in OPTIONS.items() if o.kind is not Kind.HONOURED])
+def test_what_asks_for_nothing_is_accepted_and_the_rest_honoured_or_refused(name, monkeypatch):
+    model, option = make(), OPTIONS[name]
+    plain = written(model, max_new_tokens=4)
+    for value in {None: 0, **dict.fromkeys(option.neutral)}:
+        for given in routes(model, name, value):
+            assert written(model, max_new_tokens=4, **given) == plain
+    if option.kind is Kind.PROCESSED:
+        return
+    if option.kind is Kind.IDLE:
+        assert written(model, max_new_tokens=4, **{name: 7}) == plain
+        return
+    samples = {"do_sample": True} if option.kind is Kind.SAMPLING else {}
+    if samples:
+        assert written(model, max_new_tokens=4, **{name: 0.5}) == plain
+    monkeypatch.setattr(type(model), "main_states", None)
+    for given in routes(model, name, 7):
+        where = "" if name in given else "generation_config."
+        with pytest.raises(ValueError, match=rf"^{where}{name} must be .* with mtp_mode, got 7; "):
+            written(model, **given, **samples)
+
+
+STOCKS_OWN = {
+    "min_length": 17,
+    "min_new_tokens": 9,
+    "forced_bos_token_id": 7,
+    "forced_eos_token_id": 8,
+    "exponential_decay_length_penalty": (3, 1.5),
+    "repetition_penalty": 9.0,
+    "no_repeat_ngram_size": 2,
+    "remove_invalid_values": True,
+    "bad_words_ids": [[5], [6, 6]],
+    "sequence_bias": [[[6], -90.0], [[5, 5], -90.0]],
+    "suppress_tokens": [5, 6],
+    "begin_suppress_tokens": [5, 6],
+}
+
+
+def test_what_processors_do_is_tested_for_each():
+    assert set(STOCKS_OWN) == {n for n, o in OPTIONS.items() if o.kind is Kind.PROCESSED}
+
+
+@pytest.mark.parametrize("name", STOCKS_OWN)
+def test_what_processors_do_is_that_of_stock_generate(name):
+    model = make()
+    with torch.no_grad():
+        model.lm_head.weight[5:7] *= 6
+        model.lm_head.weight[EOS] *= 4
+    ids, mask = PADDED, PADDED != PAD
+    if name == "repetition_penalty":
+        with pytest.raises(
+            ValueError, match="repetition_penalty must be 1.0 where prompts are pad"
+        ):
+            written(model, ids, attention_mask=mask, repetition_penalty=9.0)
+        ids, mask = ids[1:], mask[1:]
+    if name == "forced_bos_token_id":
+        ids, mask = ids[1:, :1], mask[1:, :1]  # it is the second token of a text
+    given = {"attention_mask": mask, "max_new_tokens": 20, name: STOCKS_OWN[name]}
+    stock = model.generate(ids, mtp_mode="stock", **given)
+    for mode in ("slow", "verified"):
+        assert torch.equal(model.generate(ids, mtp_mode=mode, **given), stock)
+    fast = model.generate(ids, mtp_mode="fast", **given)
+    del given[name]
+    if name != "remove_invalid_values":
+        assert not torch.equal(model.generate(ids, mtp_mode="slow", **given), stock)
+        assert not torch.equal(model.generate(ids, mtp_mode="fast", **given), fast)
+
+
+def test_the_length_that_is_asked_for_counts():
+    model = make()
+    with torch.no_grad():
+        model.lm_head.weight[EOS] = 0
+
+    def length(**given):
+        return model.generate(PROMPT, mtp_mode="fast", **given).shape[1]
+
+    assert length(max_length=40) == 40
+    assert length(max_length=40, max_new_tokens=3) == 7
+    assert length(generation_config=GenerationConfig(max_length=11)) == 11
+    assert length() == 4 + 256
+    model.generation_config.max_new_tokens = 6
+    assert length() == 10 and length(max_length=9) == 9
+    with pytest.raises(ValueError, match="max_length must be above the 4 tokens of the prompts"):
+        length(max_length=4)
+    with pytest.raises(ValueError, match="max_length=9 must be left out where a text has several"):
+        model.generation_config.mtp_phases = SUMMARIES
+        model.generate_segments(PROMPT, tokenizer=TOKENIZER, max_segments=2, max_length=9)
+    with pytest.raises(ValueError, match="min_new_tokens must be left out where a text has sever"):
+        model.generate_segments(PROMPT, tokenizer=TOKENIZER, max_segments=2, min_new_tokens=9)
+
+
+SUMMARIES = [
+    {"name": "thought", "mode": "fast", "opened_by": 3},
+    {"name": "summary", "mode": "slow", "opened_by": 17, "closed_by": 18},
+    {"name": "answer", "mode": "slow", "opened_by": CLOSE},
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_stop_strings_and_max_time_stop(mode):
+    model = make()
+    whole = written(model, mtp_mode=mode)[0]
+    token = whole[5]
+    text = TOKENIZER.decode([token])
+    stopped = written(model, mtp_mode=mode, stop_strings=[text], tokenizer=TOKENIZER)
+    assert stopped == [whole[: whole.index(token) + 1]]
+    with pytest.raises(ValueError, match="stop_strings=.* needs tokenizer="):
+        written(model, mtp_mode=mode, stop_strings=text)
+    assert written(model, mtp_mode=mode, max_time=1e-9) == [whole[:1]]
+
+
+def test_a_given_config_is_filled_up_by_the_models():
+    model = make()
+    whole = written(model)[0]
+    model.generation_config.eos_token_id = [EOS, whole[2]]
+    model.generation_config.num_beams = None
+    assert written(model, generation_config=GenerationConfig(do_sample=False)) == [whole[:3]]
+    config = GenerationConfig(eos_token_id=whole[1])
+    assert written(model, generation_config=config) == [whole[: whole.index(whole[1]) + 1]]
+    assert len(written(model, eos_token_id=None)[0]) == 20
+    config.mtp_phases = [{"name": "answer", "mode": "slow", "opened_by": None}]
+    slow = written(model, mtp_mode="slow", eos_token_id=None)
+    assert written(model, generation_config=config, eos_token_id=None) == slow
+    config.mtp_mod = "fast"
+    with pytest.raises(ValueError, match="generation_config.mtp_mod is no setting"):
+        model.generate(PROMPT, generation_config=config)
+
+
+def test_the_mode_of_the_generation_config_is_the_default(tmp_path):
+    model = make()
+    ids, given = PROMPT, {"max_new_tokens": 20}
+    by_mode = {mode: model.generate(ids, mtp_mode=mode, **given) for mode in ("fast", "slow")}
+    assert not torch.equal(by_mode["fast"], by_mode["slow"])
+    assert torch.equal(model.generate(ids, **given), by_mode["slow"])
+    config = GenerationConfig(mtp_mode="fast", **given)
+    assert torch.equal(model.generate(ids, config), by_mode["fast"])
+    model.generation_config.mtp_mode = "fast"
+    model.save_pretrained(tmp_path)
+    model = type(model).from_pretrained(tmp_path)
+    assert torch.equal(model.generate(ids, **given), by_mode["fast"])
+    assert torch.equal(model.generate(ids, mtp_mode="slow", **given), by_mode["slow"])
+    assert torch.equal(
+        model.generate(ids, GenerationConfig(mtp_mode="slow", **given)), by_mode["slow"]
+    )
+    with pytest.raises(ValueError, match="num_beams"):
+        model.generate(ids, num_beams=2, **given)
+    beams = model.generate(ids, mtp_mode="stock", num_beams=2, num_return_sequences=2, **given)
+    assert len(beams) == 2
+    model.generation_config.mtp_k = 1
+    out = model.generate(ids, return_dict_in_generate=True, **given)
+    assert int(out.slots.max()) == 1
+    model.generation_config.max_thought_tokens = 3
+    assert model.generate(ids, **given)[0, 4 + 3] == CLOSE
+    found = model.search(ids, config={"n": 1}, do_sample=True, **given)
+    assert int(found.slots.max()) == 1
+
+
+@pytest.mark.parametrize("name", ["mtp_k", "max_thought_tokens", "generator"])
+def test_arguments_of_a_mode_are_refused_without_one(name):
+    value = torch.Generator() if name == "generator" else 1
+    for mode in (None, "stock"):
+        with pytest.raises(ValueError, match=f"{name} must be left out without an mtp_mode"):
+            make().generate(PROMPT, mtp_mode=mode, **{name: value})
+
+
+@pytest.mark.parametrize("pad", [PAD, EOS, None])
+def test_a_mask_is_inferred_as_in_stock_generate(pad):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 23, (2, 10), generator=generator)
+    ids[0, :3] = PAD if pad is None else pad
+    model = make()
+    model.generation_config.pad_token_id = pad
+    stock = model.generate(ids, max_new_tokens=30, mtp_mode="stock")
+    assert torch.equal(model.generate(ids, max_new_tokens=30, mtp_mode="slow"), stock)
+    for mode in MODES:
+        out = written(model, ids, mtp_mode=mode)
+        mask = torch.ones_like(ids) if pad != PAD else ids.ne(PAD).long()
+        assert out == written(model, ids, mtp_mode=mode, attention_mask=mask)
+        other = ids.ne(ids[0, 0]).long() if pad != PAD else torch.ones_like(ids)
+        assert out != written(model, ids, mtp_mode=mode, attention_mask=other)
+
+
+@pytest.mark.parametrize("top_k", [None, 3, 50, 0])
+def test_sampled_slow_text_is_that_of_stock_generate(top_k):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=120, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, initializer_range=0.02, eos_token_id=EOS, bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaMTPForCausalLM(config).eval()
+    model.generation_config.mtp_phases = PHASES
+    given = {"do_sample": True, "max_new_tokens": 60, "temperature": 1.3}
+    given |= {} if top_k is None else {"top_k": top_k}
+    texts = []
+    for mode in ("stock", "slow"):
+        torch.manual_seed(1)
+        texts.append(model.generate(PROMPT, mtp_mode=mode, **given))
+    assert torch.equal(*texts)
+
+
+def test_a_row_is_given_texts_of_its_own_width():
+    model = make()
+    with torch.no_grad():
+        model.lm_head.weight[EOS] = 9 * model.lm_head.weight[5]
+        model.model.norm.weight.abs_()
+    ids = torch.tensor([[PAD, PAD, 5, 6], [8, 4, 9, 10], [5, 6, 7, 8], [4, 4, 9, 9]])
+    mask = ids != PAD
+
+    class Always:
+        """The end is what everybody wants to say."""
+
+        def __call__(self, input_ids, scores):
+            scores = scores.clone()
+            scores[:, EOS] += 100
+            scores[:, CLOSE] -= 100
+            return scores
+
+    for modes in (["slow", "fast", "verified", "fast"], ["fast"] * 4):
+        least = MinNewTokensLengthLogitsProcessor(4, 34, EOS)
+        given = {"mtp_mode": modes, "max_new_tokens": 50, "logits_processor": [Always(), least]}
+        out = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **given)
+        assert (out.slots >= 0).sum(1).tolist() == [35] * 4
+        widths = []
+
+        def wide(input_ids, scores, widths=widths, **kwargs):
+            widths.append(input_ids.shape)
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 20)
+
+        given["stopping_criteria"] = [wide]
+        out = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **given)
+        assert (out.slots >= 0).sum(1).tolist() == [16] * 4
+        assert sum(rows for rows, _ in widths) == 4 * 16  # asked once for each token
+    slow = model.generate(
+        ids, mtp_mode="slow", attention_mask=mask, max_new_tokens=50, min_length=30
+    )
+    stock = model.generate(ids, attention_mask=mask, max_new_tokens=50, min_length=30)
+    assert torch.equal(slow, stock)
+
+
+def test_processors_that_cannot_know_their_row_are_refused(monkeypatch):
+    model = make()
+    monkeypatch.setattr(type(model), "main_states", None)
+    by_row = PrefixConstrainedLogitsProcessor(lambda row, ids: [5], 1)
+    for processor in (by_row, EncoderNoRepeatNGramLogitsProcessor(2, PROMPT)):
+        with pytest.raises(ValueError, match="tells rows by their number"):
+            written(model, PROMPT.repeat(2, 1), logits_processor=[processor])
+    mark = SynthIDTextWatermarkLogitsProcessor(3, [1, 2], 16, 0, 8, torch.device("cpu"))
+    with pytest.raises(ValueError, match="counts on one call a token"):
+        written(model, logits_processor=[mark])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"inputs_embeds": torch.zeros(1, 4, 32)}, "does not take .'inputs_embeds'."),
+        ({"position_ids": torch.arange(4)[None]}, "does not take .'position_ids'."),
+        ({"inputs": PROMPT}, "input_ids must be left out beside inputs"),
+        ({"input_ids": PROMPT[0]}, r"input_ids must be token ids .* got torch.int64 \[4\]"),
+        (
+            {"attention_mask": torch.ones(1, 5)},
+            r"attention_mask must have the shape .* got \[1, 5\]",
+        ),
+    ],
+)
+def test_inputs_that_cannot_be_read_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        make().generate(**{"input_ids": PROMPT, "mtp_mode": "slow", **given})

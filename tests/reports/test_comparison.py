@@ -1,0 +1,131 @@
+"""A comparison's arms: what its table means, and that each is the one difference it says."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from mtp.cli.hydra import register_configs
+from mtp.config import to_run_config
+from mtp.reports.comparison import aggregate, main, read_runs
+from mtp.trainer import train
+
+ROOT = Path(__file__).parents[2]
+ARMS = {
+    "executed_closed": {"channel_gradient": 0.0},
+    "leash_only": {"objective.policy.weight": 0.0},
+    "no_leash": {"objective.leash.weight": 0.0, "objective.preserve.weight": 0.0},
+    "main_leash": {"objective.leash.head_weight": 0.0},
+    "auxiliary_ce": {
+        "rollout_mode": "slow",
+        "objective.policy.head_weight": 0.0,
+        "objective.head_ce.weight": 1.0,
+        "objective.head_ce.on_rollouts": True,
+    },
+    "detach": {
+        "rollout_mode": "slow",
+        "channel_gradient": 0.0,
+        "objective.policy.head_weight": 0.0,
+        "objective.head_ce.weight": 1.0,
+        "objective.head_ce.on_rollouts": True,
+    },
+    "auxiliary_policy": {"rollout_mode": "slow", "recompute_old": True},
+}
+
+
+def config(experiment: str, *overrides: str):
+    register_configs()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = compose("train", [f"experiment={experiment}", *overrides])
+        return to_run_config(composed)
+
+
+def flat(settings: dict, prefix: str = "") -> dict:
+    out = {}
+    for key, value in settings.items():
+        out |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        )
+    return out
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_arm_differs_from_the_executed_policy_in_what_it_is_named_for(arm):
+    base, other = config("rl_proof", "run_dir=x"), config(f"rl_proof_{arm}", "run_dir=x")
+    assert other.name == f"rl_proof/{arm}/1"
+    before, after = flat(asdict(base.stages["rl"])), flat(asdict(other.stages["rl"]))
+    assert {k: v for k, v in after.items() if before[k] != v} == ARMS[arm]
+    for key in ("model", "head", "task", "decoding", "evaluation", "seed"):
+        assert getattr(base, key) == getattr(other, key), key
+
+
+def write_run(folder: Path, name: str, seed: int, fast: float) -> None:
+    home = folder / name
+    home.mkdir(parents=True)
+    (home / "config.yaml").write_text(f"name: proof/{name}\nseed: {seed}\n")
+    figures = {"name": "rl", "fast_accuracy": fast, "slow_accuracy": 1.0, "true_steps": 0.5}
+    figures |= {"empty_thought_accuracy": 0.0, "wrong_thought_accuracy": 0.0, "fast_passes": 8.0}
+    figures |= {"reference_nats_per_token": 0.2, "unigram_drift": None}
+    (home / "summary.json").write_text(json.dumps({"stages": [{"name": "main"}, figures]}))
+    record = {"stage": "rl", "step": 25, "global_step": 25, "eval/fast_accuracy": fast}
+    (home / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+
+
+def test_means_and_intervals_over_seeds_by_hand(tmp_path, capsys):
+    for seed, fast in ((1, 0.2), (2, 0.3)):
+        write_run(tmp_path, f"start/{seed}", seed, fast)
+    for seed, fast in ((1, 0.9), (2, 1.0), (3, 0.95)):
+        write_run(tmp_path, f"open/{seed}", seed, fast)
+    write_run(tmp_path, "closed/1", 1, 0.25)
+    assert main([str(tmp_path)]) == 0
+    arms = json.loads((tmp_path / "summary.json").read_text())["arms"]
+    assert set(arms) == {"open", "closed"} and arms["open"]["seeds"] == [1, 2, 3]
+    half = 4.3027 * 0.05 / math.sqrt(3)
+    assert arms["open"]["fast_accuracy"] == pytest.approx(
+        {"mean": 0.95, "low": 0.95 - half, "high": 0.95 + half}, rel=1e-4
+    )
+    assert arms["open"]["start_fast_accuracy"] is None, "seed 3 has no start"
+    assert arms["closed"]["start_fast_accuracy"] == 0.2
+    assert arms["closed"]["fast_accuracy"] == {"mean": 0.25, "low": None, "high": None}
+    assert arms["open"]["fast_passes"] == 8.0
+    assert (tmp_path / "arms.png").stat().st_size > 0
+    assert (tmp_path / "frontier.png").stat().st_size > 0
+    assert "95.0 ± 12.4 %" in capsys.readouterr().out
+    assert aggregate(read_runs(tmp_path))["arms"] == arms, "its own summary is no run"
+
+
+def test_a_folder_without_arms_is_refused(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    assert "holds no run of an arm that has ended" in capsys.readouterr().err
+    write_run(tmp_path, "a/1", 1, 0.5)
+    write_run(tmp_path / "again", "a/1", 1, 0.5)
+    with pytest.raises(ValueError, match="are both seed 1 of a; keep one of them"):
+        read_runs(tmp_path)
+
+
+def test_arms_begin_where_the_start_of_their_seed_ended(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = [
+        "evaluation.num_problems=8",
+        "evaluation.num_interim_problems=4",
+        "fabric.accelerator=cpu",
+        "fabric.num_threads=1",
+        "model.config.hidden_size=32",
+        "model.config.intermediate_size=48",
+        "head.hidden_size=16",
+        "head.intermediate_size=24",
+        "seed=2",
+    ]
+    steps = ["stages.main.steps=2", "stages.head.steps=2", "stages.joint.steps=2"]
+    train(config("rl_proof_start", *small, *steps))
+    few = ["stages.rl.steps=2", "stages.rl.num_prompts=4", "stages.rl.group_size=4"]
+    for arm in ("rl_proof", "rl_proof_auxiliary_ce", "rl_proof_auxiliary_policy"):
+        summary = train(config(arm, *small, *few))
+        assert summary["stages"][0]["reference_in_loss"] is False
+    assert main(["runs/rl_proof"]) == 0
+    arms = json.loads(Path("runs/rl_proof/summary.json").read_text())["arms"]
+    assert set(arms) == {"executed_open", "auxiliary_ce", "auxiliary_policy"}
+    assert all(arm["seeds"] == [2] for arm in arms.values())

@@ -1,0 +1,187 @@
+"""A sweep's table over fabricated jobs, with means and intervals worked out by hand."""
+
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mtp.cli.hydra import run_job
+from mtp.reports.interval import t_quantile
+from mtp.reports.progress import make_console
+from mtp.reports.sweep import group_by_seed, main, read_jobs, report
+from mtp.training.runtime import StopRequest, hand_on
+
+ROOT = Path(__file__).parents[2]
+
+
+def finished(folder: Path, overrides: dict[str, str], fast: float | None, seconds: float = 60):
+    """A job that is done, its last stage `rl` with the given fast accuracy."""
+    folder.mkdir(parents=True)
+    (folder / "job.json").write_text(json.dumps({"overrides": overrides, "error": None}))
+    figures = {"slow_accuracy": 1.0, "slow_passes": 24.0, "fast_passes": 8.0, "true_steps": None}
+    stages = [
+        {"name": "main", **figures, "fast_accuracy": None, "seconds": 1.0},
+        {"name": "rl", **figures, "fast_accuracy": fast, "seconds": 2.0},
+    ]
+    (folder / "summary.json").write_text(json.dumps({"stages": stages, "seconds": seconds}))
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    for seed, fast in ((1, 0.90), (2, 0.92), (10, 0.97)):
+        finished(tmp_path / f"lr=0.1,seed={seed}", {"lr": "0.1", "seed": str(seed)}, fast)
+    finished(tmp_path / "lr=0.2,seed=1", {"lr": "0.2", "seed": "1"}, 0.5)
+    return tmp_path
+
+
+def test_mean_and_interval_over_seeds_are_those_worked_by_hand(sweep):
+    """0.90, 0.92, 0.97: mean 0.93, s = sqrt(0.0026 / 2), t(2) = 4.3027."""
+    jobs = read_jobs(sweep)
+    assert [job.overrides["seed"] for job in jobs] == ["1", "2", "10", "1"]
+    (group,) = group_by_seed(jobs)
+    assert group.overrides == {"lr": "0.1"} and group.seeds == ["1", "2", "10"]
+    assert group.mean["fast_accuracy"] == pytest.approx(0.93)
+    half = 4.3027 * math.sqrt(0.0013) / math.sqrt(3)
+    assert group.half_width["fast_accuracy"] == pytest.approx(half) == pytest.approx(0.08957, 1e-3)
+    assert group.half_width["slow_accuracy"] == 0
+    assert group.mean["true_steps"] is None
+
+
+def test_students_t_agrees_with_the_tables():
+    table = {1: 12.7062, 4: 2.7764, 10: 2.2281, 11: 2.2010, 15: 2.1314, 29: 2.0452, 100: 1.9840}
+    for freedom, value in table.items():
+        assert t_quantile(freedom) == pytest.approx(value, abs=2e-4)
+
+
+def test_the_table_lists_jobs_groups_and_what_failed(sweep, capsys):
+    def fail() -> float:
+        raise RuntimeError("out of [memory]\nsecond line")
+
+    value = run_job(fail, sweep / "lr=9,seed=1", {"lr": "9", "seed": "1"})
+    assert value is not None and math.isnan(value)
+    assert "RuntimeError: out of [memory]" in capsys.readouterr().err
+    (sweep / "lr=8,seed=1").mkdir()
+    (sweep / "lr=8,seed=1" / "job.json").write_text('{"overrides": {"lr": "8"}, "error": null}')
+    assert report(sweep, make_console()) == 1
+    shown = capsys.readouterr().out
+    assert "4 of 6 jobs done" in shown
+    assert "93.0 ± 9.0 %" in shown and "3 seeds" in shown
+    assert "failed: lr=9,seed=1: RuntimeError: out of [memory]\n" in shown
+    assert "unfinished: lr=8,seed=1\n" in shown
+    with (sweep / "sweep.csv").open() as file:
+        rows = {row["folder"]: row for row in csv.DictReader(file)}
+    assert rows["lr=0.2,seed=1"]["fast_accuracy"] == "0.5"
+    assert rows["lr=0.2,seed=1"]["seconds"] == "60"
+    assert rows["lr=9,seed=1"]["status"] == "failed"
+    written = json.loads((sweep / "sweep.json").read_text())
+    assert [len(written["jobs"]), len(written["groups"])] == [6, 1]
+
+
+def test_a_mistake_in_a_job_is_one_line_and_the_next_run_of_it_forgets_the_error(tmp_path, capsys):
+    from mtp.modeling.heads import HeadConfig
+
+    folder = tmp_path / "head.num_slots=0"
+    run_job(lambda: HeadConfig(num_slots=0).validate(), folder, {"head.num_slots": "0"})  # type: ignore[func-returns-value]
+    error = capsys.readouterr().err
+    assert error == "error: head.num_slots=0: head.num_slots must be at least 1, got 0\n"
+    assert run_job(lambda: 0.5, folder, {"head.num_slots": "0"}) == 0.5
+    assert json.loads((folder / "job.json").read_text())["error"] is None
+
+
+def test_exit_codes_of_the_command(sweep, tmp_path, capsys):
+    assert main([str(sweep)]) == 0
+    assert main([str(tmp_path / "none")]) == 2
+    assert "holds no jobs" in capsys.readouterr().err
+
+
+def test_a_launchers_handler_acts_after_the_checkpoint_and_pythons_own_does_not():
+    seen = []
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: seen.append(number))
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGUSR2)
+            assert stop.signal == signal.SIGUSR2 and seen == []
+        hand_on(signal.SIGUSR2)
+        assert seen == [signal.SIGUSR2]
+        hand_on(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+TINY = [
+    "stages.main.steps=2",
+    "stages.head.steps=2",
+    "stages.joint.steps=1",
+    "stages.rl.steps=1",
+    "stages.rl.num_prompts=4",
+    "stages.rl.group_size=4",
+    "evaluation.num_problems=8",
+    "evaluation.num_interim_problems=4",
+    "fabric.accelerator=cpu",
+    "fabric.num_threads=1",
+]
+
+
+def run_sweep(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "train.py", "-m", f"hydra.sweep.dir={folder}", *TINY, *arguments]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_a_failing_job_does_not_stop_the_sweep_and_a_second_call_resumes(tmp_path):
+    """Two jobs, the first impossible; each in its folder, and in wandb under the sweep's group."""
+    arguments = ["head.taps=[9],[2]", "stages.rl.steps=0", "logger=wandb"]
+    done = run_sweep(tmp_path, *arguments)
+    assert done.returncode == 1, done.stderr
+    jobs = {tuple(job.overrides.values()): job for job in read_jobs(tmp_path)}
+    assert jobs[("[9]",)].error.startswith("head.taps must be layers between 0 and ")
+    assert jobs[("[2]",)].status == "done" and jobs[("[2]",)].stage == "joint"
+    assert "1 of 2 jobs done" in done.stdout and "failed: head.taps=_9_-" in done.stdout
+    folder = tmp_path / jobs[("[2]",)].folder
+    (records,) = folder.glob("wandb/offline-run-*/*.wandb")
+    assert tmp_path.name.encode() in records.read_bytes()
+    trained = (folder / "stages" / "joint" / "model.safetensors").stat().st_mtime_ns
+    run_sweep(tmp_path, *arguments)
+    assert (folder / "stages" / "joint" / "model.safetensors").stat().st_mtime_ns == trained
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_launchers_of_this_machine(tmp_path, launcher):
+    pytest.importorskip("hydra_plugins.hydra_" + launcher.partition("_")[0] + "_launcher")
+    done = run_sweep(tmp_path, f"sweep={launcher}", "seed=1,2")
+    assert done.returncode == 0, done.stderr
+    assert [job.status for job in read_jobs(tmp_path)] == ["done", "done"]
+    assert "2 seeds" in done.stdout
+
+
+@pytest.fixture
+def slurm(tmp_path_factory):
+    """The SLURM_CONF of a Slurm of one node."""
+    if os.geteuid() != 0 or not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))):
+        pytest.skip("needs root and Debian's slurm-wlm and munge")
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    folder, script = tmp_path_factory.mktemp("slurm"), str(ROOT / "tests" / "slurm_one_node.sh")
+    started = subprocess.run([script, "start", str(folder)], capture_output=True, text=True)
+    try:
+        if started.returncode:
+            pytest.skip(f"Slurm does not start on this machine: {started.stderr.strip()}")
+        yield str(folder / "slurm.conf")
+    finally:
+        subprocess.run([script, "stop", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_sweep_on_slurm(tmp_path, slurm):
+    arguments = ["sweep=submitit_slurm", "hydra.launcher.cpus_per_task=1", "seed=1,2"]
+    done = run_sweep(tmp_path, *arguments, SLURM_CONF=slurm)
+    assert done.returncode == 0, done.stderr
+    assert [job.status for job in read_jobs(tmp_path)] == ["done", "done"]
+    assert "2 seeds" in done.stdout

@@ -1,0 +1,145 @@
+"""Shaping terms apart from the outcome, time limits, and measures of thoughts, worked by hand."""
+
+import logging
+import time
+from collections import Counter
+
+import pytest
+import torch
+
+from mtp.hub.build import ModelConfig, build_model
+from mtp.modeling.heads import HeadConfig
+from mtp.modeling.phases import Phase
+from mtp.modeling.records import Decoded
+from mtp.rollouts.advantage import group_advantages
+from mtp.rollouts.legibility import (
+    jensen_shannon,
+    mean_nats_of_rollouts,
+    reference_figures,
+    thought_nats,
+    unigram_drift,
+)
+from mtp.rollouts.reward import RewardConfig, score
+from mtp.rollouts.rollout import DecodingConfig, Rollouts
+from mtp.tasks.base import Example
+from mtp.tasks.reward_functions import limited
+from mtp.tasks.running_sum import RunningSumConfig
+
+TASK = RunningSumConfig().build()
+DECODING = DecodingConfig(
+    phases={
+        "thought": Phase(mode="fast", opened_by="<think>"),
+        "answer": Phase(mode="slow", opened_by="</think>"),
+    },
+    max_new_tokens=12,
+)
+SHAPE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
+torch.manual_seed(0)
+MODEL, TEXT = build_model(
+    ModelConfig(config={**SHAPE, **HEADS, "max_position_embeddings": 64}),
+    HeadConfig(num_slots=2, hidden_size=8, num_attention_heads=2, intermediate_size=8),
+    DECODING,
+    TASK,
+)
+EXAMPLE = Example("10+20+30=", "60", "10+20=30;30+30=60")
+
+
+def written(*completions: list[int]) -> Rollouts:
+    """Rollouts of one group, whose blocks hold three tokens."""
+    lengths = torch.tensor([len(ids) for ids in completions])
+    width = int(lengths.max())
+    tokens = torch.tensor([ids + [TEXT.pad_id] * (width - len(ids)) for ids in completions])
+    at = torch.arange(width)
+    slots = torch.where(at < lengths[:, None], at % 3, -1)
+    finished = torch.tensor([ids[-1] == TEXT.eos_id for ids in completions])
+    out = Decoded(tokens, slots, torch.zeros(tokens.shape), lengths, -(-lengths // 3), finished)
+    prompts = [TEXT.prompt_ids(EXAMPLE.prompt)] * len(completions)
+    return Rollouts([EXAMPLE], len(completions), prompts, out)
+
+
+def ids(text: str) -> list[int]:
+    return TEXT.tokenizer.encode(text, add_special_tokens=False)
+
+
+RIGHT = TEXT.completion_ids("30", "60")  # 3 + </think> is three tokens, the answer and <eos> three
+WRONG = TEXT.completion_ids("3", "61")
+ENDLESS = ids("3+3+3+3+3+3+")
+
+
+def test_shaping_terms_by_hand():
+    config = RewardConfig(pass_cost=0.1, token_cost=0.01, format_cost=0.5, overlong_buffer=8)
+    rewards = score(TASK, TEXT, written(RIGHT, WRONG, ENDLESS), config, max_new_tokens=12)
+    assert rewards.outcomes.tolist() == [[1.0, 0.0, 0.0]]
+    expected = {
+        "passes": [-0.2, -0.2, -0.4],
+        "tokens": [-0.06, -0.05, -0.12],
+        "format": [0.0, 0.0, -0.5],
+        "overlong": [-2 / 8, -1 / 8, -1.0],  # lengths 6, 5 and 12 against 12 - 8
+    }
+    assert rewards.terms.keys() == expected.keys()
+    for name, values in expected.items():
+        assert rewards.terms[name][0].tolist() == pytest.approx(values), name
+    assert torch.allclose(rewards.total, rewards.outcomes + sum(rewards.terms.values()))
+
+
+def test_no_shaping_term_makes_an_unsolved_group_teach():
+    config = RewardConfig(pass_cost=0.1, format_cost=0.5)
+    rewards = score(TASK, TEXT, written(WRONG, ENDLESS), config, max_new_tokens=12)
+    assert rewards.total.std() > 0.1
+    assert group_advantages(rewards.total, rewards.outcomes, "group_std").tolist() == [[0.0, 0.0]]
+
+
+def test_the_legibility_cost_is_the_mean_nats_of_a_rollouts_own_thought():
+    batch = written(RIGHT, WRONG)
+    rewards = score(
+        TASK, TEXT, batch, RewardConfig(legibility_cost=2.0), max_new_tokens=12, reference=MODEL
+    )
+    for row, thought in enumerate((ids("30") + ids("</think>"), ids("3") + ids("</think>"))):
+        text = torch.tensor([batch.prompts[row] + thought])
+        with torch.no_grad():
+            logprob = MODEL(text).logits.log_softmax(-1)[0, -len(thought) - 1 : -1]
+        nats = -logprob.gather(-1, torch.tensor(thought)[:, None]).mean()
+        assert rewards.terms["legibility"][0, row].item() == pytest.approx(
+            -2 * float(nats), rel=1e-4
+        )
+
+
+def test_reference_figures_by_slot_add_up_to_the_mean():
+    batch = written(RIGHT, WRONG)
+    measured = thought_nats(batch, TEXT, MODEL)
+    assert measured.rollouts.tolist() == [0, 0, 0, 1, 1]
+    assert measured.slots.tolist() == [0, 1, 2, 0, 1]
+    figures = reference_figures([batch], TEXT, MODEL, 3)
+    by_slot = [figures[f"reference_nats_slot_{slot}"] for slot in range(3)]
+    mean = (2 * by_slot[0] + 2 * by_slot[1] + by_slot[2]) / 5
+    assert figures["reference_nats_per_token"] == pytest.approx(mean, rel=1e-5)
+    assert len(mean_nats_of_rollouts(batch, TEXT, MODEL)) == 2
+
+
+def test_drift_by_hand():
+    assert jensen_shannon(Counter("aab"), Counter("aabaab")) == pytest.approx(0.0)
+    assert jensen_shannon(Counter("a"), Counter("b")) == pytest.approx(1.0)
+    # middle (3/4, 1/4): half of log2(4/3), half of (1/2 log2(2/3) + 1/2 log2(2))
+    assert jensen_shannon(Counter("a"), Counter("ab")) == pytest.approx(0.3112781, rel=1e-5)
+    solved = TEXT.completion_ids(EXAMPLE.thought, EXAMPLE.answer)
+    assert unigram_drift([written(solved)], TEXT) == pytest.approx(0.0)
+    assert unigram_drift([written(RIGHT)], TEXT) > 0.1
+
+
+def test_a_reward_that_hangs_is_worth_nothing_and_is_reported_once(caplog):
+    def reward(example: Example, answer: str) -> float:
+        while answer == "loop":
+            try:
+                time.sleep(0.001)
+            except Exception:
+                continue
+        return 1.0
+
+    judge = limited(reward, "rewards:slow", 0.05)
+    with caplog.at_level(logging.WARNING):
+        assert [judge(EXAMPLE, answer) for answer in ("loop", "loop", "60")] == [0.0, 0.0, 1.0]
+    assert len(caplog.records) == 1
+    assert "rewards:slow took over task.reward_seconds=0.05" in caplog.text
+    with pytest.raises(ValueError, match="task.reward_seconds must be above 0"):
+        limited(reward, "rewards:slow", 0)

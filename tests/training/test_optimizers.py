@@ -1,0 +1,54 @@
+"""Which parameters each optimizer moves, how far, and what a checkpoint keeps of it."""
+
+import copy
+
+import torch
+from helpers import tiny_model
+
+from mtp.training.optimizers import OptimizerConfig, build_optimizer, set_lr, split_parameters
+
+
+def gradients(model: torch.nn.Module, seed: int) -> None:
+    """A random gradient for every parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def test_muon_moves_hidden_matrices_by_orthogonal_steps_and_adamw_the_rest():
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = OptimizerConfig(algorithm="muon", lr=1e-2, muon_lr_ratio=2.0)
+    gradients(model, 0)
+    for part in split_parameters(model).values():
+        optimizer = build_optimizer(part, config)
+        set_lr(optimizer, config.lr)
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        step = before[name] - parameter.detach()
+        if parameter.ndim == 2 and "embed" not in name and "lm_head" not in name:
+            # An orthogonal matrix, scaled to 0.2 sqrt(max(rows, columns)) per unit of the rate.
+            scale = 2e-2 * 0.2 * max(parameter.shape) ** 0.5
+            singular = torch.linalg.svdvals(step / scale)
+            assert singular.min() > 0.5 and singular.max() < 1.3, name
+        else:
+            # AdamW's first step is the rate times the sign of the gradient.
+            assert torch.allclose(step, 1e-2 * parameter.grad.sign(), atol=1e-4), name
+
+
+def test_a_restored_optimizer_goes_on_alike():
+    config = OptimizerConfig(algorithm="muon", lr=1e-2)
+    models = [tiny_model(), tiny_model()]
+    optimizers = [build_optimizer(split_parameters(m)["main"], config) for m in models]
+    for step in range(2):
+        gradients(models[0], step)
+        set_lr(optimizers[0], 1e-2 / (step + 1))
+        optimizers[0].step()
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for model, optimizer in zip(models, optimizers, strict=True):
+        gradients(model, 2)
+        set_lr(optimizer, 3e-3)
+        optimizer.step()
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -1,0 +1,161 @@
+"""Streams beside the policy: leash estimators, supervised replay, slow rollouts, schedules."""
+
+import math
+
+import pytest
+import torch
+from helpers import PAD, PLAN, SAMPLES, emitter, rollouts, tiny_model
+
+from mtp.modeling.decode import decode
+from mtp.modeling.sampler import Sampler
+from mtp.training.batch import collate_rollouts, collate_slow_rollouts, collate_text
+from mtp.training.objectives import ObjectiveConfig
+from mtp.training.objectives.head_ce import HeadCE
+from mtp.training.objectives.leash import Leash, estimate
+from mtp.training.objectives.main_ce import MainCE
+from mtp.training.objectives.policy import Policy
+from mtp.training.objectives.scored import score_batch
+from mtp.training.stage import StageConfig
+
+
+def test_estimators_of_the_leash_by_hand():
+    policy, reference = emitter([[0.5, 0.5]], [0]), emitter([[0.25, 0.75]], [0])
+    k1 = estimate("k1", policy, reference, Sampler())
+    assert k1.item() == pytest.approx(math.log(2), rel=1e-5)
+    k3 = estimate("k3", policy, reference, Sampler())
+    assert k3.item() == pytest.approx(0.5 + math.log(2) - 1, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_estimators_have_the_divergence_as_their_mean(kind):
+    """Weighed by the sampler's probabilities, of temperature 0.5 as both distributions are."""
+    p, q = torch.tensor([0.2, 0.5, 0.3]), torch.tensor([0.4, 0.4, 0.2])
+    targets = [0, 1, 2]
+    sampler = Sampler(temperature=0.5)
+    values = estimate(
+        kind, emitter([p.tolist()] * 3, targets), emitter([q.tolist()] * 3, targets), sampler
+    )
+    sharp_p, sharp_q = p**2 / (p**2).sum(), q**2 / (q**2).sum()
+    divergence = (sharp_p * (sharp_p / sharp_q).log()).sum()
+    assert (sharp_p * values).sum().item() == pytest.approx(divergence.item(), rel=1e-5)
+
+
+def test_k1_has_the_gradient_of_the_divergence_as_its_mean():
+    q = [[0.4, 0.4, 0.2]] * 3
+    logits = torch.tensor([0.3, -0.2, 0.5], requires_grad=True)
+    p = logits.softmax(0)
+    (p * (p.log() - torch.tensor(q[0]).log())).sum().backward()
+    expected, logits.grad = logits.grad, None
+    policy = emitter(q, [0, 1, 2])
+    policy.hidden = logits.expand(3, 3)
+    (p.detach() * estimate("k1", policy, emitter(q, [0, 1, 2]), Sampler())).sum().backward()
+    assert torch.allclose(logits.grad, expected, atol=1e-6)
+
+
+def test_estimators_refuse_a_sampler_that_truncates():
+    rows = emitter([[0.5, 0.5]], [0])
+    with pytest.raises(ValueError, match="leash.kind=k3 needs decoding.top_k=0"):
+        estimate("k3", rows, rows, Sampler(top_k=1))
+    with pytest.raises(ValueError, match="leash.kind=k1 estimates"):
+        Leash(kind="k1", reverse=False).validate("leash")
+
+
+def test_in_an_rl_step_solved_examples_are_for_the_supervised_streams_alone():
+    objective = ObjectiveConfig(
+        main_ce=MainCE(weight=1.0),
+        head_ce=HeadCE(weight=1.0, on_rollouts=True),
+        policy=Policy(weight=1.0),
+        leash=Leash(weight=0.1),
+    )
+    prompts, out, advantages = rollouts(tiny_model())
+    sampled = collate_rollouts(prompts, out, advantages, [0, 1, 2, 3], 4, PAD)
+    solved = collate_text(SAMPLES, PLAN, 4, PAD)
+    assert set(objective.streams(solved, in_rl=True)) == {"main_ce"}
+    assert set(objective.streams(sampled, in_rl=True)) == {"head_ce", "policy", "leash"}
+    assert objective.counts(solved, in_rl=True) == {"main_ce": len(solved.main_rows)}
+    assert set(ObjectiveConfig(main_ce=MainCE(weight=1.0)).streams(solved, in_rl=False)) == {
+        "main_ce"
+    }
+
+
+def test_logits_detach_keeps_the_heads_gradient_off_the_output_matrix_and_opens_the_channel():
+    for detach in (False, True):
+        model = tiny_model()
+        batch = collate_text(SAMPLES, PLAN, 4, PAD)
+        scored = score_batch(
+            model, model, batch, channel_gradient=1.0, use_head=True, logits_detach=detach
+        )
+        HeadCE(weight=1.0).terms(scored, batch)["head_ce"].total.backward()
+        matrix = model.lm_head.weight.grad
+        assert (matrix is None) == detach
+        assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
+def test_slow_rollouts_score_main_as_sampled_and_the_head_on_what_main_wrote():
+    model = tiny_model()
+    prompts, _, advantages = rollouts(model)
+    tokens = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(p) for p in prompts], batch_first=True, padding_value=PAD
+    )
+    out = decode(
+        model, tokens, torch.tensor([len(p) for p in prompts]), PLAN.as_slow(), Sampler(),
+        max_new_tokens=12, pad_id=PAD, generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    batch = collate_slow_rollouts(prompts, out, advantages, [2, 0], PLAN, 4, PAD)
+    assert len(batch.main_rows) == int(out.lengths[[2, 0]].sum())
+    scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+    assert torch.allclose(scored.main.stats().logprob, batch.main_sampled, atol=1e-4)
+    # each head row carries main's log-probability of the same token of the flat text
+    of_row = dict(zip((batch.main_rows + 1).tolist(), batch.main_sampled.tolist(), strict=True))
+    expected = [of_row[i + 1] for i in batch.head_positions.tolist()]
+    assert batch.head_sampled.tolist() == pytest.approx(expected)
+    assert torch.equal(batch.tokens.flatten()[batch.head_positions + 1], batch.head_targets)
+    assert batch.main_advantages[batch.main_rollouts == 0].unique().tolist() == [0.5]
+    assert batch.head_advantages[batch.head_rollouts == 1].unique().tolist() == [1.0]
+
+
+def test_blocks_of_rollouts_hold_one_token_of_main_and_the_heads_after_it():
+    prompts, out, advantages = rollouts(tiny_model())
+    batch = collate_rollouts(prompts, out, advantages, [0, 1, 2, 3], 4, PAD)
+    assert len(batch.main_blocks.unique()) == len(batch.main_rows) == int(out.passes.sum())
+    assert set(batch.head_blocks.tolist()) <= set(batch.main_blocks.tolist())
+    gap = batch.head_positions - batch.head_blocks % batch.tokens.numel()
+    assert torch.equal(gap, batch.head_slots), "slot j lies j tokens behind its anchor"
+
+
+def test_the_channel_opens_evenly():
+    stage = StageConfig(channel_gradient=0.8, channel_ramp_steps=4)
+    assert [stage.channel_gradient_at(step) for step in (0, 1, 2, 4, 9)] == pytest.approx(
+        [0.0, 0.2, 0.4, 0.8, 0.8]
+    )
+    assert StageConfig().channel_gradient_at(0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_rounds": 2}, "stages.x.max_rounds=2 .*drop_uninformative=true"),
+        ({"rollout_mode": "odd"}, "stages.x.rollout_mode must be fast or slow"),
+        ({"group_size": 1}, "stages.x.group_size must be at least 2, got 1: an advantage compares"),
+        (
+            {"group_size": 0, "objective": ObjectiveConfig(main_ce=MainCE(weight=1.0))},
+            "stages.x.group_size must be at least 1, got 0$",
+        ),
+        ({"num_epochs": 0}, "stages.x.num_epochs must be at least 1, got 0"),
+        ({"num_solved": 4}, "stages.x.num_solved=4 examples are read by no stream"),
+        (
+            {"objective": ObjectiveConfig(policy=Policy(weight=1.0), main_ce=MainCE(weight=1.0))},
+            "set stages.x.num_solved to",
+        ),
+        (
+            {"kind": "supervised", "objective": ObjectiveConfig(leash=Leash(weight=1, kind="k3"))},
+            "stages.x.objective.leash.kind=k3 estimates from rollouts",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_name_their_keys(settings, message):
+    stage = StageConfig(
+        **{"kind": "rl", "objective": ObjectiveConfig(policy=Policy(weight=1.0)), **settings}
+    )
+    with pytest.raises(ValueError, match=message):
+        stage.validate("x")
