@@ -495,6 +495,7 @@ def finish(run: Run) -> dict[str, Any]:
     if run.fabric.is_global_zero:
         export(run.model, run.text, folder / "export", summary, run.config)
         save_atomically(folder / "curves.png", lambda file: save_curves(progress.points, file))
+        run.log.save_csv()
         # Last: a summary says that the run has ended.
         save_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         print_table(run.console, summary)

@@ -73,6 +73,7 @@ def same_run(mine: Path, theirs: Path) -> None:
     assert records(mine) == records(theirs)
     read = [read_records(folder / "completions.jsonl") for folder in (mine, theirs)]
     assert read[0] == read[1]
+    assert (mine / "metrics.csv").read_bytes().count(b"\n") == len(records(theirs)) + 1
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (mine, theirs)]
     assert without_clocks(summaries[0]) == without_clocks(summaries[1])
     for name in ("stages", "export"):
@@ -109,6 +110,7 @@ def test_a_lost_export_or_summary_is_made_again_from_the_trained_weights(ended, 
         ("finish", 1),
         ("export", 1),
         ("save_curves", 1),
+        ("print_table", 1),  # after the summary: nothing is left to do
     ],
 )
 def test_a_run_that_died_continues_to_the_very_same_bits(

@@ -141,14 +141,18 @@ class MetricsLog:
         table = wandb.Table(columns=list(rows[0]), data=data)
         self._wandb.log({"completions": table, "global_step": global_step})
 
-    def close(self) -> None:
-        """Write the CSV and end the wandb run, so that a next run in this process gets its own."""
-        self._metrics.close()
-        self._completions.close()
+    def save_csv(self) -> None:
+        """Write metrics.csv, the table of all records so far."""
         path = self._metrics.path
         if path.is_file():
             records = read_records(path)
             save_atomically(path.with_suffix(".csv"), lambda file: _write_csv(file, records))
+
+    def close(self) -> None:
+        """Write the CSV and end the wandb run, so that a next run in this process gets its own."""
+        self._metrics.close()
+        self._completions.close()
+        self.save_csv()
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
