@@ -5,6 +5,12 @@
 
 import os
 import sys
+
+from mtp.process import quiet_imports, run_command
+
+if __name__ == "__main__":
+    quiet_imports()
+
 from pathlib import Path
 
 import hydra
@@ -12,7 +18,6 @@ from omegaconf import DictConfig
 
 from mtp.cli.hydra import job_overrides, register_configs, run_job
 from mtp.config import to_run_config
-from mtp.errors import one_line
 
 register_configs()
 # Memory that a step frees goes back to the system, and is fetched page by page in the next one.
@@ -42,17 +47,12 @@ def main(config: DictConfig) -> float | None:
     """A run, or a job of a sweep; a sweeper may maximise the accuracy that it returns."""
     overrides = job_overrides()
     if overrides is None:
-        return run(config)
+        code = run_command(lambda: run(config))  # Hydra would print a line of its own
+        return sys.exit(code) if code else None
     return run_job(lambda: run(config), Path(config.run_dir), overrides)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises; what is shown is decided here
-    try:
-        main()
-    except Exception as error:
-        line = one_line(error)
-        if line is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+    # Hydra raises, and `run_command` decides what is shown.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    sys.exit(run_command(main))

@@ -13,6 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from .bounds import bounded, check_numbers
 from .evaluation.evaluate import EvaluationConfig
 from .files import save_text
 from .hub.build import ModelConfig
@@ -34,7 +35,7 @@ class RunConfig:
     """Of the run's directory."""
     run_dir: str = MISSING
     """Where the run writes; `runs/<name>` by default."""
-    seed: int = 1
+    seed: int = bounded(1, at_least=0, at_most=2**32 - 1)
     resume: bool | str = False
     """Continue from the run's last checkpoint: `true` needs one, `auto` starts if there is none.
     The name of a file in `checkpoints/`, such as `best`, continues from that one."""
@@ -42,7 +43,7 @@ class RunConfig:
     """Replace a run that is there already."""
     dry_run: bool = False
     """Build everything, run three steps of each stage and one export, say what a full run costs."""
-    checkpoint_minutes: float = 10.0
+    checkpoint_minutes: float = bounded(10.0, at_least=0)
     """Minutes between two checkpoints within a stage."""
     kernels: str = "auto"
     """Output-layer ops: `auto` (triton on a GPU, else torch), or `triton`, `torch`, `reference`
@@ -65,6 +66,7 @@ class RunConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the key of an impossible value."""
+        check_numbers(self)
         check_name(self.name)
         if self.resume and self.overwrite:
             raise ValueError(
@@ -82,12 +84,27 @@ class RunConfig:
         if self.kernels not in IMPLS:
             raise ValueError(f"kernels must be one of {list(IMPLS)}, got {self.kernels!r}")
         self.decoding.sampler()
-        for key in ("num_problems", "num_interim_problems", "batch_size"):
-            if getattr(self.evaluation, key) < 1:
-                value = getattr(self.evaluation, key)
-                raise ValueError(f"evaluation.{key} must be at least 1, got {value}")
-        if self.logger.log_every < 1:
-            raise ValueError(f"logger.log_every must be at least 1, got {self.logger.log_every}")
+        self.fabric.validate()
+        if self.model.attention not in ("sdpa", "eager"):
+            raise ValueError(
+                f"model.attention must be one of sdpa, eager, got {self.model.attention!r}"
+            )
+        if self.logger.mode not in ("offline", "online"):
+            raise ValueError(f"logger.mode must be offline or online, got {self.logger.mode!r}")
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        """Raises ValueError for a step's examples that the processes cannot divide evenly."""
+        processes = self.fabric.devices * self.fabric.num_nodes
+        for name, stage in self.active_stages().items():
+            drawn = ("batch_size",) if stage.kind == "supervised" else ("num_prompts", "num_solved")
+            for key in drawn:
+                if getattr(stage, key) % processes:
+                    raise ValueError(
+                        f"stages.{name}.{key} must be a multiple of the {processes} processes "
+                        "(fabric.devices times fabric.num_nodes), got "
+                        f"{getattr(stage, key)}"
+                    )
 
 
 def save_run_config(config: RunConfig, path: Path) -> None:
@@ -107,7 +124,8 @@ def load_run_config(path: Path) -> RunConfig:
         raise ValueError(f"{path} does not exist; give the folder of a run that train.py wrote")
     try:
         content = OmegaConf.load(path)
-        assert isinstance(content, DictConfig)
+        if not isinstance(content, DictConfig):
+            raise ValueError("it is not a mapping of keys")
         name = content.pop("task_name", None)
         if name not in TASK_CONFIGS:
             raise ValueError(f"task_name must be one of {sorted(TASK_CONFIGS)}, got {name!r}")
@@ -115,7 +133,7 @@ def load_run_config(path: Path) -> RunConfig:
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), task, content)
         assert isinstance(merged, DictConfig)
         return to_run_config(merged)
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} could not be read: {str(error).splitlines()[0]}") from None
 
 

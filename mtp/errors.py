@@ -4,8 +4,13 @@ Left out: anything unexpected. `one_line` returns None for it, and it keeps its 
 """
 
 import difflib
+import json
 import re
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from omegaconf.errors import (
@@ -23,19 +28,51 @@ LAUNCHERS = {
 """Launchers of conf/sweep that are packages of their own."""
 
 
+OURS = ("__main__", "hydra", "mtp", "mtp_kernels")
+"""Packages whose ValueError is meant for the user; a module that is run itself is `__main__`."""
+
+
 def one_line(error: BaseException) -> str | None:
     """What to tell the user; None if the error is not theirs.
 
-    Theirs are the errors of Hydra and OmegaConf, and a ValueError that Hydra or this project raises
-    itself; one that comes out of another library is not.
+    Theirs are the errors of Hydra and OmegaConf, a ValueError that Hydra or this project raises
+    itself, and what the machine refuses: files, memory, encodings and packages. A ValueError that
+    comes out of another library is not.
     """
     if isinstance(error, OmegaConfBaseException):
         return _of_omegaconf(error, None)
     if type(error).__module__ == "hydra.errors":
         return _of_hydra(error)
-    if isinstance(error, ValueError) and _raised_in(error) in ("hydra", "mtp", "mtp_kernels"):
+    if isinstance(error, ValueError) and _raised_in(error) in OURS:
         return " ".join(str(error).split("\n"))
-    return None
+    return _of_machine(error)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises ValueError naming the file if it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # of the encoding, or of the grammar
+        raise ValueError(f"{path} is not JSON: {error}; write it again or remove it") from None
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Name a folder or file whose damage some library finds while it reads it.
+
+    Such a file can fail in any of the libraries and with any error. Raises ValueError; errors of
+    this project, of the memory and of packages pass as they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        is_ours = isinstance(error, ValueError) and _raised_in(error) in OURS
+        if is_ours and not isinstance(error, UnicodeError):
+            raise
+        if isinstance(error, MemoryError | ModuleNotFoundError) or _is_out_of_memory(error, text):
+            raise
+        raise ValueError(f"{what} could not be read: {text[:300]}") from error
 
 
 def _raised_in(error: BaseException) -> str:
@@ -45,6 +82,34 @@ def _raised_in(error: BaseException) -> str:
         trace = trace.tb_next
     name = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
     return name.partition(".")[0]
+
+
+def _of_machine(error: BaseException) -> str | None:
+    """An error of a file, of the memory, of an encoding, or of a package that is missing."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UnicodeDecodeError):
+        return f"text that is not {error.encoding} was read: {text}; save the file as UTF-8"
+    if isinstance(error, UnicodeEncodeError):
+        shown = ascii(error.object[error.start : error.end])
+        return f"the encoding {error.encoding} cannot write {shown}; set PYTHONIOENCODING=utf-8"
+    if isinstance(error, OSError):
+        reason = error.strerror or text or type(error).__name__
+        return reason if error.filename is None else f"{error.filename}: {reason}"
+    if isinstance(error, MemoryError) or _is_out_of_memory(error, text):
+        reason = text.partition(". ")[0] or "MemoryError"
+        keys = "batch_size, micro_batch_size, group_size or max_new_tokens"
+        return f"the memory is not enough ({reason}); lower {keys}"
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        package = error.name.partition(".")[0]
+        if package not in ("mtp", "mtp_kernels"):
+            return f"the package {package} is not installed; install it with: pip install {package}"
+    return None
+
+
+def _is_out_of_memory(error: BaseException, text: str) -> bool:
+    if type(error).__name__ in ("OutOfMemoryError", "AcceleratorError"):
+        return "out of memory" in text
+    return isinstance(error, RuntimeError) and "can't allocate memory" in text
 
 
 def _of_hydra(error: BaseException) -> str:
@@ -58,7 +123,7 @@ def _of_hydra(error: BaseException) -> str:
     if override is not None:
         lines = [line for line in text.splitlines() if not line.startswith("Error parsing")]
         reason = f" ({lines[0].strip()})" if lines else ""
-        return f"{override!r} could not be read as key=value{reason}; quote special characters"
+        return f"{override!r} could not be read as key=value{reason}{_quoted(override)}"
     if match := re.match(r"Ambiguous value for argument '(.*)'", text):
         key, _, values = match[1].partition("=")
         return f"{match[1]} gives several values: add -m for a sweep, or write '{key}=[{values}]'"
@@ -71,8 +136,25 @@ def _of_hydra(error: BaseException) -> str:
     if cause is not None:
         return _of_omegaconf(cause, where)
     if match := re.match(r"Could not override '(.*?)'\.", text):
-        return f"unknown key {match[1]}"
+        given = text.rpartition("use +")[2]
+        return f"unknown key {match[1]!r}, got {given}; write key=value"
     return " ".join(text.split())
+
+
+def _quoted(override: str) -> str:
+    """The remedy for an override that Hydra cannot read: its value in quotes, ready to paste."""
+    key, equals, value = override.partition("=")
+    quoted = f"{key}={in_quotes(value)}"
+    if not (equals and _KEY.fullmatch(key)):
+        return "; write key=value, with quotes around a value that has special characters"
+    return f"; quote the value: {shlex.quote(quoted)}"
+
+
+def in_quotes(value: str) -> str:
+    """A text in quotes, which Hydra reads literally."""
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)
+    at_the_end = escaped[len(escaped.rstrip("\\")) :]
+    return f'"{escaped}{at_the_end}"'
 
 
 def _unknown_choice(path: str, options: Iterable[str]) -> str:
@@ -96,13 +178,21 @@ def _of_omegaconf(error: OmegaConfBaseException, where: str | None) -> str:
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         parent = error.parent_node
         known = [str(name) for name in parent] if isinstance(parent, DictConfig) else []
-        return f"{place}unknown key {key}{_closest(key.rpartition('.')[2], known)}"
+        remedy = _closest(key.rpartition(".")[2], known)
+        if is_open_mapping(parent):
+            remedy += f"; +{key}=... adds it"
+        return f"{place}unknown key {key}{remedy}"
     text = str(error.msg or error).splitlines()[0]
     for pattern, meaning in _WRONG_VALUE:
         if match := re.match(pattern, text):
             found = {name: _TYPES.get(value, value) for name, value in match.groupdict().items()}
             return f"{place}{meaning.format(key=key, **found)}"
     return f"{place}{key}: {text}" if key and key not in text else f"{place}{text}"
+
+
+def is_open_mapping(node: object) -> bool:
+    """True for a mapping that may have any key, such as `decoding.phases`."""
+    return isinstance(node, DictConfig) and node._metadata.object_type in (dict, None)
 
 
 def _place(where: str | None) -> str:
@@ -112,6 +202,8 @@ def _place(where: str | None) -> str:
     return f"conf/{where}.yaml: "
 
 
+_KEY = re.compile(r"(\+\+?)?[A-Za-z_][\w./-]*")
+"""A key that Hydra reads, whatever the value is."""
 _IN_FILE = re.compile(r"In '(.*?)': ")
 _WRONG_VALUE = (
     (

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import RunConfig
+from .errors import reading
 from .files import save_atomically
 from .hub.build import load_model, save_model
 from .run import Run
@@ -109,9 +110,9 @@ def frozen_for_evaluation(run: Run) -> Any:
 
 def load_frozen(run: Run, name: str) -> Any:
     """The model, without gradients. Raises ValueError if its vocabulary is not the run's."""
-    model, text = load_model(
-        folder_of(run.config, run.folder, name), run.config.model.torch_dtype()
-    )
+    folder = folder_of(run.config, run.folder, name)
+    with reading(f"the reference {name} ({folder})"):
+        model, text = load_model(folder, run.config.model.torch_dtype())
     if text.tokenizer.get_vocab() != run.text.tokenizer.get_vocab():  # type: ignore[attr-defined]
         raise ValueError(
             f"the reference {name} has another vocabulary than the model; a divergence compares "

@@ -9,6 +9,7 @@ import signal
 import time
 from copy import deepcopy
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,13 @@ from .steps import step_batches
 from .tasks.base import Task, check_disjoint, training_index
 from .training.examples import checked_task
 from .training.optimizers import build_optimizer, set_lr, split_parameters
-from .training.runtime import StopRequest, on_first_process, over_processes
+from .training.runtime import (
+    StopRequest,
+    check_writable,
+    naming_what_is_not_finite,
+    on_first_process,
+    over_processes,
+)
 from .training.stage import StageConfig
 from .training.update import update
 
@@ -66,6 +73,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         Interrupted: after a signal; the checkpoint is saved.
     """
     config.validate()
+    check_writable(Path(config.run_dir), "run_dir")
     check_references(config)
     fabric = config.fabric.build()
     path, full_steps = Path(config.run_dir), {}
@@ -158,7 +166,9 @@ def run_stages(
             log.start_wandb(state["wandb_id"] if state else None)
             for index, (name, stage) in enumerate(config.active_stages().items()):
                 if index >= progress.stage:
-                    run_stage(run, name, stage, state["optimizers"] if state else None)
+                    states = state["optimizers"] if state else None
+                    with naming_what_is_not_finite(model, partial(where, run, name)):
+                        run_stage(run, name, stage, states)
                     state = None
                     stop_if_asked(run, f"after stage {name}")
             return finish(run)
@@ -199,6 +209,11 @@ def say_where(run: Run, messages: list[str]) -> None:
             run.console.print(f"{change['key']} was {change['then']} and is now {change['now']}")
     for message in messages:
         run.console.print(message)
+
+
+def where(run: Run, stage: str) -> str:
+    """The place in a run that an error names."""
+    return f"stage {stage}, step {run.progress.step + 1}"
 
 
 def estimate(full_steps: dict[str, int], summary: dict[str, Any], log: Path) -> str:
@@ -350,7 +365,10 @@ def interrupted(run: Run, where: str, number: int) -> Interrupted:
 
 
 def has_learned(run: Run, stage: StageConfig) -> bool:
-    """Whether a stage may end before its last step, see `StageConfig.stop_accuracy`."""
+    """Whether a stage may end before its last step, see `StageConfig.stop_accuracy`.
+
+    Processes that round differently may disagree: the stage ends once all of them say so.
+    """
     progress, config = run.progress, run.config
     if not (stage.stop_accuracy and progress.step) or progress.step % stage.stop_every:
         return False
@@ -369,7 +387,8 @@ def has_learned(run: Run, stage: StageConfig) -> bool:
             config.evaluation.batch_size,
             config.kernels,
         )
-    return (reached or 0.0) >= stage.stop_accuracy
+    mine = {"learned": float((reached or 0.0) >= stage.stop_accuracy)}
+    return bool(over_processes(run.fabric, mine, "min")["learned"])
 
 
 def heard(run: Run) -> bool:

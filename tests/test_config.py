@@ -1,6 +1,7 @@
 """Every file of conf/ composes; a mistake is one line that names its key, and so is a bad value."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -111,11 +112,40 @@ def test_a_single_run_does_not_resume_and_belongs_to_no_group():
         ("head.num_slots=0", "head.num_slots must be at least 1, got 0"),
         ("head.taps=[0,9]", "head.taps must be layers between 0 and "),
         ("stages.rl.kind=foo", "stages.rl.kind must be supervised or rl, got 'foo'"),
+        (
+            "decoding.phases.foo.mode=slow",
+            "unknown key decoding.phases.foo; there are ",
+        ),
+        (
+            "decoding.phases.answer.opened_by='<eos>'",
+            "delimiter '<eos>' must be a token of",
+        ),
+        (
+            "decoding.phases.answer.opened_by='<think>'",
+            "decoding.phases.thought.opened_by must",
+        ),
+        ("=foo", "unknown key '', got =foo; write key=value"),
+        ("model.attention=foo", "model.attention must be sdpa or eager, got 'foo'"),
         ("task=rows", "task.source must be a .jsonl or .parquet file"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_its_key(override, line):
     assert mistake(override).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        ("model.source=runs/a/seed=1", """'model.source="runs/a/seed=1"'"""),
+        ("name=it's", """'name="it'"'"'s"'"""),
+        ('name=a"b', """'name="a\\"b"'"""),
+    ],
+)
+def test_a_value_that_needs_quotes_is_shown_in_them(override, shown):
+    line = mistake(override)
+    assert line.endswith(f"; quote the value: {shown}")
+    pasted = shlex.split(shown)[0]
+    assert run_config(pasted, "name=mine" if "name" not in pasted else pasted)
 
 
 def test_an_unknown_choice_lists_the_choices_without_schemas():
@@ -179,6 +209,7 @@ def test_folders_of_jobs_are_readable_valid_and_distinct():
     ("arguments", "code", "shown"),
     [
         (["seed=abc"], 2, "error: seed must be a whole number, got 'abc'\n"),
+        (["run_dir=/dev/null"], 2, "error: run_dir=/dev/null cannot be written: not a folder"),
         (["-m", "name=a,b"], 2, "error: a sweep writes to runs/<name>_sweep/<overrides>: "),
     ],
 )

@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = [
-    {"errors", "files", "tasks"},
+    {"bounds", "errors", "files"},
+    {"process", "tasks"},
     {"modeling"},
     {"rollouts"},
     {"training", "reports"},

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from ..config import RunConfig
-from ..errors import one_line
+from ..errors import in_quotes, one_line
 from ..files import save_text
 from ..tasks import TASK_CONFIGS
 
@@ -115,7 +115,7 @@ class SweepCallback(Callback):
             )
             # An experiment may have a name of its own; its jobs belong here nonetheless.
             folder = config.hydra.sweep.dir
-            config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir={in_quotes(folder)}")
         logs = f"; output of the jobs: {folder}/.submitit/" if "submitit_folder" in launcher else ""
         print(f"sweep over {', '.join(sorted(swept)) or 'nothing'}: {folder}{logs}", flush=True)
 

@@ -6,22 +6,26 @@ Errors are one line on standard error and exit code 2. Heavy imports wait until 
 
 import argparse
 import json
+import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..process import quiet_imports, run_command
 from .options import (
     DEFAULT_SEED,
     add_sampling_options,
     add_search_options,
     add_writing_options,
+    check_options,
     make_sampler,
     search_config,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import NoReturn
 
     from rich.console import Console
 
@@ -69,10 +73,12 @@ class Opened:
 
     def load(self, device: str) -> tuple[Any, "TextFormat"]:
         """The model on a device, ready to decode, and its text format."""
+        from ..errors import reading
         from ..hub.build import load_model
 
         dtype = None if self.config is None else self.config.model.torch_dtype()
-        model, text = load_model(self.folder, dtype)
+        with reading(str(self.folder)):
+            model, text = load_model(self.folder, dtype)
         return model.to(device).eval(), text
 
 
@@ -116,7 +122,10 @@ def open_model(folder: Path, stage: str | None) -> Opened:
         )
     if stage is not None:
         raise ValueError(f"--stage chooses among the stages of a run, but {folder} is one model")
-    if "mtp" not in json.loads((folder / "config.json").read_text()):
+    from ..errors import read_json
+
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or "mtp" not in config:
         raise ValueError(f"{folder} holds a model without a head; give one that mtp wrote")
     return Opened(folder, None, None)
 
@@ -167,8 +176,6 @@ def open_writer(arguments: argparse.Namespace) -> Writer:
         limit = opened.config.decoding.max_new_tokens
     if limit is None:
         limit = model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-    if limit < 1:
-        raise ValueError(f"--max-new-tokens must be at least 1, got {limit}")
     if arguments.max_segments is not None:
         text.segments = replace(text.segments, max_segments=arguments.max_segments)
         check_segments(text.segments, text.phases, "decoding")
@@ -230,12 +237,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     config = opened.config
     assert config is not None
     number = arguments.num_problems
-    if number is not None and number < 1:
-        raise ValueError(f"--num-problems must be at least 1, got {number}")
     search = search_config(arguments)
     if search is not None:
         evaluate_search(arguments, opened, search, number or config.evaluation.num_problems)
         return
+    from ..errors import reading
     from ..evaluation.evaluate import evaluate as measure
     from ..hub.build import load_model
     from ..reference import evaluation_reference, folder_of
@@ -249,7 +255,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     source = folder_of(config, arguments.folder, evaluation_reference(config))
     reference = None
     if (source / "config.json").is_file():
-        reference = load_model(source, config.model.torch_dtype())[0].to(device).eval()
+        with reading(str(source)):
+            reference = load_model(source, config.model.torch_dtype())[0].to(device).eval()
     figures, _ = measure(
         model,
         text,
@@ -335,6 +342,7 @@ def export(arguments: argparse.Namespace) -> None:
     opened = open_run(arguments.folder, arguments.stage)
     config = opened.config
     assert config is not None
+    from ..errors import read_json
     from ..hub.export import check_replaceable
     from ..hub.export import export as write
 
@@ -342,17 +350,40 @@ def export(arguments: argparse.Namespace) -> None:
     measured = arguments.folder / "summary.json"
     summary: dict[str, Any] = {"stages": [], "seed": config.seed}
     if measured.is_file():
-        summary = json.loads(measured.read_text())
+        summary = read_json(measured)
     so_far = opened.stages_so_far()
-    summary["stages"] = [stage for stage in summary["stages"] if stage["name"] in so_far]
+    try:
+        summary["stages"] = [stage for stage in summary["stages"] if stage["name"] in so_far]
+    except (KeyError, TypeError, IndexError):
+        raise ValueError(f"{measured} is not the summary of a run; remove it") from None
     model, text = opened.load("cpu")
     write(model, text, arguments.out, summary, config)
     print(f"exported {opened.folder} to {arguments.out}")
 
 
+class Parser(argparse.ArgumentParser):
+    """Says how a prompt that begins with a minus sign is given."""
+
+    given: "list[str]" = []
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        self.given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> "NoReturn":
+        known = {word for action in self._actions for word in action.option_strings}
+        for word in self.given:
+            is_option = word.partition("=")[0] in known or word.startswith("--")
+            if word.startswith("-") and len(word) > 1 and not is_option:
+                message += f"; write -- before an argument that begins with -: {self.prog} FOLDER"
+                message += f" -- {shlex.quote(word)}"
+                break
+        super().error(message)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mtp", description="Use a main LLM and its eavesdropping head that train.py trained."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -399,16 +430,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 2 after an error, 130 after Ctrl-C."""
-    arguments = make_parser().parse_args(argv)
-    try:
+    """Run one command and return its exit code, see `process`."""
+    if argv is None:
+        quiet_imports()
+
+    def command() -> None:
+        arguments = make_parser().parse_args(argv)
+        check_options(arguments)
         arguments.run(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return run_command(command)
 
 
 if __name__ == "__main__":

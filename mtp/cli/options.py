@@ -6,12 +6,37 @@ Heavy imports wait until a command runs, as in `cli.py`.
 import argparse
 from typing import TYPE_CHECKING
 
+from ..bounds import check_number
+
 if TYPE_CHECKING:
     from ..modeling.branches import SearchConfig
     from ..modeling.sampler import Sampler
 
 DEFAULT_SEED = 1
 """Of sampling."""
+
+
+BOUNDS: "dict[str, dict[str, float]]" = {
+    "seed": {"at_least": 0, "at_most": 2**63 - 1},
+    "temperature": {"at_least": 0},
+    "top_k": {"at_least": 0},
+    "top_p": {"above": 0, "at_most": 1},
+    "max_new_tokens": {"at_least": 1},
+    "max_thought_tokens": {"at_least": 1},
+    "max_segments": {"at_least": 1},
+    "num_problems": {"at_least": 1},
+    "n": {"at_least": 1},
+    "expand": {"at_least": 1},
+}
+"""Of the options that hold a number, as `bounds` takes them."""
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raises ValueError naming the first option whose number is out of its bounds."""
+    for name, bounds in BOUNDS.items():
+        value = getattr(arguments, name, None)
+        if value is not None:
+            check_number(f"--{name.replace('_', '-')}", value, bounds)
 
 
 def add_sampling_options(sub: argparse.ArgumentParser) -> None:

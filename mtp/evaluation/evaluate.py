@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..bounds import bounded
 from ..modeling.records import Decoded
 from ..modeling.sampler import Sampler
 from ..rollouts.legibility import reference_figures, true_step_share, unigram_drift
@@ -23,12 +24,12 @@ from ..tasks.base import Example, Task
 class EvaluationConfig:
     """Evaluations during and after a stage."""
 
-    num_problems: int = 512
+    num_problems: int = bounded(512, at_least=1, at_most=10_000_000)
     """Held-out problems of the evaluation that ends a stage."""
-    num_interim_problems: int = 128
+    num_interim_problems: int = bounded(128, at_least=1, at_most=10_000_000)
     """Held-out problems of the evaluations within a stage."""
-    batch_size: int = 256
-    num_samples: int = 4
+    batch_size: int = bounded(256, at_least=1, at_most=1_000_000)
+    num_samples: int = bounded(4, at_least=0)
     """Completions shown in the log after each stage."""
     reference: str = "first"
     """What measures how ordinary thoughts are: main as the `first` stage or a named one left it,

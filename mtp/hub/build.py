@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GgufConfig, PretrainedConfig
 
+from ..errors import reading
 from ..modeling.contract import check_slow_mode
 from ..modeling.heads import HeadConfig
 from ..modeling.memory import ALPHABET
@@ -105,7 +106,8 @@ def build_model(
     if config.source is None:
         model, tokenizer = _from_scratch(config, head, decoding, task)
     else:
-        model, tokenizer = _from_source(config, head)
+        with reading(f"model.source={config.source!r}"):
+            model, tokenizer = _from_source(config, head)
     text = TextFormat(
         tokenizer,
         decoding.phases,

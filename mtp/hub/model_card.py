@@ -7,11 +7,16 @@ from typing import Any
 
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
+from ..evaluation.evaluate import decode_all, held_out
 from ..reports.tables import cell, columns_of
 from ..rollouts.prompt_format import TextFormat
 from .build import ModelConfig, source_folder
 
 CARD = "README.md"
+MODES = ("fast", "slow")
+"""Modes of the card's example; plain `generate` on main writes the text of `slow`."""
+NUM_TRIED = 8
+"""Held-out problems among which the example is chosen."""
 
 
 def model_card(model: Any, text: TextFormat, summary: dict[str, Any], config: Any) -> str:
@@ -29,6 +34,12 @@ def model_card(model: Any, text: TextFormat, summary: dict[str, Any], config: An
     verified = [name for name, phase in text.phases.items() if phase.mode == "verified"]
     checked = f" In a verified phase ({_listed(verified)}) main checks them." if verified else ""
     slots = model.num_slots
+    prompt, wrong = sample_prompt(model, text, config)
+    caveat = [
+        f"This prompt is the best of {NUM_TRIED} that were tried, and the answer of "
+        f"{_listed(wrong)} mode to it is wrong."
+    ]
+    caveat = caveat if wrong else []
     parts = [
         "---\n" + "\n".join(meta) + "\n---",
         f"# {config.name}: a language model with an eavesdropping head",
@@ -41,10 +52,11 @@ def model_card(model: Any, text: TextFormat, summary: dict[str, Any], config: An
         "## Use",
         "Main alone, with nothing but transformers. The loading report lists the head's weights "
         "(`mtp_head.*`) as unexpected: they are left aside.",
-        _snippet(text, config, head=False),
+        _snippet(text, prompt, head=False),
         "Main with its head. The code is in this folder (`*_mtp.py`), so no other package is "
         "needed.",
-        _snippet(text, config, head=True),
+        _snippet(text, prompt, head=True),
+        *caveat,
         "`fast` decodes each phase in its own mode, `slow` all of them one token per pass, "
         "`verified` gives main's own text in fewer passes: the head proposes and main decides. "
         "Without `mtp_mode`, `generate` is the stock one on main. "
@@ -66,9 +78,8 @@ def _listed(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names) or "none here"
 
 
-def _snippet(text: TextFormat, config: Any, *, head: bool) -> str:
+def _snippet(text: TextFormat, prompt: str, *, head: bool) -> str:
     """Python that loads the folder through one door and answers a prompt."""
-    prompt = sample_prompt(config)
     if not text.uses_template:
         tokenizer: Any = text.tokenizer
         shown, special = prompt + (text.opener or ""), ""
@@ -99,7 +110,7 @@ def _snippet(text: TextFormat, config: Any, *, head: bool) -> str:
     if head:
         lines += [
             "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
-            'for mode in ("fast", "slow"):',
+            f"for mode in ({', '.join(map(json.dumps, MODES))}):",
             "    out = model.generate(**given, mtp_mode=mode, return_dict_in_generate=True)",
             "    print(mode, int(out.passes[0]), tokenizer.decode(out.sequences[0]))",
         ]
@@ -126,12 +137,27 @@ def _segments(text: TextFormat) -> list[str]:
     ]
 
 
-def sample_prompt(config: Any) -> str:
-    """A prompt for the card: the task's first held-out one."""
+def sample_prompt(model: Any, text: TextFormat, config: Any) -> tuple[str, list[str]]:
+    """A held-out prompt for the card, and the modes that answer it wrong.
+
+    It is the first of a few prompts that every mode answers right, else the first that most do.
+    """
     try:
-        return config.task.build().example("test", 0).prompt
+        task = config.task.build()
+        examples = held_out(task, NUM_TRIED)
     except (ImportError, OSError, ValueError):  # its data may not be where the export is made
-        return "Hello"
+        return "Hello", []
+    wrong: list[list[str]] = [[] for _ in examples]
+    for mode in MODES if task.judges else ():
+        (batch,) = decode_all(
+            model, text, examples, mode, config.decoding, NUM_TRIED, kernels=config.kernels
+        )
+        for row, example in enumerate(examples):
+            answer = text.answer_text(batch.completion(row))
+            if answer is None or not task.outcome(example, answer):
+                wrong[row].append(mode)
+    best = min(range(len(examples)), key=lambda row: len(wrong[row]))
+    return examples[best].prompt, wrong[best]
 
 
 def _table(summary: dict[str, Any]) -> str:

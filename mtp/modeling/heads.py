@@ -1,6 +1,6 @@
 """The head, which reads main's residual stream: its config, its types, and recall."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -18,16 +18,16 @@ class HeadConfig:
     type: str = "eavesdrop"
     """`eavesdrop`: a causal transformer over the slots of a block. `parallel`: one projection of
     the message per slot, all slots in one step, blind to the block's own tokens."""
-    num_slots: int = 5
+    num_slots: int = field(default=5, metadata={"at_least": 1, "at_most": 1000})
     """K: head tokens per pass; a pass yields at most K + 1."""
-    taps: list[int] | None = None
+    taps: list[int] | None = field(default=None, metadata={"at_least": 0})
     """Layers of main that the head hears, as indices into Hugging Face `hidden_states` (0: the
     embeddings, num_hidden_layers: after the final norm). None: a third, two thirds and the last."""
-    hidden_size: int = 96
+    hidden_size: int = field(default=96, metadata={"at_least": 1, "at_most": 1_000_000})
     """H, the head's width."""
-    num_layers: int = 1
-    num_attention_heads: int = 4
-    intermediate_size: int = 256
+    num_layers: int = field(default=1, metadata={"at_least": 1, "at_most": 10_000})
+    num_attention_heads: int = field(default=4, metadata={"at_least": 1})
+    intermediate_size: int = field(default=256, metadata={"at_least": 1, "at_most": 10_000_000})
     shared_embeddings: bool = True
     """Read and write tokens through main's embedding and output matrices. False: matrices of the
     head's own, [V, H], cheaper per slot where the vocabulary is large."""

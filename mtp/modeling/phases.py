@@ -24,9 +24,9 @@ class Phase:
     proposals, of which the next pass keeps the longest prefix that main itself accepts."""
     opened_by: str | None = None
     """The delimiter, one token, that ends the phase before and begins this one."""
-    min_probability: float = 0.0
+    min_probability: float = field(default=0.0, metadata={"at_least": 0, "at_most": 1})
     """A block ends before the first head slot whose likeliest token is less probable than this."""
-    max_tokens: int | None = None
+    max_tokens: int | None = field(default=None, metadata={"at_least": 1})
     """After so many tokens the phase is closed by force: its own `closed_by`, else the delimiter of
     the next phase, is written in the model's stead."""
     closed_by: str | None = None
@@ -271,6 +271,11 @@ def check_phases(phases: dict[str, Phase], where: str) -> None:
                 f"{key}.min_probability must be between 0 and 1, got {phase.min_probability}"
             )
         openers = [p.opened_by for p in phases.values()]
+        if phase.opened_by is not None and openers.count(phase.opened_by) > 1:
+            raise ValueError(
+                f"{key}.opened_by must be a token of its own, got {phase.opened_by!r}, which opens "
+                "another phase too"
+            )
         if phase.closed_by is not None and phase.closed_by in openers:
             raise ValueError(
                 f"{key}.closed_by must be a token of its own, got {phase.closed_by!r}, which opens "

@@ -21,7 +21,7 @@ Shapes: B trajectories, S segments of all of them, L tokens of a segment, T prom
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,11 +40,11 @@ from .token_sampling import Process
 class SegmentSettings:
     """What the next segment of a trajectory is given. Budgets are those of the phases."""
 
-    max_segments: int = 1
+    max_segments: int = field(default=1, metadata={"at_least": 1, "at_most": 1_000_000})
     """Of a trajectory. 1: nothing closes a segment."""
-    recent_tokens: int = 16
+    recent_tokens: int = field(default=16, metadata={"at_least": 0})
     """Last tokens of the thought that the next segment's context keeps."""
-    memory_tokens: int = 64
+    memory_tokens: int = field(default=64, metadata={"at_least": 0})
     """Most tokens that the memory file may have; a write beyond them is ignored."""
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..bounds import bounded
 from ..files import save_atomically, save_text
 
 _log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ class LoggerConfig:
     group: str | None = None
     """Of the wandb run; the jobs of a sweep share theirs."""
     tags: list[str] = field(default_factory=list)
-    log_every: int = 10
+    log_every: int = bounded(10, at_least=1)
     """Steps between two records of training metrics."""
 
 

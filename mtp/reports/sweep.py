@@ -20,7 +20,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..errors import read_json
 from ..files import save_text
+from ..process import run_command
 from .interval import interval
 from .progress import make_console
 from .tables import COLUMNS, cell
@@ -97,15 +99,20 @@ def read_job(path: Path) -> Job:
     """One job, from its folder."""
     noted: dict[str, Any] = {"overrides": {}, "error": None}
     if (path / "job.json").is_file():
-        noted = json.loads((path / "job.json").read_text())
+        noted = read_json(path / "job.json")
+        if not (isinstance(noted, dict) and isinstance(noted.get("overrides"), dict)):
+            raise ValueError(f"{path / 'job.json'} is not what a job notes; remove it")
     job = Job(folder=path.name, overrides=noted["overrides"], status="unfinished")
-    if noted["error"] is not None:
+    if noted.get("error") is not None:
         job.status, job.error = "failed", noted["error"]
     elif (path / "summary.json").is_file():
-        summary = json.loads((path / "summary.json").read_text())
-        last = summary["stages"][-1] | {"seconds": summary["seconds"]}
-        job.status, job.stage = "done", last["name"]
-        job.figures = {name: last[name] for name in FIGURES}
+        summary = read_json(path / "summary.json")
+        try:
+            last = summary["stages"][-1] | {"seconds": summary["seconds"]}
+            job.status, job.stage = "done", last["name"]
+            job.figures = {name: last[name] for name in FIGURES}
+        except (KeyError, IndexError, TypeError):
+            raise ValueError(f"{path / 'summary.json'} is not the summary of a run") from None
     return job
 
 
@@ -210,11 +217,7 @@ def main(argv: list[str] | None = None) -> int:
         "folder", type=Path, metavar="FOLDER", help="of a sweep, such as runs/default_sweep"
     )
     folder = parser.parse_args(argv).folder
-    try:
-        return 1 if report(folder) else 0
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: 1 if report(folder) else 0)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,12 @@ PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor
 def character_tokenizer(alphabet: str, delimiters: list[str]) -> PreTrainedTokenizerFast:
     """One token a character, for models trained from scratch on a closed alphabet."""
     special = ["<pad>", "<eos>", *delimiters]
+    for delimiter in delimiters:
+        if delimiter in ("<pad>", "<eos>", "") or delimiter in alphabet:
+            raise ValueError(
+                f"delimiter {delimiter!r} must be a token of its own, neither <pad>, <eos> nor a "
+                "character of the task; choose another in decoding.phases"
+            )
     vocabulary = {token: i for i, token in enumerate([*special, *sorted(set(alphabet))])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -140,6 +146,11 @@ class TextFormat:
             raise ValueError(
                 f"delimiter {delimiter!r} must be one token of the tokenizer, got {len(ids)}; add "
                 "it to model.add_tokens or choose another in decoding.phases"
+            )
+        if ids[0] in (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id):
+            raise ValueError(
+                f"delimiter {delimiter!r} must not be the token that ends or fills a text; choose "
+                "another in decoding.phases"
             )
         self._delimiter_ids[delimiter] = ids[0]
         return ids[0]
@@ -263,6 +274,8 @@ class TextFormat:
         Text of a special token would break the roles of a chat template. Without a template it is
         read as that token, as by the tokenizer itself.
         """
+        if any(0xD800 <= ord(character) < 0xE000 for character in prompt):
+            raise ValueError(f"{where} must be UTF-8 text, got {prompt!a:.80}")
         self._check_known(prompt, where)
         if not self.uses_template:
             return

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bounds import bounded
 from ..tasks.base import Task
 from .legibility import mean_nats_of_rollouts
 from .prompt_format import TextFormat
@@ -20,25 +21,18 @@ class RewardConfig:
     of them can make a group in which nothing was solved teach; `batch_std` has no such filter.
     """
 
-    pass_cost: float = 0.0
+    pass_cost: float = bounded(0.0, at_least=0)
     """Subtracted per forward pass of main."""
-    token_cost: float = 0.0
+    token_cost: float = bounded(0.0, at_least=0)
     """Subtracted per token."""
-    format_cost: float = 0.0
+    format_cost: float = bounded(0.0, at_least=0)
     """Subtracted from a rollout that has no final answer: its thought was never closed, or it never
     ended."""
-    overlong_buffer: int = 0
+    overlong_buffer: int = bounded(0, at_least=0)
     """Tokens before decoding.max_new_tokens within which a rollout loses evenly from 0 to 1 (DAPO's
     soft overlong punishment), by its longest segment; 0: none."""
-    legibility_cost: float = 0.0
+    legibility_cost: float = bounded(0.0, at_least=0)
     """Subtracted per nat of the mean -log p of the thought's tokens under the stage's reference."""
-
-    def validate(self, key: str) -> None:
-        """Raises ValueError naming the key of an impossible value."""
-        if self.overlong_buffer < 0:
-            raise ValueError(
-                f"{key}.overlong_buffer must be 0 or a number of tokens, got {self.overlong_buffer}"
-            )
 
 
 @dataclass

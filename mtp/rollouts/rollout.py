@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..bounds import bounded
 from ..modeling.memory import Memory
 from ..modeling.phases import Phase, PhasePlan, check_phases
 from ..modeling.records import Decoded, pad
@@ -22,15 +23,15 @@ class DecodingConfig:
     phases: dict[str, Phase] = field(default_factory=dict)
     """Phases in order. A prompt ends with the delimiter of the first; see `Phase`."""
     segments: SegmentSettings = field(default_factory=SegmentSettings)
-    max_new_tokens: int = 64
+    max_new_tokens: int = bounded(64, at_least=1, at_most=10_000_000)
     """Of each segment."""
-    max_prompt_tokens: int | None = None
+    max_prompt_tokens: int | None = bounded(None, at_least=1)
     """Longest prompt of a task, in tokens with its chat template; None: what fits main's
     max_position_embeddings before `max_new_tokens`. Longer problems are dropped and counted."""
-    temperature: float = 1.0
+    temperature: float = bounded(1.0, at_least=0)
     """Of rollouts. Evaluations are greedy."""
-    top_k: int = 0
-    top_p: float = 1.0
+    top_k: int = bounded(0, at_least=0)
+    top_p: float = bounded(1.0, above=0, at_most=1)
     system_prompt: str | None = None
     """Put before every prompt through the chat template; None: what the template puts there."""
     chat_template: bool = True
@@ -38,9 +39,9 @@ class DecodingConfig:
 
     def sampler(self) -> Sampler:
         """The distribution of rollouts. Raises ValueError for impossible settings."""
-        if self.max_new_tokens < 1:
+        if 0 < self.temperature < 1e-3:
             raise ValueError(
-                f"decoding.max_new_tokens must be at least 1, got {self.max_new_tokens}"
+                f"decoding.temperature must be 0 (greedy) or at least 0.001, got {self.temperature}"
             )
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
             raise ValueError(

@@ -16,6 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from ..bounds import bounded
+
 Split = Literal["train", "test"]
 
 
@@ -37,7 +39,7 @@ class Example:
 class TaskConfig:
     """Settings that every task has. Each task's own config lives beside it."""
 
-    num_test: int = 512
+    num_test: int = bounded(512, at_least=1, at_most=10_000_000)
     """Held-out problems that evaluations use, at most what the task has."""
 
     def build(self) -> "Task":

@@ -15,6 +15,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..bounds import bounded
 from .base import Example, Split, Task, TaskConfig, read_utf8
 
 _MAX_DRAWS = 1000
@@ -27,14 +28,14 @@ class ContinuationConfig(TaskConfig):
 
     files: list[str] = field(default_factory=list)
     """Patterns of UTF-8 text files, `**` for any folders; none: Python's documentation."""
-    min_characters: int = 100
-    max_characters: int = 400
+    min_characters: int = bounded(100, at_least=1)
+    max_characters: int = bounded(400, at_least=1)
     """A stretch's length is drawn evenly from these two; white space decides where it ends."""
-    block_characters: int = 4000
+    block_characters: int = bounded(4000, at_least=2)
     """The text is divided into blocks of so many characters, at white space."""
-    test_share: float = 0.1
+    test_share: float = bounded(0.1, above=0, below=1)
     """Share of the blocks that are held out."""
-    seed: int = 0
+    seed: int = bounded(0, at_least=0, at_most=2**63 - 1)
     """Numbers the stretches; the splits do not depend on it."""
 
     def build(self) -> "Continuation":

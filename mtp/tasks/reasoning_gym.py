@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..bounds import bounded
 from .base import Example, Split, Task, TaskConfig, fingerprint
 from .solvers import SOLVERS, true_steps
 
@@ -48,8 +49,8 @@ class ReasoningGymConfig(TaskConfig):
     options: Any = None
     """Mapping of fields of the dataset's own config, but for seed and size; None: its defaults.
     Not typed as a mapping, which could not be given whole on the command line."""
-    seed: int = 0
-    num_train: int = 100_000
+    seed: int = bounded(0, at_least=0, at_most=2**63 - 1)
+    num_train: int = bounded(100_000, at_least=1)
     """Training items; some datasets generate all of theirs at once, or allow no more than 20000."""
     thoughts: bool = False
     """Refuse a dataset without a solver in mtp/tasks/solvers.py. Where there is one, its chains of

@@ -19,6 +19,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from ..bounds import bounded
 from .base import Example, Split, Task, TaskConfig, fingerprint, read_utf8
 from .reward_functions import load_reward
 
@@ -39,7 +40,7 @@ class RowsConfig(TaskConfig):
     """Explicit test rows; None: those of `test_split`, else a share of the rows is held out."""
     test_split: str | None = None
     """Of a hub id or folder; with no `test_source`, a split of `source`."""
-    test_share: float = 0.1
+    test_share: float = bounded(0.1, above=0, below=1)
     """Share of the questions that is held out where there are no explicit test rows."""
     prompt_column: str = "prompt"
     answer_column: str = "answer"
@@ -49,9 +50,9 @@ class RowsConfig(TaskConfig):
     """exact, math (equality by math-verify) or `package.module:function`."""
     reward_style: str = "auto"
     """Signature of that function: trl, verl, reasoning_gym; auto tells it by parameter names."""
-    reward_seconds: float = 10.0
+    reward_seconds: float = bounded(10.0, above=0)
     """Longest that function may take over an answer, which is then worth 0."""
-    right_at: float = 1.0
+    right_at: float = bounded(1.0, at_least=-1e9)
     """An answer is right if its reward is at least this."""
 
     def build(self) -> "Rows":

@@ -9,6 +9,7 @@ import random
 import re
 from dataclasses import dataclass
 
+from ..bounds import bounded
 from .base import Example, Split, Task, TaskConfig
 
 _STEP = re.compile(r"(\d+)\+(\d+)=(\d+)")
@@ -20,11 +21,11 @@ _TEST_SHARE = 16
 class RunningSumConfig(TaskConfig):
     """`task=running_sum`."""
 
-    num_terms: int = 3
-    low: int = 10
-    high: int = 99
+    num_terms: int = bounded(3, at_least=2, at_most=1000)
+    low: int = bounded(10, at_least=0)
+    high: int = bounded(99, at_least=0)
     """Terms are drawn evenly from low..high."""
-    seed: int = 0
+    seed: int = bounded(0, at_least=0, at_most=2**63 - 1)
     """Numbers the examples; the splits do not depend on it."""
 
     def build(self) -> "RunningSum":

@@ -6,11 +6,13 @@ moves the matrices of hidden layers, and AdamW everything else.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from ..bounds import bounded
 
 
 @dataclass(kw_only=True)
@@ -19,30 +21,26 @@ class OptimizerConfig:
 
     algorithm: str = "adamw"
     """`adamw`, or `muon` for the matrices of hidden layers and AdamW for the rest."""
-    lr: float = 1e-3
-    muon_lr_ratio: float = 3.0
+    lr: float = bounded(1e-3, at_least=0, at_most=1000)
+    muon_lr_ratio: float = bounded(3.0, above=0)
     """Muon's rate over `lr`. At 1 an update has the root mean square of AdamW's in large models;
     small models with noisy gradients make larger ones."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    weight_decay: float = 0.0
+    betas: list[float] = bounded([0.9, 0.95], at_least=0, below=1)
+    weight_decay: float = bounded(0.0, at_least=0)
     """Applied to matrices only."""
-    clip_norm: float = 1.0
+    clip_norm: float = bounded(1.0, above=0)
     """The emitter's gradient is scaled down to this norm; main and head are clipped apart."""
-    warmup_steps: int = 20
+    warmup_steps: int = bounded(20, at_least=0)
     decay: str = "cosine"
     """`constant`, `linear` or `cosine`, from lr to final_lr_ratio * lr at the stage's end."""
-    final_lr_ratio: float = 0.1
+    final_lr_ratio: float = bounded(0.1, at_least=0)
 
     def validate(self, key: str) -> None:
         """Raises ValueError naming the key of an impossible value."""
         if self.algorithm not in ("adamw", "muon"):
             raise ValueError(f"{key}.algorithm must be adamw or muon, got {self.algorithm!r}")
-        if self.muon_lr_ratio <= 0:
-            raise ValueError(f"{key}.muon_lr_ratio must be above 0, got {self.muon_lr_ratio}")
-        if self.lr < 0:
-            raise ValueError(f"{key}.lr must be 0 or above, got {self.lr}")
-        if self.clip_norm <= 0:
-            raise ValueError(f"{key}.clip_norm must be above 0, got {self.clip_norm}")
+        if len(self.betas) != 2:
+            raise ValueError(f"{key}.betas must hold two numbers, got {self.betas}")
         if self.decay not in ("constant", "linear", "cosine"):
             raise ValueError(f"{key}.decay must be constant, linear or cosine, got {self.decay!r}")
 

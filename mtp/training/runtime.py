@@ -1,15 +1,24 @@
-"""Devices and processes: Lightning Fabric from a config, and a clean stop on signals."""
+"""Devices, processes and folders of a run: Lightning Fabric from a config, a clean stop on signals,
+and errors of the machine named before or where they happen.
+"""
 
+import errno
 import os
 import signal
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from ..bounds import bounded
 
 
 @dataclass(kw_only=True)
@@ -17,24 +26,31 @@ class FabricConfig:
     """Arguments of `lightning.Fabric`."""
 
     accelerator: str = "auto"
-    devices: int = 1
+    devices: int = bounded(1, at_least=1, at_most=1024)
     """Processes per node, one device each."""
-    num_nodes: int = 1
+    num_nodes: int = bounded(1, at_least=1, at_most=100_000)
     strategy: str = "auto"
     """`auto` (one device, or DDP) or `ddp`."""
     precision: str = "32-true"
     """`32-true`, `bf16-mixed` or `bf16-true`."""
-    num_threads: int = 0
+    num_threads: int = bounded(0, at_least=0, at_most=4096)
     """CPU threads of each process; 0 leaves torch's own choice."""
+
+    def validate(self) -> None:
+        """Raises ValueError naming the key of an impossible value."""
+        for name, known in (
+            ("accelerator", ("auto", "cpu", "gpu", "cuda", "mps")),
+            ("strategy", ("auto", "ddp")),
+            ("precision", ("32-true", "bf16-mixed", "bf16-true")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"fabric.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
 
     def build(self) -> Fabric:
         """A launched Fabric. Raises ValueError naming the key of an impossible value."""
-        if self.precision not in ("32-true", "bf16-mixed", "bf16-true"):
-            raise ValueError(
-                f"fabric.precision must be 32-true, bf16-mixed or bf16-true, got {self.precision!r}"
-            )
-        if self.strategy not in ("auto", "ddp"):
-            raise ValueError(f"fabric.strategy must be auto or ddp, got {self.strategy!r}")
+        self.validate()
         if self.num_threads:
             torch.set_num_threads(self.num_threads)
         try:
@@ -45,10 +61,69 @@ class FabricConfig:
                 strategy=self.strategy,
                 precision=self.precision,  # type: ignore[arg-type]
             )
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, MisconfigurationException) as error:
             raise ValueError(f"fabric could not be set up: {error}") from None
         fabric.launch()
         return fabric
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Raise ValueError naming `key` if a folder cannot be made and written, and leave no trace.
+
+    A megabyte is written beside it, so that a full disk is found before a model is built.
+    """
+    path = os.path.abspath(folder)
+    below: list[str] = []
+    while not os.path.lexists(path):
+        path, name = os.path.split(path)
+        below.append(name)
+    try:
+        if not os.path.isdir(path):
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder", path)
+        if below and len(os.fsencode(max(below, key=len))) > os.pathconf(path, "PC_NAME_MAX"):
+            raise OSError(errno.ENAMETOOLONG, "a name in it is too long", path)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(1 << 20))
+    except OSError as error:
+        raise ValueError(
+            f"{key}={folder} cannot be written: {error.strerror} ({path}); give another folder"
+        ) from None
+
+
+class NotFinite(ValueError):
+    """A result that should be a number is NaN or infinite."""
+
+
+@contextmanager
+def naming_what_is_not_finite(model: Any, where: Callable[[], str]) -> Iterator[None]:
+    """Name place and weight if an error within comes from numbers that are not finite.
+
+    Libraries say of such a weight only that a distribution cannot be sampled from. Raises
+    `NotFinite`; any other error passes.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError) as error:
+        weight = weight_that_is_not_finite(model)
+        if weight is not None:
+            cause = f"the weight {weight} is not finite"
+        elif isinstance(error, NotFinite):
+            cause = str(error)
+        else:
+            raise
+        remedy = "lower the learning rate or the clip_norm, or resume from an earlier checkpoint"
+        raise NotFinite(f"{where()}: {cause}; {remedy}") from error
+
+
+def weight_that_is_not_finite(model: Any) -> str | None:
+    """Name of the first weight that holds NaN or an infinite number; None if there is none."""
+    try:
+        for name, parameter in model.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                return str(name)
+    except RuntimeError:  # after a failed assertion on a GPU nothing can be read from it
+        return None
+    return None
 
 
 SECONDS_TO_LIVE = 600.0
@@ -91,7 +166,7 @@ def hand_on(number: int) -> None:
     Slurm to end it. Without a launcher's handler the caller ends the run.
     """
     handler = signal.getsignal(number)
-    if not callable(handler) or handler is signal.default_int_handler:
+    if number == signal.SIGINT or not callable(handler):
         return
     handler(number, None)
     if "SLURM_JOB_ID" in os.environ:
@@ -121,7 +196,7 @@ def on_first_process(fabric: Fabric, function: Callable[[], T]) -> T:
 
 
 def over_processes(fabric: Fabric, values: dict[str, float], op: str) -> dict[str, float]:
-    """The `sum` or `max` of each number over all processes, which must hold the same names."""
+    """The `sum`, `max` or `min` of each number over all processes, which hold the same names."""
     if fabric.world_size == 1:
         return values
     names = sorted(values)

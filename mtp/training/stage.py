@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from ..bounds import bounded, check_numbers
 from ..rollouts.advantage import AdvantageConfig
 from ..rollouts.reward import RewardConfig
 from .algorithms.algorithm import ADVANTAGES
@@ -17,13 +18,13 @@ class StageConfig:
 
     kind: str = "supervised"
     """`supervised`: solved examples of the task. `rl`: the policy's own rollouts."""
-    steps: int = 100
+    steps: int = bounded(100, at_least=0)
     """Optimizer steps; a stage of 0 steps is left out of the run."""
     train_main: bool = True
     train_head: bool = True
-    channel_gradient: float = 1.0
+    channel_gradient: float = bounded(1.0, at_least=0, at_most=1000)
     """Scale of the head's gradient on main: 1 opens the channel, 0 closes it."""
-    channel_ramp_steps: int = 0
+    channel_ramp_steps: int = bounded(0, at_least=0)
     """Steps over which the scale rises evenly from 0 to `channel_gradient`; 0: constant."""
     logits_detach: bool = False
     """Keep the head's gradient off an output matrix that it shares with main. The channel, through
@@ -31,21 +32,21 @@ class StageConfig:
     reference: str = "previous"
     """What the leash and the preservation compare with: the model as the `previous` or the `first`
     stage left it, or an earlier stage by name; `start`: the model that the run began from."""
-    batch_size: int = 64
+    batch_size: int = bounded(64, at_least=1, at_most=1_000_000)
     """Supervised: sequences a step, over all processes."""
-    num_anchors: int = 0
+    num_anchors: int = bounded(0, at_least=0)
     """Anchors drawn per sequence of solved examples or slow rollouts, 0 for all. Fewer save memory
     and time."""
     block_anchors: bool = False
     """Only the anchors at which passes begin when that text is decoded, a (K+1)-th of them. False
     makes an anchor of every position of a fast phase."""
-    num_prompts: int = 16
+    num_prompts: int = bounded(16, at_least=1, at_most=1_000_000)
     """RL: P, prompts a step, over all processes."""
-    group_size: int = 16
+    group_size: int = bounded(16, at_least=1, at_most=1_000_000)
     """RL: G, rollouts of each prompt."""
-    num_minibatches: int = 1
+    num_minibatches: int = bounded(1, at_least=1)
     """RL: optimizer steps on each batch of rollouts, each on its own share of the prompts."""
-    num_epochs: int = 1
+    num_epochs: int = bounded(1, at_least=1)
     """RL: times that each batch of rollouts is gone through, with anchors drawn anew."""
     rollout_mode: str = "fast"
     """RL: `fast`: the head's tokens are executed. `slow`: main writes alone, and the head's rows
@@ -55,13 +56,13 @@ class StageConfig:
     not to the sampler's. Then `objective.policy.correction_cap` corrects for their difference."""
     drop_uninformative: bool = False
     """RL: leave groups whose outcomes all agree out of the replay."""
-    max_rounds: int = 1
+    max_rounds: int = bounded(1, at_least=1)
     """RL: with `drop_uninformative`, sample `num_prompts` further prompts up to so many times until
     there are `num_prompts` informative groups (DAPO's dynamic sampling)."""
-    num_solved: int = 0
+    num_solved: int = bounded(0, at_least=0, at_most=1_000_000)
     """RL: solved examples mixed into each optimizer step, for main_ce and head_ce (supervised
     replay), over all processes."""
-    micro_batch_size: int = 0
+    micro_batch_size: int = bounded(0, at_least=0)
     """Sequences of one forward and backward; 0 takes a step's sequences at once."""
     gradient_checkpointing: bool = False
     """Recompute main's layers in the backward: less memory, about a third more time."""
@@ -70,12 +71,12 @@ class StageConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
-    stop_accuracy: float = 0.0
+    stop_accuracy: float = bounded(0.0, at_least=0, at_most=1)
     """End the stage once fast accuracy reaches this on the training problems that come next; 0
     takes all steps. Held-out problems have no say in it."""
-    stop_every: int = 20
+    stop_every: int = bounded(20, at_least=1)
     """Steps between two looks at `stop_accuracy`."""
-    evaluate_every: int = 0
+    evaluate_every: int = bounded(0, at_least=0)
     """Steps between two evaluations on a smaller set; 0 evaluates at the end only."""
 
     @property
@@ -86,28 +87,9 @@ class StageConfig:
     def validate(self, name: str) -> None:
         """Raises ValueError naming the key of an impossible value."""
         key = f"stages.{name}"
+        check_numbers(self, key)
         if self.kind not in KINDS:
             raise ValueError(f"{key}.kind must be supervised or rl, got {self.kind!r}")
-        for field_name in (
-            "batch_size",
-            "num_prompts",
-            "num_minibatches",
-            "num_epochs",
-            "max_rounds",
-            "stop_every",
-        ):
-            if getattr(self, field_name) < 1:
-                value = getattr(self, field_name)
-                raise ValueError(f"{key}.{field_name} must be at least 1, got {value}")
-        at_least_0 = ("steps", "num_anchors", "micro_batch_size", "evaluate_every", "num_solved")
-        for field_name in (*at_least_0, "channel_ramp_steps", "channel_gradient"):
-            if getattr(self, field_name) < 0:
-                value = getattr(self, field_name)
-                raise ValueError(f"{key}.{field_name} must be 0 or above, got {value}")
-        if not 0 <= self.stop_accuracy <= 1:
-            raise ValueError(
-                f"{key}.stop_accuracy must be between 0 and 1, got {self.stop_accuracy}"
-            )
         least = 2 if self.kind == "rl" and self.objective.policy.weight else 1
         if self.group_size < least:
             raise ValueError(
@@ -128,7 +110,6 @@ class StageConfig:
             raise ValueError(f"{key}.objective.policy needs {key}.kind=rl, got supervised")
         self.objective.policy.validate(f"{key}.objective.policy")
         self.objective.leash.validate(f"{key}.objective.leash")
-        self.reward.validate(f"{key}.reward")
         if self.kind == "supervised" and self.objective.leash.kind != "full":
             raise ValueError(
                 f"{key}.objective.leash.kind={self.objective.leash.kind} estimates from rollouts, "

@@ -18,7 +18,7 @@ from ..modeling.sampler import Sampler
 from .batch import RolloutBatch, TextBatch
 from .objectives import ObjectiveConfig, scores_head
 from .objectives.scored import score_batch
-from .runtime import over_processes
+from .runtime import NotFinite, over_processes
 
 
 def global_counts(
@@ -65,7 +65,8 @@ def update(
         check_gradients: raise if a parameter that is trained has got no gradient.
 
     Raises:
-        ValueError: if the gradient is not finite, or missing where it was to be checked.
+        NotFinite: if the gradient is not finite.
+        ValueError: if the gradient is missing where it was to be checked.
     """
     parts = model.module
     in_rl = any(isinstance(batch, RolloutBatch) for batch in batches)
@@ -134,10 +135,7 @@ def update(
         )
         metrics[f"{name}/grad_norm"] = float(torch.as_tensor(norm))
         if not math.isfinite(metrics[f"{name}/grad_norm"]):
-            raise ValueError(
-                f"the gradient of {name} is not finite (norm {norm}); lower its learning "
-                "rate or its clip_norm, or resume from an earlier checkpoint"
-            )
+            raise NotFinite(f"the gradient of {name} is not finite (norm {norm})")
     for optimizer in optimizers.values():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -308,7 +311,10 @@ def test_a_run_that_has_not_ended_gives_its_last_model_and_says_so(run, tmp_path
         (["generate", "RUN", "1+2=", "--stage", "main", "--mode", "fast"], "head is untrained"),
         (["generate", "RUN", "1 + x"], "tokenizer does not know ' ' 'x'"),
         (["generate", "RUN", "1+2=", "--max-new-tokens", "0"], "--max-new-tokens must be at"),
-        (["generate", "RUN", "1+2=", "--temperature", "-1"], "temperature must be 0"),
+        (
+            ["generate", "RUN", "1+2=", "--temperature", "-1"],
+            "--temperature must be at least",
+        ),
         (["evaluate", "RUN", "--num-problems", "0"], "--num-problems must be at least 1"),
         (["evaluate", "RUN", "--n", "4"], "--n is an option of --search"),
         (["evaluate", "RUN", "--top-k", "4"], "--top-k is an option of --search"),
@@ -318,6 +324,12 @@ def test_a_run_that_has_not_ended_gives_its_last_model_and_says_so(run, tmp_path
         (["evaluate", "RUN", "--search", "mcts", "--expand", "1"], "expand must be at least 2"),
         (["evaluate", "RUN", "--search", "beam", "--temperature", "0"], "sampling must be on"),
         (["evaluate", "RUN", "--stage", "main", "--search", "beam", "--mode", "fast"], "untrained"),
+        (
+            ["generate", "RUN", "1+2=", "--temperature", "nan"],
+            "--temperature must be a finite",
+        ),
+        (["generate", "RUN", "1+2=", "--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["generate", "RUN", "1+2=\udcff"], "the prompt must be UTF-8 text, got '1+2=\\udcff'"),
         (["export", "RUN", "RUN"], "holds files that no export wrote"),
         (["export", "RUN", "RUN/config.yaml"], "is a file"),
     ],
@@ -354,3 +366,45 @@ def test_help(capsys, command):
         main([*command, "--help"])
     assert stop.value.code == 0
     assert "usage: mtp" in capsys.readouterr().out
+
+
+def test_a_prompt_that_begins_with_a_minus_sign_gets_a_hint(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["generate", "runs/default", "-37+85="])
+    assert end.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    hint = "write -- before an argument that begins with -: mtp generate FOLDER -- -37+85="
+    assert line.endswith(hint)
+
+
+def test_closed_streams_are_no_error(run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["chat", str(run)]) == 0
+    monkeypatch.setattr("sys.stdout", None)
+    assert main(["generate", str(run), "1+2="]) == 0
+    sys.stdin.close()
+    sys.stdout.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_reader_that_has_gone_ends_a_command_quietly(run, monkeypatch, capfd):
+    read, write = os.pipe()
+    os.close(read)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        stream = open(write, "w", buffering=1)  # noqa: SIM115
+        patch.setattr("sys.stdout", stream)
+        sys.exit(main(["generate", str(run), "1+2="]))
+    stream.close()
+    assert end.value.code == 1
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_damaged_model_is_one_line_that_names_its_folder(run, tmp_path, capsys, name):
+    shutil.copytree(run, tmp_path / "copy")
+    file = tmp_path / "copy" / "stages" / "head" / name
+    file.write_bytes(file.read_bytes()[:40])
+    assert main(["generate", str(tmp_path / "copy"), "1+2="]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and f"{file.parent} could not be read: " in said
+    assert said.count("\n") == 1

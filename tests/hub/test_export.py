@@ -4,6 +4,7 @@ import json
 import re
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mtp.config import RunConfig
 from mtp.hub.build import ModelConfig, generation_config, load_model
-from mtp.hub.export import export
+from mtp.hub.export import NUM_TRIED, export
 from mtp.hub.model_card import base_model
 from mtp.modeling.phases import Phase
 from mtp.rollouts.prompt_format import PLAIN_TEMPLATE, TextFormat, character_tokenizer
@@ -20,6 +21,7 @@ from mtp.rollouts.rollout import DecodingConfig
 from mtp.tasks.running_sum import RunningSumConfig
 from mtp.training.stage import StageConfig
 
+ROOT = Path(__file__).parents[2]
 PHASES = {
     "thought": Phase(mode="fast", opened_by="<think>"),
     "answer": Phase(mode="slow", opened_by="</think>"),
@@ -183,6 +185,43 @@ def test_the_cards_snippets_run_as_they_stand(tmp_path):
     assert "93+63+48=<think>" in lines[0]
     assert [line.split()[0] for line in lines[1:]] == ["fast", "slow"]
     assert all("<think>" in line for line in lines[1:])
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/export.md"])
+def test_the_documentations_snippets_run_as_they_stand(tmp_path, page):
+    make(tmp_path / "out")
+    source = (ROOT / page).read_text()
+    snippets = re.findall(r"```python\n(.*?)```", source, flags=re.DOTALL)
+    script = "\n".join(snippets).replace('"out"', repr(str(tmp_path / "out")))
+    assert "37+85+46=<think>" in run_alone(script, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ({0: ["fast"], 2: ["fast", "slow"], 3: ["fast", "slow"]}, None),
+        ({0: ["fast"], 1: ["slow"]}, "slow"),
+        ({}, "fast`, `slow"),
+    ],
+)
+def test_the_cards_example_is_one_that_all_modes_answer_right(tmp_path, monkeypatch, right, wrong):
+    """The example is the first that most modes answer right, and a wrong answer is told."""
+    config, text = tiny_config(), tiny_text()
+    examples = [config.task.build().example("test", i) for i in range(NUM_TRIED)]
+
+    def decode_all(model, text, examples, mode, *rest, **given):
+        said = ["0" if mode not in right.get(i, ()) else e.answer for i, e in enumerate(examples)]
+        rows = [text.completion_ids("", answer) for answer in said]
+        return [SimpleNamespace(completion=lambda row: rows[row])]
+
+    monkeypatch.setattr("mtp.hub.export.decode_all", decode_all)
+    model = tiny_model()
+    model.generation_config = generation_config(text, PHASES)
+    export(model, text, tmp_path / "out", SUMMARY, config)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert examples[2 if wrong is None else 0].prompt in card
+    caveat = f"the answer of `{wrong}` mode to it is wrong"
+    assert (caveat in card) if wrong else ("mode to it is wrong" not in card)
 
 
 def test_the_card_tells_the_measured_figures_and_where_the_model_is_from(tmp_path):

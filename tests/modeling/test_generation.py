@@ -253,7 +253,7 @@ def test_tokens_drawn_without_logits(mode, head, shared, plan, monkeypatch):
     assert completions(out) == completions(run(model, RAGGED, plan, Sampler(), kernels="reference"))
     alone = completions(run(model, RAGGED[:1], plan, Sampler(), kernels="torch"))
     assert completions(out)[0] == alone[0] != completions(expected)[0]
-    monkeypatch.setattr("mtp.modeling.sampler.linear_sample", None)
+    monkeypatch.setattr("mtp.modeling.token_sampling.linear_sample", None)
     assert completions(run(model, RAGGED, plan, kernels="auto")) == completions(expected)
     with pytest.raises(ValueError, match="kernels=torch needs the package mtp_kernels"):
         run(model, RAGGED, plan, kernels="torch")
@@ -266,7 +266,7 @@ def test_auto_samples_without_logits_from_large_vocabularies_on_a_cpu(plan, monk
     )
     assert logits != kernels
     assert completions(run(model, RAGGED, plan, Sampler(), kernels="auto")) == logits
-    monkeypatch.setattr("mtp.modeling.sampler.MANY_TOKENS", model.config.vocab_size)
+    monkeypatch.setattr("mtp.modeling.token_sampling.MANY_TOKENS", model.config.vocab_size)
     assert completions(run(model, RAGGED, plan, Sampler(), kernels="auto")) == kernels
     verified = plan.as_verified(4)
     logits = completions(run(model, RAGGED, verified, Sampler()))
@@ -275,7 +275,7 @@ def test_auto_samples_without_logits_from_large_vocabularies_on_a_cpu(plan, monk
 
 def test_kernels_do_not_draw_where_distributions_are_asked_for(plan, monkeypatch):
     model = tiny_model()
-    monkeypatch.setattr("mtp.modeling.sampler.linear_sample", None)
+    monkeypatch.setattr("mtp.modeling.token_sampling.linear_sample", None)
     run(model, RAGGED, PhasePlan([4], [None], min_probability=[0.5]), kernels="torch")
     for sampler in (Sampler(top_k=3), Sampler(top_p=0.9)):
         run(model, RAGGED, plan, sampler, kernels="torch")

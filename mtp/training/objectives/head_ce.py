@@ -1,10 +1,11 @@
 """Cross entropy of the head's next K tokens: supervised warm-up of the head, or of the channel."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ...bounds import bounded
 from ..batch import TextBatch
 from .scored import Scored
 from .stream import Term, mean_of
@@ -14,11 +15,11 @@ from .stream import Term, mean_of
 class HeadCE:
     """`head_ce`"""
 
-    weight: float = 0.0
+    weight: float = bounded(0.0, at_least=0)
     on_rollouts: bool = False
     """In an RL stage: score the policy's own rollouts. False: solved examples that are mixed into
     the step, `num_solved` of them."""
-    slot_weights: list[float] = field(default_factory=list)
+    slot_weights: list[float] = bounded([], at_least=0)
     """Weight of slots 1..K; empty weighs all alike. The sum is divided by the weights' sum."""
 
     def _weights(self, batch: TextBatch) -> Tensor:

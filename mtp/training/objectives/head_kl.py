@@ -6,6 +6,7 @@ flows into them.
 
 from dataclasses import dataclass
 
+from ...bounds import bounded
 from ..batch import TextBatch
 from .scored import Scored
 from .stream import Term
@@ -15,7 +16,7 @@ from .stream import Term
 class HeadKL:
     """`head_kl`"""
 
-    weight: float = 0.0
+    weight: float = bounded(0.0, at_least=0)
     reverse: bool = False
     """False: KL(main || head), which covers main's mass. True: KL(head || main), seeks its mode."""
 

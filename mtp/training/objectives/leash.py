@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...bounds import bounded
 from ...modeling.sampler import Sampler
 from ..batch import TextBatch
 from .scored import PLAIN, Emitter, Scored
@@ -29,9 +30,9 @@ KINDS = ("full", "k1", "k3")
 class Leash:
     """`leash`"""
 
-    weight: float = 0.0
+    weight: float = bounded(0.0, at_least=0)
     """Of main's tokens."""
-    head_weight: float = 1.0
+    head_weight: float = bounded(1.0, at_least=0)
     """Of the head's tokens, times `weight`."""
     kind: str = "full"
     """`full`, or the estimator `k1` or `k3`, which needs rollouts."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ...bounds import bounded
 from ..batch import TextBatch
 from .scored import Scored
 from .stream import Term, mean_of
@@ -11,7 +12,7 @@ from .stream import Term, mean_of
 class MainCE:
     """`main_ce`"""
 
-    weight: float = 0.0
+    weight: float = bounded(0.0, at_least=0)
     on_rollouts: bool = False
     """In an RL stage: score the policy's own rollouts. False: solved examples that are mixed into
     the step, `num_solved` of them."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...bounds import bounded
 from ...modeling.sampler import Sampler
 from ..algorithms import ALGORITHMS
 from ..algorithms.algorithm import NORMALIZERS, RATIOS, Algorithm
@@ -27,9 +28,9 @@ from .stream import Term, max_of, mean_of
 class Policy:
     """`policy`"""
 
-    weight: float = 0.0
+    weight: float = bounded(0.0, at_least=0)
     """Of main's tokens."""
-    head_weight: float = 1.0
+    head_weight: float = bounded(1.0, at_least=0)
     """Of the head's tokens, times `weight`."""
     algorithm: str = "dapo"
     """grpo, dapo, dr_grpo, rloo, gspo, cispo or reinforce_pp; sets whatever below is null."""
@@ -37,15 +38,15 @@ class Policy:
     """`token`, `block`, `sequence` (GSPO's) or `rollout`; see `algorithms/ratio.py`."""
     normalizer: str | None = None
     """`tokens`, `sequences`, `rollouts` or `length`; see `algorithms/algorithm.py`."""
-    length: int = 0
+    length: int = bounded(0, at_least=0)
     """Tokens, for the normaliser `length`; decoding.max_new_tokens is the usual choice."""
-    clip_low: float | None = None
+    clip_low: float | None = bounded(None, at_least=0)
     """Ratios of main's tokens are clipped to 1 - clip_low .. 1 + clip_high."""
-    clip_high: float | None = None
-    head_clip_low: float | None = None
+    clip_high: float | None = bounded(None, at_least=0)
+    head_clip_low: float | None = bounded(None, at_least=0)
     """Of the head's tokens; null: as main's."""
-    head_clip_high: float | None = None
-    correction_cap: float = 0.0
+    head_clip_high: float | None = bounded(None, at_least=0)
+    correction_cap: float = bounded(0.0, at_least=0)
     """Largest truncated importance weight p_old / p_sampled of a token, 2 being usual; 0: none.
     Has an effect where `stages.*.recompute_old` takes p_old from replay."""
 
@@ -71,11 +72,6 @@ class Policy:
                 f"{key}.length must be the number of tokens that a rollout's sum is divided by, "
                 f"got {self.length}; set it to the value of decoding.max_new_tokens"
             )
-        names = ("clip_low", "clip_high", "head_clip_low", "head_clip_high", "correction_cap")
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{key}.{name} must be 0 or above, got {value}")
 
     @property
     def _normalizer(self) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...bounds import bounded
 from ...modeling.sampler import Sampler
 from ..batch import TextBatch
 from .scored import PLAIN, Emitter, Scored
@@ -20,7 +21,7 @@ from .stream import Term, mean_of
 class Preserve:
     """`preserve`"""
 
-    weight: float = 0.0
+    weight: float = bounded(0.0, at_least=0)
     reverse: bool = False
     """False: KL(reference || main). True: KL(main || reference)."""
 

@@ -1,0 +1,676 @@
+"""Impossible input for train.py and the commands: each must end in one line that names the mistake.
+
+    python benchmarks/fuzz.py --cases 1000 [--seed 0] [--kind data] [--json]
+
+A case is a command line and the files that it reads. Its generator makes a change that is known to
+be impossible, therefore the right end is always the same: exit code 2, one line `error: ...` that
+names the key, the option or the file, no traceback, and no file that was not there before. Cases
+run in forks of one process, because a fresh interpreter would spend seconds on imports.
+
+    named_errors   cases that ended right
+    tracebacks     cases that ended in a traceback, or were killed
+    half_written   cases that left, changed or removed a file
+
+What is neither is printed as `unnamed` (the line names nothing) or `taken` (the command went on).
+"""
+
+import argparse
+import json
+import os
+import random
+import runpy
+import shutil
+import signal
+import string
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 60.0
+"""Longest that a case may take."""
+TINY = [
+    *("stages.main.steps=1", "stages.head.steps=0", "stages.joint.steps=1", "stages.rl.steps=1"),
+    *("stages.main.batch_size=2", "stages.joint.batch_size=2", "stages.joint.stop_accuracy=0"),
+    *("stages.rl.num_prompts=2", "stages.rl.group_size=2", "stages.rl.evaluate_every=0"),
+    *("evaluation.num_problems=2", "evaluation.num_interim_problems=2", "fabric=cpu"),
+    *("decoding.max_new_tokens=4", "model.config.hidden_size=32", "head.hidden_size=16"),
+    *("model.config.intermediate_size=48", "head.intermediate_size=24", "fabric.num_threads=1"),
+]
+"""A run of a second."""
+
+Draw = random.Random
+
+
+@dataclass
+class Case:
+    """One impossible input."""
+
+    program: str
+    """`train.py`, or a module that is run with -m."""
+    arguments: list[str]
+    names: list[str]
+    """The line must hold one of these."""
+    files: dict[str, bytes] = field(default_factory=dict)
+    """By path within the case's folder."""
+    runs: dict[str, str] = field(default_factory=dict)
+    """Folders of the finished run to copy, by the path of the copy."""
+    removed: list[str] = field(default_factory=list)
+    """Paths to take away from the copies."""
+
+
+@dataclass
+class World:
+    """What cases are made from."""
+
+    home: Path
+    """Holds `run`, a finished run."""
+    numbers: list[tuple[str, Any, dict[str, float]]]
+    """Key, value and bounds of every number of the default config."""
+    keys: list[str]
+    """Every key that holds a value."""
+
+    def content(self, path: str) -> bytes:
+        """A file of the finished run."""
+        return (self.home / "run" / path).read_bytes()
+
+
+def word(draw: Draw) -> str:
+    """A word that nothing is called."""
+    return "zq" + "".join(draw.choices(string.ascii_lowercase, k=draw.randint(2, 8)))
+
+
+def damaged(draw: Draw, content: bytes) -> bytes:
+    """A file cut short, overwritten or empty."""
+    noise = draw.randbytes(draw.randint(1, 400))
+    return draw.choice(
+        [content[: draw.randrange(len(content) * 3 // 4)], b"\xff" + noise, b"", noise]
+    )
+
+
+def train(*arguments: str, names: list[str], **files: Any) -> Case:
+    """A case of train.py with a tiny run's settings."""
+    return Case("train.py", [*TINY, *arguments], names, **files)
+
+
+# Config
+
+
+def out_of_bounds(draw: Draw, world: World) -> Case:
+    """A number that is not finite or is beyond its bounds."""
+    key, value, bounds = draw.choice(world.numbers)
+    choices: list[Any] = ["nan", "inf", "-inf"] if isinstance(value, float) else []
+    size = draw.choice([1, 7, 10 ** draw.randint(1, 6)])
+    for bound, limit in bounds.items():
+        beyond = limit - size if bound in ("at_least", "above") else limit + size
+        choices.append(int(beyond) if isinstance(value, int) else float(beyond))
+        if bound in ("above", "below"):
+            choices.append(limit)
+    if "at_most" not in bounds and "below" not in bounds:
+        choices += [10 ** draw.randint(10, 30)]
+    bad, base = draw.choice(choices), key.partition("[")[0]
+    return train(f"{base}=[{bad}]" if base != key else f"{base}={bad}", names=[base])
+
+
+def wrong_type(draw: Draw, world: World) -> Case:
+    """A word, a list, a mapping or null for a number."""
+    key = draw.choice([key for key, _, _ in world.numbers if "[" not in key])
+    bad = draw.choice([word(draw), f"[{draw.randint(0, 9)}]", f"{{{word(draw)}:1}}", "true1", "''"])
+    return train(f"{key}={bad}", names=[key])
+
+
+def unknown_key(draw: Draw, world: World) -> Case:
+    """A key that is not there, plainly or with a plus sign."""
+    parts = draw.choice(world.keys).split(".")
+    parts[draw.randrange(len(parts))] = word(draw)
+    made = next(i for i, part in enumerate(parts) if part.startswith("zq"))
+    plus = draw.choice(["", "", "+", "++"]) if parts[0] not in ("model", "decoding") else ""
+    if plus and parts[0] == "stages" and made == 1:
+        plus = ""
+    return train(f"{plus}{'.'.join(parts)}={draw.randint(0, 9)}", names=[parts[made]])
+
+
+CHOSEN = [
+    *("stages.rl.kind", "stages.rl.rollout_mode", "stages.rl.main.algorithm", "resume", "kernels"),
+    *("stages.main.head.decay", "stages.rl.objective.policy.algorithm", "fabric.accelerator"),
+    *("stages.rl.objective.policy.ratio", "stages.rl.objective.policy.normalizer", "head.type"),
+    *("stages.rl.objective.leash.kind", "stages.rl.advantage.kind", "fabric.precision"),
+    *("fabric.strategy", "logger.mode", "model.family", "model.dtype", "evaluation.reference"),
+    *("decoding.phases.thought.mode", "decoding.phases.answer.mode", "stages.rl.reference"),
+    *("stages.main.train_head", "logger.wandb", "dry_run", "overwrite", "decoding.chat_template"),
+    *("model.config.tie_word_embeddings", "model.attention"),
+]
+"""Keys that take one of a few words."""
+
+
+def unknown_word(draw: Draw, world: World) -> Case:
+    """A word that is not one of the few that a key takes."""
+    key = draw.choice(CHOSEN)
+    return train(f"{key}={word(draw)}", names=[key, "model.config"])
+
+
+def unknown_group(draw: Draw, world: World) -> Case:
+    """A choice of a group that is not there."""
+    group, name = (
+        draw.choice(["experiment", "model", "head", "task", "decoding", "sweep"]),
+        word(draw),
+    )
+    return train(f"{group}={name}", names=[name])
+
+
+def grammar(draw: Draw, world: World) -> Case:
+    """An override that Hydra cannot read."""
+    key, text = draw.choice(world.keys), word(draw)
+    shapes = [
+        "[{}",
+        "{{{}:1",
+        "'{}",
+        '"{}',
+        "{}={}",
+        "{}]",
+        "({}",
+        "{})",
+        "a[{}",
+        "${{{}",
+        "{}}}",
+        "{}'",
+    ]
+    value = draw.choice(shapes).format(text, text)
+    return train(f"{key}={value}", names=[key])
+
+
+def command_line(draw: Draw, world: World) -> Case:
+    """Something on the command line of train.py that is no override of a key."""
+    text = word(draw)
+    bad = [f"~{text}", f"--{text}", text, f"={text}", f"hydra.{text}=1", f"--config-name={text}"]
+    bad += [f"{draw.choice(world.keys)}={text},{draw.randint(1, 9)}", f"{text}@{text}={text}"]
+    return train(draw.choice(bad), names=[text])
+
+
+def phases(draw: Draw, world: World) -> Case:
+    """Phases that no text can have."""
+    key, digit = "decoding.phases", str(draw.randint(0, 9))
+    changes = [
+        *(
+            f"{key}.answer.opened_by={d}"
+            for d in ("'<eos>'", "'<pad>'", f"'{digit}'", "''", "null")
+        ),
+        *(f"{key}.{p}.max_tokens={-int(digit)}" for p in ("thought", "answer")),
+        f"{key}.answer.max_tokens={1 + int(digit)}",
+        f"{key}.answer.opened_by='<think>'",
+        f"{key}.thought.closed_by='</think>'",
+        f"decoding.segments.max_segments={2 + int(digit)}",
+        f"{key}.{draw.choice(['thought', 'answer'])}={word(draw)}",
+    ]
+    return train(draw.choice(changes), names=["decoding", "delimiter"])
+
+
+def run_folder(draw: Draw, world: World) -> Case:
+    """A run folder that cannot be made or written."""
+    text, depth = word(draw), draw.randint(0, 3)
+    bad = draw.choice(["/dev/null", "file", f"/proc/{text}", "x" * draw.randint(256, 400)])
+    path = "/".join([bad, *[text] * depth])
+    return train(f"run_dir='{path}'", names=["run_dir"], files={"file": b"mine"})
+
+
+# Data and rewards
+
+GOOD = "".join(
+    json.dumps({"prompt": f"{i}+1=", "answer": str(i + 1)}) + "\n" for i in range(30)
+).encode()
+
+
+def data(draw: Draw, world: World) -> Case:
+    """Rows that are no problems."""
+    number, text = draw.randint(0, 10**6), word(draw)
+    lines: list[Any] = [
+        *(str(number), "null", f'"{text}"', f"[{number}]", "{", "}", text, '{"prompt":"1+1="'),
+        *("[" * draw.randint(5000, 20000), '{"prompt": "1+1=", "answer": 1' + "0" * 5000 + "}"),
+        *({}, {"prompt": "1+1="}, {"answer": "2"}, {text: "1+1=", "answer": "2"}),
+        *({"prompt": None, "answer": "2"}, {"prompt": [text], "answer": "2"}),
+        *({"prompt": "1+1=", "answer": {text: 2}}, {"prompt": "1+1=", "answer": [number]}),
+        *({"prompt": "1+1=", "answer": None}, {"prompt": "1+1=", "answer": float("nan")}),
+        *({"prompt": "1+1=", "answer": "2", "thought": [number]}, {"prompt": "", "answer": ""}),
+    ]
+    line = draw.choice(lines)
+    line = line if isinstance(line, str) else json.dumps(line)
+    before = draw.choice([b"", GOOD])
+    contents = [before + line.encode() + b"\n"] * 6
+    contents += [b"", b"\n" * (1 + number % 99), b"\xff\xfe\xff" + draw.randbytes(60)]
+    name = f"{text}.{draw.choice(['jsonl', 'jsonl', 'jsonl', 'parquet'])}"
+    content = draw.choice(contents)
+    if name.endswith("parquet"):
+        content = draw.choice([b"PAR1" + draw.randbytes(99) + b"PAR1", draw.randbytes(200), b""])
+    key = draw.choice(["source", "source", "test_source"])
+    files = {name: content, "good.jsonl": GOOD}
+    given = ["task.source=good.jsonl"] if key == "test_source" else []
+    return train(
+        "task=rows", *given, f"task.{key}={name}", "model.source=run/export",
+        names=[name], files=files, runs={"run/export": "export"},
+    )  # fmt: skip
+
+
+def settings_of_data(draw: Draw, world: World) -> Case:
+    """Settings of a task that do not fit its data."""
+    text = word(draw)
+    rows, files = (
+        ["task=rows", "model.source=run/export"],
+        {"good.jsonl": GOOD, "text.txt": b"short"},
+    )
+    good = [*rows, "task.source=good.jsonl"]
+    cases = [
+        ([*rows, f"task.source={text}"], text),
+        ([*rows, f"task.source={text}.jsonl"], text),
+        ([*rows, "task.source=''"], "task.source"),
+        ([*good, f"task.prompt_column={text}"], text),
+        ([*good, f"task.answer_column={text}"], text),
+        ([*good, f"task.test_source={text}.jsonl"], text),
+        ([*good, f"task.reward_style={text}", "task.reward=reward:good"], text),
+        (["task=continuation", f"task.files=[{text}*]"], text),
+        (["task=continuation", "task.files=[text.txt]"], "task.files"),
+        (["task=running_sum", f"task.high={draw.randint(0, 9)}"], "task.high"),
+        (["task=reasoning_gym", f"task.dataset={text}"], text),
+        (["task=reasoning_gym", f"+task.options.{text}=1"], text),
+        (["task=chain_sum", "task.options.min_terms=-1"], "min_terms"),
+    ]
+    arguments, name = draw.choice(cases)
+    reward = {
+        "reward.py": b"def good(completions, **rest):\n    return [1.0 for _ in completions]\n"
+    }
+    return train(*arguments, names=[name], files=files | reward, runs={"run/export": "export"})
+
+
+def reward(draw: Draw, world: World) -> Case:
+    """A reward that is no function, or raises, or gives no number."""
+    text = word(draw)
+    sources = [
+        "def score(:",
+        f"raise RuntimeError('{text}')",
+        f"import {text}",
+        "score = 3",
+        "x = 1",
+    ]
+    sources += ["class score: pass", f"open('{text}')", "def score(): return 1.0", "\0", "1/0"]
+    module = f"m{text}"
+    spec = f"{module}:score"
+    if draw.random() < 0.3:
+        spec = draw.choice([text, f"{text}:", f":{text}", f"{text}:{text}", f"{module}:{text}:x"])
+    return train(
+        "task=rows", "task.source=good.jsonl", f"task.reward='{spec}'", "model.source=run/export",
+        names=["task.reward", module, text],
+        files={"good.jsonl": GOOD, f"{module}.py": draw.choice(sources).encode() + b"\n"},
+        runs={"run/export": "export"},
+    )  # fmt: skip
+
+
+# Models and checkpoints
+
+
+def broken_json(draw: Draw, content: bytes, keys: list[str]) -> bytes:
+    """A JSON file that is damaged, or whose content is impossible."""
+    if draw.random() < 0.4:
+        return damaged(draw, content)
+    made = json.loads(content)
+    key = draw.choice([key for key in keys if key in made])
+    made[key] = draw.choice([word(draw), -draw.randint(1, 99), [word(draw)], {word(draw): 1}])
+    return draw.choice([json.dumps(made), json.dumps(made), "[]", "3", "null"]).encode()
+
+
+CONFIG_KEYS = [
+    "hidden_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "vocab_size",
+    "model_type",
+    "mtp",
+]
+
+
+def broken_model(draw: Draw, world: World, folder: str) -> tuple[dict[str, bytes], list[str]]:
+    """(files, removed) that make a copy of the finished run's model unreadable."""
+    name = draw.choice(["config.json", "tokenizer.json", "model.safetensors"])
+    path = f"{folder}/{name}"
+    if draw.random() < 0.15:
+        return {}, [path]
+    content = world.content(f"export/{name}")
+    if name == "config.json":
+        return {path: broken_json(draw, content, CONFIG_KEYS)}, []
+    if name == "tokenizer.json":
+        return {path: broken_json(draw, content, ["model", "version"])}, []
+    at, header = draw.randrange(9, 60), bytearray(content)
+    header[:8] = draw.choice([draw.randbytes(8), header[:8]])
+    header[at] = 0xFF
+    return {path: draw.choice([damaged(draw, content), bytes(header)])}, []
+
+
+def model(draw: Draw, world: World) -> Case:
+    """A pretrained model that cannot be read."""
+    text = word(draw)
+    runs = {text: "export"}
+    if draw.random() < 0.2:
+        given, names = draw.choice(
+            [
+                ([f"model.source=no/{text}/{text}"], [text]),
+                ([f"model.source=package:no{text}"], [text]),
+                ([f"model.source={text}", f"model.gguf_file={text}.gguf"], [f"{text}.gguf"]),
+                ([f"model.source={text}", f"head.num_slots={draw.randint(6, 9)}"], ["head"]),
+            ]
+        )
+        return train(*given, names=names, runs=runs)
+    files, removed = broken_model(draw, world, text)
+    return train(f"model.source={text}", names=[text], files=files, runs=runs, removed=removed)
+
+
+def checkpoint(draw: Draw, world: World) -> Case:
+    """A checkpoint that cannot be resumed from."""
+    import pickle
+
+    # The run has ended, so its last checkpoint is that of its last step.
+    name = max(p.name for p in (world.home / "run" / "checkpoints").glob("step_*"))
+    path, runs = f"run/checkpoints/{name}", {"run": "."}
+    content = bytearray(world.content(f"checkpoints/{name}"))
+    at = draw.randrange(len(content) // 4, len(content) * 3 // 4)
+    content[at] ^= 1 << draw.randrange(8)
+    made = [
+        bytes(content),
+        damaged(draw, bytes(content)),
+        pickle.dumps({word(draw): draw.randint(0, 9)}),
+        pickle.dumps(draw.randint(0, 9)),
+    ]
+    given = ["run_dir=run", "resume=true"]
+    if draw.random() < 0.1:
+        missing = draw.choice(["step_00000000", "best_of_all", word(draw)])
+        return train("run_dir=run", f"resume={missing}", names=["resume must be"], runs=runs)
+    if draw.random() < 0.2:
+        change = draw.choice(
+            ["seed=7", "head.num_slots=4", "stages.rl.steps=3", "task.num_terms=4"]
+        )
+        return train(*given, change, names=["resumed run must keep"], runs=runs)
+    return train(*given, names=[name], files={path: draw.choice(made)}, runs=runs)
+
+
+# Commands
+
+
+def option(draw: Draw, world: World) -> Case:
+    """An option or argument of `mtp` that cannot be followed."""
+    text, number = word(draw), draw.randint(1, 10**6)
+    write = draw.choice([["generate", "run", "1+2="], ["chat", "run"]])
+    search = ["generate", "run", "1+2=", "--search", draw.choice(["best_of_n", "beam", "mcts"])]
+    cases = [
+        *(([*write, o, str(-number)], o) for o in ("--max-new-tokens", "--max-thought-tokens")),
+        *(
+            ([*write, o, str(-number)], o)
+            for o in ("--top-k", "--top-p", "--max-segments", "--seed")
+        ),
+        *(
+            ([*write, "--temperature", t], "temperature")
+            for t in ("nan", "inf", f"-{number}", text)
+        ),
+        *(([*write, "--top-p", t], "top-p") for t in ("nan", "0", str(1 + number))),
+        *(([*write, o, text], o) for o in ("--mode", "--device", "--stage", "--seed", "--top-k")),
+        ([*write, "--max-segments", str(1 + number)], "max_segments"),
+        ([*write, "--seed", str(2**64 + number)], "--seed"),
+        ([*write, f"--{text}"], text),
+        *(([*search, o, str(-number)], o) for o in ("--n", "--expand")),
+        ([*search, "--choose", text], "--choose"),
+        (["generate", "run", "1+2=", "--n", "4"], "--n"),
+        (["generate", "run", f"-{number}+1="], "-- "),
+        (["generate", "run", text], repr(text[0])),
+        (["generate", "run", "1+2=\udcff"], "prompt"),
+        (["generate", text, "1+2="], text),
+        (["generate", "run"], "PROMPT"),
+        ([text], text),
+        ([], "COMMAND"),
+        *(
+            (["evaluate", "run", "--num-problems", t], "--num-problems")
+            for t in (f"-{number}", text)
+        ),
+        (["evaluate", "run", "--judge", "reward"], "--judge"),
+        (["export", "run", "file"], "file"),
+        (["export", "run", "file/out"], "file"),
+        (["export", "run", "other"], "other"),
+        (["export", "run", "out", "--stage", text], "--stage"),
+    ]
+    arguments, name = draw.choice(cases)
+    names = [name, name.removeprefix("--").replace("-", "_") if name != "-- " else name]
+    files = {"file": b"mine", "other/mine": b"mine"}
+    return Case("mtp.cli", arguments, names, files, {"run": "."})
+
+
+def folder(draw: Draw, world: World) -> Case:
+    """A run, an export or a sweep that `mtp` cannot read."""
+    text = word(draw)
+    command = draw.choice([["generate", text, "1+2="], ["evaluate", text], ["export", text, "out"]])
+    if draw.random() < 0.15:
+        name = draw.choice(["job.json", "summary.json"])
+        content = draw.choice(
+            [b"[]", b"3", b"{}", b'{"stages": []}', b'{"stages": 3}', b"\xff", b"{"]
+        )
+        return Case("mtp.reports.sweep", [text], [text], {f"{text}/seed=1/{name}": content})
+    if draw.random() < 0.3:
+        path, config = f"{text}/config.yaml", world.content("config.yaml")
+        broken = [b"\xff\xfe" + draw.randbytes(30), b"[1, 2]", b"seed: [", b"\t- x: {", b"", b"3"]
+        broken += [config + f"{word(draw)}: 1\n".encode(), config.replace(b"seed: 1", b"seed: x")]
+        broken += [config.replace(b"kind: rl", f"kind: {word(draw)}".encode())]
+        return Case("mtp.cli", command, [text], {path: draw.choice(broken)}, {text: "."})
+    if draw.random() < 0.3:
+        files, removed = broken_model(draw, world, text)
+        return Case("mtp.cli", ["generate", text, "1+2="], [text], files, {text: "export"}, removed)
+    files, removed = broken_model(draw, world, f"{text}/stages/rl")
+    if f"{text}/stages/rl/config.json" in removed:  # the stage before it is taken
+        files, removed = {f"{text}/stages/rl/config.json": b"{"}, []
+    return Case("mtp.cli", command, [text], files, {text: "."}, removed)
+
+
+KINDS: dict[str, list[Callable[[Draw, World], Case]]] = {
+    "config": [out_of_bounds, wrong_type, unknown_key, unknown_word, unknown_group, phases],
+    "grammar": [grammar, command_line],
+    "folder": [run_folder],
+    "data": [data, settings_of_data],
+    "reward": [reward],
+    "model": [model],
+    "checkpoint": [checkpoint],
+    "command": [option, folder],
+}
+
+
+def make_case(world: World, seed: int, number: int, kind: str | None = None) -> tuple[str, Case]:
+    """The generator's name and the case: a function of its arguments."""
+    draw = random.Random(f"{seed}/{number}")
+    kinds = [kind] if kind else [k for k in KINDS for _ in KINDS[k]]
+    made = draw.choice(KINDS[draw.choice(kinds)])
+    return made.__name__, made(draw, world)
+
+
+# Running
+
+
+def prepare(case: Case, world: World, home: Path) -> None:
+    """The files of a case."""
+    for to, source in case.runs.items():
+        shutil.copytree(world.home / "run" / source, home / to, dirs_exist_ok=True)
+    for path, content in case.files.items():
+        (home / path).parent.mkdir(parents=True, exist_ok=True)
+        (home / path).write_bytes(content)
+    for path in case.removed:
+        (home / path).unlink()
+
+
+def state(home: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file below a folder; folders have size -1."""
+    found = {}
+    for path in home.rglob("*"):
+        about = path.lstat()
+        size, changed = (-1, 0) if path.is_dir() else (about.st_size, about.st_mtime_ns)
+        found[str(path.relative_to(home))] = (size, changed)
+    return found
+
+
+def execute(program: str, arguments: list[str], home: Path, log: Path) -> int:
+    """Run a command in a fork with `home` as its folder; returns its exit code, -9 if killed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if not child:
+        os._exit(inside(program, arguments, home, log))
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return -9
+
+
+def inside(program: str, arguments: list[str], home: Path, log: Path) -> int:
+    """What the fork does."""
+    code: Any = 1
+    try:
+        os.chdir(home)
+        null = os.open(os.devnull, os.O_RDONLY)
+        out, err = (
+            os.open(f"{log}.{n}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC) for n in ("out", "err")
+        )
+        for number, stream in enumerate((null, out, err)):
+            os.dup2(stream, number)
+        sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        sys.argv = [program, *arguments]
+        sys.path.insert(0, str(home))
+        if program == "train.py":
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        else:
+            sys.modules.pop(program, None)
+            runpy.run_module(program, run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:
+        traceback.print_exc()
+    return code
+
+
+def judge(case: Case, code: int, said: str) -> str:
+    """named, unnamed, traceback or taken."""
+    if "Traceback" in said or code not in (0, 2):
+        return "traceback"
+    if code == 0:
+        return "taken"
+    lines = [line for line in said.splitlines() if line.strip()]
+    is_usage = bool(lines) and lines[0].startswith("usage:") and ": error: " in lines[-1]
+    is_one_line = len(lines) == 1 and lines[0].startswith("error: ")
+    names_it = bool(lines) and any(name in lines[-1] for name in case.names)
+    return "named" if (is_one_line or is_usage) and names_it else "unnamed"
+
+
+def make_world(home: Path) -> World:
+    """A finished run in `home`, and the config's keys. Imports what the commands import."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+    sys.dont_write_bytecode = True
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ["HYDRA_MAIN_MODULE"] = "__main__"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import DictConfig, ListConfig, OmegaConf
+
+    import mtp.cli.main
+    import mtp.cli.streaming_search
+    import mtp.evaluation.evaluate_search
+    import mtp.trainer
+    from mtp.bounds import numbers
+    from mtp.cli.hydra import register_configs
+    from mtp.config import to_run_config
+
+    torch.set_num_threads(1)
+    register_configs()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = compose("train", [*TINY, "run_dir=run"])
+        config = to_run_config(composed)
+    GlobalHydra.instance().clear()
+    mtp.trainer.build_model(config.model, config.head, config.decoding, config.task.build())
+    code = execute("train.py", [*TINY, "run_dir=run"], home, home / "first")
+    if code:
+        raise SystemExit(f"the finished run failed:\n{(home / 'first.err').read_text()}")
+
+    def leaves(node: Any, key: str = "") -> list[str]:
+        if isinstance(node, DictConfig):
+            return [leaf for name in node for leaf in leaves(node._get_node(name), f"{key}{name}.")]
+        return [] if isinstance(node, ListConfig) else [key[:-1]]
+
+    OmegaConf.set_struct(composed, False)
+    composed.pop("experiment", None)
+    known = [(key, value, bounds) for key, value, bounds in numbers(config) if bounds is not None]
+    return World(home, known, leaves(composed))
+
+
+def fuzz(
+    cases: int, seed: int, kind: str | None = None, show: Callable[[str], Any] = print
+) -> dict[str, Any]:
+    """Run cases and count how they ended; what did not end right is shown."""
+    counts: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
+        world = make_world(Path(name))
+        for number in range(cases):
+            home, log = Path(name) / "case", Path(name) / "log"
+            made, case = make_case(world, seed, number, kind)
+            home.mkdir()
+            prepare(case, world, home)
+            before = state(home)
+            code = execute(case.program, case.arguments, home, log)
+            said = Path(f"{log}.err").read_text(errors="replace")
+            end, changed = judge(case, code, said), before.items() ^ state(home).items()
+            counts[end] += 1
+            counts["half_written"] += bool(changed)
+            if end != "named" or changed:
+                mine = [a for a in case.arguments if a not in TINY]
+                show(
+                    f"{number} {made}: {end}, exit code {code}: {case.program} {mine}, "
+                    f"names {case.names}, files {sorted(case.files)}, removed {case.removed}\n"
+                    f"  changed {sorted({path for path, _ in changed})[:4]}\n"
+                    + "".join(f"  {line[:400]}\n" for line in said.splitlines()[-3:])
+                )
+            shutil.rmtree(home)
+    return {
+        "cases": cases,
+        "named_errors": counts["named"],
+        "tracebacks": counts["traceback"],
+        "half_written": counts["half_written"],
+        "unnamed": counts["unnamed"],
+        "taken": counts["taken"],
+    }
+
+
+def main() -> int:
+    """Print the counts; the exit code is 1 unless every case ended right."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=1000, metavar="N")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", choices=list(KINDS), help="cases of one kind only")
+    parser.add_argument("--json", action="store_true", help="print the counts alone, as JSON")
+    given = parser.parse_args()
+    to = sys.stderr if given.json else sys.stdout
+    found = fuzz(given.cases, given.seed, given.kind, lambda text: print(text, file=to, flush=True))
+    print(json.dumps(found) if given.json else found)
+    return 0 if found["named_errors"] == found["cases"] and not found["half_written"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
