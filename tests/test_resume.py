@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -13,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, config, records
+from helpers import ROOT, TINY, config, records
 
 import mtp.trainer as trainer
 from mtp.files import save_atomically
 from mtp.hub.checkpoint import checkpoints, damage_of, read_state, write_state
-from mtp.hub.run_folder import RunFolder
+from mtp.hub.run_folder import RunFolder, changed_settings
 from mtp.reports.logger import read_records
 from mtp.trainer import Interrupted, train
 
@@ -352,6 +353,43 @@ def test_a_setting_that_decides_the_numbers_cannot_change(copy, override, key):
         train(config(copy, "resume=true", override))
     assert key in str(caught.value)
     assert content(copy) == before
+
+
+def test_the_number_of_processes_and_the_device_cannot_change():
+    saved = {"fabric": {"processes": 1, "device_type": "cpu", "num_threads": 1}, "name": "a"}
+    for key, value in (("processes", 2), ("device_type", "cuda")):
+        now = {**saved, "fabric": {**saved["fabric"], key: value}}
+        with pytest.raises(ValueError, match=f"fabric.{key} was .* and is now"):
+            changed_settings(saved, now)
+    now = {**saved, "fabric": {**saved["fabric"], "num_threads": 2}}
+    assert changed_settings(saved, now) == {"fabric.num_threads": (1, 2)}
+
+
+def test_a_late_process_of_a_new_run_waits_for_the_first(tmp_path):
+    """The second process looks at the folder when the first has already begun the run there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    overrides = [*TINY, "stages.rl.steps=0", "stages.joint.steps=0", "fabric.devices=2"]
+    command = [sys.executable, "train.py", *overrides, f"run_dir={tmp_path / 'run'}"]
+    jobs = []
+    for rank in range(2):
+        environment = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_PORT": port}
+        environment |= {"MASTER_ADDR": "127.0.0.1"}
+        jobs.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+        time.sleep(4 * (1 - rank))
+    said = [job.communicate(timeout=240)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["stages"]
 
 
 def test_a_harmless_setting_may_change_and_is_recorded(copy, capsys):
