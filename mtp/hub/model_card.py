@@ -185,13 +185,20 @@ def _table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _released(package: str) -> str:
+    """The package and the version that was released, such as "torch 2.13.0".
+
+    Its build (`+cu130`, `+cpu`) is left out: no other machine can be asked to install it, and some
+    indexes do not record it.
+    """
+    try:
+        return f"{package} {version(package).partition('+')[0]}"
+    except PackageNotFoundError:
+        return f"{package} (not installed as a package)"
+
+
 def _provenance(base: str, licence: str | None, text: TextFormat, config: Any) -> str:
-    versions = []
-    for package in ("mtp-eavesdrop", "torch", "transformers"):
-        try:
-            versions.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            versions.append(f"{package} (not installed as a package)")
+    versions = [_released(package) for package in ("mtp-eavesdrop", "torch", "transformers")]
     head = ", ".join(f"{key} {value}" for key, value in sorted(vars(config.head).items()))
     task = ", ".join(f"{key} {value}" for key, value in sorted(vars(config.task).items()))
     phases = ", ".join(

@@ -12,9 +12,10 @@ from helpers import run_alone, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mtp.config import RunConfig
+from mtp.hub import model_card
 from mtp.hub.build import ModelConfig, generation_config, load_model
-from mtp.hub.export import NUM_TRIED, export
-from mtp.hub.model_card import base_model
+from mtp.hub.export import export
+from mtp.hub.model_card import NUM_TRIED, base_model
 from mtp.modeling.phases import Phase
 from mtp.rollouts.prompt_format import PLAIN_TEMPLATE, TextFormat, character_tokenizer
 from mtp.rollouts.rollout import DecodingConfig
@@ -214,7 +215,7 @@ def test_the_cards_example_is_one_that_all_modes_answer_right(tmp_path, monkeypa
         rows = [text.completion_ids("", answer) for answer in said]
         return [SimpleNamespace(completion=lambda row: rows[row])]
 
-    monkeypatch.setattr("mtp.hub.export.decode_all", decode_all)
+    monkeypatch.setattr("mtp.hub.model_card.decode_all", decode_all)
     model = tiny_model()
     model.generation_config = generation_config(text, PHASES)
     export(model, text, tmp_path / "out", SUMMARY, config)
@@ -231,9 +232,18 @@ def test_the_card_tells_the_measured_figures_and_where_the_model_is_from(tmp_pat
     assert row in card
     assert "512 held-out problems, greedy decoding, seed 7" in card
     assert "none (llama trained from scratch)" in card
-    assert f"torch {torch.__version__}" in card
+    assert f", torch {torch.__version__.partition('+')[0]}, " in card
     assert "nobody verifies the head's tokens" in card
     assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("recorded", ["2.13.0", "2.13.0+cu130", "2.13.0+cpu"])
+def test_the_card_names_a_release_of_torch_whatever_its_build(tmp_path, monkeypatch, recorded):
+    installed = {"mtp-eavesdrop": "1.0", "torch": recorded, "transformers": "5.0"}
+    monkeypatch.setattr(model_card, "version", installed.__getitem__)
+    make(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- Versions: mtp-eavesdrop 1.0, torch 2.13.0, transformers 5.0\n" in card
 
 
 def test_config_and_generation_config_tell_both_doors_what_they_need(tmp_path):

@@ -60,7 +60,8 @@ def linear_logprob(
         softcap: c of c * tanh(logits / c), or None.
         bias: [V] added to the logits, or None.
         ignore_index: target value of rows that are left out; None: no row is, and a GPU is not
-            waited for to count them.
+            waited for to count them or to check the targets: there the log-probability of a
+            target outside of the vocabulary is NaN.
         impl: "auto", "reference", "torch" or "triton".
 
     Gradients flow to hidden, weight and bias from any use of logprob, lse and entropy. The backward
