@@ -66,7 +66,7 @@ MOMENTS = {
     "export written": ("mtp.hub.export", "model_card", 1),
     "curves": ("mtp.trainer", "save_curves", 1),
     "summary": ("mtp.trainer", "save_text", 1),
-    "start": ("mtp.start", "save_run_config", 1),
+    "start": ("mtp.run", "save_run_config", 1),
 }
 """Named moments: module, function, and up to which call of it a kill is placed."""
 

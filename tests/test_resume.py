@@ -440,7 +440,7 @@ def test_a_replaced_folder_is_always_there(tmp_path):
 
 def test_a_folder_whose_replacement_was_cut_short_is_put_back(tmp_path, monkeypatch):
     """Where names cannot be exchanged in one step, a crash between two renames is mended."""
-    import mtp.hub.checkpoint as checkpoint
+    import mtp.files as checkpoint
 
     monkeypatch.setattr(checkpoint, "_exchange", lambda a, b: False)
     target = tmp_path / "out"

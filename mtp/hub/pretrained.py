@@ -42,7 +42,7 @@ def blame(trouble: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if one_line(error) is not None:
+        if isinstance(error, ValueError) and one_line(error) is not None:
             raise
         raise ValueError(f"{trouble}: {_cause(error)}; {remedy}") from error
 
