@@ -81,7 +81,7 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
     from mtp.rollouts.advantage import group_advantages
     from mtp.rollouts.reward import RewardConfig, score
     from mtp.rollouts.rollout import sample
-    from mtp.training.batch import collate_rollouts
+    from mtp.training.collate import collate_rollouts
     from mtp.training.objectives import ObjectiveConfig
     from mtp.training.objectives.policy import Policy
     from mtp.training.optimizers import OptimizerConfig, build_optimizer, split_parameters
@@ -173,7 +173,7 @@ def causal_seconds(fabric: Any, wrapped: Any, batches: list[Any], repeats: int) 
         for batch in batches:
             with fabric.autocast():
                 hidden = wrapped.score(batch.tokens).main_hidden.flatten(0, 1)
-                rows = torch.cat([batch.main_rows, batch.head_positions])
+                rows = torch.cat([batch.main.positions, batch.head.positions])
                 weight = wrapped.module.get_output_embeddings().weight
                 scored = Emitter(hidden[rows], weight, batch.tokens.flatten()[rows + 1])
                 loss = -scored.stats().logprob.mean()

@@ -12,13 +12,8 @@ from .rollouts.legibility import true_step_share, unigram_drift
 from .rollouts.reward import Rewards
 from .rollouts.rollout import Rollouts
 from .run import Run, draw
-from .training.batch import (
-    RolloutBatch,
-    TextBatch,
-    collate_rollouts,
-    collate_slow_rollouts,
-    collate_text,
-)
+from .training.batch import RolloutBatch, TextBatch
+from .training.collate import collate_rollouts, collate_slow_rollouts, collate_text
 from .training.objectives.scored import score_batch
 from .training.stage import StageConfig
 
@@ -158,7 +153,7 @@ def collate(
 
 @torch.no_grad()
 def replayed(run: Run, stage: StageConfig, batch: RolloutBatch) -> RolloutBatch:
-    """The batch with `main_old` and `head_old` under the weights as they are now."""
+    """The batch with the `old` of its rows under the weights as they are now."""
     with run.fabric.autocast():
         scored = score_batch(
             run.model,
@@ -169,8 +164,12 @@ def replayed(run: Run, stage: StageConfig, batch: RolloutBatch) -> RolloutBatch:
             impl=run.config.kernels,
         )
     sampler = run.config.decoding.sampler()
-    main_old, head_old = (stats.logprob for stats in scored.stats(sampler).values())
-    return replace(batch, main_old=main_old, head_old=head_old)
+    stats = scored.stats(sampler)
+    return replace(
+        batch,
+        main=replace(batch.main, old=stats["main"].logprob),
+        head=replace(batch.head, old=stats["head"].logprob),
+    )
 
 
 def rollout_metrics(

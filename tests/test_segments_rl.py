@@ -25,7 +25,7 @@ from mtp.steps import micro_batches, segment_metrics
 from mtp.tasks.base import Example
 from mtp.tasks.running_sum import RunningSumConfig
 from mtp.trainer import train
-from mtp.training.batch import collate_rollouts, collate_slow_rollouts
+from mtp.training.collate import collate_rollouts, collate_slow_rollouts
 from mtp.training.objectives.policy import Policy
 from mtp.training.objectives.scored import score_batch
 
@@ -67,13 +67,13 @@ def test_all_segments_of_a_trajectory_share_its_advantage():
     assert len(segments) > 3 and (out.out.slots[segments] > 0).any()
     batch = collate_rollouts(out.prompts, out.out, advantages, segments, 4, 0, out.owners)
     assert batch.num_rollouts == 3
-    assert len(batch.main_rows) == int((out.out.slots[segments] == 0).sum())
-    assert len(batch.main_blocks.unique()) == int(out.out.passes[segments].sum())
+    assert len(batch.main) == int((out.out.slots[segments] == 0).sum())
+    assert len(batch.blocks(batch.main).unique()) == int(out.out.passes[segments].sum())
     for number, row in enumerate(rows):
         slots = out.out.slots[out.segments_of(row)]
         for given, rollouts, is_mine in (
-            (batch.main_advantages, batch.main_rollouts, slots == 0),
-            (batch.head_advantages, batch.head_rollouts, slots > 0),
+            (batch.main.advantages, batch.main.rollouts, slots == 0),
+            (batch.head.advantages, batch.head.rollouts, slots > 0),
         ):
             expected = [float(advantages[row])] * int(is_mine.sum())
             assert given[rollouts == number].tolist() == expected
@@ -120,7 +120,7 @@ def test_equal_segments_of_one_trajectory_keep_blocks_of_their_own():
     prompts = [out.prompts[0]] * 2
     batch = collate_rollouts(prompts, twice, torch.ones(1), [0, 1], 4, 0, [0, 0])
     assert len(batch.tokens) == 2 and batch.num_rollouts == 1
-    assert len(batch.main_blocks.unique()) == 2 * int(twice.passes[0])
+    assert len(batch.blocks(batch.main).unique()) == 2 * int(twice.passes[0])
     apart = collate_rollouts(prompts, twice, torch.ones(2), [0, 1], 4, 0)
     assert len(apart.tokens) == 1 and apart.num_rollouts == 2
 
@@ -149,10 +149,10 @@ def test_slow_rollouts_leave_forced_tokens_unscored():
         out.prompts, out.out, torch.ones(8), rows, TEXT.plan("fast"), 4, 0, out.owners
     )
     assert int((out.out.slots == FORCED).sum()) > 5
-    assert len(batch.main_rows) == int((out.out.slots == 0).sum())
+    assert len(batch.main) == int((out.out.slots == 0).sum())
     scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
-    assert torch.allclose(scored.main.stats().logprob, batch.main_sampled, atol=1e-4)
-    assert (batch.head_sampled < 0).all(), "main's log-probability, not the 0 of a forced token"
+    assert torch.allclose(scored.main.stats().logprob, batch.main.sampled, atol=1e-4)
+    assert (batch.head.sampled < 0).all(), "main's log-probability, not the 0 of a forced token"
 
 
 def by_hand(*segments, prompt="37+85+46=", memories=None):

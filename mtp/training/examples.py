@@ -14,7 +14,7 @@ from ..rollouts.prompt_format import TextFormat
 from ..rollouts.rollout import DecodingConfig
 from ..rollouts.tokenization import unknown_characters
 from ..tasks.base import Example, Split, Task
-from .batch import collate_text
+from .collate import collate_text
 from .stage import StageConfig
 
 _log = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ def checked_task(
 
 def _has_head_rows(example: Example, text: TextFormat) -> bool:
     samples = text.example_segments(example)
-    return len(collate_text(samples, text.plan("fast"), text.num_slots, text.pad_id).head_rows) > 0
+    return len(collate_text(samples, text.plan("fast"), text.num_slots, text.pad_id).head) > 0
 
 
 def _check_heads(task: FittedTask, stages: dict[str, StageConfig]) -> None:

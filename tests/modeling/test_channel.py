@@ -5,7 +5,7 @@ import torch
 from helpers import CLOSE, EOS, HEADS, PAD, tiny_model
 
 from mtp.modeling.phases import PhasePlan
-from mtp.training.batch import collate_text
+from mtp.training.collate import collate_text
 from mtp.training.objectives import ObjectiveConfig
 from mtp.training.objectives.head_ce import HeadCE
 from mtp.training.objectives.main_ce import MainCE

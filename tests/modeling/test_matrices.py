@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from mtp.modeling.matrices import plain_matrix
 from mtp.modeling.phases import PhasePlan
 from mtp.rollouts.legibility import thought_nats
-from mtp.training.batch import collate_text
+from mtp.training.collate import collate_text
 from mtp.training.objectives.scored import score_batch
 
 PROMPT = torch.tensor([[5, 6, 7, 9]])

@@ -13,7 +13,7 @@ from mtp.modeling.phases import PhasePlan
 from mtp.modeling.records import FORCED, pad
 from mtp.modeling.sampler import Sampler
 from mtp.modeling.search import choose, decoded, search
-from mtp.training.batch import collate_rollouts
+from mtp.training.collate import collate_rollouts
 from mtp.training.objectives.scored import score_batch
 
 RAGGED = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [4, 4]]
@@ -66,8 +66,8 @@ def test_every_text_has_the_log_probabilities_of_a_replay(method, mode, head, pl
     batch = collate_rollouts(prompts, out, torch.zeros(len(texts)), rows, 4, PAD)
     scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
     main, head_stats = scored.main.stats(sampler), scored.head.stats(sampler)
-    assert torch.allclose(main.logprob, batch.main_sampled, atol=1e-4)
-    assert torch.allclose(head_stats.logprob, batch.head_sampled, atol=1e-4)
+    assert torch.allclose(main.logprob, batch.main.sampled, atol=1e-4)
+    assert torch.allclose(head_stats.logprob, batch.head.sampled, atol=1e-4)
     for branch in texts:
         text, slots = branch.text(), branch.whole("slots")
         assert not branch.is_open and branch.finished == (text[-1] == EOS)
@@ -110,8 +110,8 @@ def test_without_logits_the_copies_of_a_branch_differ_and_are_scored_as_a_replay
     batch = collate_rollouts(prompts, out, torch.zeros(len(texts)), rows, 4, PAD)
     scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
     main, head_stats = scored.main.stats(sampler), scored.head.stats(sampler)
-    assert torch.allclose(main.logprob, batch.main_sampled, atol=1e-4)
-    assert torch.allclose(head_stats.logprob, batch.head_sampled, atol=1e-4)
+    assert torch.allclose(main.logprob, batch.main.sampled, atol=1e-4)
+    assert torch.allclose(head_stats.logprob, batch.head.sampled, atol=1e-4)
 
 
 @torch.no_grad()

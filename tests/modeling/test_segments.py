@@ -11,7 +11,7 @@ from mtp.modeling.phases import Phase, PhasePlan
 from mtp.modeling.records import FORCED, pad
 from mtp.modeling.sampler import Sampler
 from mtp.modeling.segments import SegmentSettings, check_segments, decode_segments
-from mtp.training.batch import collate_rollouts
+from mtp.training.collate import collate_rollouts
 from mtp.training.objectives.scored import score_batch
 
 THINK, ANSWER, SUMMARY, CLOSE = 2, 3, 4, 5
@@ -92,8 +92,8 @@ def test_replay_of_segments_gives_the_samplers_log_probabilities(
     batch = collate_rollouts(out.prompts, out.out, advantages, rows, 4, PAD)
     scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
     main, head_ = scored.main.stats(sampler).logprob, scored.head.stats(sampler).logprob
-    assert torch.allclose(main, batch.main_sampled, atol=1e-4)
-    assert torch.allclose(head_, batch.head_sampled, atol=1e-4)
+    assert torch.allclose(main, batch.main.sampled, atol=1e-4)
+    assert torch.allclose(head_, batch.head.sampled, atol=1e-4)
     assert len(main) + len(head_) == int((out.out.slots >= 0).sum())
     total = out.out.logprobs.sum()
     assert torch.allclose(main.sum() + head_.sum(), total, atol=1e-3, rtol=1e-5)

@@ -17,7 +17,7 @@ from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
 from mtp.rollouts.rollout import DecodingConfig, sample
 from mtp.tasks.base import Example
 from mtp.tasks.running_sum import RunningSumConfig
-from mtp.training.batch import collate_text
+from mtp.training.collate import collate_text
 
 PHASES = {
     "thought": Phase(mode="fast", opened_by="<think>"),
@@ -224,7 +224,7 @@ def test_a_batch_without_text_for_the_head_has_finite_zero_gradients(tmp_path):
     model, text = built(tmp_path, toy_tokenizer())
     samples = [text.example_ids(Example("2+2=", "4"))]
     batch = collate_text(samples, text.plan(), 4, text.pad_id)
-    assert len(batch.head_rows) == len(batch.anchors) == 0
+    assert len(batch.head) == len(batch.anchors) == 0
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for parameter in model.mtp_head.parameters():

@@ -15,7 +15,7 @@ import torch
 from mtp.rollouts.advantage import group_advantages
 from mtp.training.algorithms import ALGORITHMS
 from mtp.training.algorithms.ratio import importance_ratio
-from mtp.training.batch import RolloutBatch
+from mtp.training.batch import PolicyRows, RolloutBatch
 from mtp.training.objectives.policy import Policy
 from mtp.training.objectives.scored import RowStats
 
@@ -27,25 +27,30 @@ def batch(correction: float = 1.0) -> RolloutBatch:
     """The example; `correction` is p_old / p_sampled of every token."""
     ids = torch.tensor
     old = torch.full((3,), math.log(0.1))
-    sampled = old - math.log(correction)
+    of_rollouts = {
+        "rollouts": ids([0, 0, 1]),
+        "advantages": ADVANTAGES[[0, 0, 1]],
+        "sampled": old - math.log(correction),
+        "old": old,
+    }
     return RolloutBatch(
         tokens=ids([[9, 1, 2, 3, 4], [9, 5, 6, 0, 0]]),
-        main_rows=ids([0, 3, 5]),
-        main_targets=ids([1, 4, 5]),
         anchors=ids([0, 5]),
         slot_inputs=ids([[1, 2], [5, 6]]),
-        head_rows=ids([0, 1, 2]),
-        head_targets=ids([2, 3, 6]),
-        head_slots=ids([1, 2, 1]),
-        head_positions=ids([1, 2, 6]),
-        main_rollouts=ids([0, 0, 1]),
-        main_advantages=ADVANTAGES[[0, 0, 1]],
-        main_sampled=sampled,
-        main_old=old,
-        head_rollouts=ids([0, 0, 1]),
-        head_advantages=ADVANTAGES[[0, 0, 1]],
-        head_sampled=sampled,
-        head_old=old,
+        main=PolicyRows(
+            positions=ids([0, 3, 5]),
+            slots=ids([0, 0, 0]),
+            targets=ids([1, 4, 5]),
+            outputs=ids([0, 3, 5]),
+            **of_rollouts,
+        ),
+        head=PolicyRows(
+            positions=ids([1, 2, 6]),
+            slots=ids([1, 2, 1]),
+            targets=ids([2, 3, 6]),
+            outputs=ids([0, 1, 2]),
+            **of_rollouts,
+        ),
     )
 
 

@@ -23,7 +23,7 @@ from mtp.rollouts.rollout import DecodingConfig
 from mtp.tasks.continuation import ContinuationConfig
 from mtp.tasks.running_sum import RunningSum
 from mtp.trainer import train
-from mtp.training.batch import collate_slow_rollouts
+from mtp.training.collate import collate_slow_rollouts
 from mtp.training.objectives.head_ce import HeadCE
 from mtp.training.objectives.scored import score_batch
 
@@ -79,7 +79,7 @@ def test_a_head_that_learns_what_main_wrote_is_accepted_more_often():
             anchor_seed=step,
         )  # fmt: skip
         scored = score_batch(model, model, batch, channel_gradient=0.0, use_head=True)
-        loss = objective.terms(scored, batch)["head_ce"].total / len(batch.head_rows)
+        loss = objective.terms(scored, batch)["head_ce"].total / len(batch.head)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -102,7 +102,7 @@ def test_anchors_of_slow_rollouts_are_drawn_or_begin_blocks():
     time = every.tokens.shape[1]
     assert (drawn.anchors // time).bincount().tolist() == [3, 3]
     assert set(drawn.anchors.tolist()) < set(every.anchors.tolist())
-    assert torch.equal(drawn.main_rows, every.main_rows)
+    assert torch.equal(drawn.main.positions, every.main.positions)
     longest = int(out.lengths[0])
     assert blocks.anchors[blocks.anchors < time].tolist() == list(range(2, 1 + longest, 4))
 

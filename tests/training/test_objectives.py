@@ -9,7 +9,7 @@ from helpers import PAD, PLAN, SAMPLES, emitter, rollouts, tiny_model
 from lightning.fabric import Fabric
 
 from mtp.training.algorithms.algorithm import clipped
-from mtp.training.batch import collate_rollouts, collate_text
+from mtp.training.collate import collate_rollouts, collate_text
 from mtp.training.objectives import ObjectiveConfig
 from mtp.training.objectives.head_ce import HeadCE
 from mtp.training.objectives.head_kl import HeadKL
@@ -91,8 +91,8 @@ def test_head_slot_weights_weigh_loss_and_count():
     scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
     stream = HeadCE(weight=1.0, slot_weights=[1.0, 0.5, 0.0])
     nll = -scored.head.stats().logprob
-    by_slot = [nll[batch.head_slots == slot].sum() for slot in (1, 2, 3)]
-    counts = [int((batch.head_slots == slot).sum()) for slot in (1, 2, 3)]
+    by_slot = [nll[batch.head.slots == slot].sum() for slot in (1, 2, 3)]
+    counts = [int((batch.head.slots == slot).sum()) for slot in (1, 2, 3)]
     assert torch.allclose(stream.terms(scored, batch)["head_ce"].total, by_slot[0] + by_slot[1] / 2)
     assert stream.counts(batch)["head_ce"] == counts[0] + counts[1] / 2
     with pytest.raises(ValueError, match="slot_weights must have 3 entries"):
@@ -104,7 +104,7 @@ def test_head_kl_compares_with_mains_row_for_the_same_token():
     batch = collate_text(SAMPLES, PLAN, 4, PAD)
     scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
     with torch.no_grad():
-        teacher = model(batch.tokens).logits.log_softmax(-1).flatten(0, 1)[batch.head_positions]
+        teacher = model(batch.tokens).logits.log_softmax(-1).flatten(0, 1)[batch.head.positions]
     student = (scored.head.hidden @ scored.head.weight.T).log_softmax(-1)
     expected = torch.nn.functional.kl_div(student, teacher, log_target=True, reduction="sum")
     assert torch.allclose(HeadKL(weight=1).terms(scored, batch)["head_kl"].total, expected)
@@ -217,7 +217,7 @@ def test_a_policy_step_makes_rewarded_tokens_of_both_emitters_likelier():
     )  # fmt: skip
     with torch.no_grad():
         scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
-    main, head = batch.main_advantages > 0, batch.head_advantages > 0
+    main, head = batch.main.advantages > 0, batch.head.advantages > 0
     assert main.any() and head.any()
-    assert (scored.main.stats().logprob[main] - batch.main_sampled[main]).mean() > 0
-    assert (scored.head.stats().logprob[head] - batch.head_sampled[head]).mean() > 0
+    assert (scored.main.stats().logprob[main] - batch.main.sampled[main]).mean() > 0
+    assert (scored.head.stats().logprob[head] - batch.head.sampled[head]).mean() > 0

@@ -13,7 +13,7 @@ from mtp.modeling.decode import decode
 from mtp.modeling.phases import PhasePlan
 from mtp.modeling.records import FORCED, Decoded, pad
 from mtp.modeling.sampler import Sampler
-from mtp.training.batch import collate_rollouts
+from mtp.training.collate import collate_rollouts
 from mtp.training.objectives.policy import Policy
 from mtp.training.objectives.scored import score_batch
 
@@ -73,8 +73,8 @@ def test_replay_gives_the_samplers_log_probabilities(which, prompts, mode, sampl
     assert len(main) == int((out.slots == 0).sum())
     if mode in ("fast", "slow", "all fast", "sure"):
         assert len(main) == int(out.passes.sum())
-    assert torch.allclose(main, batch.main_sampled, atol=1e-4)
-    assert torch.allclose(head, batch.head_sampled, atol=1e-4)
+    assert torch.allclose(main, batch.main.sampled, atol=1e-4)
+    assert torch.allclose(head, batch.head.sampled, atol=1e-4)
     total = out.logprobs.sum()
     assert torch.allclose(main.sum() + head.sum(), total, atol=1e-3, rtol=1e-5)
 
@@ -91,9 +91,10 @@ def test_micro_batches_hold_the_same_rows_as_one_batch(head, plan):
     advantages = torch.tensor([1.0, 2.0, 3.0, 4.0])
     whole = collate_rollouts(prompts, out, advantages, [0, 1, 2, 3], 4, PAD)
     parts = [collate_rollouts(prompts, out, advantages, rows, 4, PAD) for rows in ([0, 1], [2, 3])]
-    for name in ("main_targets", "head_targets", "head_slots", "main_advantages", "head_sampled"):
-        joined = torch.cat([getattr(part, name) for part in parts])
-        assert torch.equal(joined, getattr(whole, name)), name
+    for emitter in ("main", "head"):
+        for name in ("slots", "targets", "advantages", "sampled"):
+            joined = torch.cat([getattr(getattr(part, emitter), name) for part in parts])
+            assert torch.equal(joined, getattr(getattr(whole, emitter), name)), name
 
 
 @pytest.mark.parametrize("ratio", ["token", "block", "sequence", "rollout"])

@@ -8,7 +8,7 @@ from helpers import PAD, PLAN, SAMPLES, emitter, rollouts, tiny_model
 
 from mtp.modeling.decode import decode
 from mtp.modeling.sampler import Sampler
-from mtp.training.batch import collate_rollouts, collate_slow_rollouts, collate_text
+from mtp.training.collate import collate_rollouts, collate_slow_rollouts, collate_text
 from mtp.training.objectives import ObjectiveConfig
 from mtp.training.objectives.head_ce import HeadCE
 from mtp.training.objectives.leash import Leash, estimate
@@ -72,7 +72,7 @@ def test_in_an_rl_step_solved_examples_are_for_the_supervised_streams_alone():
     solved = collate_text(SAMPLES, PLAN, 4, PAD)
     assert set(objective.streams(solved, in_rl=True)) == {"main_ce"}
     assert set(objective.streams(sampled, in_rl=True)) == {"head_ce", "policy", "leash"}
-    assert objective.counts(solved, in_rl=True) == {"main_ce": len(solved.main_rows)}
+    assert objective.counts(solved, in_rl=True) == {"main_ce": len(solved.main.positions)}
     assert set(ObjectiveConfig(main_ce=MainCE(weight=1.0)).streams(solved, in_rl=False)) == {
         "main_ce"
     }
@@ -102,25 +102,27 @@ def test_slow_rollouts_score_main_as_sampled_and_the_head_on_what_main_wrote():
         max_new_tokens=12, pad_id=PAD, generator=torch.Generator().manual_seed(1),
     )  # fmt: skip
     batch = collate_slow_rollouts(prompts, out, advantages, [2, 0], PLAN, 4, PAD)
-    assert len(batch.main_rows) == int(out.lengths[[2, 0]].sum())
+    assert len(batch.main) == int(out.lengths[[2, 0]].sum())
     scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
-    assert torch.allclose(scored.main.stats().logprob, batch.main_sampled, atol=1e-4)
+    assert torch.allclose(scored.main.stats().logprob, batch.main.sampled, atol=1e-4)
     # each head row carries main's log-probability of the same token of the flat text
-    of_row = dict(zip((batch.main_rows + 1).tolist(), batch.main_sampled.tolist(), strict=True))
-    expected = [of_row[i + 1] for i in batch.head_positions.tolist()]
-    assert batch.head_sampled.tolist() == pytest.approx(expected)
-    assert torch.equal(batch.tokens.flatten()[batch.head_positions + 1], batch.head_targets)
-    assert batch.main_advantages[batch.main_rollouts == 0].unique().tolist() == [0.5]
-    assert batch.head_advantages[batch.head_rollouts == 1].unique().tolist() == [1.0]
+    of_row = dict(
+        zip((batch.main.positions + 1).tolist(), batch.main.sampled.tolist(), strict=True)
+    )
+    expected = [of_row[i + 1] for i in batch.head.positions.tolist()]
+    assert batch.head.sampled.tolist() == pytest.approx(expected)
+    assert torch.equal(batch.tokens.flatten()[batch.head.positions + 1], batch.head.targets)
+    assert batch.main.advantages[batch.main.rollouts == 0].unique().tolist() == [0.5]
+    assert batch.head.advantages[batch.head.rollouts == 1].unique().tolist() == [1.0]
 
 
 def test_blocks_of_rollouts_hold_one_token_of_main_and_the_heads_after_it():
     prompts, out, advantages = rollouts(tiny_model())
     batch = collate_rollouts(prompts, out, advantages, [0, 1, 2, 3], 4, PAD)
-    assert len(batch.main_blocks.unique()) == len(batch.main_rows) == int(out.passes.sum())
-    assert set(batch.head_blocks.tolist()) <= set(batch.main_blocks.tolist())
-    gap = batch.head_positions - batch.head_blocks % batch.tokens.numel()
-    assert torch.equal(gap, batch.head_slots), "slot j lies j tokens behind its anchor"
+    assert len(batch.blocks(batch.main).unique()) == len(batch.main) == int(out.passes.sum())
+    assert set(batch.blocks(batch.head).tolist()) <= set(batch.blocks(batch.main).tolist())
+    gap = batch.head.positions - batch.blocks(batch.head) % batch.tokens.numel()
+    assert torch.equal(gap, batch.head.slots), "slot j lies j tokens behind its anchor"
 
 
 def test_the_channel_opens_evenly():

@@ -23,15 +23,15 @@ class HeadCE:
 
     def _weights(self, batch: TextBatch) -> Tensor:
         if not self.slot_weights:
-            return torch.ones_like(batch.head_slots, dtype=torch.float32)
+            return torch.ones_like(batch.head.slots, dtype=torch.float32)
         num_head_slots = batch.slot_inputs.shape[1]
         if len(self.slot_weights) != num_head_slots:
             raise ValueError(
                 f"head_ce.slot_weights must have {num_head_slots} entries, one per head slot, got "
                 f"{len(self.slot_weights)}; leave it empty to weigh all alike"
             )
-        weights = torch.tensor(self.slot_weights, device=batch.head_slots.device)
-        return weights[batch.head_slots - 1]
+        weights = torch.tensor(self.slot_weights, device=batch.head.slots.device)
+        return weights[batch.head.slots - 1]
 
     def counts(self, batch: TextBatch) -> dict[str, float]:
         """Tokens of the head, weighted."""
@@ -40,8 +40,8 @@ class HeadCE:
     def terms(self, scored: Scored, batch: TextBatch) -> dict[str, Term]:
         """Weighted sum of -log p over the head's tokens."""
         out = scored.head.cross_entropy(self._weights(batch))
-        correct = out.argmax == batch.head_targets
+        correct = out.argmax == batch.head.targets
         metrics = {"head/accuracy": mean_of(correct), "head/entropy": mean_of(out.entropy)}
         for slot in range(1, batch.slot_inputs.shape[1] + 1):
-            metrics[f"head/accuracy_{slot}"] = mean_of(correct[batch.head_slots == slot])
+            metrics[f"head/accuracy_{slot}"] = mean_of(correct[batch.head.slots == slot])
         return {"head_ce": Term(out.loss, self.weight, metrics)}

@@ -21,14 +21,14 @@ class HeadKL:
 
     def counts(self, batch: TextBatch) -> dict[str, float]:
         """Tokens of the head."""
-        return {"head_kl": len(batch.head_rows)}
+        return {"head_kl": len(batch.head)}
 
     def terms(self, scored: Scored, batch: TextBatch) -> dict[str, Term]:
         """Sum of the divergence over the head's tokens, in nats."""
         kl = scored.head.kl(
             scored.flat_hidden.detach(),
             scored.main.weight.detach(),
-            batch.head_positions,
+            batch.head.positions,
             reverse=self.reverse,
         )
         return {"head_kl": Term(kl.sum(), self.weight, {})}

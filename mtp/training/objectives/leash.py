@@ -51,7 +51,7 @@ class Leash:
 
     def counts(self, batch: TextBatch) -> dict[str, float]:
         """Tokens of each emitter."""
-        return {"leash_main": len(batch.main_rows), "leash_head": len(batch.head_rows)}
+        return {"leash_main": len(batch.main), "leash_head": len(batch.head)}
 
     def terms(
         self,
@@ -69,8 +69,8 @@ class Leash:
         """
         terms = {}
         for name, emitter, rows, weight in (
-            ("main", scored.main, batch.main_rows, self.weight),
-            ("head", scored.head, batch.head_positions, self.weight * self.head_weight),
+            ("main", scored.main, batch.main.positions, self.weight),
+            ("head", scored.head, batch.head.positions, self.weight * self.head_weight),
         ):
             if self.kind == "full":
                 kl = emitter.kl(reference_hidden, reference_weight, rows, reverse=self.reverse)

@@ -18,13 +18,13 @@ class MainCE:
 
     def counts(self, batch: TextBatch) -> dict[str, float]:
         """Tokens of main."""
-        return {"main_ce": len(batch.main_rows)}
+        return {"main_ce": len(batch.main)}
 
     def terms(self, scored: Scored, batch: TextBatch) -> dict[str, Term]:
         """Sum of -log p over main's tokens."""
         out = scored.main.cross_entropy()
         metrics = {
-            "main/accuracy": mean_of(out.argmax == batch.main_targets),
+            "main/accuracy": mean_of(out.argmax == batch.main.targets),
             "main/entropy": mean_of(out.entropy),
         }
         return {"main_ce": Term(out.loss, self.weight, metrics)}

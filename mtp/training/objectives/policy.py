@@ -95,7 +95,7 @@ class Policy:
 
     def counts(self, batch: RolloutBatch) -> dict[str, float]:
         """What each emitter's sum is divided by, over all micro-batches."""
-        rollouts = {"main": batch.main_rollouts, "head": batch.head_rollouts}
+        rollouts = {"main": batch.main.rollouts, "head": batch.head.rollouts}
         return {f"policy_{name}": self._count(ids, batch) for name, ids in rollouts.items()}
 
     def _count(self, rollouts: Tensor, batch: RolloutBatch) -> float:
@@ -110,17 +110,17 @@ class Policy:
     ) -> dict[str, Term]:
         """Surrogate of each emitter, under the distribution that the rollouts came from."""
         stats = scored.stats(sampler)
-        old = {"main": batch.main_old, "head": batch.head_old}
-        sampled = {"main": batch.main_sampled, "head": batch.head_sampled}
-        advantages = {"main": batch.main_advantages, "head": batch.head_advantages}
-        rollouts = {"main": batch.main_rollouts, "head": batch.head_rollouts}
+        old = {"main": batch.main.old, "head": batch.head.old}
+        sampled = {"main": batch.main.sampled, "head": batch.head.sampled}
+        advantages = {"main": batch.main.advantages, "head": batch.head.advantages}
+        rollouts = {"main": batch.main.rollouts, "head": batch.head.rollouts}
         weights = {"main": self.weight, "head": self.weight * self.head_weight}
-        num_main = len(batch.main_rows)
+        num_main = len(batch.main)
         ratios = importance_ratio(
             torch.cat([stats[name].logprob - old[name] for name in ("main", "head")]),
             self.ratio or self.preset.ratio,
-            torch.cat([batch.main_blocks, batch.head_blocks]),
-            torch.cat([batch.main_rollouts, batch.head_rollouts]),
+            torch.cat([batch.blocks(batch.main), batch.blocks(batch.head)]),
+            torch.cat([batch.main.rollouts, batch.head.rollouts]),
         )
         ratio = {"main": ratios[:num_main], "head": ratios[num_main:]}
         terms = {}

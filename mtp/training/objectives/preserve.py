@@ -26,7 +26,7 @@ class Preserve:
 
     def counts(self, batch: TextBatch) -> dict[str, float]:
         """Written tokens of both emitters."""
-        return {"preserve": len(batch.main_rows) + len(batch.head_positions)}
+        return {"preserve": len(batch.main) + len(batch.head)}
 
     def terms(
         self,
@@ -40,7 +40,7 @@ class Preserve:
 
         The distributions are those of temperature 1, whatever the sampler is.
         """
-        rows = torch.cat([batch.main_rows, batch.head_positions])
+        rows = torch.cat([batch.main.positions, batch.head.positions])
         main = scored.main
         everywhere = Emitter(
             scored.flat_hidden[rows], main.weight, batch.tokens.flatten()[rows + 1], main.impl

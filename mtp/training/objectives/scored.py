@@ -165,17 +165,17 @@ def score_batch(
             anchors = anchors.new_zeros(1)
             slot_inputs = batch.tokens[:1, :1].expand(1, slot_inputs.shape[1])
         rows = model.score(batch.tokens, anchors, slot_inputs, channel_gradient)
-        head_hidden = rows.head_hidden.flatten(0, 1)[batch.head_rows]
-        head_targets = batch.head_targets
+        head_hidden = rows.head_hidden.flatten(0, 1)[batch.head.outputs]
+        head_targets = batch.head.targets
     else:
         rows = model.score(batch.tokens)
         head_hidden = rows.main_hidden.new_zeros(0, parts.head_output_weight().shape[1])
-        head_targets = batch.head_targets[:0]
+        head_targets = batch.head.targets[:0]
     flat = rows.main_hidden.flatten(0, 1)
     main = Emitter(
-        flat[batch.main_rows],
+        flat[batch.main.outputs],
         plain_matrix(parts.get_output_embeddings(), "the model's output layer"),
-        batch.main_targets,
+        batch.main.targets,
         impl,
     )
     head_weight = parts.head_output_weight(0.0 if logits_detach else channel_gradient)
