@@ -78,7 +78,7 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
     from mtp.hub.build import build_model
     from mtp.modeling.phases import PhasePlan
     from mtp.modeling.sampler import Sampler
-    from mtp.rollouts.advantage import group_advantages
+    from mtp.rollouts.advantage import GroupRewards, group_std
     from mtp.rollouts.reward import RewardConfig, score
     from mtp.rollouts.rollout import sample
     from mtp.training.collate import collate_rollouts
@@ -126,7 +126,9 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
 
     def collate(rollouts: Any) -> list[Any]:
         rewards = score(task, text, rollouts, RewardConfig(), max_new_tokens=num_tokens)
-        advantages = group_advantages(rewards.total, rewards.outcomes, "group_std").flatten()
+        advantages = group_std(
+            GroupRewards(rewards.total, rewards.outcomes, rewards.total)
+        ).flatten()
         # Untrained heads solve nothing; noise stands for advantages so that no gradient is zero.
         advantages = advantages + 0.1 * torch.randn(num_rollouts)
         return [

@@ -7,7 +7,7 @@ import torch
 
 from .groups import Groups, sample_groups
 from .modeling.records import FORCED
-from .rollouts.advantage import group_advantages, informative
+from .rollouts.advantage import GroupRewards, informative
 from .rollouts.legibility import true_step_share, unigram_drift
 from .rollouts.reward import Rewards
 from .rollouts.rollout import Rollouts
@@ -66,12 +66,11 @@ def solved_batches(
 
 def advantages_of(run: Run, stage: StageConfig, rewards: Rewards) -> torch.Tensor:
     """[P, G] by the stage's rule, or its algorithm's."""
-    kind = stage.advantage.kind or stage.objective.policy.preset.advantage
-    batch = None
-    if kind == "batch_std" and run.fabric.world_size > 1:
+    batch = rewards.total
+    if run.fabric.world_size > 1:
         mine = rewards.total.to(run.fabric.device)
-        batch = torch.as_tensor(run.fabric.all_gather(mine)).cpu()
-    return group_advantages(rewards.total, rewards.outcomes, kind, batch)
+        batch = torch.as_tensor(run.fabric.all_gather(mine)).cpu().flatten(0, -2)
+    return stage.advantage_rule()(GroupRewards(rewards.total, rewards.outcomes, batch))
 
 
 def rollout_batches(

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = [
-    {"errors", "files", "tasks"},
+    {"errors", "files", "registry", "tasks"},
     {"modeling"},
     {"rollouts"},
     {"training", "reports"},

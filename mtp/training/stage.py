@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from ..rollouts.advantage import AdvantageConfig
+from ..rollouts.advantage import ADVANTAGES, Advantage, AdvantageConfig
 from ..rollouts.reward import RewardConfig
-from .algorithms.algorithm import ADVANTAGES
 from .objectives import ObjectiveConfig
 from .optimizers import OptimizerConfig
 
@@ -83,6 +82,12 @@ class StageConfig:
         """True if the loss or the reward compares with a frozen reference."""
         return self.objective.uses_reference or bool(self.reward.legibility_cost)
 
+    def advantage_rule(self) -> Advantage:
+        """The stage's rule, or that of its algorithm."""
+        if self.advantage.kind is None:
+            return self.objective.policy.rules().advantage
+        return ADVANTAGES.get(self.advantage.kind, "advantage.kind")
+
     def validate(self, name: str) -> None:
         """Raises ValueError naming the key of an impossible value."""
         key = f"stages.{name}"
@@ -134,11 +139,7 @@ class StageConfig:
                 f"{key}.objective.leash.kind={self.objective.leash.kind} estimates from rollouts, "
                 f"got {key}.kind=supervised; use kind=full"
             )
-        if self.advantage.kind not in (None, *ADVANTAGES):
-            raise ValueError(
-                f"{key}.advantage.kind must be null or one of {', '.join(ADVANTAGES)}, got "
-                f"{self.advantage.kind!r}"
-            )
+        self.advantage.validate(f"{key}.advantage")
         if not (self.train_main or self.train_head):
             raise ValueError(f"{key} must train main, the head or both, got neither")
         if self.train_head and not self.objective.uses_head:

@@ -12,15 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mtp.rollouts.advantage import group_advantages
-from mtp.training.algorithms import ALGORITHMS
-from mtp.training.algorithms.ratio import importance_ratio
+from mtp.rollouts.advantage import ADVANTAGES, GroupRewards, batch_std
+from mtp.training.algorithms import ALGORITHMS, RATIOS
 from mtp.training.batch import PolicyRows, RolloutBatch
 from mtp.training.objectives.policy import Policy
 from mtp.training.objectives.scored import RowStats
 
 MAIN, HEAD = [1.5, 0.5, 1.1], [2.0, 1.0, 0.9]
-ADVANTAGES = torch.tensor([1.0, -1.0])
+GIVEN = torch.tensor([1.0, -1.0])
 
 
 def batch(correction: float = 1.0) -> RolloutBatch:
@@ -29,7 +28,7 @@ def batch(correction: float = 1.0) -> RolloutBatch:
     old = torch.full((3,), math.log(0.1))
     of_rollouts = {
         "rollouts": ids([0, 0, 1]),
-        "advantages": ADVANTAGES[[0, 0, 1]],
+        "advantages": GIVEN[[0, 0, 1]],
         "sampled": old - math.log(correction),
         "old": old,
     }
@@ -161,7 +160,7 @@ def test_unknown_choices_name_their_key():
 def test_ratios_are_one_and_their_gradients_equal_on_policy(kind):
     logprob = torch.randn(6).requires_grad_(True)
     blocks, rollouts = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 0, 0, 1, 1, 1])
-    ratios = importance_ratio(logprob - logprob.detach(), kind, blocks, rollouts)
+    ratios = RATIOS.get(kind, "ratio")(logprob - logprob.detach(), blocks, rollouts)
     assert torch.equal(ratios, torch.ones(6))
     ratios.sum().backward()
     assert torch.equal(logprob.grad, torch.ones(6))
@@ -180,21 +179,22 @@ OUTCOMES = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
     ],
 )
 def test_group_advantages_by_hand(kind, first):
-    got = group_advantages(REWARDS, OUTCOMES, kind)
+    got = ADVANTAGES.get(kind, "kind")(GroupRewards(REWARDS, OUTCOMES, REWARDS))
     assert torch.allclose(got[0], torch.tensor(first), atol=1e-3)
     assert got[1].tolist() == [0.0] * 4, "a group in which nothing was solved teaches nothing"
 
 
 def test_advantages_over_the_batch_keep_a_group_whose_outcomes_agree():
     rewards = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
-    got = group_advantages(rewards, rewards, "batch_std")
+    got = batch_std(GroupRewards(rewards, rewards, rewards))
     assert torch.allclose(got, torch.tensor([[1.0, 1.0], [-1.0, -1.0]]), atol=1e-3)
     elsewhere = torch.cat([rewards, torch.ones(2, 2)])  # another process had a right group
-    got = group_advantages(rewards, rewards, "batch_std", elsewhere)
+    got = batch_std(GroupRewards(rewards, rewards, elsewhere))
     assert torch.allclose(got, (rewards - 3 / 4) / (3 / 16) ** 0.5, atol=1e-3)
 
 
 def test_every_algorithm_is_made_of_known_parts():
     for name in ALGORITHMS:
         Policy(algorithm=name, length=1).validate("policy")
-        group_advantages(REWARDS, OUTCOMES, ALGORITHMS[name].advantage)
+        rule = ALGORITHMS.get(name, "algorithm").advantage
+        assert rule(GroupRewards(REWARDS, OUTCOMES, REWARDS)).shape == REWARDS.shape

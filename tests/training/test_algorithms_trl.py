@@ -125,7 +125,7 @@ class _Lists(dict):
 def test_the_loss_and_its_gradient_are_trls(algorithm, settings):
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    preset = ALGORITHMS[algorithm]
+    preset = ALGORITHMS.get(algorithm, "algorithm")
     if algorithm == "gspo":
         settings |= {"epsilon_low": preset.clip_low, "epsilon_high": preset.clip_high}
     if algorithm == "cispo":

@@ -8,7 +8,7 @@ import torch
 from helpers import PAD, PLAN, SAMPLES, emitter, rollouts, tiny_model
 from lightning.fabric import Fabric
 
-from mtp.training.algorithms.algorithm import clipped
+from mtp.training.algorithms import PolicyTokens, clipped
 from mtp.training.collate import collate_rollouts, collate_text
 from mtp.training.objectives import ObjectiveConfig
 from mtp.training.objectives.head_ce import HeadCE
@@ -58,7 +58,18 @@ def test_kl_of_rows_by_hand():
 )
 def test_the_clipped_surrogate_by_hand(ratio, advantage, loss, has_gradient):
     logprob = torch.tensor([math.log(0.5 * ratio)], requires_grad=True)
-    gain = clipped((logprob - math.log(0.5)).exp(), logprob, torch.tensor([advantage]), 0.2, 0.28)
+    old = torch.tensor([math.log(0.5)])
+    gain = clipped(
+        PolicyTokens(
+            logprob,
+            old,
+            torch.zeros(1),
+            (logprob - old).exp(),
+            torch.tensor([advantage]),
+            0.2,
+            0.28,
+        )
+    )
     assert math.isclose(-gain.item(), loss, rel_tol=1e-5)
     gain.sum().backward()
     assert bool(logprob.grad.abs() > 1e-6) == has_gradient
