@@ -112,11 +112,21 @@ def load_run_config(path: Path) -> RunConfig:
         if name not in TASK_CONFIGS:
             raise ValueError(f"task_name must be one of {sorted(TASK_CONFIGS)}, got {name!r}")
         task = OmegaConf.create({"task": TASK_CONFIGS[name]})
+        content = OmegaConf.create(with_new_keys(OmegaConf.to_container(content)))
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), task, content)
         assert isinstance(merged, DictConfig)
         return to_run_config(merged)
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ValueError(f"{path} could not be read: {str(error).splitlines()[0]}") from None
+
+
+def with_new_keys(content: Any) -> Any:
+    """A run's settings as earlier versions wrote them, with the keys of today."""
+    for stage in content.get("stages", {}).values():
+        objective = stage["objective"]
+        if "leash" in objective:
+            objective["reference_kl"] = objective.pop("leash")
+    return content
 
 
 def to_run_config(config: DictConfig) -> RunConfig:

@@ -95,8 +95,7 @@ def test_every_setting_of_rl_at_once_takes_its_steps(tmp_path):
         "stages.rl.recompute_old=true",
         "stages.rl.objective.policy.correction_cap=2.0",
         "stages.rl.objective.policy.ratio=block",
-        "stages.rl.objective.leash.kind=k3",
-        "stages.rl.objective.leash.reverse=true",
+        "stages.rl.objective.reference_kl.kind=k3",
         "stages.rl.objective.preserve.weight=0.1",
         "stages.rl.objective.main_ce.weight=0.1",
         "stages.rl.objective.head_kl.weight=0.1",
@@ -108,7 +107,7 @@ def test_every_setting_of_rl_at_once_takes_its_steps(tmp_path):
     ]
     summary = train(config(tmp_path, *RL_ONLY, *overrides))
     record = rl_records(tmp_path)[-1]
-    for name in ("loss/main_ce", "loss/head_kl", "loss/leash_head", "loss/preserve"):
+    for name in ("loss/main_ce", "loss/head_kl", "loss/reference_kl_head", "loss/preserve"):
         assert record[name] >= 0.0, name
     assert "supervised/main/accuracy" in record
     assert (tmp_path / "start" / "config.json").is_file()

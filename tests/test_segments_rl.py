@@ -28,6 +28,7 @@ from mtp.trainer import train
 from mtp.training.collate import collate_rollouts, collate_slow_rollouts
 from mtp.training.objectives.policy import Policy
 from mtp.training.objectives.scored import score_batch
+from mtp.training.objectives.stream import StreamInputs
 
 PHASES = {
     "thought": Phase(mode="fast", opened_by="<think>", max_tokens=4),
@@ -92,7 +93,7 @@ def test_a_policys_loss_is_that_of_trajectories_however_they_are_batched(ratio, 
         for segments in groups:
             batch = collate_rollouts(out.prompts, out.out, advantages, segments, 4, 0, out.owners)
             scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
-            terms = policy.terms(scored, batch)
+            terms = policy.terms(StreamInputs(scored, batch))
             total = total + terms["policy_main"].total.detach()
             counts = {name: counts[name] + n for name, n in policy.counts(batch).items()}
         return float(total), counts

@@ -100,7 +100,10 @@ def test_a_dry_run_leaves_nothing_and_says_what_a_full_run_costs(tmp_path, capsy
         ("head.taps=[9]", "head.taps must be layers between 0 and 4"),
         ("decoding.phases.answer.opened_by=null", "decoding.phases.answer.opened_by is missing"),
         ("model.config.hidden_size=33", "model.config does not fit|hidden_size"),
-        ("stages.main.objective.leash.weight=1", "main.objective.leash needs a stage before it"),
+        (
+            "stages.main.objective.reference_kl.weight=1",
+            "main.objective.reference_kl needs a stage before it",
+        ),
     ],
 )
 def test_impossible_settings_name_their_key_and_leave_nothing(tmp_path, override, message):

@@ -33,7 +33,7 @@ class EvaluationConfig:
     reference: str = "first"
     """What measures how ordinary thoughts are: main as the `first` stage or a named one left it,
     `start` (the model that the run began from), or a folder that mtp saved. It should not be what
-    the leash compares with; `reference_in_loss` in the summary says whether it is."""
+    the loss compares with; `reference_in_loss` in the summary says whether it is."""
     verified: bool = False
     """Decode in verified mode too, where the head drafts and main decides: `verified_passes`,
     `verified_tokens_per_pass` and `acceptance_by_slot`."""

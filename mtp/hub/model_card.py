@@ -183,9 +183,7 @@ def _provenance(base: str, licence: str | None, text: TextFormat, config: Any) -
     for name, stage in config.active_stages().items():
         trained = [part for part in ("main", "head") if getattr(stage, f"train_{part}")]
         rates = ", ".join(f"{part} {getattr(stage, part).lr:g}" for part in trained)
-        weights = ", ".join(
-            f"{k} {t.weight:g}" for k, t in vars(stage.objective).items() if t.weight
-        )
+        weights = ", ".join(f"{k} {t.weight:g}" for k, t in stage.objective.active().items())
         lines.append(
             f"- Stage `{name}`: {stage.kind}, {stage.steps} steps, learning rates {rates}; "
             f"objective {weights}; channel gradient {stage.channel_gradient:g}"

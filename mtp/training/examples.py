@@ -226,8 +226,8 @@ def _check_heads(task: FittedTask, stages: dict[str, StageConfig]) -> None:
     """Raises ValueError for a supervised stage of the head: no example has a token of the head."""
     phases = [name for name, phase in task.text.phases.items() if phase.mode != "slow"]
     for name, stage in stages.items():
-        streams = sorted(stage.objective.active().keys() & {"head_ce", "head_kl"})
-        if stage.kind == "supervised" and streams:
+        streams = [n for n, stream in stage.objective.active().items() if stream.scores_head]
+        if stage.kind == "supervised" and stage.train_head and streams:
             raise ValueError(
                 f"stages.{name}.objective.{streams[0]} has nothing to learn from: no solved "
                 f"example of task {task.name} has text in a phase that the head writes "

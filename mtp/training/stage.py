@@ -28,8 +28,8 @@ class StageConfig:
     """Keep the head's gradient off an output matrix that it shares with main. The channel, through
     the taps, stays as `channel_gradient` has it."""
     reference: str = "previous"
-    """What the leash and the preservation compare with: the model as the `previous` or the `first`
-    stage left it, or an earlier stage by name; `start`: the model that the run began from."""
+    """Frozen model that reference_kl and preserve compare with: main as the `previous` stage, the
+    `first` or an earlier one by name left it; `start`: the model that the run began from."""
     batch_size: int = 64
     """Supervised: sequences a step, over all processes."""
     num_anchors: int = 0
@@ -80,7 +80,7 @@ class StageConfig:
     @property
     def uses_reference(self) -> bool:
         """True if the loss or the reward compares with a frozen reference."""
-        return self.objective.uses_reference or bool(self.reward.legibility_cost)
+        return bool(self.objective.reference_users()) or bool(self.reward.legibility_cost)
 
     def advantage_rule(self) -> Advantage:
         """The stage's rule, or that of its algorithm."""
@@ -126,26 +126,24 @@ class StageConfig:
             )
         if self.kind == "rl":
             self._validate_rl(key)
+        self.objective.validate(f"{key}.objective")
         active = self.objective.active()
         if not active:
             raise ValueError(f"{key}.objective must give some stream a weight above 0, got none")
-        if self.kind == "supervised" and "policy" in active:
-            raise ValueError(f"{key}.objective.policy needs {key}.kind=rl, got supervised")
-        self.objective.policy.validate(f"{key}.objective.policy")
-        self.objective.leash.validate(f"{key}.objective.leash")
+        for stream_name, stream in active.items():
+            if self.kind == "supervised" and stream.reads == "rollouts":
+                raise ValueError(
+                    f"{key}.objective.{stream_name} reads rollouts and needs {key}.kind=rl, got "
+                    "supervised"
+                )
         self.reward.validate(f"{key}.reward")
-        if self.kind == "supervised" and self.objective.leash.kind != "full":
-            raise ValueError(
-                f"{key}.objective.leash.kind={self.objective.leash.kind} estimates from rollouts, "
-                f"got {key}.kind=supervised; use kind=full"
-            )
         self.advantage.validate(f"{key}.advantage")
         if not (self.train_main or self.train_head):
             raise ValueError(f"{key} must train main, the head or both, got neither")
         if self.train_head and not self.objective.uses_head:
             raise ValueError(
                 f"{key}.train_head is true but no stream scores the head; give head_ce, head_kl, "
-                "policy or leash a weight, or set train_head=false"
+                "policy or reference_kl a weight, or set train_head=false"
             )
         self.main.validate(f"{key}.main")
         self.head.validate(f"{key}.head")

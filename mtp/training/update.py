@@ -16,7 +16,7 @@ from lightning.fabric import Fabric
 from ..modeling.matrices import plain_matrix
 from ..modeling.sampler import Sampler
 from .batch import RolloutBatch, TextBatch
-from .objectives import ObjectiveConfig, scores_head
+from .objectives import ObjectiveConfig, ReferenceRows, StreamInputs, scores_head
 from .objectives.scored import score_batch
 from .runtime import over_processes
 
@@ -60,7 +60,7 @@ def update(
         channel_gradient: scale of the head's gradient on main.
         logits_detach: keep the head's gradient off an output matrix shared with main.
         sampler: the distribution that rollouts came from.
-        reference: frozen model whose rows the leash compares with.
+        reference: frozen model that streams compare with.
         impl: implementation of `mtp_kernels` ops.
         check_gradients: raise if a parameter that is trained has got no gradient.
 
@@ -89,20 +89,19 @@ def update(
                     parts,
                     batch,
                     channel_gradient=channel_gradient,
-                    use_head=scores_head(streams),
+                    use_head=scores_head(streams.values()),
                     logits_detach=logits_detach,
                     impl=impl,
                 )
-                if reference is not None and streams.keys() & {"leash", "preserve"}:
+                if reference is not None and any(s.needs_reference for s in streams.values()):
                     with torch.no_grad():
                         hidden = reference.score(batch.tokens).main_hidden.flatten(0, 1)
-                    rows = (
-                        hidden,
-                        plain_matrix(
-                            reference.get_output_embeddings(), "the reference's output layer"
-                        ),
+                    weight = plain_matrix(
+                        reference.get_output_embeddings(), "the reference's output layer"
                     )
-                terms = objective.terms(scored, batch, sampler or Sampler(), rows, in_rl)
+                    rows = ReferenceRows(hidden, weight)
+                inputs = StreamInputs(scored, batch, sampler or Sampler(), rows)
+                terms = objective.terms(inputs, in_rl)
             loss = torch.stack(
                 [t.weight * t.total / max(counts[n], 1.0) for n, t in terms.items()]
             ).sum()

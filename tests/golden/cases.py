@@ -116,7 +116,12 @@ def numbers_of_run(folder: Path, *overrides: str) -> Values:
 
 
 def steady(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in UNSTEADY}
+    """Without clocks, and with the names that metrics had when they were recorded."""
+    return {
+        name.replace("reference_kl_", "leash_"): value
+        for name, value in record.items()
+        if name not in UNSTEADY
+    }
 
 
 def old_run(folder: Path) -> Path:
@@ -156,8 +161,7 @@ def algorithm(name: str) -> Callable[[Path], Values]:
     def run(folder: Path) -> Values:
         objective, overrides = "stages.rl.objective", list(RATES)
         if name in ESTIMATORS:
-            overrides.append(f"{objective}.leash.kind={ESTIMATORS[name]}")
-            overrides.append(f"{objective}.leash.reverse=true")
+            overrides.append(f"{objective}.reference_kl.kind={ESTIMATORS[name]}")
         overrides += [
             f"{objective}.policy.algorithm={name}",
             f"{objective}.policy.length=16",
@@ -197,7 +201,7 @@ def rl_options(folder: Path) -> Values:
         f"{objective}.main_ce.weight=0.1",
         f"{objective}.head_ce.weight=0.2",
         f"{objective}.head_kl.weight=0.3",
-        f"{objective}.leash.reverse=true",
+        f"{objective}.reference_kl.reverse=true",
         "stages.rl.reward.token_cost=0.01",
         "stages.rl.reward.format_cost=0.3",
         "stages.rl.reward.overlong_buffer=6",
@@ -410,9 +414,7 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
         "problems": config.evaluation.num_problems,
     }
     for name, stage in config.stages.items():
-        weights = {
-            stream: term.weight for stream, term in vars(stage.objective).items() if term.weight
-        }
+        weights = {stream: term.weight for stream, term in stage.objective.active().items()}
         settings[f"stage {name}"] = {
             "steps": stage.steps,
             "rates": [stage.main.lr, stage.head.lr],

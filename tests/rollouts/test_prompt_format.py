@@ -18,6 +18,7 @@ from mtp.rollouts.rollout import DecodingConfig, sample
 from mtp.tasks.base import Example
 from mtp.tasks.running_sum import RunningSumConfig
 from mtp.training.collate import collate_text
+from mtp.training.objectives.stream import StreamInputs
 
 PHASES = {
     "thought": Phase(mode="fast", opened_by="<think>"),
@@ -231,7 +232,7 @@ def test_a_batch_without_text_for_the_head_has_finite_zero_gradients(tmp_path):
         parameter.requires_grad_(True)
     scored = score_batch(model, model, batch, channel_gradient=0.0, use_head=True)
     objective = ObjectiveConfig(head_ce=HeadCE(weight=1.0))
-    total = objective.terms(scored, batch, Sampler(), None)["head_ce"].total
+    total = objective.terms(StreamInputs(scored, batch))["head_ce"].total
     total.backward()
     assert float(total.detach()) == 0.0
     for name, parameter in model.mtp_head.named_parameters():

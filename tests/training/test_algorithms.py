@@ -17,6 +17,7 @@ from mtp.training.algorithms import ALGORITHMS, RATIOS
 from mtp.training.batch import PolicyRows, RolloutBatch
 from mtp.training.objectives.policy import Policy
 from mtp.training.objectives.scored import RowStats
+from mtp.training.objectives.stream import StreamInputs
 
 MAIN, HEAD = [1.5, 0.5, 1.1], [2.0, 1.0, 0.9]
 GIVEN = torch.tensor([1.0, -1.0])
@@ -62,7 +63,7 @@ def run(policy: Policy, correction: float = 1.0):
         stats[name] = RowStats(leaf, torch.zeros(3))
         leaves[name] = leaf
     policy.validate("policy")
-    terms = policy.terms(SimpleNamespace(stats=lambda sampler: stats), example)  # type: ignore[arg-type]
+    terms = policy.terms(StreamInputs(SimpleNamespace(stats=lambda sampler: stats), example))
     counts = policy.counts(example)
     loss = sum(t.weight * t.total / counts[n] for n, t in terms.items())
     loss.backward()

@@ -13,6 +13,7 @@ from mtp.training.algorithms import ALGORITHMS
 from mtp.training.batch import PolicyRows, RolloutBatch
 from mtp.training.objectives.policy import Policy
 from mtp.training.objectives.scored import RowStats
+from mtp.training.objectives.stream import StreamInputs
 
 pytest.importorskip("trl", reason="TRL is not installed; `pip install trl` compares with it")
 
@@ -54,7 +55,7 @@ def ours(algorithm: str, **settings) -> tuple[float, torch.Tensor]:
 
     stats = {"main": emitter(logprob[MASK]), "head": emitter(torch.zeros(0))}
     scored = SimpleNamespace(stats=lambda sampler: stats)
-    term = policy.terms(scored, batch)["policy_main"]  # type: ignore[arg-type]
+    term = policy.terms(StreamInputs(scored, batch))["policy_main"]
     loss = term.total / policy.counts(batch)["policy_main"]
     loss.backward()
     return loss.item(), logprob.grad

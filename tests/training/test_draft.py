@@ -26,6 +26,7 @@ from mtp.trainer import train
 from mtp.training.collate import collate_slow_rollouts
 from mtp.training.objectives.head_ce import HeadCE
 from mtp.training.objectives.scored import score_batch
+from mtp.training.objectives.stream import StreamInputs
 
 PLAN = PhasePlan(keep=[4], opened_by=[None], eos_ids=[EOS])
 DRAFT = [
@@ -49,7 +50,7 @@ DRAFT = [
     "stages.rl.channel_gradient=0",
     "stages.rl.reward.pass_cost=0",
     "stages.rl.objective.policy.weight=0",
-    "stages.rl.objective.leash.weight=0",
+    "stages.rl.objective.reference_kl.weight=0",
     "stages.rl.objective.preserve.weight=0",
     "stages.rl.objective.head_ce.weight=1",
     "stages.rl.objective.head_ce.on_rollouts=true",
@@ -79,7 +80,7 @@ def test_a_head_that_learns_what_main_wrote_is_accepted_more_often():
             anchor_seed=step,
         )  # fmt: skip
         scored = score_batch(model, model, batch, channel_gradient=0.0, use_head=True)
-        loss = objective.terms(scored, batch)["head_ce"].total / len(batch.head)
+        loss = objective.terms(StreamInputs(scored, batch))["head_ce"].total / len(batch.head)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -10,12 +10,12 @@ from lightning.fabric import Fabric
 
 from mtp.training.algorithms import PolicyTokens, clipped
 from mtp.training.collate import collate_rollouts, collate_text
-from mtp.training.objectives import ObjectiveConfig
+from mtp.training.objectives import ObjectiveConfig, ReferenceRows, StreamInputs
 from mtp.training.objectives.head_ce import HeadCE
 from mtp.training.objectives.head_kl import HeadKL
-from mtp.training.objectives.leash import Leash
 from mtp.training.objectives.main_ce import MainCE
 from mtp.training.objectives.policy import Policy
+from mtp.training.objectives.reference_kl import ReferenceKL
 from mtp.training.objectives.scored import score_batch
 from mtp.training.optimizers import OptimizerConfig, build_optimizer, split_parameters
 from mtp.training.update import update
@@ -104,7 +104,9 @@ def test_head_slot_weights_weigh_loss_and_count():
     nll = -scored.head.stats().logprob
     by_slot = [nll[batch.head.slots == slot].sum() for slot in (1, 2, 3)]
     counts = [int((batch.head.slots == slot).sum()) for slot in (1, 2, 3)]
-    assert torch.allclose(stream.terms(scored, batch)["head_ce"].total, by_slot[0] + by_slot[1] / 2)
+    assert torch.allclose(
+        stream.terms(StreamInputs(scored, batch))["head_ce"].total, by_slot[0] + by_slot[1] / 2
+    )
     assert stream.counts(batch)["head_ce"] == counts[0] + counts[1] / 2
     with pytest.raises(ValueError, match="slot_weights must have 3 entries"):
         HeadCE(slot_weights=[1.0]).counts(batch)
@@ -118,24 +120,26 @@ def test_head_kl_compares_with_mains_row_for_the_same_token():
         teacher = model(batch.tokens).logits.log_softmax(-1).flatten(0, 1)[batch.head.positions]
     student = (scored.head.hidden @ scored.head.weight.T).log_softmax(-1)
     expected = torch.nn.functional.kl_div(student, teacher, log_target=True, reduction="sum")
-    assert torch.allclose(HeadKL(weight=1).terms(scored, batch)["head_kl"].total, expected)
+    assert torch.allclose(
+        HeadKL(weight=1).terms(StreamInputs(scored, batch))["head_kl"].total, expected
+    )
     model.zero_grad()
     scored.main.weight.grad = None
-    HeadKL(weight=1).terms(scored, batch)["head_kl"].total.backward()
+    HeadKL(weight=1).terms(StreamInputs(scored, batch))["head_kl"].total.backward()
     assert model.mtp_head.out_proj.weight.grad.abs().sum() > 0
 
 
-def test_the_leash_is_zero_for_main_at_the_reference_and_not_for_the_head():
+def test_the_reference_kl_is_zero_for_main_at_the_reference_and_not_for_the_head():
     model = tiny_model()
     batch = collate_text(SAMPLES, PLAN, 4, PAD)
     scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
     hidden = scored.flat_hidden.detach()
     for reverse in (True, False):
-        terms = Leash(weight=0.1, reverse=reverse).terms(
-            scored, batch, hidden, model.lm_head.weight
+        terms = ReferenceKL(weight=0.1, reverse=reverse).terms(
+            StreamInputs(scored, batch, reference=ReferenceRows(hidden, model.lm_head.weight))
         )
-        assert abs(terms["leash_main"].total.item()) < 1e-4
-        assert terms["leash_head"].total.item() > 1.0
+        assert abs(terms["reference_kl_main"].total.item()) < 1e-4
+        assert terms["reference_kl_head"].total.item() > 1.0
 
 
 OBJECTIVES = {
@@ -144,7 +148,7 @@ OBJECTIVES = {
         head_ce=HeadCE(weight=0.7, slot_weights=[1.0, 0.8, 0.6]),
         head_kl=HeadKL(weight=0.3),
     ),
-    "rl": ObjectiveConfig(policy=Policy(weight=1.0), leash=Leash(weight=0.1)),
+    "rl": ObjectiveConfig(policy=Policy(weight=1.0), reference_kl=ReferenceKL(weight=0.1)),
 }
 
 

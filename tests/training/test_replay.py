@@ -16,6 +16,7 @@ from mtp.modeling.sampler import Sampler
 from mtp.training.collate import collate_rollouts
 from mtp.training.objectives.policy import Policy
 from mtp.training.objectives.scored import score_batch
+from mtp.training.objectives.stream import StreamInputs
 
 MODELS = {
     (family, head, shared): tiny_model(family, type=head, shared_embeddings=shared)
@@ -120,7 +121,7 @@ def test_rollouts_that_say_the_same_share_a_text_and_count_apart(ratio, plan):
             assert len(batch.tokens) == len({int(copies[row]) for row in rows})
             assert batch.num_rollouts == len(rows)
             scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
-            terms = policy.terms(scored, batch)
+            terms = policy.terms(StreamInputs(scored, batch))
             total = total + sum(term.weight * term.total for term in terms.values())
             counts = {name: counts[name] + n for name, n in policy.counts(batch).items()}
         return total, counts

@@ -1,4 +1,4 @@
-"""Streams beside the policy: leash estimators, supervised replay, slow rollouts, schedules."""
+"""Streams beside the policy: KL estimators, supervised replay, slow rollouts, schedules."""
 
 import math
 
@@ -9,16 +9,16 @@ from helpers import PAD, PLAN, SAMPLES, emitter, rollouts, tiny_model
 from mtp.modeling.decode import decode
 from mtp.modeling.sampler import Sampler
 from mtp.training.collate import collate_rollouts, collate_slow_rollouts, collate_text
-from mtp.training.objectives import ObjectiveConfig
+from mtp.training.objectives import ObjectiveConfig, StreamInputs
 from mtp.training.objectives.head_ce import HeadCE
-from mtp.training.objectives.leash import Leash, estimate
 from mtp.training.objectives.main_ce import MainCE
 from mtp.training.objectives.policy import Policy
+from mtp.training.objectives.reference_kl import ReferenceKL, estimate
 from mtp.training.objectives.scored import score_batch
 from mtp.training.stage import StageConfig
 
 
-def test_estimators_of_the_leash_by_hand():
+def test_estimators_of_the_reference_kl_by_hand():
     policy, reference = emitter([[0.5, 0.5]], [0]), emitter([[0.25, 0.75]], [0])
     k1 = estimate("k1", policy, reference, Sampler())
     assert k1.item() == pytest.approx(math.log(2), rel=1e-5)
@@ -54,10 +54,8 @@ def test_k1_has_the_gradient_of_the_divergence_as_its_mean():
 
 def test_estimators_refuse_a_sampler_that_truncates():
     rows = emitter([[0.5, 0.5]], [0])
-    with pytest.raises(ValueError, match="leash.kind=k3 needs decoding.top_k=0"):
+    with pytest.raises(ValueError, match="reference_kl.kind=k3 needs decoding.top_k=0"):
         estimate("k3", rows, rows, Sampler(top_k=1))
-    with pytest.raises(ValueError, match="leash.kind=k1 estimates"):
-        Leash(kind="k1", reverse=False).validate("leash")
 
 
 def test_in_an_rl_step_solved_examples_are_for_the_supervised_streams_alone():
@@ -65,13 +63,13 @@ def test_in_an_rl_step_solved_examples_are_for_the_supervised_streams_alone():
         main_ce=MainCE(weight=1.0),
         head_ce=HeadCE(weight=1.0, on_rollouts=True),
         policy=Policy(weight=1.0),
-        leash=Leash(weight=0.1),
+        reference_kl=ReferenceKL(weight=0.1),
     )
     prompts, out, advantages = rollouts(tiny_model())
     sampled = collate_rollouts(prompts, out, advantages, [0, 1, 2, 3], 4, PAD)
     solved = collate_text(SAMPLES, PLAN, 4, PAD)
     assert set(objective.streams(solved, in_rl=True)) == {"main_ce"}
-    assert set(objective.streams(sampled, in_rl=True)) == {"head_ce", "policy", "leash"}
+    assert set(objective.streams(sampled, in_rl=True)) == {"head_ce", "policy", "reference_kl"}
     assert objective.counts(solved, in_rl=True) == {"main_ce": len(solved.main.positions)}
     assert set(ObjectiveConfig(main_ce=MainCE(weight=1.0)).streams(solved, in_rl=False)) == {
         "main_ce"
@@ -85,7 +83,7 @@ def test_logits_detach_keeps_the_heads_gradient_off_the_output_matrix_and_opens_
         scored = score_batch(
             model, model, batch, channel_gradient=1.0, use_head=True, logits_detach=detach
         )
-        HeadCE(weight=1.0).terms(scored, batch)["head_ce"].total.backward()
+        HeadCE(weight=1.0).terms(StreamInputs(scored, batch))["head_ce"].total.backward()
         matrix = model.lm_head.weight.grad
         assert (matrix is None) == detach
         assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
@@ -150,8 +148,11 @@ def test_the_channel_opens_evenly():
             "set stages.x.num_solved to",
         ),
         (
-            {"kind": "supervised", "objective": ObjectiveConfig(leash=Leash(weight=1, kind="k3"))},
-            "stages.x.objective.leash.kind=k3 estimates from rollouts",
+            {
+                "kind": "supervised",
+                "objective": ObjectiveConfig(reference_kl=ReferenceKL(weight=1, kind="k3")),
+            },
+            "stages.x.objective.reference_kl reads rollouts",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Distillation: the head's distribution drawn to main's own for the same token.
+"""Distillation: the head's distribution trained towards main's own for the same token.
 
 Teacher rows are main's at the position of the flat text that predicts the slot's token; no gradient
 flows into them.
@@ -7,15 +7,13 @@ flows into them.
 from dataclasses import dataclass
 
 from ..batch import TextBatch
-from .scored import Scored
-from .stream import Term
+from .stream import Stream, StreamInputs, Term
 
 
 @dataclass(kw_only=True)
-class HeadKL:
+class HeadKL(Stream):
     """`head_kl`"""
 
-    weight: float = 0.0
     reverse: bool = False
     """False: KL(main || head), which covers main's mass. True: KL(head || main), seeks its mode."""
 
@@ -23,12 +21,13 @@ class HeadKL:
         """Tokens of the head."""
         return {"head_kl": len(batch.head)}
 
-    def terms(self, scored: Scored, batch: TextBatch) -> dict[str, Term]:
+    def terms(self, inputs: StreamInputs) -> dict[str, Term]:
         """Sum of the divergence over the head's tokens, in nats."""
+        scored = inputs.scored
         kl = scored.head.kl(
             scored.flat_hidden.detach(),
             scored.main.weight.detach(),
-            batch.head.positions,
+            inputs.batch.head.positions,
             reverse=self.reverse,
         )
         return {"head_kl": Term(kl.sum(), self.weight, {})}

@@ -14,21 +14,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...modeling.sampler import Sampler
 from ..algorithms import ALGORITHMS, NORMALIZERS, RATIOS, Algorithm, Division, PolicyTokens
-from ..batch import PolicyRows, RolloutBatch
-from .scored import PLAIN, Scored
-from .stream import Term, max_of, mean_of
+from ..batch import PolicyRows, RolloutBatch, TextBatch
+from .stream import Reads, Stream, StreamInputs, Term, max_of, mean_of, rollouts_of
 
 
 @dataclass(kw_only=True)
-class Policy:
+class Policy(Stream):
     """`policy`"""
 
     weight: float = 0.0
-    """Of main's tokens."""
+    """Weight of main's tokens."""
     head_weight: float = 1.0
-    """Of the head's tokens, times `weight`."""
+    """Weight of the head's tokens, times `weight`."""
     algorithm: str = "dapo"
     """grpo, dapo, dr_grpo, rloo, gspo, cispo or reinforce_pp; sets whatever below is null."""
     ratio: str | None = None
@@ -46,6 +44,10 @@ class Policy:
     correction_cap: float = 0.0
     """Largest truncated importance weight p_old / p_sampled of a token, 2 being usual; 0: none.
     Has an effect where `stages.*.recompute_old` takes p_old from replay."""
+
+    @property
+    def reads(self) -> Reads:
+        return "rollouts"
 
     def validate(self, key: str) -> None:
         """Raises ValueError naming the key of an impossible value."""
@@ -88,8 +90,9 @@ class Policy:
             ),
         }
 
-    def counts(self, batch: RolloutBatch) -> dict[str, float]:
+    def counts(self, batch: TextBatch) -> dict[str, float]:
         """What each emitter's sum is divided by, over all micro-batches."""
+        batch = rollouts_of(batch)
         return {
             "policy_main": self._division(batch, batch.main).count,
             "policy_head": self._division(batch, batch.head).count,
@@ -98,11 +101,10 @@ class Policy:
     def _division(self, batch: RolloutBatch, rows: PolicyRows) -> Division:
         return self.rules().normalizer.divide(rows, batch.num_rollouts, self.length)
 
-    def terms(
-        self, scored: Scored, batch: RolloutBatch, sampler: Sampler = PLAIN
-    ) -> dict[str, Term]:
+    def terms(self, inputs: StreamInputs) -> dict[str, Term]:
         """Surrogate of each emitter, under the distribution that the rollouts came from."""
-        rules, clips, stats = self.rules(), self.clips(), scored.stats(sampler)
+        batch = rollouts_of(inputs.batch)
+        rules, clips, stats = self.rules(), self.clips(), inputs.scored.stats(inputs.sampler)
         emitters = {"main": batch.main, "head": batch.head}
         weights = {"main": self.weight, "head": self.weight * self.head_weight}
         ratios = rules.ratio(

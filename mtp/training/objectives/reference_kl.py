@@ -1,4 +1,4 @@
-"""The leash: KL of each emitter to a frozen reference LM over the flat text.
+"""Reference KL: KL of each emitter to a frozen reference LM over the flat text.
 
 Main's distribution at each of its tokens, and the head's at each of its slots, against the
 reference's next-token distribution at the same position of the flat text. The second is on-policy
@@ -6,80 +6,71 @@ self-distillation, and it is the one that keeps thoughts true: false tokens are 
 
 Kinds. `full` sums over the vocabulary, at temperature 1. `k1` and `k3` (Schulman, "Approximating KL
 divergence", 2020) estimate KL(policy || reference) under the sampler's distribution from the tokens
-that it drew, with d = log reference - log policy:
+that it sampled, with d = log reference - log policy:
 
     k1 = -d                      its gradient is that of the KL: sg(-d) grad log policy
     k3 = exp(d) - d - 1          never negative; its gradient is that of its own value, as in GRPO
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...modeling.sampler import Sampler
 from ..batch import TextBatch
-from .scored import PLAIN, Emitter, Scored
-from .stream import Term, mean_of
+from .scored import Emitter
+from .stream import Reads, Stream, StreamInputs, Term, mean_of
 
 KINDS = ("full", "k1", "k3")
 
 
 @dataclass(kw_only=True)
-class Leash:
-    """`leash`"""
+class ReferenceKL(Stream):
+    """`reference_kl`"""
+
+    needs_reference: ClassVar[bool] = True
 
     weight: float = 0.0
-    """Of main's tokens."""
+    """Weight of main's tokens."""
     head_weight: float = 1.0
-    """Of the head's tokens, times `weight`."""
+    """Weight of the head's tokens, times `weight`."""
     kind: str = "full"
-    """`full`, or the estimator `k1` or `k3`, which needs rollouts."""
-    reverse: bool = True
-    """Of `full`. True: KL(policy || reference), what RL's leash is. False: KL(reference ||
-    policy)."""
+    """`full`, or the estimator `k1` or `k3` of KL(policy || reference), which needs rollouts."""
+    reverse: bool = False
+    """Direction of `full`. False: KL(reference || policy). True: KL(policy || reference)."""
+
+    @property
+    def reads(self) -> Reads:
+        return "text" if self.kind == "full" else "rollouts"
 
     def validate(self, key: str) -> None:
         """Raises ValueError naming the key of an impossible value."""
         if self.kind not in KINDS:
             raise ValueError(f"{key}.kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.kind != "full" and not self.reverse:
-            raise ValueError(
-                f"{key}.kind={self.kind} estimates KL(policy || reference) only, got "
-                f"{key}.reverse=false; use {key}.kind=full"
-            )
 
     def counts(self, batch: TextBatch) -> dict[str, float]:
         """Tokens of each emitter."""
-        return {"leash_main": len(batch.main), "leash_head": len(batch.head)}
+        return {"reference_kl_main": len(batch.main), "reference_kl_head": len(batch.head)}
 
-    def terms(
-        self,
-        scored: Scored,
-        batch: TextBatch,
-        reference_hidden: Tensor,
-        reference_weight: Tensor,
-        sampler: Sampler = PLAIN,
-    ) -> dict[str, Term]:
-        """Sum of the divergence over each emitter's tokens, in nats.
-
-        reference_hidden: [B * T, D] rows of the frozen reference over the same text, without
-        gradient; reference_weight: its output matrix [V, D]; sampler: of the rollouts, for the
-        estimators.
-        """
+    def terms(self, inputs: StreamInputs) -> dict[str, Term]:
+        """Sum of the divergence over each emitter's tokens, in nats."""
+        scored, batch, reference = inputs.scored, inputs.batch, inputs.reference_rows()
         terms = {}
         for name, emitter, rows, weight in (
             ("main", scored.main, batch.main.positions, self.weight),
             ("head", scored.head, batch.head.positions, self.weight * self.head_weight),
         ):
             if self.kind == "full":
-                kl = emitter.kl(reference_hidden, reference_weight, rows, reverse=self.reverse)
+                kl = emitter.kl(reference.hidden, reference.weight, rows, reverse=self.reverse)
             else:
-                reference = Emitter(
-                    reference_hidden[rows], reference_weight, emitter.targets, emitter.impl
+                other = Emitter(
+                    reference.hidden[rows], reference.weight, emitter.targets, emitter.impl
                 )
-                kl = estimate(self.kind, emitter, reference, sampler)
-            terms[f"leash_{name}"] = Term(kl.sum(), weight, {f"{name}/kl": mean_of(kl.detach())})
+                kl = estimate(self.kind, emitter, other, inputs.sampler)
+            metrics = {f"{name}/kl": mean_of(kl.detach())}
+            terms[f"reference_kl_{name}"] = Term(kl.sum(), weight, metrics)
         return terms
 
 
@@ -87,12 +78,12 @@ def estimate(kind: str, policy: Emitter, reference: Emitter, sampler: Sampler) -
     """[R] nats: the estimator of each token. Raises ValueError for a sampler that truncates.
 
     Such a sampler gives probability 0 to tokens that the reference would write, and the divergence
-    from tokens that were drawn says nothing of them.
+    from sampled tokens says nothing of them.
     """
     if sampler.truncates:
         raise ValueError(
-            f"objective.leash.kind={kind} needs decoding.top_k=0 and decoding.top_p=1, got "
-            f"{sampler.top_k} and {sampler.top_p}; use objective.leash.kind=full"
+            f"objective.reference_kl.kind={kind} needs decoding.top_k=0 and decoding.top_p=1, got "
+            f"{sampler.top_k} and {sampler.top_p}; use objective.reference_kl.kind=full"
         )
     logprob = policy.stats(sampler).logprob
     with torch.no_grad():
