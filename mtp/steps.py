@@ -19,7 +19,7 @@ from .training.batch import (
     collate_slow_rollouts,
     collate_text,
 )
-from .training.objectives.scored import score_batch
+from .training.objectives.scored import replay_batch
 from .training.stage import StageConfig
 
 
@@ -160,8 +160,7 @@ def collate(
 def replayed(run: Run, stage: StageConfig, batch: RolloutBatch) -> RolloutBatch:
     """The batch with `main_old` and `head_old` under the weights as they are now."""
     with run.fabric.autocast():
-        scored = score_batch(
-            run.model,
+        scored = replay_batch(
             run.model,
             batch,
             channel_gradient=stage.channel_gradient,

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 
-from ..modeling.matrices import plain_matrix
 from ..modeling.sampler import Sampler
 from .batch import RolloutBatch, TextBatch
 from .objectives import ObjectiveConfig, scores_head
-from .objectives.scored import score_batch
+from .objectives.scored import replay_batch
 from .runtime import over_processes
 
 
@@ -84,9 +83,8 @@ def update(
         with fabric.no_backward_sync(model, enabled=not is_last):
             rows = None
             with fabric.autocast():
-                scored = score_batch(
+                scored = replay_batch(
                     model,
-                    parts,
                     batch,
                     channel_gradient=channel_gradient,
                     use_head=scores_head(streams),
@@ -95,13 +93,8 @@ def update(
                 )
                 if reference is not None and streams.keys() & {"leash", "preserve"}:
                     with torch.no_grad():
-                        hidden = reference.score(batch.tokens).main_hidden.flatten(0, 1)
-                    rows = (
-                        hidden,
-                        plain_matrix(
-                            reference.get_output_embeddings(), "the reference's output layer"
-                        ),
-                    )
+                        replayed = reference.replay(batch.tokens)
+                    rows = replayed.main_hidden.flatten(0, 1), replayed.main_output
                 terms = objective.terms(scored, batch, sampler or Sampler(), rows, in_rl)
             loss = torch.stack(
                 [t.weight * t.total / max(counts[n], 1.0) for n, t in terms.items()]

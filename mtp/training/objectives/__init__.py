@@ -11,10 +11,10 @@ from .leash import Leash
 from .main_ce import MainCE
 from .policy import Policy
 from .preserve import Preserve
-from .scored import Scored, score_batch
+from .scored import Scored, replay_batch
 from .stream import Term
 
-__all__ = ["ObjectiveConfig", "Scored", "Term", "score_batch", "scores_head"]
+__all__ = ["ObjectiveConfig", "Scored", "Term", "replay_batch", "scores_head"]
 
 Stream = MainCE | HeadCE | HeadKL | Policy | Leash | Preserve
 
@@ -84,7 +84,7 @@ class ObjectiveConfig:
     ) -> dict[str, Term]:
         """Every stream that reads one micro-batch.
 
-        reference: (hidden rows [B * T, D], output matrix [V, D]) of the frozen reference; the
+        reference: (hidden rows [B * T, D], output layer) of the frozen reference; the
         leash and the preservation read it.
         """
         out: dict[str, Term] = {}
@@ -94,8 +94,8 @@ class ObjectiveConfig:
             elif isinstance(stream, Leash | Preserve):
                 if reference is None:
                     raise ValueError(f"objective.{name} needs a reference model, got none")
-                hidden, weight = reference
-                out |= stream.terms(scored, batch, hidden, weight, sampler)
+                hidden, output = reference
+                out |= stream.terms(scored, batch, hidden, output, sampler)
             else:
                 terms = stream.terms(scored, batch)
                 if in_rl and isinstance(stream, MainCE | HeadCE):

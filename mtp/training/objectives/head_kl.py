@@ -27,7 +27,7 @@ class HeadKL:
         """Sum of the divergence over the head's tokens, in nats."""
         kl = scored.head.kl(
             scored.flat_hidden.detach(),
-            scored.main.weight.detach(),
+            scored.main.output.detach(),
             batch.head_positions,
             reverse=self.reverse,
         )

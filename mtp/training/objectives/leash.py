@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...modeling.output_layer import OutputLayer
 from ...modeling.sampler import Sampler
 from ..batch import TextBatch
-from .scored import PLAIN, Emitter, Scored
+from .scored import PLAIN, OutputRows, Scored
 from .stream import Term, mean_of
 
 KINDS = ("full", "k1", "k3")
@@ -58,13 +59,13 @@ class Leash:
         scored: Scored,
         batch: TextBatch,
         reference_hidden: Tensor,
-        reference_weight: Tensor,
+        reference_output: OutputLayer,
         sampler: Sampler = PLAIN,
     ) -> dict[str, Term]:
         """Sum of the divergence over each emitter's tokens, in nats.
 
         reference_hidden: [B * T, D] rows of the frozen reference over the same text, without
-        gradient; reference_weight: its output matrix [V, D]; sampler: of the rollouts, for the
+        gradient; reference_output: its output layer; sampler: of the rollouts, for the
         estimators.
         """
         terms = {}
@@ -73,17 +74,17 @@ class Leash:
             ("head", scored.head, batch.head_positions, self.weight * self.head_weight),
         ):
             if self.kind == "full":
-                kl = emitter.kl(reference_hidden, reference_weight, rows, reverse=self.reverse)
+                kl = emitter.kl(reference_hidden, reference_output, rows, reverse=self.reverse)
             else:
-                reference = Emitter(
-                    reference_hidden[rows], reference_weight, emitter.targets, emitter.impl
+                reference = OutputRows(
+                    reference_hidden[rows], reference_output, emitter.targets, emitter.impl
                 )
                 kl = estimate(self.kind, emitter, reference, sampler)
             terms[f"leash_{name}"] = Term(kl.sum(), weight, {f"{name}/kl": mean_of(kl.detach())})
         return terms
 
 
-def estimate(kind: str, policy: Emitter, reference: Emitter, sampler: Sampler) -> Tensor:
+def estimate(kind: str, policy: OutputRows, reference: OutputRows, sampler: Sampler) -> Tensor:
     """[R] nats: the estimator of each token. Raises ValueError for a sampler that truncates.
 
     Such a sampler gives probability 0 to tokens that the reference would write, and the divergence

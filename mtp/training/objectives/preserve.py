@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...modeling.output_layer import OutputLayer
 from ...modeling.sampler import Sampler
 from ..batch import TextBatch
-from .scored import PLAIN, Emitter, Scored
+from .scored import PLAIN, OutputRows, Scored
 from .stream import Term, mean_of
 
 
@@ -33,7 +34,7 @@ class Preserve:
         scored: Scored,
         batch: TextBatch,
         reference_hidden: Tensor,
-        reference_weight: Tensor,
+        reference_output: OutputLayer,
         sampler: Sampler = PLAIN,
     ) -> dict[str, Term]:
         """Sum of the divergence over the written tokens, in nats; see `Leash.terms`.
@@ -42,8 +43,8 @@ class Preserve:
         """
         rows = torch.cat([batch.main_rows, batch.head_positions])
         main = scored.main
-        everywhere = Emitter(
-            scored.flat_hidden[rows], main.weight, batch.tokens.flatten()[rows + 1], main.impl
+        everywhere = OutputRows(
+            scored.flat_hidden[rows], main.output, batch.tokens.flatten()[rows + 1], main.impl
         )
-        kl = everywhere.kl(reference_hidden, reference_weight, rows, reverse=self.reverse)
+        kl = everywhere.kl(reference_hidden, reference_output, rows, reverse=self.reverse)
         return {"preserve": Term(kl.sum(), self.weight, {"preserve/kl": mean_of(kl.detach())})}
