@@ -49,7 +49,7 @@ def forward_backward(model: Any, size: Size, attention: str) -> None:
     model.set_attn_implementation(attention)
     ids = torch.randint(0, model.config.vocab_size, (size.batch, size.length))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=size.bfloat16):
-        hidden = model.score(ids).main_hidden
+        hidden = model.replay(ids).main_hidden
     hidden.float().square().mean().backward()
     model.zero_grad()
 

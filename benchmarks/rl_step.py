@@ -98,7 +98,7 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
         for part, parameters in split_parameters(model).items()
     }
     wrapped = fabric.setup_module(model)
-    wrapped.mark_forward_method("score")
+    wrapped.mark_forward_method("replay")
     optimizers = {part: fabric.setup_optimizers(o) for part, o in optimizers.items()}
     stepping = 0.0
 
@@ -169,15 +169,16 @@ def causal_seconds(fabric: Any, wrapped: Any, batches: list[Any], repeats: int) 
     """Seconds of main's forward and backward over the text, every written token scored."""
     import torch
 
-    from mtp.training.objectives.scored import Emitter
+    from mtp.training.objectives.scored import OutputRows
 
     def call() -> None:
         for batch in batches:
             with fabric.autocast():
-                hidden = wrapped.score(batch.tokens).main_hidden.flatten(0, 1)
+                replayed = wrapped.replay(batch.tokens)
+                hidden = replayed.main_hidden.flatten(0, 1)
                 rows = torch.cat([batch.main.positions, batch.head.positions])
-                weight = wrapped.module.get_output_embeddings().weight
-                scored = Emitter(hidden[rows], weight, batch.tokens.flatten()[rows + 1])
+                targets = batch.tokens.flatten()[rows + 1]
+                scored = OutputRows(hidden[rows], replayed.main_output, targets)
                 loss = -scored.stats().logprob.mean()
             fabric.backward(loss)
         for parameter in wrapped.parameters():

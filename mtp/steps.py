@@ -14,7 +14,7 @@ from .rollouts.rollout import Rollouts
 from .run import Run, draw
 from .training.batch import RolloutBatch, TextBatch
 from .training.collate import collate_rollouts, collate_slow_rollouts, collate_text
-from .training.objectives.scored import score_batch
+from .training.objectives.scored import replay_batch
 from .training.stage import StageConfig
 
 
@@ -154,8 +154,7 @@ def collate(
 def replayed(run: Run, stage: StageConfig, batch: RolloutBatch) -> RolloutBatch:
     """The batch with the `old` of its rows under the weights as they are now."""
     with run.fabric.autocast():
-        scored = score_batch(
-            run.model,
+        scored = replay_batch(
             run.model,
             batch,
             channel_gradient=stage.channel_gradient,

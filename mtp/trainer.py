@@ -255,7 +255,7 @@ def train_stage(
         if is_trained
     }
     wrapped = fabric.setup_module(model)
-    wrapped.mark_forward_method("score")
+    wrapped.mark_forward_method("replay")
     optimizers = {part: fabric.setup_optimizers(o) for part, o in optimizers.items()}
     for part, optimizer_state in (optimizer_states or {}).items():
         optimizers[part].load_state_dict(optimizer_state)

@@ -14,11 +14,12 @@ from mtp.config import to_run_config
 from mtp.modeling.decode import decode
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.modeling_mtp import FAMILIES
+from mtp.modeling.output_layer import OutputLayer
 from mtp.modeling.phases import PhasePlan
 from mtp.modeling.records import pad
 from mtp.modeling.sampler import Sampler
 from mtp.reports.logger import read_records
-from mtp.training.objectives.scored import Emitter
+from mtp.training.objectives.scored import OutputRows
 
 EOS, CLOSE, PAD = 1, 2, 0
 VOCABULARY = 23
@@ -141,10 +142,10 @@ PLAN = PhasePlan(keep=[4, 1], opened_by=[None, CLOSE], eos_ids=[EOS])
 SAMPLES = [([5, 6], [7, 8, 9, 10, CLOSE, 11, EOS]), ([3], [4, 5]), ([9, 9, 9], [12, 13, 14, 15])]
 
 
-def emitter(rows: list[list[float]], targets: list[int]) -> Emitter:
+def emitter(rows: list[list[float]], targets: list[int]) -> OutputRows:
     """Rows of given probabilities, through an identity output matrix."""
     logits = torch.tensor(rows).log()
-    return Emitter(logits, torch.eye(logits.shape[1]), torch.tensor(targets))
+    return OutputRows(logits, OutputLayer(torch.eye(logits.shape[1])), torch.tensor(targets))
 
 
 def rollouts(model, seed=0):

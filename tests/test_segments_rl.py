@@ -27,7 +27,7 @@ from mtp.tasks.running_sum import RunningSumConfig
 from mtp.trainer import train
 from mtp.training.collate import collate_rollouts, collate_slow_rollouts
 from mtp.training.objectives.policy import Policy
-from mtp.training.objectives.scored import score_batch
+from mtp.training.objectives.scored import replay_batch
 from mtp.training.objectives.stream import StreamInputs
 
 PHASES = {
@@ -92,7 +92,7 @@ def test_a_policys_loss_is_that_of_trajectories_however_they_are_batched(ratio, 
         total, counts = torch.zeros(()), {"policy_main": 0.0, "policy_head": 0.0}
         for segments in groups:
             batch = collate_rollouts(out.prompts, out.out, advantages, segments, 4, 0, out.owners)
-            scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+            scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
             terms = policy.terms(StreamInputs(scored, batch))
             total = total + terms["policy_main"].total.detach()
             counts = {name: counts[name] + n for name, n in policy.counts(batch).items()}
@@ -151,7 +151,7 @@ def test_slow_rollouts_leave_forced_tokens_unscored():
     )
     assert int((out.out.slots == FORCED).sum()) > 5
     assert len(batch.main) == int((out.out.slots == 0).sum())
-    scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+    scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
     assert torch.allclose(scored.main.stats().logprob, batch.main.sampled, atol=1e-4)
     assert (batch.head.sampled < 0).all(), "main's log-probability, not the 0 of a forced token"
 

@@ -340,7 +340,7 @@ class BranchLoop(PassLoop):
         running.renumber()
         running.drop_drafts(running.rows % num_copies > 0)
         self.cache.select(chosen)
-        self.draws.renew(len(copies))
+        self.samples.renew(len(copies))
         self.num_copies = num_copies
         self.branches = {row: branches[row // num_copies] for row in range(len(copies))}
 

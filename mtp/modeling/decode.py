@@ -23,13 +23,12 @@ import torch
 from torch import Tensor
 
 from .attention import check_attention
-from .cache import BlockCache, in_autocast_dtype
+from .cache import BlockCache
 from .decode_state import RunningRows, Stop, Texts, splice
-from .matrices import plain_matrix
 from .phases import PhasePlan, check_plans
 from .records import Block, Decoded, Slots
 from .sampler import Sampler, Verdict, length_of_prefix
-from .token_sampling import Draws, Process, Ready
+from .token_sampling import Process, Settled, TokenSampler
 
 
 @torch.no_grad()
@@ -128,11 +127,12 @@ class PassLoop:
         self.running = RunningRows(prompts, prompt_lengths, plans, max_new_tokens, pad_id, stop)
         self.plan, self.tables = self.running.plan, self.running.tables
         check_attention(model.config)
-        shared = plain_matrix(model.get_output_embeddings(), "the model's output layer")
-        self.main_weight = in_autocast_dtype(shared)
-        own = model.head_output_weight()
-        self.head_weight = self.main_weight if own is shared else in_autocast_dtype(own)
-        self.draws = Draws(sampler, self.tables, self.main_weight, generator, process, kernels)
+        main, head = model.output_layers()
+        self.main_output = main.in_autocast_dtype()
+        self.head_output = self.main_output if head is main else head.in_autocast_dtype()
+        self.samples = TokenSampler(
+            sampler, self.tables, self.main_output, self.head_output, generator, process, kernels
+        )
         self.num_copies = num_copies  # rows next to each other that are still the same
         # A plan without head slots needs nothing recalled.
         self.recall = model.mtp_head.recall if self.tables.num_head_slots else None
@@ -144,13 +144,13 @@ class PassLoop:
         )
         # If the head recalls: messages of what was fed, keys and values of the whole text.
         self.earlier: list[Tensor] = []
-        self.head_ready: Ready | None = None  # slots made together with main's token
+        self.head_settled: Settled | None = None  # slots made together with main's token
 
     def run_pass(self) -> tuple[Block, bool]:
         """One pass of all running rows: what it added, and whether any row goes on."""
         running = self.running
         hidden, taps = self.read()
-        self.head_ready = None
+        self.head_settled = None
         verdict = self.main_tokens(hidden, taps)
         prefix, drafts = verdict.num_accepted, running.drafts
         ended = running.enter_phases(drafts, prefix)
@@ -223,33 +223,31 @@ class PassLoop:
         def texts(num_drafts: int) -> Texts:
             return running.texts(row, running.drafts, torch.full_like(at, num_drafts))
 
-        if not width and not self.draws.always_judges:
+        if not width and not self.samples.always_verifies:
             rows = self.anchor_rows(hidden[row, at], taps, at)
-            ready = self.draws.ready(rows, self.main_weight, running.rows, position)
+            settled = self.samples.settle(rows, self.main_output, running.rows, position)
             if rows.shape[1] > 1:
-                self.head_ready = ready.part(slice(None), slice(1, None))
-            first = self.draws.draw(ready.part(slice(None), slice(1)), lambda: texts(0))
+                self.head_settled = settled.part(slice(None), slice(1, None))
+            first = self.samples.sample(settled.part(slice(None), slice(1)), lambda: texts(0))
             return Verdict(torch.zeros_like(at), first.tokens[:, 0], first.logprobs)
         columns = at[:, None] + torch.arange(width + 1, device=hidden.device)
-        return self.draws.judge(
+        return self.samples.verify(
             hidden[row[:, None], columns.clamp(max=hidden.shape[1] - 1)],
-            self.main_weight,
             running.drafts,
             running.num_drafts,
             running.draft_source,
-            self.head_weight,
             running.rows,
             position,
             texts,
         )
 
     def anchor_rows(self, hidden: Tensor, taps: list[Tensor], at: Tensor) -> Tensor:
-        """Rows that main's output matrix is asked about at the anchors `at` [R]: hidden [R, D].
+        """Rows that go through main's output layer at the anchors `at` [R]: hidden [R, D].
 
         Main's own [R, 1, D]. The slots of a parallel head do not wait for main's token: where all
-        rows use them and the output matrix is shared, one read of it serves both, [R, 1 + K, D].
+        rows use them and the output layer is shared, one read of it serves both, [R, 1 + K, D].
         """
-        shared = self.head_weight is self.main_weight and not self.model.mtp_head.sequential
+        shared = self.head_output is self.main_output and not self.model.mtp_head.sequential
         if not (shared and self.running.all_use_head):
             return hidden[:, None]
         message, recalled = self.heard(taps, at)
@@ -294,7 +292,7 @@ class PassLoop:
                 end = 1 + written.tokens.shape[1]
                 block[chosen, 1:end], logprobs[chosen, 1:end] = written.tokens, written.logprobs
                 num_sure[chosen] = length_of_prefix(written.likeliest >= sure)
-                if self.draws.keeps_source:
+                if self.samples.keeps_source:
                     shape = (len(token), *written.source.shape[1:])
                     running.draft_source = written.source.new_zeros(shape)
                     running.draft_source[chosen] = written.source
@@ -325,33 +323,33 @@ class PassLoop:
         running = self.running
         head, width = self.model.mtp_head, self.tables.num_head_slots
         rows, position = running.rows[chosen], running.known()[chosen] + prefix + 1
-        ready = None
-        if self.head_ready is not None:
-            ready = self.head_ready.part(chosen, slice(None))
+        settled = None
+        if self.head_settled is not None:
+            settled = self.head_settled.part(chosen, slice(None))
         else:
             # Of all rows: to choose among them would copy what the head remembers.
             message, recalled = self.heard(taps, at)
             message, recalled = message[chosen], None if recalled is None else recalled[chosen]
             if not head.sequential:
                 states = head(message, None, recalled)[:, :width]
-                ready = self.draws.ready(states, self.head_weight, rows, position)
+                settled = self.samples.settle(states, self.head_output, rows, position)
         said, state, drawn = token[:, None], None, []
 
         def texts() -> Texts:
             behind = splice(prefix, running.drafts[chosen], said)
             return running.texts(chosen, behind, prefix + said.shape[1])
 
-        if ready is not None and self.draws.process is None:
-            return self.draws.draw(ready, texts)
+        if settled is not None and self.samples.process is None:
+            return self.samples.sample(settled, texts)
         going = torch.ones_like(token, dtype=torch.bool)
         for slot in range(width):
-            if ready is None:
+            if settled is None:
                 embeds = self.model.head_embed(said[:, -1:])
                 hidden, state = head.step(message, embeds, recalled, slot, state)
-                one = self.draws.ready(hidden, self.head_weight, rows, position + slot)
+                one = self.samples.settle(hidden, self.head_output, rows, position + slot)
             else:
-                one = ready.part(slice(None), slice(slot, slot + 1))
-            drawn.append(self.draws.draw(one, texts))
+                one = settled.part(slice(None), slice(slot, slot + 1))
+            drawn.append(self.samples.sample(one, texts))
             if self.tables.has_thresholds:
                 going = going & (drawn[-1].likeliest >= sure)[:, 0]
                 if not bool(going.any()):

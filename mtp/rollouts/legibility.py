@@ -12,7 +12,6 @@ import torch
 from mtp_kernels import linear_logprob
 from torch import Tensor
 
-from ..modeling.matrices import plain_matrix
 from ..modeling.records import pad
 from ..tasks.base import Task
 from .prompt_format import TextFormat
@@ -38,7 +37,6 @@ def thought_nats(batch: Rollouts, text: TextFormat, reference: Any) -> ThoughtNa
     """-log p of every token of the thoughts, their closing delimiters included."""
     found = []
     device = next(reference.parameters()).device
-    weight = plain_matrix(reference.get_output_embeddings(), "the reference's output layer")
     for first in range(0, len(batch.prompts), ROWS_AT_ONCE):
         chosen = range(first, min(first + ROWS_AT_ONCE, len(batch.prompts)))
         thoughts = [text.thought_of(batch.out.completion(r)) for r in chosen]
@@ -50,9 +48,12 @@ def thought_nats(batch: Rollouts, text: TextFormat, reference: Any) -> ThoughtNa
         rows = scored.flatten().nonzero()[:, 0]
         if not len(rows):
             continue
-        hidden = reference.score(tokens.to(device)).main_hidden.flatten(0, 1)[rows.to(device)]
+        replayed = reference.replay(tokens.to(device))
+        hidden = replayed.main_hidden.flatten(0, 1)[rows.to(device)]
         targets = tokens.flatten()[rows + 1].to(device)
-        nats = -linear_logprob(hidden, weight, targets).logprob.float().cpu()
+        output = replayed.main_output
+        stats = linear_logprob(output.rows(hidden), output.weight, targets, **output.options)
+        nats = -stats.logprob.float().cpu()
         row, position = rows // tokens.shape[1], rows % tokens.shape[1]
         slots = batch.out.slots[first + row, position + 1 - starts[row]]
         found.append(ThoughtNats(nats, torch.tensor(batch.owners)[first + row], slots))

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 
-from ..modeling.matrices import plain_matrix
 from ..modeling.sampler import Sampler
 from .batch import RolloutBatch, TextBatch
 from .objectives import ObjectiveConfig, ReferenceRows, StreamInputs, scores_head
-from .objectives.scored import score_batch
+from .objectives.scored import replay_batch
 from .runtime import over_processes
 
 
@@ -84,9 +83,8 @@ def update(
         with fabric.no_backward_sync(model, enabled=not is_last):
             rows = None
             with fabric.autocast():
-                scored = score_batch(
+                scored = replay_batch(
                     model,
-                    parts,
                     batch,
                     channel_gradient=channel_gradient,
                     use_head=scores_head(streams.values()),
@@ -95,11 +93,9 @@ def update(
                 )
                 if reference is not None and any(s.needs_reference for s in streams.values()):
                     with torch.no_grad():
-                        hidden = reference.score(batch.tokens).main_hidden.flatten(0, 1)
-                    weight = plain_matrix(
-                        reference.get_output_embeddings(), "the reference's output layer"
-                    )
-                    rows = ReferenceRows(hidden, weight)
+                        replayed = reference.replay(batch.tokens)
+                    hidden = replayed.main_hidden.flatten(0, 1)
+                    rows = ReferenceRows(hidden, replayed.main_output)
                 inputs = StreamInputs(scored, batch, sampler or Sampler(), rows)
                 terms = objective.terms(inputs, in_rl)
             loss = torch.stack(

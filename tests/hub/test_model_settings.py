@@ -195,7 +195,7 @@ def test_a_new_parallel_head_begins_as_main_whatever_its_norm_does(scale):
     out = model.mtp_head.out_proj.weight
     assert torch.allclose(out, expected * torch.eye(32), rtol=1e-4)
     tokens = torch.tensor([[5, 6, 7, 8]])
-    rows = model.score(tokens, torch.arange(4), torch.zeros(4, 3, dtype=torch.int64))
+    rows = model.replay(tokens, torch.arange(4), torch.zeros(4, 3, dtype=torch.int64))
     main, head = rows.main_hidden[0], rows.head_hidden
     assert head is not None
     cosine = torch.nn.functional.cosine_similarity(head, main[:, None], dim=-1)

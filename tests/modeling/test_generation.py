@@ -32,11 +32,11 @@ def test_slow_mode_is_transformers_generate(family, attention, plan):
 
 def plain_block(model, context, plan, phase):
     """One greedy block by the definition: no cache, one row, the head recomputed at every slot."""
-    hidden, taps = model.main_rows(torch.tensor([context]))
+    hidden, taps = model.main_hidden(torch.tensor([context]))
     block = [int((hidden[0, -1] @ model.lm_head.weight.T).argmax())]
     for slot in range(model.num_slots - 1):
         rows = head_rows(model, taps, block)
-        block.append(int((rows[slot] @ model.head_output_weight().T).argmax()))
+        block.append(int((model.output_layers()[1].logits(rows[slot])).argmax()))
     kept = []
     for token in block[: plan.keep[phase]]:
         kept.append(token)

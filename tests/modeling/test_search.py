@@ -14,7 +14,7 @@ from mtp.modeling.records import FORCED, pad
 from mtp.modeling.sampler import Sampler
 from mtp.modeling.search import choose, decoded, search
 from mtp.training.collate import collate_rollouts
-from mtp.training.objectives.scored import score_batch
+from mtp.training.objectives.scored import replay_batch
 
 RAGGED = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [4, 4]]
 METHODS = {
@@ -64,7 +64,7 @@ def test_every_text_has_the_log_probabilities_of_a_replay(method, mode, head, pl
     out = decoded(texts, PAD, torch.device("cpu"))
     rows = list(range(len(texts)))
     batch = collate_rollouts(prompts, out, torch.zeros(len(texts)), rows, 4, PAD)
-    scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+    scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
     main, head_stats = scored.main.stats(sampler), scored.head.stats(sampler)
     assert torch.allclose(main.logprob, batch.main.sampled, atol=1e-4)
     assert torch.allclose(head_stats.logprob, batch.head.sampled, atol=1e-4)
@@ -108,7 +108,7 @@ def test_without_logits_the_copies_of_a_branch_differ_and_are_scored_as_a_replay
     out = decoded(texts, PAD, torch.device("cpu"))
     rows, prompts = list(range(len(texts))), [RAGGED[branch.prompt] for branch in texts]
     batch = collate_rollouts(prompts, out, torch.zeros(len(texts)), rows, 4, PAD)
-    scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+    scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
     main, head_stats = scored.main.stats(sampler), scored.head.stats(sampler)
     assert torch.allclose(main.logprob, batch.main.sampled, atol=1e-4)
     assert torch.allclose(head_stats.logprob, batch.head.sampled, atol=1e-4)
@@ -273,7 +273,7 @@ def test_without_a_judge_the_likeliest_text_is_found(plan):
 
     best, likeliest = -math.inf, None
     for text in itertools.product([5, 6], repeat=6):
-        hidden, _ = model.main_rows(torch.tensor([[*prompt, *text]]))
+        hidden, _ = model.main_hidden(torch.tensor([[*prompt, *text]]))
         rows = sharp(None, hidden[0, 1:-1] @ model.lm_head.weight.T).log_softmax(-1)
         logprob = float(rows[range(6), list(text)].sum())
         if logprob > best:

@@ -12,7 +12,7 @@ from mtp.modeling.records import FORCED, pad
 from mtp.modeling.sampler import Sampler
 from mtp.modeling.segments import SegmentSettings, check_segments, decode_segments
 from mtp.training.collate import collate_rollouts
-from mtp.training.objectives.scored import score_batch
+from mtp.training.objectives.scored import replay_batch
 
 THINK, ANSWER, SUMMARY, CLOSE = 2, 3, 4, 5
 SETTINGS = SegmentSettings(max_segments=3, recent_tokens=3, memory_tokens=8)
@@ -90,7 +90,7 @@ def test_replay_of_segments_gives_the_samplers_log_probabilities(
     check_contexts(out, prompts, plan, options, copies)
     advantages, rows = torch.zeros(len(out.prompts)), list(range(len(out.prompts)))
     batch = collate_rollouts(out.prompts, out.out, advantages, rows, 4, PAD)
-    scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+    scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
     main, head_ = scored.main.stats(sampler).logprob, scored.head.stats(sampler).logprob
     assert torch.allclose(main, batch.main.sampled, atol=1e-4)
     assert torch.allclose(head_, batch.head.sampled, atol=1e-4)

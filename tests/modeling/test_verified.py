@@ -56,11 +56,11 @@ def reference(model, prompt, plan, limit):
     for token in prompt:
         phase = plan.opened_by.index(token) if token in plan.opened_by else phase
     while len(context) - len(prompt) < limit and context[-1] != EOS:
-        hidden, taps = model.main_rows(torch.tensor([context]))
+        hidden, taps = model.main_hidden(torch.tensor([context]))
         block = [int((hidden[0, -1] @ model.lm_head.weight.T).argmax())]
         for slot in range(model.num_slots - 1):
             rows = head_rows(model, taps, block)
-            logits = rows[slot] @ model.head_output_weight().T
+            logits = model.output_layers()[1].logits(rows[slot])
             if float(logits.softmax(-1).max()) < plan.min_probability[phase]:
                 break
             block.append(int(logits.argmax()))

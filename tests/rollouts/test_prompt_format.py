@@ -220,7 +220,7 @@ def test_an_export_with_two_chat_templates_is_known_as_one_and_replaced(tmp_path
 def test_a_batch_without_text_for_the_head_has_finite_zero_gradients(tmp_path):
     from mtp.training.objectives import ObjectiveConfig
     from mtp.training.objectives.head_ce import HeadCE
-    from mtp.training.objectives.scored import score_batch
+    from mtp.training.objectives.scored import replay_batch
 
     model, text = built(tmp_path, toy_tokenizer())
     samples = [text.example_ids(Example("2+2=", "4"))]
@@ -230,7 +230,7 @@ def test_a_batch_without_text_for_the_head_has_finite_zero_gradients(tmp_path):
         parameter.requires_grad_(False)
     for parameter in model.mtp_head.parameters():
         parameter.requires_grad_(True)
-    scored = score_batch(model, model, batch, channel_gradient=0.0, use_head=True)
+    scored = replay_batch(model, batch, channel_gradient=0.0, use_head=True)
     objective = ObjectiveConfig(head_ce=HeadCE(weight=1.0))
     total = objective.terms(StreamInputs(scored, batch))["head_ce"].total
     total.backward()

@@ -25,7 +25,7 @@ from mtp.tasks.running_sum import RunningSum
 from mtp.trainer import train
 from mtp.training.collate import collate_slow_rollouts
 from mtp.training.objectives.head_ce import HeadCE
-from mtp.training.objectives.scored import score_batch
+from mtp.training.objectives.scored import replay_batch
 from mtp.training.objectives.stream import StreamInputs
 
 PLAN = PhasePlan(keep=[4], opened_by=[None], eos_ids=[EOS])
@@ -79,7 +79,7 @@ def test_a_head_that_learns_what_main_wrote_is_accepted_more_often():
             prompts, slow, advantages, rows, PLAN, 4, PAD, num_anchors=8,
             anchor_seed=step,
         )  # fmt: skip
-        scored = score_batch(model, model, batch, channel_gradient=0.0, use_head=True)
+        scored = replay_batch(model, batch, channel_gradient=0.0, use_head=True)
         loss = objective.terms(StreamInputs(scored, batch))["head_ce"].total / len(batch.head)
         optimizer.zero_grad()
         loss.backward()
@@ -130,9 +130,9 @@ def test_a_new_head_of_mains_width_proposes_mains_own_token_in_every_slot(dtype)
     start_from_main(model)
     model = model.to(dtype)
     ids = torch.tensor([[5, 9, 14, 7, 3]])
-    rows = model.score(ids, torch.arange(5), torch.zeros(5, 3, dtype=torch.long))
-    weight = model.head_output_weight()
-    main, head = rows.main_hidden[0] @ weight.T, rows.head_hidden @ weight.T
+    rows = model.replay(ids, torch.arange(5), torch.zeros(5, 3, dtype=torch.long))
+    output = rows.head_output
+    main, head = output.logits(rows.main_hidden[0]), output.logits(rows.head_hidden)
     assert torch.equal(head.argmax(-1), main.argmax(-1)[:, None].expand(5, 3))
     size = float(head.detach().float().std() / main.detach().float().std())
     assert 0.5 < size < 2, "as sure as main is"

@@ -8,6 +8,7 @@ import torch
 from helpers import PAD, PLAN, SAMPLES, emitter, rollouts, tiny_model
 from lightning.fabric import Fabric
 
+from mtp.modeling.output_layer import OutputLayer
 from mtp.training.algorithms import PolicyTokens, clipped
 from mtp.training.collate import collate_rollouts, collate_text
 from mtp.training.objectives import ObjectiveConfig, ReferenceRows, StreamInputs
@@ -16,7 +17,7 @@ from mtp.training.objectives.head_kl import HeadKL
 from mtp.training.objectives.main_ce import MainCE
 from mtp.training.objectives.policy import Policy
 from mtp.training.objectives.reference_kl import ReferenceKL
-from mtp.training.objectives.scored import score_batch
+from mtp.training.objectives.scored import replay_batch
 from mtp.training.optimizers import OptimizerConfig, build_optimizer, split_parameters
 from mtp.training.update import update
 
@@ -39,8 +40,8 @@ def test_cross_entropy_of_rows_by_hand():
 def test_kl_of_rows_by_hand():
     rows = emitter([[0.5, 0.5], [0.1, 0.9]], [0, 0])
     other = torch.tensor([[0.1, 0.9], [0.25, 0.75]]).log()
-    forward = rows.kl(other, torch.eye(2), torch.tensor([1, 0]), reverse=False)
-    reverse = rows.kl(other, torch.eye(2), torch.tensor([1, 0]), reverse=True)
+    forward = rows.kl(other, OutputLayer(torch.eye(2)), torch.tensor([1, 0]), reverse=False)
+    reverse = rows.kl(other, OutputLayer(torch.eye(2)), torch.tensor([1, 0]), reverse=True)
     assert torch.allclose(forward, torch.tensor([0.25 * math.log(0.5) + 0.75 * math.log(1.5), 0.0]))
     expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
     assert torch.allclose(reverse, torch.tensor([expected, 0.0]), atol=1e-6)
@@ -81,8 +82,8 @@ def test_one_op_for_both_emitters_gives_what_two_give(channel_gradient):
     results = []
     for together in (True, False):
         model, batch = tiny_model(), collate_text(SAMPLES, PLAN, 4, PAD)
-        scored = score_batch(model, model, batch, channel_gradient=channel_gradient, use_head=True)
-        assert (scored.head.weight is scored.main.weight) == (channel_gradient == 1.0)
+        scored = replay_batch(model, batch, channel_gradient=channel_gradient, use_head=True)
+        assert (scored.head.output is scored.main.output) == (channel_gradient == 1.0)
         stats = (
             scored.stats()
             if together
@@ -99,7 +100,7 @@ def test_one_op_for_both_emitters_gives_what_two_give(channel_gradient):
 def test_head_slot_weights_weigh_loss_and_count():
     model = tiny_model()
     batch = collate_text(SAMPLES, PLAN, 4, PAD)
-    scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+    scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
     stream = HeadCE(weight=1.0, slot_weights=[1.0, 0.5, 0.0])
     nll = -scored.head.stats().logprob
     by_slot = [nll[batch.head.slots == slot].sum() for slot in (1, 2, 3)]
@@ -115,16 +116,16 @@ def test_head_slot_weights_weigh_loss_and_count():
 def test_head_kl_compares_with_mains_row_for_the_same_token():
     model = tiny_model()
     batch = collate_text(SAMPLES, PLAN, 4, PAD)
-    scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+    scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
     with torch.no_grad():
         teacher = model(batch.tokens).logits.log_softmax(-1).flatten(0, 1)[batch.head.positions]
-    student = (scored.head.hidden @ scored.head.weight.T).log_softmax(-1)
+    student = scored.head.output.logits(scored.head.hidden).log_softmax(-1)
     expected = torch.nn.functional.kl_div(student, teacher, log_target=True, reduction="sum")
     assert torch.allclose(
         HeadKL(weight=1).terms(StreamInputs(scored, batch))["head_kl"].total, expected
     )
     model.zero_grad()
-    scored.main.weight.grad = None
+    model.lm_head.weight.grad = None
     HeadKL(weight=1).terms(StreamInputs(scored, batch))["head_kl"].total.backward()
     assert model.mtp_head.out_proj.weight.grad.abs().sum() > 0
 
@@ -132,11 +133,11 @@ def test_head_kl_compares_with_mains_row_for_the_same_token():
 def test_the_reference_kl_is_zero_for_main_at_the_reference_and_not_for_the_head():
     model = tiny_model()
     batch = collate_text(SAMPLES, PLAN, 4, PAD)
-    scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+    scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
     hidden = scored.flat_hidden.detach()
     for reverse in (True, False):
         terms = ReferenceKL(weight=0.1, reverse=reverse).terms(
-            StreamInputs(scored, batch, reference=ReferenceRows(hidden, model.lm_head.weight))
+            StreamInputs(scored, batch, reference=ReferenceRows(hidden, model.output_layers()[0]))
         )
         assert abs(terms["reference_kl_main"].total.item()) < 1e-4
         assert terms["reference_kl_head"].total.item() > 1.0
@@ -170,7 +171,7 @@ def test_an_update_does_not_depend_on_the_size_of_micro_batches(kind):
                 collate_text(samples[at : at + size], PLAN, 4, PAD) for at in range(0, 4, size)
             ]
         wrapped = fabric.setup_module(model)
-        wrapped.mark_forward_method("score")
+        wrapped.mark_forward_method("replay")
         parts = split_parameters(model)
         optimizers = {
             part: fabric.setup_optimizers(torch.optim.SGD(parts[part].values(), lr=0.1))
@@ -194,7 +195,7 @@ def test_main_and_head_are_clipped_apart():
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())
     wrapped = fabric.setup_module(model)
-    wrapped.mark_forward_method("score")
+    wrapped.mark_forward_method("replay")
     parts = split_parameters(model)
     optimizers = {
         part: fabric.setup_optimizers(torch.optim.SGD(parts[part].values(), lr=1.0))
@@ -220,7 +221,7 @@ def test_a_policy_step_makes_rewarded_tokens_of_both_emitters_likelier():
     advantages = torch.tensor([1.0, 0.0, 0.0, 0.0])
     batch = collate_rollouts(prompts, out, advantages, [0, 1, 2, 3], 4, PAD)
     wrapped = fabric.setup_module(model)
-    wrapped.mark_forward_method("score")
+    wrapped.mark_forward_method("replay")
     parts = split_parameters(model)
     optimizers = {
         part: fabric.setup_optimizers(build_optimizer(parts[part], OptimizerConfig(lr=1e-3)))
@@ -231,7 +232,7 @@ def test_a_policy_step_makes_rewarded_tokens_of_both_emitters_likelier():
         clip_norms={"main": 1.0, "head": 1.0},
     )  # fmt: skip
     with torch.no_grad():
-        scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+        scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
     main, head = batch.main.advantages > 0, batch.head.advantages > 0
     assert main.any() and head.any()
     assert (scored.main.stats().logprob[main] - batch.main.sampled[main]).mean() > 0

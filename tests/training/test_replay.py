@@ -15,7 +15,7 @@ from mtp.modeling.records import FORCED, Decoded, pad
 from mtp.modeling.sampler import Sampler
 from mtp.training.collate import collate_rollouts
 from mtp.training.objectives.policy import Policy
-from mtp.training.objectives.scored import score_batch
+from mtp.training.objectives.scored import replay_batch
 from mtp.training.objectives.stream import StreamInputs
 
 MODELS = {
@@ -68,7 +68,7 @@ def test_replay_gives_the_samplers_log_probabilities(which, prompts, mode, sampl
     )
     rows = list(range(len(prompts)))
     batch = collate_rollouts(prompts, out, torch.arange(len(prompts)).float(), rows, 4, PAD)
-    scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+    scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
     main, head = scored.main.stats(sampler).logprob, scored.head.stats(sampler).logprob
     assert len(main) + len(head) == int((out.lengths - (out.slots == FORCED).sum(1)).sum())
     assert len(main) == int((out.slots == 0).sum())
@@ -120,7 +120,7 @@ def test_rollouts_that_say_the_same_share_a_text_and_count_apart(ratio, plan):
             batch = collate_rollouts(prompts, out, advantages, rows, 4, PAD)
             assert len(batch.tokens) == len({int(copies[row]) for row in rows})
             assert batch.num_rollouts == len(rows)
-            scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+            scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
             terms = policy.terms(StreamInputs(scored, batch))
             total = total + sum(term.weight * term.total for term in terms.values())
             counts = {name: counts[name] + n for name, n in policy.counts(batch).items()}

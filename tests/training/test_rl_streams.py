@@ -14,7 +14,7 @@ from mtp.training.objectives.head_ce import HeadCE
 from mtp.training.objectives.main_ce import MainCE
 from mtp.training.objectives.policy import Policy
 from mtp.training.objectives.reference_kl import ReferenceKL, estimate
-from mtp.training.objectives.scored import score_batch
+from mtp.training.objectives.scored import replay_batch
 from mtp.training.stage import StageConfig
 
 
@@ -80,8 +80,8 @@ def test_logits_detach_keeps_the_heads_gradient_off_the_output_matrix_and_opens_
     for detach in (False, True):
         model = tiny_model()
         batch = collate_text(SAMPLES, PLAN, 4, PAD)
-        scored = score_batch(
-            model, model, batch, channel_gradient=1.0, use_head=True, logits_detach=detach
+        scored = replay_batch(
+            model, batch, channel_gradient=1.0, use_head=True, logits_detach=detach
         )
         HeadCE(weight=1.0).terms(StreamInputs(scored, batch))["head_ce"].total.backward()
         matrix = model.lm_head.weight.grad
@@ -101,7 +101,7 @@ def test_slow_rollouts_score_main_as_sampled_and_the_head_on_what_main_wrote():
     )  # fmt: skip
     batch = collate_slow_rollouts(prompts, out, advantages, [2, 0], PLAN, 4, PAD)
     assert len(batch.main) == int(out.lengths[[2, 0]].sum())
-    scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+    scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
     assert torch.allclose(scored.main.stats().logprob, batch.main.sampled, atol=1e-4)
     # each head row carries main's log-probability of the same token of the flat text
     of_row = dict(

@@ -12,7 +12,7 @@ from .main_ce import MainCE
 from .policy import Policy
 from .preserve import Preserve
 from .reference_kl import ReferenceKL
-from .scored import Scored, score_batch
+from .scored import Scored, replay_batch
 from .stream import ReferenceRows, Stream, StreamInputs, Term
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "Stream",
     "StreamInputs",
     "Term",
-    "score_batch",
+    "replay_batch",
     "scores_head",
 ]
 

@@ -26,7 +26,7 @@ class HeadKL(Stream):
         scored = inputs.scored
         kl = scored.head.kl(
             scored.flat_hidden.detach(),
-            scored.main.weight.detach(),
+            scored.main.output.detach(),
             inputs.batch.head.positions,
             reverse=self.reverse,
         )

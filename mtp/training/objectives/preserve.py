@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from ..batch import TextBatch
-from .scored import Emitter
+from .scored import OutputRows
 from .stream import Stream, StreamInputs, Term, mean_of
 
 
@@ -37,8 +37,8 @@ class Preserve(Stream):
         scored, batch, reference = inputs.scored, inputs.batch, inputs.reference_rows()
         rows = torch.cat([batch.main.positions, batch.head.positions])
         main = scored.main
-        everywhere = Emitter(
-            scored.flat_hidden[rows], main.weight, batch.tokens.flatten()[rows + 1], main.impl
+        everywhere = OutputRows(
+            scored.flat_hidden[rows], main.output, batch.tokens.flatten()[rows + 1], main.impl
         )
-        kl = everywhere.kl(reference.hidden, reference.weight, rows, reverse=self.reverse)
+        kl = everywhere.kl(reference.hidden, reference.output, rows, reverse=self.reverse)
         return {"preserve": Term(kl.sum(), self.weight, {"preserve/kl": mean_of(kl.detach())})}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...modeling.sampler import Sampler
 from ..batch import TextBatch
-from .scored import Emitter
+from .scored import OutputRows
 from .stream import Reads, Stream, StreamInputs, Term, mean_of
 
 KINDS = ("full", "k1", "k3")
@@ -63,10 +63,10 @@ class ReferenceKL(Stream):
             ("head", scored.head, batch.head.positions, self.weight * self.head_weight),
         ):
             if self.kind == "full":
-                kl = emitter.kl(reference.hidden, reference.weight, rows, reverse=self.reverse)
+                kl = emitter.kl(reference.hidden, reference.output, rows, reverse=self.reverse)
             else:
-                other = Emitter(
-                    reference.hidden[rows], reference.weight, emitter.targets, emitter.impl
+                other = OutputRows(
+                    reference.hidden[rows], reference.output, emitter.targets, emitter.impl
                 )
                 kl = estimate(self.kind, emitter, other, inputs.sampler)
             metrics = {f"{name}/kl": mean_of(kl.detach())}
@@ -74,7 +74,7 @@ class ReferenceKL(Stream):
         return terms
 
 
-def estimate(kind: str, policy: Emitter, reference: Emitter, sampler: Sampler) -> Tensor:
+def estimate(kind: str, policy: OutputRows, reference: OutputRows, sampler: Sampler) -> Tensor:
     """[R] nats: the estimator of each token. Raises ValueError for a sampler that truncates.
 
     Such a sampler gives probability 0 to tokens that the reference would write, and the divergence

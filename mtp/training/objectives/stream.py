@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ...modeling.output_layer import OutputLayer
 from ...modeling.sampler import Sampler
 from ..batch import RolloutBatch, TextBatch
 from .scored import Scored
@@ -25,8 +26,8 @@ class ReferenceRows:
 
     hidden: Tensor
     """[B * T, D] hidden rows of its main."""
-    weight: Tensor
-    """[V, D] its output matrix."""
+    output: OutputLayer
+    """Its output layer."""
 
 
 @dataclass
