@@ -85,6 +85,7 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
     from mtp.training.objectives import ObjectiveConfig
     from mtp.training.objectives.policy import Policy
     from mtp.training.optimizers import OptimizerConfig, build_optimizer, split_parameters
+    from mtp.training.step_module import wrap
     from mtp.training.update import update
 
     config = configuration(experiment)
@@ -97,8 +98,7 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
         part: build_optimizer(parameters, settings)
         for part, parameters in split_parameters(model).items()
     }
-    wrapped = fabric.setup_module(model)
-    wrapped.mark_forward_method("replay")
+    wrapped = wrap(fabric, model)
     optimizers = {part: fabric.setup_optimizers(o) for part, o in optimizers.items()}
     stepping = 0.0
 
@@ -160,12 +160,12 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
             }
         )
     result = medians(rows[WARM_UP:]) | {"peak_bytes": peak_bytes()}
-    result["causal_seconds"] = causal_seconds(fabric, wrapped, batches, repeats)
+    result["causal_seconds"] = causal_seconds(fabric, model, batches, repeats)
     result["limit"] = speed_limit(fabric, model, num_rollouts, repeats)
     return result
 
 
-def causal_seconds(fabric: Any, wrapped: Any, batches: list[Any], repeats: int) -> float:
+def causal_seconds(fabric: Any, model: Any, batches: list[Any], repeats: int) -> float:
     """Seconds of main's forward and backward over the text, every written token scored."""
     import torch
 
@@ -174,14 +174,14 @@ def causal_seconds(fabric: Any, wrapped: Any, batches: list[Any], repeats: int) 
     def call() -> None:
         for batch in batches:
             with fabric.autocast():
-                replayed = wrapped.replay(batch.tokens)
+                replayed = model.replay(batch.tokens)
                 hidden = replayed.main_hidden.flatten(0, 1)
                 rows = torch.cat([batch.main.positions, batch.head.positions])
                 targets = batch.tokens.flatten()[rows + 1]
                 scored = OutputRows(hidden[rows], replayed.main_output, targets)
                 loss = -scored.stats().logprob.mean()
             fabric.backward(loss)
-        for parameter in wrapped.parameters():
+        for parameter in model.parameters():
             parameter.grad = None
 
     for _ in range(WARM_UP):

@@ -6,6 +6,7 @@ and teach nothing. DAPO's dynamic sampling (Yu et al. 2025) leaves such groups o
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -13,9 +14,10 @@ from .modeling.records import Decoded
 from .rollouts.advantage import informative
 from .rollouts.reward import Rewards, score
 from .rollouts.rollout import Rollouts, sample
-from .run import Run, draw
+from .run import Run, StageRun, draw
 from .training.runtime import over_processes
 from .training.stage import StageConfig
+from .training.step_module import within
 
 
 @dataclass
@@ -32,37 +34,40 @@ class Groups:
     """Spent on sampling, without judging."""
 
 
-def sample_groups(run: Run, name: str, stage: StageConfig, step: int) -> Groups:
+def sample_groups(run: Run, stage: StageRun, step: int) -> Groups:
     """Sample and judge rollouts, in rounds, and choose the groups to learn from."""
+    config = stage.config
     parts: list[Rollouts] = []
     rewards: list[Rewards] = []
     seconds = 0.0
-    share = stage.num_prompts // run.fabric.world_size
-    for number in range(stage.max_rounds):
-        examples = draw(run, stage.num_prompts)
-        purpose = (name, step, number) if number else (name, step)
+    share = config.num_prompts // run.fabric.world_size
+    for number in range(config.max_rounds):
+        examples = draw(run, config.num_prompts)
+        purpose = (stage.name, step, number) if number else (stage.name, step)
         began = time.monotonic()
-        with run.fabric.autocast():
-            part = sample(
-                run.model,
-                run.text,
-                examples,
-                run.text.plan(stage.rollout_mode),
-                run.config.decoding.sampler(),
+        part = within(
+            stage.module,
+            partial(
+                sample,
+                text=run.text,
+                examples=examples,
+                plan=run.text.plan(config.rollout_mode),
+                sampler=run.config.decoding.sampler(),
                 max_new_tokens=run.config.decoding.max_new_tokens,
-                group_size=stage.group_size,
+                group_size=config.group_size,
                 generator=run.generator(*purpose),
                 kernels=run.config.kernels,
-            )
+            ),
+        )
         seconds += time.monotonic() - began
         parts.append(part)
         judged = score(
             run.task,
             run.text,
             part,
-            stage.reward,
+            config.reward,
             max_new_tokens=run.config.decoding.max_new_tokens,
-            reference=run.reference,
+            reference=stage.reference,
         )
         rewards.append(judged)
         num_informative = sum(int(informative(r.outcomes).sum()) for r in rewards)
@@ -71,8 +76,8 @@ def sample_groups(run: Run, name: str, stage: StageConfig, step: int) -> Groups:
             break
     judged = join_rewards(rewards)
     used = list(range(len(judged.outcomes)))
-    if stage.drop_uninformative:
-        used = choose(run, stage, informative(judged.outcomes))[:share]
+    if config.drop_uninformative:
+        used = choose(run, config, informative(judged.outcomes))[:share]
     return Groups(join_rollouts(parts), judged, used, seconds)
 
 

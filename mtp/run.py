@@ -18,6 +18,7 @@ from .hub.run_folder import MARK, RunFolder, changed_settings
 from .rollouts.prompt_format import TextFormat
 from .tasks.base import Example, Task, training_index
 from .training.runtime import StopRequest
+from .training.stage import StageConfig
 
 
 @dataclass
@@ -64,8 +65,6 @@ class Run:
     stop: StopRequest
     settings: dict[str, Any]
     """What a checkpoint keeps of the config, see `start.settings_of`."""
-    reference: Any = None
-    """Frozen model that the current stage is held to; None where it is held to none."""
 
     def seed_of(self, *purpose: object) -> int:
         """Seed of one purpose: a function of the run's seed, the process and the purpose."""
@@ -86,6 +85,22 @@ class Run:
     def stage_folder(self, name: str) -> Path:
         """The model as a stage left it."""
         return self.folder / "stages" / name
+
+
+@dataclass
+class StageRun:
+    """A stage under way."""
+
+    name: str
+    """Name of the stage."""
+    config: StageConfig
+    """Its settings."""
+    module: Any
+    """The run's model as `step_module.wrap` gives it, with the stage's parameters trainable."""
+    optimizers: dict[str, Any]
+    """By emitter; an emitter that is not trained has none."""
+    reference: Any
+    """Frozen model that loss and reward compare with; None where they compare with none."""
 
 
 def draw(run: Run, number: int) -> list[Example]:

@@ -11,24 +11,26 @@ from .rollouts.advantage import GroupRewards, informative
 from .rollouts.legibility import true_step_share, unigram_drift
 from .rollouts.reward import Rewards
 from .rollouts.rollout import Rollouts
-from .run import Run, draw
+from .run import Run, StageRun, draw
 from .training.batch import RolloutBatch, TextBatch
 from .training.collate import collate_rollouts, collate_slow_rollouts, collate_text
-from .training.objectives.scored import replay_batch
+from .training.objectives.scored import RowStats, replay_batch
 from .training.stage import StageConfig
+from .training.step_module import within
 
 
 def step_batches(
-    run: Run, name: str, stage: StageConfig, step: int
+    run: Run, stage: StageRun, step: int
 ) -> tuple[list[list[TextBatch]], dict[str, Any]]:
     """The micro-batches of each optimizer step, for this process, and what sampling measured.
 
     No optimizer step at all if uninformative groups are dropped and there are no others.
     """
-    if stage.kind == "supervised":
-        batches, num_tokens = solved_batches(run, name, stage, step, stage.batch_size)
+    config = stage.config
+    if config.kind == "supervised":
+        batches, num_tokens = solved_batches(run, stage.name, config, step, config.batch_size)
         return [batches], {"num_text_tokens": num_tokens}
-    return rollout_batches(run, name, stage, step)
+    return rollout_batches(run, stage, step)
 
 
 def pieces(number: int, size: int) -> list[list[int]]:
@@ -44,9 +46,12 @@ def shares(items: list[int], number: int) -> list[list[int]]:
 
 
 def solved_batches(
-    run: Run, name: str, stage: StageConfig, step: int, number: int
+    run: Run, purpose: str, stage: StageConfig, step: int, number: int
 ) -> tuple[list[TextBatch], int]:
-    """`number` solved examples as batches, and the tokens of their text."""
+    """`number` solved examples as batches, and the tokens of their text.
+
+    purpose: what anchors are sampled for, by which their seeds differ.
+    """
     text = run.text
     samples = [s for example in draw(run, number) for s in text.example_segments(example)]
     batches = [
@@ -57,7 +62,7 @@ def solved_batches(
             text.pad_id,
             num_anchors=stage.num_anchors,
             block_anchors=stage.block_anchors,
-            anchor_seeds=[run.seed_of(name, "anchors", step, i) for i in chosen],
+            anchor_seeds=[run.seed_of(purpose, "anchors", step, i) for i in chosen],
         ).to(run.fabric.device)
         for chosen in pieces(len(samples), stage.micro_batch_size)
     ]
@@ -74,30 +79,31 @@ def advantages_of(run: Run, stage: StageConfig, rewards: Rewards) -> torch.Tenso
 
 
 def rollout_batches(
-    run: Run, name: str, stage: StageConfig, step: int
+    run: Run, stage: StageRun, step: int
 ) -> tuple[list[list[TextBatch]], dict[str, Any]]:
     """The policy's own rollouts, scored, with their advantages, as batches of each epoch over them.
 
     Solved examples of a step come before its rollouts, which reach every parameter, so that the
     last backward, in which processes reduce their gradients, does too.
     """
-    groups = sample_groups(run, name, stage, step)
-    advantages = advantages_of(run, stage, groups.rewards)
+    config = stage.config
+    groups = sample_groups(run, stage, step)
+    advantages = advantages_of(run, config, groups.rewards)
     metrics = rollout_metrics(run, groups, advantages, step)
     minibatches: list[list[TextBatch]] = []
-    parts = shares(groups.used, stage.num_minibatches) * stage.num_epochs
+    parts = shares(groups.used, config.num_minibatches) * config.num_epochs
     for number, share in enumerate(parts):
         if not share:
             continue
         solved: list[TextBatch] = []
-        if stage.num_solved:
-            purpose = f"{name}/solved/{number}"
-            solved, num_tokens = solved_batches(run, purpose, stage, step, stage.num_solved)
+        if config.num_solved:
+            purpose = f"{stage.name}/solved/{number}"
+            solved, num_tokens = solved_batches(run, purpose, config, step, config.num_solved)
             metrics["num_text_tokens"] += num_tokens
-        anchor_seed = run.seed_of(name, "anchors", step, number)
+        anchor_seed = run.seed_of(stage.name, "anchors", step, number)
         batches = [
             collate(run, stage, groups, advantages, segments, anchor_seed)
-            for segments in micro_batches(groups, share, stage.micro_batch_size)
+            for segments in micro_batches(groups, share, config.micro_batch_size)
         ]
         minibatches.append([*solved, *batches])
     return minibatches, metrics
@@ -122,7 +128,7 @@ def micro_batches(groups: Groups, share: list[int], size: int) -> list[list[int]
 
 def collate(
     run: Run,
-    stage: StageConfig,
+    stage: StageRun,
     groups: Groups,
     advantages: torch.Tensor,
     segments: list[int],
@@ -132,41 +138,53 @@ def collate(
 
     anchor_seed: samples the anchors of slow rollouts where `num_anchors` limits them.
     """
-    text, rollouts = run.text, groups.rollouts
-    given = (rollouts.prompts, rollouts.out, advantages.flatten(), segments)
-    sizes = (text.num_slots, text.pad_id, rollouts.owners)
-    if stage.rollout_mode == "slow":
+    text, config, rollouts = run.text, stage.config, groups.rollouts
+    if config.rollout_mode == "slow":
         batch = collate_slow_rollouts(
-            *given,
-            text.plan("fast"),
-            *sizes,
-            num_anchors=stage.num_anchors,
-            block_anchors=stage.block_anchors,
+            rollouts.prompts,
+            rollouts.out,
+            advantages.flatten(),
+            segments,
+            plan=text.plan("fast"),
+            num_slots=text.num_slots,
+            pad_id=text.pad_id,
+            owners=rollouts.owners,
+            num_anchors=config.num_anchors,
+            block_anchors=config.block_anchors,
             anchor_seed=anchor_seed,
         )
     else:
-        batch = collate_rollouts(*given, *sizes)
+        batch = collate_rollouts(
+            rollouts.prompts,
+            rollouts.out,
+            advantages.flatten(),
+            segments,
+            num_slots=text.num_slots,
+            pad_id=text.pad_id,
+            owners=rollouts.owners,
+        )
     batch = batch.to(run.fabric.device)
-    return replayed(run, stage, batch) if stage.recompute_old else batch
+    return replayed(run, stage, batch) if config.recompute_old else batch
 
 
-@torch.no_grad()
-def replayed(run: Run, stage: StageConfig, batch: RolloutBatch) -> RolloutBatch:
+def replayed(run: Run, stage: StageRun, batch: RolloutBatch) -> RolloutBatch:
     """The batch with the `old` of its rows under the weights as they are now."""
-    with run.fabric.autocast():
+
+    def stats(model: Any) -> dict[str, RowStats]:
         scored = replay_batch(
-            run.model,
+            model,
             batch,
-            channel_gradient=stage.channel_gradient,
-            use_head=stage.objective.uses_head,
+            channel_gradient=stage.config.channel_gradient,
+            use_head=stage.config.objective.uses_head,
             impl=run.config.kernels,
         )
-    sampler = run.config.decoding.sampler()
-    stats = scored.stats(sampler)
+        return scored.stats(run.config.decoding.sampler())
+
+    old = within(stage.module, stats)
     return replace(
         batch,
-        main=replace(batch.main, old=stats["main"].logprob),
-        head=replace(batch.head, old=stats["head"].logprob),
+        main=replace(batch.main, old=old["main"].logprob),
+        head=replace(batch.head, old=old["head"].logprob),
     )
 
 

@@ -34,13 +34,14 @@ from .reports.logger import MetricsLog, read_records
 from .reports.progress import StageProgress, make_console
 from .reports.tables import completions_rows, print_completions, print_table
 from .rollouts.rollout import Rollouts
-from .run import Progress, Run, read_start, settings_of, write_start
+from .run import Progress, Run, StageRun, read_start, settings_of, write_start
 from .steps import step_batches
 from .tasks.base import Task, check_disjoint, training_index
 from .training.examples import checked_task
 from .training.optimizers import build_optimizer, set_lr, split_parameters
 from .training.runtime import StopRequest, on_first_process, over_processes
 from .training.stage import StageConfig
+from .training.step_module import within, wrap
 from .training.update import update
 
 DRY_STEPS = 3
@@ -220,76 +221,81 @@ def estimate(full_steps: dict[str, int], summary: dict[str, Any], log: Path) -> 
 
 
 def run_stage(
-    run: Run, name: str, stage: StageConfig, optimizer_states: dict[str, Any] | None
+    run: Run, name: str, config: StageConfig, optimizer_states: dict[str, Any] | None
 ) -> None:
-    """Take the steps of a stage that are left, evaluate it and save its model."""
-    if not run.progress.is_trained:
-        train_stage(run, name, stage, optimizer_states)
-        run.progress.is_trained = True
-        save_run(run, {})
-    end_stage(run, name)
-
-
-def train_stage(
-    run: Run, name: str, stage: StageConfig, optimizer_states: dict[str, Any] | None
-) -> None:
-    """Train one stage from where it stands.
+    """Take the steps of a stage that are left, evaluate it and save its model.
 
     optimizer_states: those of a checkpoint within the stage, by emitter; else empty or None.
     """
-    config, progress, fabric = run.config, run.progress, run.fabric
-    model = run.model
-    parameters = split_parameters(model)
-    trained = {"main": stage.train_main, "head": stage.train_head}
+    stage = begin_stage(run, name, config, optimizer_states or {})
+    if not run.progress.is_trained:
+        train_stage(run, stage)
+        run.progress.is_trained = True
+        save_run(run, {})
+    end_stage(run, stage)
+
+
+def begin_stage(
+    run: Run, name: str, config: StageConfig, optimizer_states: dict[str, Any]
+) -> StageRun:
+    """Make the stage's parameters trainable, wrap the model and build what trains it."""
+    parameters = split_parameters(run.model)
+    trained = {"main": config.train_main, "head": config.train_head}
     for part, is_trained in trained.items():
         for parameter in parameters[part].values():
             parameter.requires_grad_(is_trained)
-    if stage.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    if config.gradient_checkpointing:
+        run.model.activation_checkpointing_enable({"use_reentrant": False})
     else:
-        model.activation_checkpointing_disable()
-    settings = {"main": stage.main, "head": stage.head}
-    optimizers: dict[str, Any] = {
+        run.model.activation_checkpointing_disable()
+    settings = {"main": config.main, "head": config.head}
+    built = {
         part: build_optimizer(parameters[part], settings[part])
         for part, is_trained in trained.items()
         if is_trained
     }
-    wrapped = fabric.setup_module(model)
-    wrapped.mark_forward_method("replay")
-    optimizers = {part: fabric.setup_optimizers(o) for part, o in optimizers.items()}
-    for part, optimizer_state in (optimizer_states or {}).items():
+    module = wrap(run.fabric, run.model)
+    optimizers: dict[str, Any] = {part: run.fabric.setup_optimizers(o) for part, o in built.items()}
+    for part, optimizer_state in optimizer_states.items():
         optimizers[part].load_state_dict(optimizer_state)
-    run.reference = frozen_for_stage(run, name)
-    wrapped.train()
+    reference = None if run.progress.is_trained else frozen_for_stage(run, name)
+    return StageRun(name, config, module, optimizers, reference)
+
+
+def train_stage(run: Run, stage: StageRun) -> None:
+    """Train one stage from where it stands."""
+    config, progress, name = stage.config, run.progress, stage.name
+    settings = {"main": config.main, "head": config.head}
+    run.model.train()
     began = saved = time.monotonic()
     done_before = progress.stage_seconds
     first_step = progress.step
-    with StageProgress(name, stage.steps, progress.step, run.console) as bar:
-        for step in range(progress.step, stage.steps):
+    with StageProgress(name, config.steps, progress.step, run.console) as bar:
+        for step in range(progress.step, config.steps):
             if has_learned(run, stage):
                 run.console.print(
-                    f"{name}: fast accuracy reached {stage.stop_accuracy:g}, step {step}"
+                    f"{name}: fast accuracy reached {config.stop_accuracy:g}, step {step}"
                 )
                 break
-            for part, optimizer in optimizers.items():
-                set_lr(optimizer, settings[part].lr_at(step, stage.steps))
+            for part, optimizer in stage.optimizers.items():
+                set_lr(optimizer, settings[part].lr_at(step, config.steps))
             step_began = time.monotonic()
             run.seed_globals(name, "globals", step)
-            minibatches, metrics = step_batches(run, name, stage, step)
+            minibatches, metrics = step_batches(run, stage, step)
             updates = [
                 update(
-                    fabric,
-                    wrapped,
-                    optimizers,
+                    run.fabric,
+                    stage.module,
+                    stage.optimizers,
                     batches,
-                    stage.objective,
-                    clip_norms={part: settings[part].clip_norm for part in optimizers},
-                    channel_gradient=stage.channel_gradient_at(step),
-                    logits_detach=stage.logits_detach,
-                    sampler=config.decoding.sampler() if stage.kind == "rl" else None,
-                    reference=run.reference,
+                    config.objective,
+                    clip_norms={part: settings[part].clip_norm for part in stage.optimizers},
+                    channel_gradient=config.channel_gradient_at(step),
+                    logits_detach=config.logits_detach,
+                    sampler=run.config.decoding.sampler() if config.kind == "rl" else None,
+                    reference=stage.reference,
                     check_gradients=step == first_step,
-                    impl=config.kernels,
+                    impl=run.config.kernels,
                 )
                 for batches in minibatches
             ]
@@ -298,22 +304,22 @@ def train_stage(
             metrics["tokens_per_second"] = metrics.pop("num_text_tokens") / metrics["step_time"]
             progress.step, progress.global_step = step + 1, progress.global_step + 1
             progress.stage_seconds = done_before + time.monotonic() - began
-            is_last = step + 1 == stage.steps
-            if is_last or (step + 1) % config.logger.log_every == 0:
+            is_last = step + 1 == config.steps
+            if is_last or (step + 1) % run.config.logger.log_every == 0:
                 run.log.write(name, step + 1, progress.global_step, metrics)
             is_best = False
-            if stage.evaluate_every and (step + 1) % stage.evaluate_every == 0 and not is_last:
-                is_best = interim_evaluation(run, name)
+            if config.evaluate_every and (step + 1) % config.evaluate_every == 0 and not is_last:
+                is_best = interim_evaluation(run, stage)
             bar.step(step + 1, headline(metrics, progress.points, name))
             progress.stage_seconds = done_before + time.monotonic() - began
-            is_due = time.monotonic() - saved > 60 * config.checkpoint_minutes
+            is_due = time.monotonic() - saved > 60 * run.config.checkpoint_minutes
             asked = stop_signal(run)
             if asked is not None or is_best or (is_due and not is_last):
-                save_run(run, optimizers, is_best)
+                save_run(run, stage.optimizers, is_best)
                 saved = time.monotonic()
             if asked is not None:
                 raise interrupted(
-                    run, f"in stage {name} after step {step + 1} of {stage.steps}", asked
+                    run, f"in stage {name} after step {step + 1} of {config.steps}", asked
                 )
     progress.stage_seconds = done_before + time.monotonic() - began
 
@@ -349,27 +355,31 @@ def interrupted(run: Run, where: str, number: int) -> Interrupted:
     )
 
 
-def has_learned(run: Run, stage: StageConfig) -> bool:
+def has_learned(run: Run, stage: StageRun) -> bool:
     """Whether a stage may end before its last step, see `StageConfig.stop_accuracy`."""
     progress, config = run.progress, run.config
-    if not (stage.stop_accuracy and progress.step) or progress.step % stage.stop_every:
+    limit = stage.config.stop_accuracy
+    if not (limit and progress.step) or progress.step % stage.config.stop_every:
         return False
     size = run.task.size("train")
     places = range(progress.position, progress.position + config.evaluation.num_interim_problems)
     examples = [
         run.task.example("train", training_index(place, size, config.seed)) for place in places
     ]
-    with run.fabric.autocast():
-        reached = fast_accuracy(
-            run.model,
+    reached = within(
+        stage.module,
+        lambda model: fast_accuracy(
+            model,
             run.text,
             examples,
             run.task,
             config.decoding,
             config.evaluation.batch_size,
             config.kernels,
-        )
-    return (reached or 0.0) >= stage.stop_accuracy
+        ),
+    )
+    # All processes stop together, whatever the rounding of each.
+    return over_processes(run.fabric, {"reached": reached or 0.0}, "max")["reached"] >= limit
 
 
 def heard(run: Run) -> bool:
@@ -380,14 +390,15 @@ def heard(run: Run) -> bool:
     return any(stage.train_head for stage in stages)
 
 
-def interim_evaluation(run: Run, name: str) -> bool:
+def interim_evaluation(run: Run, stage: StageRun) -> bool:
     """A small evaluation within a stage, for the log and the curves.
 
     Returns True if its accuracy, in fast mode if the head is trained, is the stage's best so far.
     """
-    with run.fabric.autocast():
-        figures, shown = evaluate(
-            run.model,
+    figures, shown = within(
+        stage.module,
+        lambda model: evaluate(
+            model,
             run.text,
             run.task,
             run.config.decoding,
@@ -397,9 +408,10 @@ def interim_evaluation(run: Run, name: str) -> bool:
             controls=False,
             verified=run.config.evaluation.verified,
             kernels=run.config.kernels,
-        )
-    record(run, name, figures)
-    log_completions(run, name, shown)
+        ),
+    )
+    record(run, stage.name, figures)
+    log_completions(run, stage.name, shown)
     reached = figures["slow_accuracy" if figures["fast_accuracy"] is None else "fast_accuracy"]
     if reached is None or reached <= run.progress.best_accuracy:
         return False
@@ -427,27 +439,30 @@ def record(run: Run, name: str, figures: dict[str, Any]) -> None:
     run.log.write(name, progress.step, progress.global_step, tagged)
 
 
-def end_stage(run: Run, name: str) -> None:
+def end_stage(run: Run, stage: StageRun) -> None:
     """Evaluate on all held-out problems, save the model, note the summary."""
-    config, progress = run.config, run.progress
+    config, progress, name = run.config, run.progress, stage.name
     if run.fabric.is_global_zero:
         save_atomically(
             run.stage_folder(name), lambda folder: save_model(run.model, run.text, folder)
         )
     run.fabric.barrier()
-    with run.fabric.autocast():
-        figures, shown = evaluate(
-            run.model,
+    reference = frozen_for_evaluation(run)
+    figures, shown = within(
+        stage.module,
+        lambda model: evaluate(
+            model,
             run.text,
             run.task,
             config.decoding,
             num_problems=config.evaluation.num_problems,
             batch_size=config.evaluation.batch_size,
             use_head=heard(run),
-            reference=frozen_for_evaluation(run),
+            reference=reference,
             verified=config.evaluation.verified,
             kernels=config.kernels,
-        )
+        ),
+    )
     record(run, name, figures)
     in_loss = reference_in_loss(config, name)
     progress.summaries.append(

@@ -59,10 +59,10 @@ def test_a_resumed_run_gives_the_very_same_numbers(whole_run, tmp_path, monkeypa
     folder, summary = whole_run
     original = trainer.step_batches
 
-    def stop_after_two_steps(run, name, config, step):
-        if name == stage and step == 1:
+    def stop_after_two_steps(run, stage_run, step):
+        if stage_run.name == stage and step == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(run, name, config, step)
+        return original(run, stage_run, step)
 
     monkeypatch.setattr(trainer, "step_batches", stop_after_two_steps)
     with pytest.raises(Interrupted, match=f"stage {stage} after step 2 of 4; use resume=true"):

@@ -15,9 +15,9 @@ from lightning.fabric import Fabric
 
 from ..modeling.sampler import Sampler
 from .batch import RolloutBatch, TextBatch
-from .objectives import ObjectiveConfig, ReferenceRows, StreamInputs, scores_head
-from .objectives.scored import replay_batch
+from .objectives import ObjectiveConfig
 from .runtime import over_processes
+from .step_module import Sealed, Step
 
 
 def global_counts(
@@ -33,7 +33,7 @@ def global_counts(
 
 def update(
     fabric: Fabric,
-    model: Any,
+    module: Any,
     optimizers: Mapping[str, Any],
     batches: list[TextBatch],
     objective: ObjectiveConfig,
@@ -50,7 +50,7 @@ def update(
 
     Args:
         fabric: runs backward, clipping and reduction.
-        model: the model as wrapped by `fabric`.
+        module: the model as `step_module.wrap` gives it.
         optimizers: by emitter, `main` and `head`; an absent emitter is not trained.
         batches: micro-batches of this process, in their own sizes. If one is of rollouts, this is
             an RL step, and the others are solved examples for the supervised streams.
@@ -66,7 +66,6 @@ def update(
     Raises:
         ValueError: if the gradient is not finite, or missing where it was to be checked.
     """
-    parts = model.module
     in_rl = any(isinstance(batch, RolloutBatch) for batch in batches)
     counts = global_counts(fabric, objective, batches, in_rl)
     sums: dict[str, float] = {}
@@ -79,31 +78,22 @@ def update(
 
     for index, batch in enumerate(batches):
         is_last = index == len(batches) - 1
-        streams = objective.streams(batch, in_rl)
-        with fabric.no_backward_sync(model, enabled=not is_last):
-            rows = None
-            with fabric.autocast():
-                scored = replay_batch(
-                    model,
-                    batch,
-                    channel_gradient=channel_gradient,
-                    use_head=scores_head(streams.values()),
-                    logits_detach=logits_detach,
-                    impl=impl,
-                )
-                if reference is not None and any(s.needs_reference for s in streams.values()):
-                    with torch.no_grad():
-                        replayed = reference.replay(batch.tokens)
-                    hidden = replayed.main_hidden.flatten(0, 1)
-                    rows = ReferenceRows(hidden, replayed.main_output)
-                inputs = StreamInputs(scored, batch, sampler or Sampler(), rows)
-                terms = objective.terms(inputs, in_rl)
-            loss = torch.stack(
-                [t.weight * t.total / max(counts[n], 1.0) for n, t in terms.items()]
-            ).sum()
+        step = Step(
+            batch,
+            objective,
+            counts,
+            in_rl=in_rl,
+            channel_gradient=channel_gradient,
+            logits_detach=logits_detach,
+            sampler=sampler or Sampler(),
+            reference=reference,
+            impl=impl,
+        )
+        with fabric.no_backward_sync(module, enabled=not is_last):
+            loss, terms = module(Sealed(step))
             fabric.backward(loss * fabric.world_size)
-        for name, term in terms.items():
-            add(f"loss/{name}", float(term.total.detach()), 0.0)
+        for name, term in terms.content.items():
+            add(f"loss/{name}", float(term.total), 0.0)
             for metric, (value, count) in term.metrics.items():
                 add(metric, float(value), count)
             for metric, value in term.maxima.items():
@@ -117,7 +107,7 @@ def update(
     metrics |= {f"loss/{n}": sums[f"loss/{n}"] / max(c, 1.0) for n, c in counts.items()}
     metrics |= {f"num_tokens/{n}": c for n, c in counts.items()}
     if check_gradients:
-        for name, parameter in parts.named_parameters():
+        for name, parameter in module.module.model.named_parameters():
             if parameter.requires_grad and parameter.grad is None:
                 raise ValueError(
                     f"parameter {name} is trained but got no gradient; freeze its part "
@@ -125,7 +115,7 @@ def update(
                 )
     for name, optimizer in optimizers.items():
         norm = fabric.clip_gradients(
-            model, optimizer, max_norm=clip_norms[name], error_if_nonfinite=False
+            module, optimizer, max_norm=clip_norms[name], error_if_nonfinite=False
         )
         metrics[f"{name}/grad_norm"] = float(torch.as_tensor(norm))
         if not math.isfinite(metrics[f"{name}/grad_norm"]):

@@ -19,6 +19,7 @@ from mtp.training.objectives.policy import Policy
 from mtp.training.objectives.reference_kl import ReferenceKL
 from mtp.training.objectives.scored import replay_batch
 from mtp.training.optimizers import OptimizerConfig, build_optimizer, split_parameters
+from mtp.training.step_module import wrap
 from mtp.training.update import update
 
 
@@ -170,8 +171,7 @@ def test_an_update_does_not_depend_on_the_size_of_micro_batches(kind):
             batches = [
                 collate_text(samples[at : at + size], PLAN, 4, PAD) for at in range(0, 4, size)
             ]
-        wrapped = fabric.setup_module(model)
-        wrapped.mark_forward_method("replay")
+        wrapped = wrap(fabric, model)
         parts = split_parameters(model)
         optimizers = {
             part: fabric.setup_optimizers(torch.optim.SGD(parts[part].values(), lr=0.1))
@@ -194,8 +194,7 @@ def test_main_and_head_are_clipped_apart():
     fabric = Fabric(accelerator="cpu", devices=1)
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())
-    wrapped = fabric.setup_module(model)
-    wrapped.mark_forward_method("replay")
+    wrapped = wrap(fabric, model)
     parts = split_parameters(model)
     optimizers = {
         part: fabric.setup_optimizers(torch.optim.SGD(parts[part].values(), lr=1.0))
@@ -220,8 +219,7 @@ def test_a_policy_step_makes_rewarded_tokens_of_both_emitters_likelier():
     prompts, out, _ = rollouts(model)
     advantages = torch.tensor([1.0, 0.0, 0.0, 0.0])
     batch = collate_rollouts(prompts, out, advantages, [0, 1, 2, 3], 4, PAD)
-    wrapped = fabric.setup_module(model)
-    wrapped.mark_forward_method("replay")
+    wrapped = wrap(fabric, model)
     parts = split_parameters(model)
     optimizers = {
         part: fabric.setup_optimizers(build_optimizer(parts[part], OptimizerConfig(lr=1e-3)))
