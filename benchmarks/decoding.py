@@ -269,7 +269,7 @@ def measure(
 
     def behind_prompt(name: str, mode: str) -> float:
         # The prompt's own pass has written tokens too: a block in fast mode, else one.
-        written = (new - model.num_slots if mode.startswith("fast") else new - 1) / (new - 1)
+        written = (new - model.block_size if mode.startswith("fast") else new - 1) / (new - 1)
         parts = zip(seconds["prompt"], seconds["generate"], seconds[name], strict=True)
         return written * statistics.median((them - own) / (us - own) for own, them, us in parts)
 
@@ -287,7 +287,7 @@ def measure(
                 head,
                 batch,
                 length,
-                model.num_slots - 1,
+                model.block_size - 1,
                 batch * new / statistics.median(seconds[name]),
                 sum(int(o.lengths.sum()) for o in out) / sum(int(o.passes.sum()) for o in out),
                 statistics.median(ratios(name)),
@@ -297,7 +297,7 @@ def measure(
                 None if share is None else share == 1,
                 share,
                 margin,
-                acceptance_by_slot(out, model.num_slots - 1) if mode == "verified" else None,
+                acceptance_by_slot(out, model.block_size - 1) if mode == "verified" else None,
             )
         )
     rows = [
@@ -349,7 +349,7 @@ def decoder(
 
     def run(ids: Tensor, new: int) -> Decoded:
         put()
-        keep = 1 if mode == "slow" else model.num_slots
+        keep = 1 if mode == "slow" else model.block_size
         return decode(
             model,
             ids,
@@ -433,7 +433,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     hf_logging.set_verbosity_error()
     model, tokenizer, heads = load_main(options)
-    options.k = model.num_slots - 1
+    options.k = model.block_size - 1
     model.generation_config.update(eos_token_id=None, pad_token_id=0)
     everything: dict[str, list[Any]] = {"results": [], "baselines": []}
     for batch in options.batch:

@@ -58,7 +58,7 @@ def solved_batches(
         collate_text(
             [samples[i] for i in chosen],
             text.plan("fast"),
-            text.num_slots,
+            text.block_size,
             text.pad_id,
             num_anchors=stage.num_anchors,
             block_anchors=stage.block_anchors,
@@ -140,7 +140,7 @@ def collate(
     """
     text, rollouts = run.text, groups.rollouts
     given = (rollouts.prompts, rollouts.out, advantages.flatten(), segments)
-    sizes = (text.num_slots, text.pad_id, rollouts.owners)
+    sizes = (text.block_size, text.pad_id, rollouts.owners)
     if stage.rollout_mode == "slow":
         batch = collate_slow_rollouts(
             *given,

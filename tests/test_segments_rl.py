@@ -18,7 +18,7 @@ from mtp.modeling.sampler import Sampler
 from mtp.modeling.segments import SegmentSettings
 from mtp.reports.tables import completions_rows
 from mtp.rollouts.legibility import mean_nats_of_rollouts, thought_nats, true_step_share
-from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.rollouts.reward import RewardConfig, score
 from mtp.rollouts.rollout import DecodingConfig, Rollouts, sample
 from mtp.steps import micro_batches, segment_metrics
@@ -42,7 +42,7 @@ TASK = RunningSumConfig().build()
 def make_text(alphabet="1=;", phases=PHASES, segments=SEGMENTS):
     """By default a tokenizer of the 23 tokens that `tiny_model` knows."""
     tokenizer = character_tokenizer(alphabet + ALPHABET, MARKS)
-    return TextFormat(tokenizer, phases, 4, segments=segments)
+    return PromptFormat(tokenizer, phases, 4, segments=segments)
 
 
 TEXT = make_text()
@@ -312,7 +312,7 @@ def test_generate_segments_refuses_what_cannot_be_done_before_any_pass(monkeypat
 def test_texts_that_cannot_have_a_memory_are_refused():
     tokenizer = character_tokenizer("0123456789", MARKS)
     with pytest.raises(ValueError, match=r"knows the characters of memory commands, but not \['w'"):
-        TextFormat(tokenizer, PHASES, 4, segments=SEGMENTS)
+        PromptFormat(tokenizer, PHASES, 4, segments=SEGMENTS)
     decoding = DecodingConfig(phases=PHASES, segments=SEGMENTS, max_new_tokens=8)
     with pytest.raises(ValueError, match="decoding.max_new_tokens must be at least 9.* got 8"):
         decoding.sampler()

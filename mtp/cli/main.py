@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from ..config import RunConfig
     from ..modeling.branches import SearchConfig
-    from ..rollouts.prompt_format import TextFormat
+    from ..rollouts.prompt_format import PromptFormat
 
 DEFAULT_MAX_NEW_TOKENS = 256
 """Where neither the command line nor the folder says."""
@@ -67,7 +67,7 @@ class Opened:
         names = list(self.config.active_stages())
         return names[: names.index(self.stage) + 1]
 
-    def load(self, device: str) -> tuple[Any, "TextFormat"]:
+    def load(self, device: str) -> tuple[Any, "PromptFormat"]:
         """The model on a device, ready to decode, and its text format."""
         from ..hub.build import load_model
 
@@ -137,7 +137,7 @@ class Writer:
 
     console: "Console"
     model: Any
-    text: "TextFormat"
+    text: "PromptFormat"
     mode: str
     write: "Callable[[list[int], str], list[int]]"
     """(prompt ids, mode) -> completion ids, shown as they come."""

@@ -14,7 +14,7 @@ from ..modeling.phases import MODES, PhasePlan
 from ..modeling.records import FORCED, Block
 from ..modeling.sampler import Sampler
 from ..modeling.segments import decode_segments
-from ..rollouts.prompt_format import TextFormat
+from ..rollouts.prompt_format import PromptFormat
 
 STYLES = {
     "main": "not dim bold yellow",
@@ -119,7 +119,7 @@ class LiveText:
 def write_live(
     console: Console,
     model: Any,
-    text: TextFormat,
+    fmt: PromptFormat,
     prompt: list[int],
     plan: PhasePlan,
     sampler: Sampler,
@@ -129,7 +129,7 @@ def write_live(
     generator: torch.Generator,
 ) -> list[int]:
     """Complete one prompt on the screen; returns ids of the completion, or of its last segment."""
-    live = LiveText(console, text.tokenizer)
+    live = LiveText(console, fmt.tokenizer)
     device = next(model.parameters()).device
     out = decode_segments(
         model,
@@ -137,10 +137,10 @@ def write_live(
         torch.tensor([len(prompt)], device=device),
         plan,
         sampler,
-        text.segments,
-        text.tokenizer,
+        fmt.segments,
+        fmt.tokenizer,
         max_new_tokens=max_new_tokens,
-        pad_id=text.pad_id,
+        pad_id=fmt.pad_id,
         generator=generator,
         on_block=live,
         on_segment=live.next_segment,
@@ -155,7 +155,7 @@ HELP = "/mode fast|slow|verified changes the mode, /new forgets the conversation
 def converse(
     lines: Iterable[str],
     console: Console,
-    text: TextFormat,
+    fmt: PromptFormat,
     write: Callable[[list[int], str], list[int]],
     *,
     mode: str,
@@ -166,7 +166,7 @@ def converse(
     Args:
         lines: what the user says.
         console: where it is shown.
-        text: makes prompts of conversations. Thoughts are left out of later prompts.
+        fmt: makes prompts of conversations. Thoughts are left out of later prompts.
         write: completes a prompt, (ids, mode) -> completion ids.
         mode: to begin with.
         check: raises ValueError for a message that the model cannot read.
@@ -189,6 +189,6 @@ def converse(
                 console.print(f"error: {error}", style="red")
                 continue
             messages.append({"role": "user", "content": line})
-            ids = write(text.conversation_ids(messages), mode)
-            answer = text.answer_text(ids)
+            ids = write(fmt.conversation_ids(messages), mode)
+            answer = fmt.answer_text(ids)
             messages.append({"role": "assistant", "content": answer or ""})

@@ -12,14 +12,14 @@ from ..modeling.phases import PhasePlan
 from ..modeling.records import Block
 from ..modeling.sampler import Sampler
 from ..modeling.search import search
-from ..rollouts.prompt_format import TextFormat
+from ..rollouts.prompt_format import PromptFormat
 from .streaming import STYLES, LiveText
 
 
 def write_found(
     console: Console,
     model: Any,
-    text: TextFormat,
+    fmt: PromptFormat,
     prompt: list[int],
     plan: PhasePlan,
     sampler: Sampler,
@@ -41,12 +41,12 @@ def write_found(
         sampler,
         config,
         max_new_tokens=max_new_tokens,
-        pad_id=text.pad_id,
-        answer_of=text.answer_text,
+        pad_id=fmt.pad_id,
+        answer_of=fmt.answer_text,
         generator=generator,
     )
     (chosen,), (texts,) = found.chosen, found.texts
-    live = LiveText(console, text.tokenizer)
+    live = LiveText(console, fmt.tokenizer)
     for branch in chosen.path()[1:]:
         block = Block(
             rows=torch.tensor([0]),
@@ -62,7 +62,7 @@ def write_found(
         legend = [(f"{who} ", style) for who, style in STYLES.items() if who in live.emitters]
         console.print(Text.assemble(*legend))
     for branch in texts:
-        answer = text.answer_text(branch.text())
+        answer = fmt.answer_text(branch.text())
         shown = "no answer" if answer is None else escape(answer)
         mark = "*" if branch is chosen else " "
         console.print(f"{mark} {branch.score:8.4f}  {shown}", style="dim", highlight=False)

@@ -14,7 +14,7 @@ import torch
 from ..modeling.records import Decoded
 from ..modeling.sampler import Sampler
 from ..rollouts.legibility import reference_figures, true_step_share, unigram_drift
-from ..rollouts.prompt_format import TextFormat
+from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import DecodingConfig, Rollouts, sample
 from ..tasks.base import Example, Task
 
@@ -41,7 +41,7 @@ class EvaluationConfig:
 
 def decode_all(
     model: torch.nn.Module,
-    text: TextFormat,
+    fmt: PromptFormat,
     examples: list[Example],
     mode: str,
     decoding: DecodingConfig,
@@ -55,9 +55,9 @@ def decode_all(
         batches.append(
             sample(
                 model,
-                text,
+                fmt,
                 examples[at : at + batch_size],
-                text.plan(mode),
+                fmt.plan(mode),
                 Sampler(temperature=0),
                 max_new_tokens=decoding.max_new_tokens,
                 prefixes=None if prefixes is None else prefixes[at : at + batch_size],
@@ -89,7 +89,7 @@ def accuracy(
 
 def fast_accuracy(
     model: torch.nn.Module,
-    text: TextFormat,
+    fmt: PromptFormat,
     examples: list[Example],
     task: Task,
     decoding: DecodingConfig,
@@ -97,8 +97,8 @@ def fast_accuracy(
     kernels: str = "auto",
 ) -> float | None:
     """Accuracy of fast mode on some examples; None for a task that judges no answers."""
-    fast = decode_all(model, text, examples, "fast", decoding, batch_size, kernels=kernels)
-    return accuracy(fast, task, text.answer_text)
+    fast = decode_all(model, fmt, examples, "fast", decoding, batch_size, kernels=kernels)
+    return accuracy(fast, task, fmt.answer_text)
 
 
 def acceptance_by_slot(outs: list[Decoded], num_head_slots: int) -> list[float]:
@@ -117,7 +117,7 @@ def held_out(task: Task, num_problems: int) -> list[Example]:
 
 def evaluate(
     model: Any,
-    text: TextFormat,
+    fmt: PromptFormat,
     task: Task,
     decoding: DecodingConfig,
     *,
@@ -133,7 +133,7 @@ def evaluate(
 
     Args:
         model: an mtp model.
-        text: tokens and phases.
+        fmt: tokens and phases.
         task: held-out problems and their judge.
         decoding: phases and limits.
         num_problems: at most so many held-out problems.
@@ -156,13 +156,13 @@ def evaluate(
 
     def completions(mode: str, prefixes: list[list[int]] | None = None) -> list[Rollouts]:
         return decode_all(
-            model, text, examples, mode, decoding, batch_size, prefixes, kernels=kernels
+            model, fmt, examples, mode, decoding, batch_size, prefixes, kernels=kernels
         )
 
     slow = completions("slow")
     shown = slow
     figures: dict[str, Any] = {
-        "slow_accuracy": accuracy(slow, task, text.answer_text),
+        "slow_accuracy": accuracy(slow, task, fmt.answer_text),
         "fast_accuracy": None,
         "slow_passes": passes(slow),
         "fast_passes": None,
@@ -171,7 +171,7 @@ def evaluate(
     if use_head:
         shown = fast = completions("fast")
         figures |= {
-            "fast_accuracy": accuracy(fast, task, text.answer_text),
+            "fast_accuracy": accuracy(fast, task, fmt.answer_text),
             "fast_passes": passes(fast),
             "fast_tokens_per_pass": tokens_per_pass(fast),
         }
@@ -180,37 +180,37 @@ def evaluate(
         figures |= dict.fromkeys(names)
         if use_head:
             drafted = fast
-            if text.plan("verified") != text.plan("fast"):
+            if fmt.plan("verified") != fmt.plan("fast"):
                 drafted = completions("verified")
             figures |= {
                 "verified_passes": passes(drafted),
                 "verified_tokens_per_pass": tokens_per_pass(drafted),
                 "acceptance_by_slot": acceptance_by_slot(
-                    [b.out for b in drafted], text.num_slots - 1
+                    [b.out for b in drafted], fmt.block_size - 1
                 ),
             }
     figures |= {"empty_thought_accuracy": None, "wrong_thought_accuracy": None}
-    if controls and task.judges and text.closer is not None:
-        empty = [text.thought_ids("") for _ in examples]
+    if controls and task.judges and fmt.closer is not None:
+        empty = [fmt.thought_ids("") for _ in examples]
         given = completions("slow", empty)
-        figures["empty_thought_accuracy"] = accuracy(given, task, text.bare_answer_text)
-        wrong = wrong_thoughts(examples, slow, task, text)
+        figures["empty_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text)
+        wrong = wrong_thoughts(examples, slow, task, fmt)
         if wrong is not None:
             given = completions("slow", wrong)
-            figures["wrong_thought_accuracy"] = accuracy(given, task, text.bare_answer_text)
-    figures["true_steps"] = true_step_share(shown, task, text)
-    figures["unigram_drift"] = unigram_drift(shown, text)
+            figures["wrong_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text)
+    figures["true_steps"] = true_step_share(shown, task, fmt)
+    figures["unigram_drift"] = unigram_drift(shown, fmt)
     figures["reference_nats_per_token"] = None
     if reference is not None:
-        figures |= reference_figures(shown, text, reference, text.num_slots if use_head else 1)
-    if text.segments.max_segments > 1:
+        figures |= reference_figures(shown, fmt, reference, fmt.block_size if use_head else 1)
+    if fmt.segments.max_segments > 1:
         figures["segments"] = sum(len(b.prompts) for b in shown) / num_problems
     figures["num_problems"] = num_problems
     return figures, shown
 
 
 def wrong_thoughts(
-    examples: list[Example], own: list[Rollouts], task: Task, text: TextFormat
+    examples: list[Example], own: list[Rollouts], task: Task, fmt: PromptFormat
 ) -> list[list[int]] | None:
     """For each problem the thought of another problem whose answer is not right here.
 
@@ -218,14 +218,14 @@ def wrong_thoughts(
     thought for some problem.
     """
     if all(example.thought is not None for example in examples):
-        thoughts = [text.thought_ids(example.thought) for example in examples]
+        thoughts = [fmt.thought_ids(example.thought) for example in examples]
     else:
-        thoughts = [text.split(b.completion(r))[0] for b in own for r in range(len(b))]
+        thoughts = [fmt.split(b.completion(r))[0] for b in own for r in range(len(b))]
     out = []
     for index, example in enumerate(examples):
         for step in range(1, len(examples)):
             other = (index + step) % len(examples)
-            closed = bool(thoughts[other]) and thoughts[other][-1] == text.thought_ids("")[-1]
+            closed = bool(thoughts[other]) and thoughts[other][-1] == fmt.thought_ids("")[-1]
             if closed and not task.outcome(example, examples[other].answer):
                 out.append(thoughts[other])
                 break

@@ -1,12 +1,12 @@
 """Branches of a text at pass boundaries, and the pass loop that grows them.
 
 What every search has in common: a `Branch` is a text that has been written up to a pass boundary;
-`BranchLoop` runs one pass of many branches at a time, draws several blocks from one read of each,
+`BranchLoop` runs one pass of many branches at a time, samples several blocks from one read of each,
 and goes on with those that the search chooses. A boundary is a place to branch because all that the
 next pass knows of the last is a few discrete tokens: a copy of the key-value cache and those tokens
 are the whole state, and nothing that was sampled has to be averaged or rounded.
 
-Drafts of a verified phase that nobody has judged yet stay with a branch while its loop runs. A
+Drafts of a verified phase that nobody has verified yet stay with a branch while its loop runs. A
 branch that a new loop goes on with has none: main's text follows the same distribution without.
 
 Ships with checkpoints: imports torch and siblings only.
@@ -187,7 +187,7 @@ class SearchRequest:
     def check(self) -> None:
         """Raises ValueError for what no pass loop can follow."""
         model = self.model
-        check_plans(self.plans, len(self.prompts), model.num_slots, model.config.vocab_size)
+        check_plans(self.plans, len(self.prompts), model.block_size, model.config.vocab_size)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
 
@@ -303,7 +303,7 @@ class BranchLoop(PassLoop):
             [running.rows, running.active, running.phase, running.in_phase, running.start], 1
         )
         finished, grown = running.out.finished.tolist(), []
-        going = {row: (i, *s) for i, (row, active, *s) in enumerate(state.tolist()) if active}
+        running_at = {row: (i, *s) for i, (row, active, *s) in enumerate(state.tolist()) if active}
         pairs = zip(added.rows.tolist(), added.lengths.tolist(), strict=True)
         for at, (row, length) in enumerate(pairs):
             if not length:
@@ -316,11 +316,11 @@ class BranchLoop(PassLoop):
                 slots=slots[at][:length],
                 accepted=accepted[at][:length],
                 logprobs=logprobs[at][:length],
-                is_open=row in going,
+                is_open=row in running_at,
                 finished=finished[row],
             )
             if child.is_open:
-                child.row, child.phase, child.in_phase, child.start = going[row]
+                child.row, child.phase, child.in_phase, child.start = running_at[row]
             self.branches[row] = child
             grown.append(child)
         return grown
@@ -330,8 +330,8 @@ class BranchLoop(PassLoop):
         blocks each.
 
         Their key-value cache is copied once, whatever `num_copies` is. The first of a branch's
-        blocks begins with what main accepts of its drafts. The others are drawn as if there were
-        none: copies that all judge the same drafts would say the same.
+        blocks begins with what main accepts of its drafts. The others are sampled as if there were
+        none: copies that all verify the same drafts would be identical.
         """
         running = self.running
         chosen = torch.tensor([branch.row for branch in branches], device=running.rows.device)

@@ -6,7 +6,7 @@ end-of-sequence token in it, so no token of a slow phase is ever the head's. Kep
 main in the next pass, as ordinary tokens.
 
 In a verified phase the head's tokens are drafts. They go through main behind t_0 in the next pass,
-which keeps the longest prefix that main accepts and draws its own next token after it: no pass is
+which keeps the longest prefix that main accepts and samples its own next token after it: no pass is
 spent on verifying alone, and the text follows main's distribution. Rows of one batch may be in
 different modes.
 
@@ -57,7 +57,7 @@ def decode(
         prompt_lengths: [B] int64, at least 1.
         plan: phases, see `PhasePlan`: one for all rows, or one for each. Plans of one batch share
             their delimiters and end tokens.
-        sampler: how tokens are drawn.
+        sampler: distribution that tokens are sampled from.
         max_new_tokens: most tokens a row may get; a last block is cut to it.
         pad_id: fills the unused end of each row.
         generator: source of randomness for sampling.
@@ -69,14 +69,14 @@ def decode(
         num_return_sequences: continuations of each prompt, n. The prompt is read once for all of
             them, and row i of the output continues prompt i // n.
         static_cache: keep keys and values at one length from the first pass on, see `BlockCache`.
-        kernels: implementation of `mtp_kernels` that draws tokens and judges drafts without logits,
-            `auto` for one where it pays; None: none. Logits are made in any case where something
+        kernels: implementation of `mtp_kernels` that samples tokens and verifies drafts without
+            logits, `auto` for one where it pays; None: none. Logits are made in any case where something
             else asks for them: top-k and top-p, a `process`, thresholds.
 
     Raises ValueError for plans that the model cannot follow.
     """
     plans = [plan] * len(prompts) if isinstance(plan, PhasePlan) else list(plan)
-    check_plans(plans, len(prompts), model.num_slots, model.config.vocab_size)
+    check_plans(plans, len(prompts), model.block_size, model.config.vocab_size)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if num_return_sequences < 1:
@@ -96,9 +96,9 @@ def decode(
         static_cache,
         kernels,
     )
-    goes_on = True
-    while goes_on:
-        added, goes_on = loop.run_pass()
+    continues = True
+    while continues:
+        added, continues = loop.run_pass()
         if on_block is not None:
             on_block(added)
     return loop.running.decoded()
@@ -202,14 +202,14 @@ class PassLoop:
         self.earlier = [part[source] for part in self.earlier]
         return hidden[source], [tap[source] for tap in taps]
 
-    def heard(self, taps: list[Tensor], at: Tensor) -> tuple[Tensor, Tensor | None]:
+    def message_at(self, taps: list[Tensor], at: Tensor) -> tuple[Tensor, Tensor | None]:
         """The message [R, H] at anchors `at` [R] of what was fed, and what the head recalls there
         [R, K, H]: taps [R, L, D] each.
         """
         row = torch.arange(len(at), device=at.device)
         if self.recall is None:
-            heard = torch.stack([tap[row, at] for tap in taps], 1)
-            return self.model.mtp_head.message(heard), None
+            read = torch.stack([tap[row, at] for tap in taps], 1)
+            return self.model.mtp_head.message(read), None
         messages, keys, values = self.earlier
         message = messages[row, at]
         return message, self.recall.step(message, self.running.start + at, keys, values)
@@ -250,7 +250,7 @@ class PassLoop:
         shared = self.head_output is self.main_output and not self.model.mtp_head.sequential
         if not (shared and self.running.all_use_head):
             return hidden[:, None]
-        message, recalled = self.heard(taps, at)
+        message, recalled = self.message_at(taps, at)
         slots = self.model.mtp_head(message, None, recalled)
         return torch.cat([hidden[:, None], slots[:, : self.tables.num_head_slots]], 1)
 
@@ -279,7 +279,7 @@ class PassLoop:
             for table in (self.tables.keep, self.tables.verified, self.tables.budget)
         )
         room = torch.minimum(left, budget - running.in_phase)
-        num_sure = torch.zeros_like(prefix)
+        num_likely = torch.zeros_like(prefix)
         running.draft_source = None
         if width:
             # A block that already ends at slot 0 needs no head.
@@ -287,21 +287,21 @@ class PassLoop:
             chosen = ((keep > 1) & goes_on & (~verified | (room > 1))).nonzero()[:, 0]
             if len(chosen):
                 at = running.num_fresh - 1 + prefix
-                sure = self.tables.sure[chosen, running.phase[chosen], None]
-                written = self.head_slots(taps, at, chosen, prefix[chosen], token[chosen], sure)
+                floor = self.tables.min_logprob[chosen, running.phase[chosen], None]
+                written = self.head_slots(taps, at, chosen, prefix[chosen], token[chosen], floor)
                 end = 1 + written.tokens.shape[1]
                 block[chosen, 1:end], logprobs[chosen, 1:end] = written.tokens, written.logprobs
-                num_sure[chosen] = length_of_prefix(written.likeliest >= sure)
+                num_likely[chosen] = length_of_prefix(written.likeliest >= floor)
                 if self.samples.keeps_source:
                     shape = (len(token), *written.source.shape[1:])
                     running.draft_source = written.source.new_zeros(shape)
                     running.draft_source[chosen] = written.source
-        kept = torch.minimum(torch.where(verified, 1, keep), num_sure + 1)
+        kept = torch.minimum(torch.where(verified, 1, keep), num_likely + 1)
         kept = torch.minimum(torch.minimum(kept, self.plan.cut(block)), room)
         kept = torch.where(runs, kept, 0)
         proposed = torch.zeros_like(kept)
         if width and self.tables.has_verified:
-            drafts = torch.minimum(torch.minimum(keep - 1, num_sure), room - 1)
+            drafts = torch.minimum(torch.minimum(keep - 1, num_likely), room - 1)
             drafts = torch.minimum(drafts, self.plan.cut(block[:, 1:]))
             proposed = torch.where(runs & verified, drafts.clamp(min=0), 0)
         return block, logprobs, kept, proposed
@@ -313,12 +313,12 @@ class PassLoop:
         chosen: Tensor,
         prefix: Tensor,
         token: Tensor,
-        sure: Tensor,
+        floor: Tensor,
     ) -> Slots:
         """Sample the head's tokens in `chosen` rows [F] behind t_0, `token` [F].
 
         taps [R, L, D] each; `at` [R] are the anchors, `prefix` [F] the drafts accepted before t_0.
-        Slots that no row is `sure` [F, 1] enough to reach are left out.
+        Slots after one whose likeliest token is below `floor` [F, 1] in every row are left out.
         """
         running = self.running
         head, width = self.model.mtp_head, self.tables.num_head_slots
@@ -328,31 +328,31 @@ class PassLoop:
             settled = self.head_settled.part(chosen, slice(None))
         else:
             # Of all rows: to choose among them would copy what the head remembers.
-            message, recalled = self.heard(taps, at)
+            message, recalled = self.message_at(taps, at)
             message, recalled = message[chosen], None if recalled is None else recalled[chosen]
             if not head.sequential:
                 states = head(message, None, recalled)[:, :width]
                 settled = self.samples.settle(states, self.head_output, rows, position)
-        said, state, drawn = token[:, None], None, []
+        block, state, slots = token[:, None], None, []
 
         def texts() -> Texts:
-            behind = splice(prefix, running.drafts[chosen], said)
-            return running.texts(chosen, behind, prefix + said.shape[1])
+            behind = splice(prefix, running.drafts[chosen], block)
+            return running.texts(chosen, behind, prefix + block.shape[1])
 
         if settled is not None and self.samples.process is None:
             return self.samples.sample(settled, texts)
-        going = torch.ones_like(token, dtype=torch.bool)
+        continues = torch.ones_like(token, dtype=torch.bool)
         for slot in range(width):
             if settled is None:
-                embeds = self.model.head_embed(said[:, -1:])
+                embeds = self.model.head_embed(block[:, -1:])
                 hidden, state = head.step(message, embeds, recalled, slot, state)
                 one = self.samples.settle(hidden, self.head_output, rows, position + slot)
             else:
                 one = settled.part(slice(None), slice(slot, slot + 1))
-            drawn.append(self.samples.sample(one, texts))
+            slots.append(self.samples.sample(one, texts))
             if self.tables.has_thresholds:
-                going = going & (drawn[-1].likeliest >= sure)[:, 0]
-                if not bool(going.any()):
+                continues = continues & (slots[-1].likeliest >= floor)[:, 0]
+                if not bool(continues.any()):
                     break
-            said = torch.cat([said, drawn[-1].tokens], 1)
-        return Slots.join(drawn)
+            block = torch.cat([block, slots[-1].tokens], 1)
+        return Slots.join(slots)

@@ -1,7 +1,7 @@
 """`generate` with `mtp_mode`: transformers' conventions around the pass loop.
 
 What is here: the mixin that reads a request (padding, generation config, processors, criteria,
-streamer), refuses impossible ones before any pass, and runs `passes_mtp.decode`. This module is
+streamer), refuses impossible ones before any pass, and runs `decode.decode`. This module is
 also the door to decoding for the rest of the library.
 
 Ships with checkpoints: imports torch, transformers and siblings only.
@@ -164,15 +164,15 @@ class MTPGenerationMixin:
         saved = first_set("mtp_phases", config, self.generation_config)
         if saved is None:
             raise ValueError("generation_config.mtp_phases is missing: export the model with mtp")
-        if k is not None and not 1 <= k < self.num_slots:
+        if k is not None and not 1 <= k < self.block_size:
             raise ValueError(
-                f"mtp_k must be between 1 and the head's {self.num_slots - 1} slots, got {k}"
+                f"mtp_k must be between 1 and the head's {self.block_size - 1} slots, got {k}"
             )
         eos = first_set("eos_token_id", config, self.generation_config)
         plan = make_plan(
             list(phases_from_json(saved, str).values()),
             [entry["opened_by"] for entry in saved],
-            num_slots=self.num_slots if k is None else k + 1,
+            block_size=self.block_size if k is None else k + 1,
             eos_ids=token_ids(eos),
             mode=mode,
             closed_by=[entry.get("closed_by") for entry in saved],
@@ -210,7 +210,7 @@ class MTPGenerationMixin:
             max_thought_tokens: budget of the first phase, whose closing delimiter is then forced;
                 None: as the generation config says, else that of the phase.
             generator: source of randomness for sampling.
-            kwargs: with a mode, what `requests_mtp.OPTIONS` honours, as logits_processor (applied
+            kwargs: with a mode, what `requests.OPTIONS` honours, as logits_processor (applied
                 to every slot), stopping_criteria (asked after every token) and streamer (given a
                 block at a time).
 
@@ -280,7 +280,7 @@ class MTPGenerationMixin:
         on_segment: Callable[[int, list[int], Memory], None] | None = None,
         **kwargs: Any,
     ) -> Segments:
-        """Trajectories that summarize into a memory file and think on; see `segments_mtp`.
+        """Trajectories that summarize into a memory file and think on; see `segments.py`.
 
         The settings saved with the checkpoint (`generation_config.mtp_segments`) say what a next
         segment is given. Arguments are those of `generate`, `max_new_tokens` being a segment's, and

@@ -109,7 +109,7 @@ class MTPMixin(MTPSearchMixin):
         return embeddings
 
     @property
-    def num_slots(self) -> int:
+    def block_size(self) -> int:
         """K + 1: the tokens of one pass."""
         return self.mtp_settings.num_slots + 1
 

@@ -1,11 +1,11 @@
 """Search over thoughts: the best of n texts, a beam of branches, the choice among what is found.
 
-A text is a chain of passes, and each pass draws discrete tokens from known distributions. So a text
-can be branched at any pass boundary, two branches that say the same can be told to be the same,
-answers can be counted, and every branch has an exact log-probability. `branches_mtp` has branches
-and their settings, `tree_search_mtp` the tree search.
+A text is a chain of passes, and each pass samples discrete tokens from known distributions. A text
+can therefore be branched at any pass boundary, identical branches can be recognised, answers can be
+counted, and every branch has an exact log-probability. `branches.py` has branches and their
+settings, `mcts.py` the tree search.
 
-`model.search` is the mixin's. What is left out: searching within a block. Blocks are drawn, never
+`model.search` is the mixin's. What is left out: searching within a block. Blocks are sampled, never
 enumerated.
 
 Ships with checkpoints: imports torch, transformers and siblings only.
@@ -86,7 +86,7 @@ def search(
         prompt_lengths: [B] int64, at least 1.
         plan: phases, one for all prompts or one for each, as in `decode`. A search is of one
             segment: no summary closes it.
-        sampler: how tokens are drawn; log-probabilities are under it.
+        sampler: distribution of tokens; log-probabilities are under it.
         config: method and settings.
         max_new_tokens: most tokens of a text.
         pad_id: fills the unused end of each row.
@@ -97,7 +97,7 @@ def search(
         generator: source of randomness.
         process: changes the scores of every slot, as in `decode`.
         stop: asked after every token, as in `decode`.
-        kernels: how tokens are drawn, as in `decode`.
+        kernels: how tokens are sampled, as in `decode`.
 
     Raises ValueError, before any pass, for settings that cannot be followed, and later for scores
     that are no finite numbers.
@@ -178,10 +178,10 @@ def beam(request: SearchRequest, config: SearchConfig, judge: Judge | None) -> l
                 new.append(branch)
         give_scores(config, judge, new)
         beams = [sorted(branches.values(), key=rank)[: config.n] for branches in known]
-        going = [branch for branches in beams for branch in branches if branch.is_open]
-        if not going:
+        growing = [branch for branches in beams for branch in branches if branch.is_open]
+        if not growing:
             return beams
-        loop.fork(going, config.expand)
+        loop.fork(growing, config.expand)
 
 
 def rank(branch: Branch) -> float:
@@ -270,7 +270,7 @@ class MTPSearchMixin(MTPGenerationMixin):
                 it), mtp_k, max_thought_tokens, generator and kwargs, of which streamer,
                 num_return_sequences and a static cache_implementation are not taken.
             config: method and settings; a dict of `SearchConfig` fields is the same.
-            judge: scores branches (a list of `Branch`), many at once; see `search_mtp.search`.
+            judge: scores branches (a list of `Branch`), many at once; see `search.search`.
             answer_of: ids of an output -> its final answer or None, which `majority` counts.
 
         Raises ValueError, before any pass, for what no search can do.

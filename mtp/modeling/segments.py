@@ -2,7 +2,7 @@
 
 A segment is one run of the pass loop with a context of its own. Where a phase has a `closed_by`
 token (the summary, as in `<summary> ... </summary>`), that token ends the segment. The commands in
-the summary edit the trajectory's memory file (`memory_mtp`), and the next segment continues
+the summary edit the trajectory's memory file (`memory.py`), and the next segment continues
 
     prompt <summary> memory </summary> <think> recent tokens
 
@@ -128,7 +128,7 @@ def decode_segments(
         prompts: [B, T] int64, padded on the right.
         prompt_lengths: [B] int64, at least 1.
         plan: with `closed_by` in one phase if `settings.max_segments` is above 1.
-        sampler: how tokens are drawn.
+        sampler: distribution that tokens are sampled from.
         settings: what a next context holds.
         tokenizer: reads summaries and writes the memory file as tokens; may be None where
             `settings.max_segments` is 1.

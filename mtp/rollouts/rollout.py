@@ -12,7 +12,7 @@ from ..modeling.records import Decoded, pad
 from ..modeling.sampler import Sampler
 from ..modeling.segments import SegmentSettings, check_segments, decode_segments
 from ..tasks.base import Example
-from .prompt_format import TextFormat
+from .prompt_format import PromptFormat
 
 
 @dataclass(kw_only=True)
@@ -175,7 +175,7 @@ def keep_casts(model: torch.nn.Module) -> Iterator[None]:
 
 def sample(
     model: torch.nn.Module,
-    text: TextFormat,
+    fmt: PromptFormat,
     examples: list[Example],
     plan: PhasePlan,
     sampler: Sampler,
@@ -191,11 +191,11 @@ def sample(
     `prefixes`, one per example, are put behind the prompts: what the model is made to have said.
     `kernels` is that of `decode`.
     """
-    prompts = [text.prompt_ids(example.prompt) for example in examples]
+    prompts = [fmt.prompt_ids(example.prompt) for example in examples]
     if prefixes is not None:
         prompts = [p + prefix for p, prefix in zip(prompts, prefixes, strict=True)]
     device = next(model.parameters()).device
-    tokens, lengths = pad(prompts, text.pad_id)
+    tokens, lengths = pad(prompts, fmt.pad_id)
     training = model.training
     model.eval()
     with keep_casts(model):
@@ -205,10 +205,10 @@ def sample(
             lengths.to(device),
             plan,
             sampler,
-            text.segments,
-            text.tokenizer,
+            fmt.segments,
+            fmt.tokenizer,
             max_new_tokens=max_new_tokens,
-            pad_id=text.pad_id,
+            pad_id=fmt.pad_id,
             generator=generator,
             num_return_sequences=group_size,
             kernels=kernels,

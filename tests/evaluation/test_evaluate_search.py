@@ -11,14 +11,14 @@ from mtp.evaluation.evaluate_search import evaluate_search, outcome_judge
 from mtp.modeling.branches import Branch, SearchConfig
 from mtp.modeling.phases import Phase
 from mtp.modeling.sampler import Sampler
-from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.tasks.running_sum import RunningSum, RunningSumConfig
 
 PHASES = {
     "thought": Phase(mode="fast", opened_by="<think>"),
     "answer": Phase(mode="slow", opened_by="</think>"),
 }
-TEXT = TextFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), PHASES, 4)
+TEXT = PromptFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), PHASES, 4)
 TASK = RunningSumConfig(num_terms=2).build()
 SETTINGS = {"mode": "fast", "max_new_tokens": 14, "num_problems": 5, "batch_size": 6}
 

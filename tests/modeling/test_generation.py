@@ -34,7 +34,7 @@ def plain_block(model, context, plan, phase):
     """One greedy block by the definition: no cache, one row, the head recomputed at every slot."""
     hidden, taps = model.main_hidden(torch.tensor([context]))
     block = [int((hidden[0, -1] @ model.lm_head.weight.T).argmax())]
-    for slot in range(model.num_slots - 1):
+    for slot in range(model.block_size - 1):
         rows = head_rows(model, taps, block)
         block.append(int((model.output_layers()[1].logits(rows[slot])).argmax()))
     kept = []
@@ -218,7 +218,7 @@ def test_attention_reads_one_length_of_a_static_cache():
     )
     ids, given = torch.tensor([[5, 6, 7], [8, 9, 10]]), {"mtp_mode": "fast", "max_new_tokens": 16}
     model.generate(ids, **given, cache_implementation="static")
-    assert len(spans) > 2 and set(spans) == {3 + 16 + 2 * model.num_slots}
+    assert len(spans) > 2 and set(spans) == {3 + 16 + 2 * model.block_size}
     spans.clear()
     model.generate(ids, **given)
     assert spans == sorted(set(spans))
@@ -228,7 +228,7 @@ def test_attention_reads_one_length_of_a_static_cache():
 
 def test_a_compiled_main_is_compiled_once_for_each_width_of_a_static_cache():
     model = tiny_model()
-    plan = PhasePlan([model.num_slots], [None])
+    plan = PhasePlan([model.block_size], [None])
     expected = run(model, RAGGED[:1], plan, max_new_tokens=48)
     counter = CompileCounter()
     model.model.forward = torch.compile(
@@ -253,7 +253,7 @@ def test_tokens_drawn_without_logits(mode, head, shared, plan, monkeypatch):
     assert completions(out) == completions(run(model, RAGGED, plan, Sampler(), kernels="reference"))
     alone = completions(run(model, RAGGED[:1], plan, Sampler(), kernels="torch"))
     assert completions(out)[0] == alone[0] != completions(expected)[0]
-    monkeypatch.setattr("mtp.modeling.sampler.linear_sample", None)
+    monkeypatch.setattr("mtp.modeling.token_sampling.linear_sample", None)
     assert completions(run(model, RAGGED, plan, kernels="auto")) == completions(expected)
     with pytest.raises(ValueError, match="kernels=torch needs the package mtp_kernels"):
         run(model, RAGGED, plan, kernels="torch")
@@ -275,7 +275,7 @@ def test_auto_samples_without_logits_from_large_vocabularies_on_a_cpu(plan, monk
 
 def test_kernels_do_not_draw_where_distributions_are_asked_for(plan, monkeypatch):
     model = tiny_model()
-    monkeypatch.setattr("mtp.modeling.sampler.linear_sample", None)
+    monkeypatch.setattr("mtp.modeling.token_sampling.linear_sample", None)
     run(model, RAGGED, PhasePlan([4], [None], min_probability=[0.5]), kernels="torch")
     for sampler in (Sampler(top_k=3), Sampler(top_p=0.9)):
         run(model, RAGGED, plan, sampler, kernels="torch")

@@ -109,7 +109,7 @@ def test_the_cache_holds_what_autocast_reads(mode):
 def test_the_cache_grows_to_what_a_text_may_take_and_no_further():
     model, capacities, goes_on = tiny_model(), [], True
     tokens, lengths = pad([[5, 6, 7, 8, 9]], PAD)
-    plan = PhasePlan([model.num_slots], [None])
+    plan = PhasePlan([model.block_size], [None])
     with torch.no_grad():
         loop = PassLoop(
             model, tokens, lengths, [plan], Sampler(temperature=0), 40, PAD, None, None, None, 1
@@ -118,7 +118,7 @@ def test_the_cache_grows_to_what_a_text_may_take_and_no_further():
             _, goes_on = loop.run_pass()
             capacities.append(loop.cache.capacity)
     assert loop.cache.length > 40
-    assert sorted(set(capacities)) == [5, 10, 20, 40, 5 + 40 + 2 * model.num_slots]
+    assert sorted(set(capacities)) == [5, 10, 20, 40, 5 + 40 + 2 * model.block_size]
 
 
 @pytest.mark.parametrize("masked", [True, False])

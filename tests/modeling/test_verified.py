@@ -58,7 +58,7 @@ def reference(model, prompt, plan, limit):
     while len(context) - len(prompt) < limit and context[-1] != EOS:
         hidden, taps = model.main_hidden(torch.tensor([context]))
         block = [int((hidden[0, -1] @ model.lm_head.weight.T).argmax())]
-        for slot in range(model.num_slots - 1):
+        for slot in range(model.block_size - 1):
             rows = head_rows(model, taps, block)
             logits = model.output_layers()[1].logits(rows[slot])
             if float(logits.softmax(-1).max()) < plan.min_probability[phase]:

@@ -13,7 +13,7 @@ from mtp.hub.export import _open_first_phase, check_replaceable, export
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.phases import Phase
 from mtp.modeling.sampler import Sampler
-from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.rollouts.rollout import DecodingConfig, sample
 from mtp.tasks.base import Example
 from mtp.tasks.running_sum import RunningSumConfig
@@ -29,7 +29,7 @@ EOS, END = 1, 3
 
 
 def make_text(tokenizer=None, **given):
-    return TextFormat(tokenizer or toy_tokenizer(), PHASES, 4, **given)
+    return PromptFormat(tokenizer or toy_tokenizer(), PHASES, 4, **given)
 
 
 def built(folder, tokenizer, **decoding):
@@ -170,10 +170,10 @@ def test_a_tokenizer_without_an_end_token_is_named():
 def test_a_delimiter_may_not_end_a_text():
     phases = {**PHASES, "answer": Phase(opened_by="</s>")}
     with pytest.raises(ValueError, match=r"decoding.phases.answer.opened_by must not .*'</s>'"):
-        TextFormat(toy_tokenizer(), phases, 4)
+        PromptFormat(toy_tokenizer(), phases, 4)
     phases = {**PHASES, "answer": Phase(opened_by="<|end|>")}
     with pytest.raises(ValueError, match=r"decoding.phases.answer.opened_by must not"):
-        TextFormat(toy_tokenizer(), phases, 4, end_ids=[END])
+        PromptFormat(toy_tokenizer(), phases, 4, end_ids=[END])
 
 
 def test_a_chat_template_that_cannot_show_what_it_is_given_is_named():

@@ -18,7 +18,7 @@ from mtp.modeling.branches import SearchConfig
 from mtp.modeling.phases import Phase, PhasePlan
 from mtp.modeling.sampler import Sampler
 from mtp.reports.tables import COLUMNS, cell, columns_of, print_table
-from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.rollouts.rollout import DecodingConfig
 from mtp.tasks.continuation import ContinuationConfig
 from mtp.tasks.running_sum import RunningSum
@@ -154,10 +154,10 @@ def test_other_heads_stay_as_they_were_drawn(head):
         assert torch.equal(value, same.state_dict()[name]), name
 
 
-def plain_text(**given) -> TextFormat:
+def plain_text(**given) -> PromptFormat:
     tokenizer = character_tokenizer("ab", [])
     tokenizer.chat_template = "{% for message in messages %}b{{ message['content'] }}b{% endfor %}"
-    return TextFormat(tokenizer, {"text": Phase(mode="verified")}, 4, **given)
+    return PromptFormat(tokenizer, {"text": Phase(mode="verified")}, 4, **given)
 
 
 def test_prompts_are_given_as_they_are_without_the_template():
