@@ -83,11 +83,10 @@ def head_rows(model, taps, block):
     """[K, E] the head's rows behind a text by the definition: its taps [1, T, taps, D], and the
     tokens that the last pass has drawn so far.
     """
-    head, recalled = model.mtp_head, None
-    if head.recall is not None:
-        recalled = head.recall(head.message(taps))[:, -1]
     embeds = model.head_embed(torch.tensor([block]))
-    return head(head.message(taps[:, -1]), embeds, recalled)[0]
+    tokens = torch.zeros(taps.shape[:2], dtype=torch.long)  # these heads do not read them
+    context = model.mtp_head.replay_context(taps, tokens, torch.tensor([taps.shape[1] - 1]))
+    return model.mtp_head(context, embeds)[0]
 
 
 def completions(out):

@@ -274,12 +274,12 @@ class BranchLoop(PassLoop):
         parts = torch.nn.utils.rnn.pad_sequence(read, batch_first=True)
         self.cache.load(parts, self.parts.shapes)
 
-    def read(self) -> tuple[Tensor, list[Tensor]]:
+    def read(self) -> Tensor:
         """As in the pass loop; notes its cost and, where they are kept, the branches' parts."""
         num_copies, running = self.num_copies, self.running
         read = running.num_fresh + running.num_drafts
         first = [x[::num_copies] for x in (running.rows, running.active, running.start, read)]
-        states = super().read()
+        hidden = super().read()
         reading = torch.stack(first, 1).tolist()
         for row, active, _, number in reading:
             if active:
@@ -291,7 +291,7 @@ class BranchLoop(PassLoop):
             self.parts.shapes = self.cache.shapes
             for i, (row, *_) in enumerate(reading):
                 self.parts.by_branch[self.branches[row]] = made[i]
-        return states
+        return hidden
 
     def step(self) -> list[Branch]:
         """One pass: what each open branch grew into, in order, as often as blocks were drawn."""

@@ -70,8 +70,8 @@ def decode(
             them, and row i of the output continues prompt i // n.
         static_cache: keep keys and values at one length from the first pass on, see `BlockCache`.
         kernels: implementation of `mtp_kernels` that samples tokens and verifies drafts without
-            logits, `auto` for one where it pays; None: none. Logits are made in any case where something
-            else asks for them: top-k and top-p, a `process`, thresholds.
+            logits, `auto` for one where it pays; None: none. Logits are made in any case where
+            something else asks for them: top-k and top-p, a `process`, thresholds.
 
     Raises ValueError for plans that the model cannot follow.
     """
@@ -134,27 +134,27 @@ class PassLoop:
             sampler, self.tables, self.main_output, self.head_output, generator, process, kernels
         )
         self.num_copies = num_copies  # rows next to each other that are still the same
-        # A plan without head slots needs nothing recalled.
-        self.recall = model.mtp_head.recall if self.tables.num_head_slots else None
+        self.head = model.mtp_head
+        # A plan without head slots needs nothing remembered.
+        num_cache_layers = self.head.num_cache_layers if self.tables.num_head_slots else 0
         self.cache = BlockCache(
-            model.config.num_hidden_layers + (self.recall is not None),
+            model.config.num_hidden_layers + num_cache_layers,
             len(prompts) // num_copies,
             prompts.shape[1] + self.running.room,
             static_cache,
         )
-        # If the head recalls: messages of what was fed, keys and values of the whole text.
-        self.earlier: list[Tensor] = []
+        self.observed: list[Tensor] = []  # the head's, of the last pass
         self.head_settled: Settled | None = None  # slots made together with main's token
 
     def run_pass(self) -> tuple[Block, bool]:
         """One pass of all running rows: what it added, and whether any row goes on."""
         running = self.running
-        hidden, taps = self.read()
+        hidden = self.read()
         self.head_settled = None
-        verdict = self.main_tokens(hidden, taps)
+        verdict = self.main_tokens(hidden)
         prefix, drafts = verdict.num_accepted, running.drafts
         ended = running.enter_phases(drafts, prefix)
-        block, block_logprobs, kept, proposed = self.head_tokens(taps, verdict, ended)
+        block, block_logprobs, kept, proposed = self.head_tokens(verdict, ended)
         ended |= running.enter_phases(block, kept)
 
         tokens = splice(prefix, drafts, block)
@@ -175,9 +175,9 @@ class PassLoop:
             running.select(chosen)
         return added, goes_on
 
-    def read(self) -> tuple[Tensor, list[Tensor]]:
-        """Main's forward over what is fed, equal rows once: hidden rows [R, L, D], each tap's if
-        some row uses the head.
+    def read(self) -> Tensor:
+        """Main's forward over what is fed, equal rows once, observed by the head if some row uses
+        it: hidden rows [R, L, D].
         """
         running = self.running
         copies, self.num_copies = self.num_copies, 1
@@ -190,32 +190,25 @@ class PassLoop:
             is_even=running.is_even,
             with_taps=self.tables.num_head_slots > 0,
         )
-        if self.recall is not None:
-            messages = self.model.mtp_head.message(torch.stack(taps, 2))
-            states = self.recall.states(messages)
-            layer = self.model.config.num_hidden_layers
-            self.earlier = [messages, *self.cache.update(*states, layer)]
+        if taps:
+            self.observed = self.head.observe(taps, fed, self.remember)
         if copies == 1:
-            return hidden, taps
+            return hidden
         source = torch.arange(len(running.rows), device=hidden.device) // copies
         self.cache.select(source)
-        self.earlier = [part[source] for part in self.earlier]
-        return hidden[source], [tap[source] for tap in taps]
+        self.observed = [part[source] for part in self.observed]
+        return hidden[source]
 
-    def message_at(self, taps: list[Tensor], at: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The message [R, H] at anchors `at` [R] of what was fed, and what the head recalls there
-        [R, K, H]: taps [R, L, D] each.
-        """
-        row = torch.arange(len(at), device=at.device)
-        if self.recall is None:
-            read = torch.stack([tap[row, at] for tap in taps], 1)
-            return self.model.mtp_head.message(read), None
-        messages, keys, values = self.earlier
-        message = messages[row, at]
-        return message, self.recall.step(message, self.running.start + at, keys, values)
+    def remember(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """See `heads.Remember`."""
+        return self.cache.update(keys, values, self.model.config.num_hidden_layers + layer)
 
-    def main_tokens(self, hidden: Tensor, taps: list[Tensor]) -> Verdict:
-        """What main accepts of the drafts, and its own token after them: [R, L, D] each."""
+    def context(self, at: Tensor) -> list[Tensor]:
+        """The head's context at anchors `at` [R] of what was fed."""
+        return self.head.context(self.observed, at, self.running.start + at)
+
+    def main_tokens(self, hidden: Tensor) -> Verdict:
+        """What main accepts of the drafts, and its own token after them: hidden [R, L, D]."""
         running = self.running
         row, at = torch.arange(len(running.rows), device=hidden.device), running.num_fresh - 1
         width, position = running.drafts.shape[1], running.known()
@@ -224,7 +217,7 @@ class PassLoop:
             return running.texts(row, running.drafts, torch.full_like(at, num_drafts))
 
         if not width and not self.samples.always_verifies:
-            rows = self.anchor_rows(hidden[row, at], taps, at)
+            rows = self.anchor_rows(hidden[row, at], at)
             settled = self.samples.settle(rows, self.main_output, running.rows, position)
             if rows.shape[1] > 1:
                 self.head_settled = settled.part(slice(None), slice(1, None))
@@ -241,23 +234,20 @@ class PassLoop:
             texts,
         )
 
-    def anchor_rows(self, hidden: Tensor, taps: list[Tensor], at: Tensor) -> Tensor:
+    def anchor_rows(self, hidden: Tensor, at: Tensor) -> Tensor:
         """Rows that go through main's output layer at the anchors `at` [R]: hidden [R, D].
 
         Main's own [R, 1, D]. The slots of a parallel head do not wait for main's token: where all
         rows use them and the output layer is shared, one read of it serves both, [R, 1 + K, D].
         """
-        shared = self.head_output is self.main_output and not self.model.mtp_head.sequential
+        shared = self.head_output is self.main_output and not self.head.sequential
         if not (shared and self.running.all_use_head):
             return hidden[:, None]
-        message, recalled = self.message_at(taps, at)
-        slots = self.model.mtp_head(message, None, recalled)
+        slots = self.head(self.context(at), None)
         return torch.cat([hidden[:, None], slots[:, : self.tables.num_head_slots]], 1)
 
-    def head_tokens(
-        self, taps: list[Tensor], verdict: Verdict, ended: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Main's token and, in rows that use it, the head's behind: taps [R, L, D] each.
+    def head_tokens(self, verdict: Verdict, ended: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Main's token and, in rows that use the head, the head's after it.
 
         ended [R]: rows whose last accepted draft ended the sequence. Returns the block [R, 1 + K]
         and its log-probabilities, how many of its tokens are kept [R] and, of those of the head,
@@ -288,7 +278,7 @@ class PassLoop:
             if len(chosen):
                 at = running.num_fresh - 1 + prefix
                 floor = self.tables.min_logprob[chosen, running.phase[chosen], None]
-                written = self.head_slots(taps, at, chosen, prefix[chosen], token[chosen], floor)
+                written = self.head_slots(at, chosen, prefix[chosen], token[chosen], floor)
                 end = 1 + written.tokens.shape[1]
                 block[chosen, 1:end], logprobs[chosen, 1:end] = written.tokens, written.logprobs
                 num_likely[chosen] = length_of_prefix(written.likeliest >= floor)
@@ -308,7 +298,6 @@ class PassLoop:
 
     def head_slots(
         self,
-        taps: list[Tensor],
         at: Tensor,
         chosen: Tensor,
         prefix: Tensor,
@@ -317,21 +306,20 @@ class PassLoop:
     ) -> Slots:
         """Sample the head's tokens in `chosen` rows [F] behind t_0, `token` [F].
 
-        taps [R, L, D] each; `at` [R] are the anchors, `prefix` [F] the drafts accepted before t_0.
+        `at` [R] are the anchors, `prefix` [F] the drafts accepted before t_0.
         Slots after one whose likeliest token is below `floor` [F, 1] in every row are left out.
         """
         running = self.running
-        head, width = self.model.mtp_head, self.tables.num_head_slots
+        width = self.tables.num_head_slots
         rows, position = running.rows[chosen], running.known()[chosen] + prefix + 1
         settled = None
         if self.head_settled is not None:
             settled = self.head_settled.part(chosen, slice(None))
         else:
             # Of all rows: to choose among them would copy what the head remembers.
-            message, recalled = self.message_at(taps, at)
-            message, recalled = message[chosen], None if recalled is None else recalled[chosen]
-            if not head.sequential:
-                states = head(message, None, recalled)[:, :width]
+            context = [part[chosen] for part in self.context(at)]
+            if not self.head.sequential:
+                states = self.head(context, None)[:, :width]
                 settled = self.samples.settle(states, self.head_output, rows, position)
         block, state, slots = token[:, None], None, []
 
@@ -345,7 +333,7 @@ class PassLoop:
         for slot in range(width):
             if settled is None:
                 embeds = self.model.head_embed(block[:, -1:])
-                hidden, state = head.step(message, embeds, recalled, slot, state)
+                hidden, state = self.head.step(context, embeds, slot, state)
                 one = self.samples.settle(hidden, self.head_output, rows, position + slot)
             else:
                 one = settled.part(slice(None), slice(slot, slot + 1))

@@ -210,7 +210,8 @@ def check_plans(plans: list[PhasePlan], num_rows: int, block_size: int, vocab_si
         if bad:
             raise ValueError(
                 f"plan.keep must be between 1 and {block_size} (the head writes k = "
-                f"{block_size - 1} tokens a pass), got {bad[0]}; ask for a smaller k or train a head with more slots"
+                f"{block_size - 1} tokens a pass), got {bad[0]}; ask for a smaller k or train a "
+                "head with more slots"
             )
         unknown = [t for t in sorted(plan.marks) if not 0 <= t < vocab_size]
         if unknown:

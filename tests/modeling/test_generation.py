@@ -266,7 +266,7 @@ def test_auto_samples_without_logits_from_large_vocabularies_on_a_cpu(plan, monk
     )
     assert logits != kernels
     assert completions(run(model, RAGGED, plan, Sampler(), kernels="auto")) == logits
-    monkeypatch.setattr("mtp.modeling.sampler.MANY_TOKENS", model.config.vocab_size)
+    monkeypatch.setattr("mtp.modeling.token_sampling.MANY_TOKENS", model.config.vocab_size)
     assert completions(run(model, RAGGED, plan, Sampler(), kernels="auto")) == kernels
     verified = plan.as_verified(4)
     logits = completions(run(model, RAGGED, verified, Sampler()))
