@@ -45,6 +45,7 @@ from transformers import logging as hf_logging
 from mtp.evaluation.evaluate import acceptance_by_slot
 from mtp.hub.build import ModelConfig, build_model, load_model
 from mtp.modeling.decode import decode
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.heads import HEADS, HeadConfig
 from mtp.modeling.phases import Phase, PhasePlan
 from mtp.modeling.records import Decoded
@@ -355,10 +356,12 @@ def decoder(
             ids,
             torch.full((len(ids),), ids.shape[1], device=ids.device),
             PhasePlan([keep], [None], verified=[mode == "verified"]),
-            Sampler(temperature=0),
-            max_new_tokens=new,
-            pad_id=0,
-            static_cache=static_cache,
+            DecodeOptions(
+                sampler=Sampler(temperature=0),
+                max_new_tokens=new,
+                pad_id=0,
+                static_cache=static_cache,
+            ),
         )
 
     return run

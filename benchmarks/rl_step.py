@@ -76,6 +76,7 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
     from lightning.fabric import Fabric
 
     from mtp.hub.build import build_model
+    from mtp.modeling.decode_options import DecodeOptions
     from mtp.modeling.phases import PhasePlan
     from mtp.modeling.sampler import Sampler
     from mtp.rollouts.advantage import group_advantages
@@ -120,9 +121,13 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
     def roll() -> Any:
         with fabric.autocast():
             return sample(
-                model, text, examples, endless, Sampler(),
-                max_new_tokens=num_tokens, group_size=GROUP_SIZE, kernels=config.kernels,
-            )  # fmt: skip
+                model,
+                text,
+                examples,
+                endless,
+                DecodeOptions(sampler=Sampler(), max_new_tokens=num_tokens, impl=config.kernels),
+                group_size=GROUP_SIZE,
+            )
 
     def collate(rollouts: Any) -> list[Any]:
         rewards = score(task, text, rollouts, RewardConfig(), max_new_tokens=num_tokens)

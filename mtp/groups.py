@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .modeling.decode_options import DecodeOptions
 from .modeling.records import Decoded
 from .rollouts.advantage import informative
 from .rollouts.reward import Rewards, score
@@ -48,11 +49,13 @@ def sample_groups(run: Run, name: str, stage: StageConfig, step: int) -> Groups:
                 run.text,
                 examples,
                 run.text.plan(stage.rollout_mode),
-                run.config.decoding.sampler(),
-                max_new_tokens=run.config.decoding.max_new_tokens,
+                DecodeOptions(
+                    sampler=run.config.decoding.sampler(),
+                    max_new_tokens=run.config.decoding.max_new_tokens,
+                    generator=run.generator(*purpose),
+                    impl=run.config.kernels,
+                ),
                 group_size=stage.group_size,
-                generator=run.generator(*purpose),
-                kernels=run.config.kernels,
             )
         seconds += time.monotonic() - began
         parts.append(part)

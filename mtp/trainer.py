@@ -396,7 +396,7 @@ def interim_evaluation(run: Run, name: str) -> bool:
             use_head=heard(run),
             controls=False,
             verified=run.config.evaluation.verified,
-            kernels=run.config.kernels,
+            impl=run.config.kernels,
         )
     record(run, name, figures)
     log_completions(run, name, shown)
@@ -446,7 +446,7 @@ def end_stage(run: Run, name: str) -> None:
             use_head=heard(run),
             reference=frozen_for_evaluation(run),
             verified=config.evaluation.verified,
-            kernels=config.kernels,
+            impl=config.kernels,
         )
     record(run, name, figures)
     in_loss = reference_in_loss(config, name)

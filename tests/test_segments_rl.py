@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LogitsProcessor
 from mtp.cli.main import main
 from mtp.evaluation.evaluate import accuracy
 from mtp.hub.build import generation_config, load_model
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.memory import ALPHABET, Memory
 from mtp.modeling.phases import Phase
 from mtp.modeling.records import FORCED, Decoded
@@ -52,9 +53,15 @@ EXAMPLES = [Example("1=", "1", "1=1"), Example("1;1=", "11", "1=;1=")]
 def rolled(seed=0, group_size=3):
     model = tiny_model()
     out = sample(
-        model, TEXT, EXAMPLES, TEXT.plan("fast"), Sampler(), max_new_tokens=14,
-        group_size=group_size, generator=torch.Generator().manual_seed(seed),
-    )  # fmt: skip
+        model,
+        TEXT,
+        EXAMPLES,
+        TEXT.plan("fast"),
+        DecodeOptions(
+            sampler=Sampler(), max_new_tokens=14, generator=torch.Generator().manual_seed(seed)
+        ),
+        group_size=group_size,
+    )
     assert len(out) == 2 * group_size < len(out.prompts)
     return model, out
 
@@ -141,9 +148,15 @@ def test_micro_batches_hold_whole_trajectories():
 def test_slow_rollouts_leave_forced_tokens_unscored():
     model = tiny_model()
     out = sample(
-        model, TEXT, EXAMPLES, TEXT.plan("slow"), Sampler(), max_new_tokens=14, group_size=4,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+        model,
+        TEXT,
+        EXAMPLES,
+        TEXT.plan("slow"),
+        DecodeOptions(
+            sampler=Sampler(), max_new_tokens=14, generator=torch.Generator().manual_seed(0)
+        ),
+        group_size=4,
+    )
     rows = list(range(len(out.prompts)))
     batch = collate_slow_rollouts(
         out.prompts, out.out, torch.ones(8), rows, TEXT.plan("fast"), 4, 0, out.owners

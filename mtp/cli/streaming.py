@@ -2,17 +2,17 @@
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.text import Text
 
+from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.memory import Memory
 from ..modeling.phases import MODES, PhasePlan
 from ..modeling.records import FORCED, Block
-from ..modeling.sampler import Sampler
 from ..modeling.segments import decode_segments
 from ..rollouts.prompt_format import PromptFormat
 
@@ -118,15 +118,13 @@ class LiveText:
 
 def write_live(
     console: Console,
-    model: Any,
+    model: DecodableModel,
     fmt: PromptFormat,
     prompt: list[int],
     plan: PhasePlan,
-    sampler: Sampler,
+    options: DecodeOptions,
     *,
     mode: str,
-    max_new_tokens: int,
-    generator: torch.Generator,
 ) -> list[int]:
     """Complete one prompt on the screen; returns ids of the completion, or of its last segment."""
     live = LiveText(console, fmt.tokenizer)
@@ -136,16 +134,13 @@ def write_live(
         torch.tensor([prompt], device=device),
         torch.tensor([len(prompt)], device=device),
         plan,
-        sampler,
+        replace(options, pad_id=fmt.pad_id),
         fmt.segments,
         fmt.tokenizer,
-        max_new_tokens=max_new_tokens,
-        pad_id=fmt.pad_id,
-        generator=generator,
         on_block=live,
         on_segment=live.next_segment,
     )
-    live.end(mode, "" if out.out.finished[-1] else f"; cut at {max_new_tokens} new tokens")
+    live.end(mode, "" if out.out.finished[-1] else f"; cut at {options.max_new_tokens} new tokens")
     return live.ids
 
 

@@ -1,6 +1,6 @@
 """What a search found, on screen: the chosen text by its passes, then all scores and answers."""
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -8,9 +8,9 @@ from rich.markup import escape
 from rich.text import Text
 
 from ..modeling.branches import SearchConfig
+from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.phases import PhasePlan
 from ..modeling.records import Block
-from ..modeling.sampler import Sampler
 from ..modeling.search import search
 from ..rollouts.prompt_format import PromptFormat
 from .streaming import STYLES, LiveText
@@ -18,16 +18,14 @@ from .streaming import STYLES, LiveText
 
 def write_found(
     console: Console,
-    model: Any,
+    model: DecodableModel,
     fmt: PromptFormat,
     prompt: list[int],
     plan: PhasePlan,
-    sampler: Sampler,
+    options: DecodeOptions,
     config: SearchConfig,
     *,
     mode: str,
-    max_new_tokens: int,
-    generator: torch.Generator,
 ) -> list[int]:
     """Search for a completion of one prompt and show it, then the score and the final answer of
     each text that was found. Returns the chosen ids.
@@ -38,12 +36,9 @@ def write_found(
         torch.tensor([prompt], device=device),
         torch.tensor([len(prompt)], device=device),
         plan,
-        sampler,
+        replace(options, pad_id=fmt.pad_id),
         config,
-        max_new_tokens=max_new_tokens,
-        pad_id=fmt.pad_id,
         answer_of=fmt.answer_text,
-        generator=generator,
     )
     (chosen,), (texts,) = found.chosen, found.texts
     live = LiveText(console, fmt.tokenizer)

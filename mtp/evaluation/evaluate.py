@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.records import Decoded
 from ..modeling.sampler import Sampler
 from ..rollouts.legibility import reference_figures, true_step_share, unigram_drift
@@ -40,16 +39,19 @@ class EvaluationConfig:
 
 
 def decode_all(
-    model: torch.nn.Module,
+    model: DecodableModel,
     fmt: PromptFormat,
     examples: list[Example],
     mode: str,
     decoding: DecodingConfig,
     batch_size: int,
     prefixes: list[list[int]] | None = None,
-    kernels: str = "auto",
+    impl: str | None = None,
 ) -> list[Rollouts]:
     """Greedy completions of all examples, in batches."""
+    options = DecodeOptions(
+        sampler=Sampler(temperature=0), max_new_tokens=decoding.max_new_tokens, impl=impl
+    )
     batches = []
     for at in range(0, len(examples), batch_size):
         batches.append(
@@ -58,10 +60,8 @@ def decode_all(
                 fmt,
                 examples[at : at + batch_size],
                 fmt.plan(mode),
-                Sampler(temperature=0),
-                max_new_tokens=decoding.max_new_tokens,
+                options,
                 prefixes=None if prefixes is None else prefixes[at : at + batch_size],
-                kernels=kernels,
             )
         )
     return batches
@@ -88,16 +88,16 @@ def accuracy(
 
 
 def fast_accuracy(
-    model: torch.nn.Module,
+    model: DecodableModel,
     fmt: PromptFormat,
     examples: list[Example],
     task: Task,
     decoding: DecodingConfig,
     batch_size: int,
-    kernels: str = "auto",
+    impl: str | None = None,
 ) -> float | None:
     """Accuracy of fast mode on some examples; None for a task that judges no answers."""
-    fast = decode_all(model, fmt, examples, "fast", decoding, batch_size, kernels=kernels)
+    fast = decode_all(model, fmt, examples, "fast", decoding, batch_size, impl=impl)
     return accuracy(fast, task, fmt.answer_text)
 
 
@@ -116,7 +116,7 @@ def held_out(task: Task, num_problems: int) -> list[Example]:
 
 
 def evaluate(
-    model: Any,
+    model: DecodableModel,
     fmt: PromptFormat,
     task: Task,
     decoding: DecodingConfig,
@@ -127,7 +127,7 @@ def evaluate(
     controls: bool = True,
     reference: Any = None,
     verified: bool = False,
-    kernels: str = "auto",
+    impl: str | None = None,
 ) -> tuple[dict[str, Any], list[Rollouts]]:
     """All figures of one evaluation, named as in summary.json, and the completions they are of.
 
@@ -142,7 +142,7 @@ def evaluate(
         controls: also answer behind an empty and behind a wrong thought (another problem's).
         reference: frozen model for `reference_nats_per_token`, by slot too; null without one.
         verified: decode in verified mode too; its figures are absent otherwise.
-        kernels: implementation of `mtp_kernels` ops that decoding draws with, see `decode`.
+        impl: implementation of `mtp_kernels` ops that tokens are sampled with, see `DecodeOptions`.
     """
     examples = held_out(task, num_problems)
     num_problems = len(examples)
@@ -155,9 +155,7 @@ def evaluate(
         return tokens / (passes(batches) * num_problems)
 
     def completions(mode: str, prefixes: list[list[int]] | None = None) -> list[Rollouts]:
-        return decode_all(
-            model, fmt, examples, mode, decoding, batch_size, prefixes, kernels=kernels
-        )
+        return decode_all(model, fmt, examples, mode, decoding, batch_size, prefixes, impl=impl)
 
     slow = completions("slow")
     shown = slow

@@ -1,12 +1,11 @@
 """Held-out accuracy of a search: of the texts that it chooses, and of the best that it found."""
 
+from dataclasses import replace
 from typing import Any
 
-import torch
-
 from ..modeling.branches import Branch, Judge, SearchConfig
+from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.records import pad
-from ..modeling.sampler import Sampler
 from ..modeling.search import search
 from ..rollouts.prompt_format import PromptFormat
 from ..tasks.base import Example, Task
@@ -40,19 +39,16 @@ def outcome_judge(task: Task, fmt: PromptFormat, examples: list[Example]) -> Jud
 
 
 def evaluate_search(
-    model: Any,
+    model: DecodableModel,
     fmt: PromptFormat,
     task: Task,
     config: SearchConfig,
-    sampler: Sampler,
+    options: DecodeOptions,
     *,
     mode: str,
     judge: str,
-    max_new_tokens: int,
     num_problems: int,
     batch_size: int,
-    generator: torch.Generator | None = None,
-    kernels: str | None = None,
 ) -> dict[str, Any]:
     """Figures over held-out problems: shares of problems, and means per problem.
 
@@ -61,15 +57,12 @@ def evaluate_search(
         fmt: tokens and phases.
         task: held-out problems and their judge.
         config: the search; `majority` is over final answers.
-        sampler: how branches are drawn.
+        options: as in `decode`; rows are padded as `fmt` has it.
         mode: as `PromptFormat.plan` takes it.
         judge: `logprob`, or `reward`: the task's own outcome. A search that may ask for the outcome
             says what a checker of answers is worth; it is no measure of a model without one.
-        max_new_tokens: most tokens of a text.
         num_problems: at most so many held-out problems.
         batch_size: rows decoded at once, at most, where a problem does not take more by itself.
-        generator: source of randomness.
-        kernels: how tokens are drawn, as in `decode`.
 
     Raises ValueError for settings that no search can follow, and for a task without right answers.
     """
@@ -93,14 +86,10 @@ def evaluate_search(
             prompts.to(device),
             lengths.to(device),
             fmt.plan(mode),
-            sampler,
+            replace(options, pad_id=fmt.pad_id),
             config,
-            max_new_tokens=max_new_tokens,
-            pad_id=fmt.pad_id,
             judge=outcome_judge(task, fmt, asked) if judge == "reward" else None,
             answer_of=fmt.answer_text,
-            generator=generator,
-            kernels=kernels,
         )
         for row, (example, texts) in enumerate(zip(asked, found.texts, strict=True)):
             right = [is_right(task, fmt, example, branch) for branch in texts]

@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 
 from .decode import PassLoop
-from .decode_state import Stop
+from .decode_options import DecodableModel, DecodeOptions
 from .phases import PhasePlan, check_plans
 from .records import FORCED, Decoded
 from .sampler import Sampler
-from .token_sampling import Process
 
 METHODS = ("best_of_n", "beam", "mcts")
 CHOICES = ("score", "majority")
@@ -167,19 +166,13 @@ class Spent:
 
 @dataclass(kw_only=True)
 class SearchRequest:
-    """The arguments of `decode`, see there, and what has been spent on them."""
+    """Prompts to search for, how to decode them, and what has been spent."""
 
-    model: Any
+    model: DecodableModel
     prompts: Tensor
     prompt_lengths: Tensor
     plans: list[PhasePlan]
-    sampler: Sampler
-    max_new_tokens: int
-    pad_id: int
-    generator: torch.Generator | None = None
-    process: Process | None = None
-    stop: Stop | None = None
-    kernels: str | None = None
+    options: DecodeOptions
 
     def __post_init__(self) -> None:
         self.spent = Spent(len(self.prompts))
@@ -188,8 +181,7 @@ class SearchRequest:
         """Raises ValueError for what no pass loop can follow."""
         model = self.model
         check_plans(self.plans, len(self.prompts), model.block_size, model.config.vocab_size)
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        self.options.check()
 
     def roots(self) -> list[Branch]:
         """A branch of each prompt, with nothing written yet."""
@@ -233,14 +225,8 @@ class BranchLoop(PassLoop):
             request.prompts[of],
             request.prompt_lengths[of],
             [request.plans[prompt] for prompt in of],
-            request.sampler,
-            request.max_new_tokens,
-            request.pad_id,
-            request.generator,
-            request.process,
-            request.stop,
+            request.options,
             num_copies,
-            kernels=request.kernels,
         )
         self.spent, self.parts = request.spent, parts
         self.branches = {row: branches[row // num_copies] for row in range(len(of))}

@@ -17,39 +17,32 @@ V vocabulary, D main width.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .attention import check_attention
 from .cache import BlockCache
-from .decode_state import RunningRows, Stop, Texts, splice
+from .decode_options import DecodableModel, DecodeOptions
+from .decode_state import RunningRows, Texts, splice
 from .phases import PhasePlan, check_plans
 from .records import Block, Decoded, Slots
-from .sampler import Sampler, Verdict, length_of_prefix
-from .token_sampling import Process, Settled, TokenSampler
+from .sampler import Verdict, length_of_prefix
+from .token_sampling import Settled, TokenSampler
 
 
 @torch.no_grad()
 def decode(
-    model: Any,
+    model: DecodableModel,
     prompts: Tensor,
     prompt_lengths: Tensor,
     plan: PhasePlan | Sequence[PhasePlan],
-    sampler: Sampler,
+    options: DecodeOptions,
     *,
-    max_new_tokens: int,
-    pad_id: int,
-    generator: torch.Generator | None = None,
-    process: Process | None = None,
-    stop: Stop | None = None,
     on_block: Callable[[Block], None] | None = None,
     num_return_sequences: int = 1,
-    static_cache: bool = False,
-    kernels: str | None = None,
 ) -> Decoded:
-    """Run the pass loop until every row has ended or has `max_new_tokens` tokens.
+    """Run the pass loop until every row has ended or has `options.max_new_tokens` tokens.
 
     Args:
         model: an `MTPMixin` model.
@@ -57,28 +50,16 @@ def decode(
         prompt_lengths: [B] int64, at least 1.
         plan: phases, see `PhasePlan`: one for all rows, or one for each. Plans of one batch share
             their delimiters and end tokens.
-        sampler: distribution that tokens are sampled from.
-        max_new_tokens: most tokens a row may get; a last block is cut to it.
-        pad_id: fills the unused end of each row.
-        generator: source of randomness for sampling.
-        process: changes the scores of every slot, main's and the head's, before the sampler. It is
-            given the texts up to the slot, padded on the left to T and the tokens written since:
-            rows of one width at a time.
-        stop: asked after every token, with texts as above; a block is cut where it says True.
+        options: sampler, limits and the rest, see `DecodeOptions`.
         on_block: called after each pass.
         num_return_sequences: continuations of each prompt, n. The prompt is read once for all of
             them, and row i of the output continues prompt i // n.
-        static_cache: keep keys and values at one length from the first pass on, see `BlockCache`.
-        kernels: implementation of `mtp_kernels` that samples tokens and verifies drafts without
-            logits, `auto` for one where it pays; None: none. Logits are made in any case where
-            something else asks for them: top-k and top-p, a `process`, thresholds.
 
     Raises ValueError for plans that the model cannot follow.
     """
     plans = [plan] * len(prompts) if isinstance(plan, PhasePlan) else list(plan)
     check_plans(plans, len(prompts), model.block_size, model.config.vocab_size)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    options.check()
     if num_return_sequences < 1:
         raise ValueError(f"num_return_sequences must be at least 1, got {num_return_sequences}")
     loop = PassLoop(
@@ -86,15 +67,8 @@ def decode(
         prompts.repeat_interleave(num_return_sequences, 0),
         prompt_lengths.repeat_interleave(num_return_sequences),
         [plan for plan in plans for _ in range(num_return_sequences)],
-        sampler,
-        max_new_tokens,
-        pad_id,
-        generator,
-        process,
-        stop,
+        options,
         num_return_sequences,
-        static_cache,
-        kernels,
     )
     continues = True
     while continues:
@@ -109,30 +83,23 @@ class PassLoop:
 
     def __init__(
         self,
-        model: Any,
+        model: DecodableModel,
         prompts: Tensor,
         prompt_lengths: Tensor,
         plans: list[PhasePlan],
-        sampler: Sampler,
-        max_new_tokens: int,
-        pad_id: int,
-        generator: torch.Generator | None,
-        process: Process | None,
-        stop: Stop | None,
-        num_copies: int,
-        static_cache: bool = False,
-        kernels: str | None = None,
+        options: DecodeOptions,
+        num_copies: int = 1,
     ):
+        """num_copies: rows next to each other that are the same, and are read once."""
         self.model = model
-        self.running = RunningRows(prompts, prompt_lengths, plans, max_new_tokens, pad_id, stop)
+        limits = options.max_new_tokens, options.pad_id, options.stop
+        self.running = RunningRows(prompts, prompt_lengths, plans, *limits)
         self.plan, self.tables = self.running.plan, self.running.tables
         check_attention(model.config)
         main, head = model.output_layers()
         self.main_output = main.in_autocast_dtype()
         self.head_output = self.main_output if head is main else head.in_autocast_dtype()
-        self.samples = TokenSampler(
-            sampler, self.tables, self.main_output, self.head_output, generator, process, kernels
-        )
+        self.samples = TokenSampler(options, self.tables, self.main_output, self.head_output)
         self.num_copies = num_copies  # rows next to each other that are still the same
         self.head = model.mtp_head
         # A plan without head slots needs nothing remembered.
@@ -141,7 +108,7 @@ class PassLoop:
             model.config.num_hidden_layers + num_cache_layers,
             len(prompts) // num_copies,
             prompts.shape[1] + self.running.room,
-            static_cache,
+            options.static_cache,
         )
         self.observed: list[Tensor] = []  # the head's, of the last pass
         self.head_settled: Settled | None = None  # slots made together with main's token

@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 from .attention import NAME, check_attention
 from .cache import BlockCache
 from .decode import decode
+from .decode_options import DecodeOptions
 from .memory import Memory
 from .phases import (
     MODES,
@@ -85,10 +86,16 @@ class Request(NamedTuple):
     """[B, T] prompts as they were given."""
     wanted: Wanted
     """The options that the call and its configs set."""
-    text: tuple[Tensor, Tensor, list[PhasePlan], Sampler]
-    """Prompts padded on the right, their lengths, their plans, the sampler."""
-    arguments: dict[str, Any]
-    """Keyword arguments of `decode`."""
+    prompts: Tensor
+    """[B, T] the prompts padded on the right."""
+    prompt_lengths: Tensor
+    """[B] tokens of each prompt."""
+    plans: list[PhasePlan]
+    """[B] plan of each prompt."""
+    options: DecodeOptions
+    """Sampler, limits and the rest."""
+    num_return_sequences: int
+    """Continuations of each prompt."""
     streamer: Any
     """transformers' streamer, or None."""
 
@@ -237,20 +244,19 @@ class MTPGenerationMixin:
             inputs, generation_config, mode, mtp_k, max_thought_tokens, generator, kwargs
         )
         prompts = request.given
-        padded, lengths, plans, sampler = request.text
-        copies, streamer = request.arguments["num_return_sequences"], request.streamer
+        copies, streamer = request.num_return_sequences, request.streamer
         if streamer is not None and len(prompts) * copies > 1:
             raise ValueError(f"streamer takes one sequence at a time, got {len(prompts) * copies}")
         if streamer is not None:
             streamer.put(prompts.cpu())
         out = decode(
-            self,
-            padded,
-            lengths,
-            [plan.as_last_segment() for plan in plans],
-            sampler,
+            self,  # type: ignore[arg-type]
+            request.prompts,
+            request.prompt_lengths,
+            [plan.as_last_segment() for plan in request.plans],
+            request.options,
             on_block=None if streamer is None else lambda block: put_block(streamer, block),
-            **request.arguments,
+            num_return_sequences=copies,
         )
         if streamer is not None:
             streamer.end()
@@ -320,13 +326,16 @@ class MTPGenerationMixin:
         if request.streamer is not None:
             raise ValueError("generate_segments takes no streamer; give it on_block")
         return decode_segments(
-            self,
-            *request.text,
-            settings=settings,
-            tokenizer=tokenizer,
+            self,  # type: ignore[arg-type]
+            request.prompts,
+            request.prompt_lengths,
+            request.plans,
+            request.options,
+            settings,
+            tokenizer,
             on_block=on_block,
             on_segment=on_segment,
-            **request.arguments,
+            num_return_sequences=request.num_return_sequences,
         )
 
     def _read_request(
@@ -381,19 +390,19 @@ class MTPGenerationMixin:
             plan.eos_ids = eos_ids
         plans = [by_mode[mode] for mode in modes]
         order = mask.argsort(dim=1, descending=True, stable=True)
-        text = prompts.gather(1, order), mask.sum(1), plans, wanted.sampler()
-        arguments = {
-            "max_new_tokens": max_new_tokens,
-            "pad_id": (eos_ids[0] if eos_ids else 0) if pad_id is None else pad_id,
-            "generator": generator,
-            "process": process if len(process) else None,
-            "stop": stop if len(stop) else None,
-            "num_return_sequences": copies,
-            "static_cache": cache == "static",
+        options = DecodeOptions(
+            sampler=wanted.sampler(),
+            max_new_tokens=max_new_tokens,
+            pad_id=(eos_ids[0] if eos_ids else 0) if pad_id is None else pad_id,
+            generator=generator,
+            process=process if len(process) else None,  # type: ignore[arg-type]
+            stop=stop if len(stop) else None,
+            static_cache=cache == "static",
             # Greedy tokens are the same with and without; a draw from the generator is not.
-            "kernels": None if wanted["do_sample"] else "auto",
-        }
-        return Request(prompts, wanted, text, arguments, wanted["streamer"])
+            impl=None if wanted["do_sample"] else "auto",
+        )
+        padded, lengths = prompts.gather(1, order), mask.sum(1)
+        return Request(prompts, wanted, padded, lengths, plans, options, copies, wanted["streamer"])
 
     def _read_mask(self, given: Tensor | None, prompts: Tensor, stock: GenerationConfig) -> Tensor:
         """[B, T] int64: 1 where a prompt has a token; not given, it is inferred as in transformers.

@@ -10,6 +10,7 @@ from toy_text import CHAT, NO_SYSTEM, save_toy, toy_tokenizer
 from mtp.config import RunConfig
 from mtp.hub.build import ModelConfig, build_model, load_model, save_model
 from mtp.hub.export import _open_first_phase, check_replaceable, export
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.phases import Phase
 from mtp.modeling.sampler import Sampler
@@ -67,9 +68,13 @@ def test_a_rollout_stops_at_either_end_token(tmp_path):
     for end in (EOS, END):
         model.lm_head.weight.data.zero_()[end] = hidden  # the likeliest token after the prompt
         out = sample(
-            model, text, [Example("2+2=", "4")], text.plan("slow"), Sampler(temperature=0),
-            max_new_tokens=6, prefixes=[prefix],
-        )  # fmt: skip
+            model,
+            text,
+            [Example("2+2=", "4")],
+            text.plan("slow"),
+            DecodeOptions(sampler=Sampler(temperature=0), max_new_tokens=6),
+            prefixes=[prefix],
+        )
         assert out.completion(0) == [end]
         assert out.out.finished.tolist() == [True]
 
