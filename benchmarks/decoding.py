@@ -45,6 +45,7 @@ from transformers import logging as hf_logging
 from mtp.evaluation.evaluate import acceptance_by_slot
 from mtp.hub.build import ModelConfig, build_model, load_model
 from mtp.modeling.decode import decode
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.heads import HEADS, HeadConfig
 from mtp.modeling.phases import Phase, PhasePlan
 from mtp.modeling.records import Decoded
@@ -269,7 +270,7 @@ def measure(
 
     def behind_prompt(name: str, mode: str) -> float:
         # The prompt's own pass has written tokens too: a block in fast mode, else one.
-        written = (new - model.num_slots if mode.startswith("fast") else new - 1) / (new - 1)
+        written = (new - model.block_size if mode.startswith("fast") else new - 1) / (new - 1)
         parts = zip(seconds["prompt"], seconds["generate"], seconds[name], strict=True)
         return written * statistics.median((them - own) / (us - own) for own, them, us in parts)
 
@@ -287,7 +288,7 @@ def measure(
                 head,
                 batch,
                 length,
-                model.num_slots - 1,
+                model.block_size - 1,
                 batch * new / statistics.median(seconds[name]),
                 sum(int(o.lengths.sum()) for o in out) / sum(int(o.passes.sum()) for o in out),
                 statistics.median(ratios(name)),
@@ -297,7 +298,7 @@ def measure(
                 None if share is None else share == 1,
                 share,
                 margin,
-                acceptance_by_slot(out, model.num_slots - 1) if mode == "verified" else None,
+                acceptance_by_slot(out, model.block_size - 1) if mode == "verified" else None,
             )
         )
     rows = [
@@ -349,16 +350,18 @@ def decoder(
 
     def run(ids: Tensor, new: int) -> Decoded:
         put()
-        keep = 1 if mode == "slow" else model.num_slots
+        keep = 1 if mode == "slow" else model.block_size
         return decode(
             model,
             ids,
             torch.full((len(ids),), ids.shape[1], device=ids.device),
             PhasePlan([keep], [None], verified=[mode == "verified"]),
-            Sampler(temperature=0),
-            max_new_tokens=new,
-            pad_id=0,
-            static_cache=static_cache,
+            DecodeOptions(
+                sampler=Sampler(temperature=0),
+                max_new_tokens=new,
+                pad_id=0,
+                static_cache=static_cache,
+            ),
         )
 
     return run
@@ -433,7 +436,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     hf_logging.set_verbosity_error()
     model, tokenizer, heads = load_main(options)
-    options.k = model.num_slots - 1
+    options.k = model.block_size - 1
     model.generation_config.update(eos_token_id=None, pad_token_id=0)
     everything: dict[str, list[Any]] = {"results": [], "baselines": []}
     for batch in options.batch:

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import logging as hf_logging
 
 from mtp.modeling.decode import PassLoop
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.phases import PhasePlan
 from mtp.modeling.sampler import Sampler
 
@@ -86,7 +87,13 @@ def passes(model: Any, ids: Tensor, keep: int, number: int) -> tuple[float, int]
     lengths = torch.full((len(ids),), ids.shape[1])
     plan = [PhasePlan([keep], [None])] * len(ids)
     room = (number + 2) * keep
-    loop = PassLoop(model, ids, lengths, plan, Sampler(temperature=0), room, 0, None, None, None, 1)
+    loop = PassLoop(
+        model,
+        ids,
+        lengths,
+        plan,
+        DecodeOptions(sampler=Sampler(temperature=0), max_new_tokens=room, pad_id=0),
+    )
     loop.run_pass()
     seconds = []
     for _ in range(number):

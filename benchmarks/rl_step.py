@@ -76,6 +76,7 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
     from lightning.fabric import Fabric
 
     from mtp.hub.build import build_model
+    from mtp.modeling.decode_options import DecodeOptions
     from mtp.modeling.phases import PhasePlan
     from mtp.modeling.sampler import Sampler
     from mtp.rollouts.advantage import GroupRewards, group_std
@@ -114,15 +115,19 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
     for optimizer in optimizers.values():
         optimizer.step = timed(optimizer.step)
     examples = [task.example("train", i) for i in range(num_rollouts // GROUP_SIZE)]
-    endless = PhasePlan(keep=[text.num_slots], opened_by=[None], eos_ids=[])
+    endless = PhasePlan(keep=[text.block_size], opened_by=[None], eos_ids=[])
     objective = ObjectiveConfig(policy=Policy(weight=1.0))
 
     def roll() -> Any:
         with fabric.autocast():
             return sample(
-                model, text, examples, endless, Sampler(),
-                max_new_tokens=num_tokens, group_size=GROUP_SIZE, kernels=config.kernels,
-            )  # fmt: skip
+                model,
+                text,
+                examples,
+                endless,
+                DecodeOptions(sampler=Sampler(), max_new_tokens=num_tokens, impl=config.kernels),
+                group_size=GROUP_SIZE,
+            )
 
     def collate(rollouts: Any) -> list[Any]:
         rewards = score(task, text, rollouts, RewardConfig(), max_new_tokens=num_tokens)
@@ -134,7 +139,7 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
         return [
             collate_rollouts(
                 rollouts.prompts, rollouts.out, advantages,
-                list(range(at, min(at + MICRO_BATCH, num_rollouts))), text.num_slots, text.pad_id,
+                list(range(at, min(at + MICRO_BATCH, num_rollouts))), text.block_size, text.pad_id,
             )
             for at in range(0, num_rollouts, MICRO_BATCH)
         ]  # fmt: skip
@@ -197,7 +202,7 @@ def speed_limit(fabric: Any, model: Any, num_rows: int, repeats: int) -> float:
 
     seconds = {}
     with torch.no_grad(), fabric.autocast():
-        cache = BlockCache(model.config.num_hidden_layers, num_rows, CACHED + model.num_slots)
+        cache = BlockCache(model.config.num_hidden_layers, num_rows, CACHED + model.block_size)
 
         def forward(first: int, number: int) -> None:
             tokens = torch.zeros(num_rows, number, dtype=torch.long)
@@ -206,11 +211,11 @@ def speed_limit(fabric: Any, model: Any, num_rows: int, repeats: int) -> float:
             model.get_output_embeddings()(hidden[:, -1])
 
         forward(0, CACHED)
-        for number in (1, model.num_slots):
+        for number in (1, model.block_size):
             forward(CACHED, number)
             passes = [clock(lambda n=number: forward(CACHED, n))[0] for _ in range(5 * repeats)]
             seconds[number] = statistics.median(passes)
-    return model.num_slots * seconds[1] / seconds[model.num_slots]
+    return model.block_size * seconds[1] / seconds[model.block_size]
 
 
 def trl_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) -> dict[str, float]:

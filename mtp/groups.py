@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from .modeling.decode_options import DecodeOptions
 from .modeling.records import Decoded
 from .rollouts.advantage import informative
 from .rollouts.reward import Rewards, score
@@ -49,14 +50,16 @@ def sample_groups(run: Run, stage: StageRun, step: int) -> Groups:
             stage.module,
             partial(
                 sample,
-                text=run.text,
+                fmt=run.text,
                 examples=examples,
                 plan=run.text.plan(config.rollout_mode),
-                sampler=run.config.decoding.sampler(),
-                max_new_tokens=run.config.decoding.max_new_tokens,
+                options=DecodeOptions(
+                    sampler=run.config.decoding.sampler(),
+                    max_new_tokens=run.config.decoding.max_new_tokens,
+                    generator=run.generator(*purpose),
+                    impl=run.config.kernels,
+                ),
                 group_size=config.group_size,
-                generator=run.generator(*purpose),
-                kernels=run.config.kernels,
             ),
         )
         seconds += time.monotonic() - began

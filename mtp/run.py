@@ -15,7 +15,7 @@ from rich.console import Console
 from .config import RunConfig, save_run_config
 from .hub.checkpoint import read_state, remove_later
 from .hub.run_folder import MARK, RunFolder, changed_settings
-from .rollouts.prompt_format import TextFormat
+from .rollouts.prompt_format import PromptFormat
 from .tasks.base import Example, Task, training_index
 from .training.runtime import StopRequest
 from .training.stage import StageConfig
@@ -58,7 +58,7 @@ class Run:
     model: Any
     came_with_head: bool
     """True if the head was in the checkpoint that the run began from."""
-    text: TextFormat
+    text: PromptFormat
     log: Any
     """`MetricsLog`, or `NoLog` in processes other than the first."""
     progress: Progress

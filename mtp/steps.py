@@ -58,7 +58,7 @@ def solved_batches(
         collate_text(
             [samples[i] for i in chosen],
             text.plan("fast"),
-            text.num_slots,
+            text.block_size,
             text.pad_id,
             num_anchors=stage.num_anchors,
             block_anchors=stage.block_anchors,
@@ -146,7 +146,7 @@ def collate(
             advantages.flatten(),
             segments,
             plan=text.plan("fast"),
-            num_slots=text.num_slots,
+            block_size=text.block_size,
             pad_id=text.pad_id,
             owners=rollouts.owners,
             num_anchors=config.num_anchors,
@@ -159,7 +159,7 @@ def collate(
             rollouts.out,
             advantages.flatten(),
             segments,
-            num_slots=text.num_slots,
+            block_size=text.block_size,
             pad_id=text.pad_id,
             owners=rollouts.owners,
         )

@@ -407,7 +407,7 @@ def interim_evaluation(run: Run, stage: StageRun) -> bool:
             use_head=heard(run),
             controls=False,
             verified=run.config.evaluation.verified,
-            kernels=run.config.kernels,
+            impl=run.config.kernels,
         ),
     )
     record(run, stage.name, figures)
@@ -460,7 +460,7 @@ def end_stage(run: Run, stage: StageRun) -> None:
             use_head=heard(run),
             reference=reference,
             verified=config.evaluation.verified,
-            kernels=config.kernels,
+            impl=config.kernels,
         ),
     )
     record(run, name, figures)

@@ -14,7 +14,7 @@ from mtp.cli.hydra import job_folder, register_configs
 from mtp.config import to_run_config
 from mtp.errors import one_line
 from mtp.hub.build import build_model
-from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -131,7 +131,7 @@ def test_resuming_and_overwriting_contradict_each_other():
 def test_a_delimiter_must_be_a_token_of_the_tokenizer():
     phases = run_config("decoding.phases.answer.opened_by='</thought>'").decoding.phases
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        TextFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), phases, 6)
+        PromptFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), phases, 6)
     line = one_line(caught.value)
     assert line is not None and line.startswith("delimiter '</thought>' must be one token")
 

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LogitsProcessor
 from mtp.cli.main import main
 from mtp.evaluation.evaluate import accuracy
 from mtp.hub.build import generation_config, load_model
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.memory import ALPHABET, Memory
 from mtp.modeling.phases import Phase
 from mtp.modeling.records import FORCED, Decoded
@@ -18,7 +19,7 @@ from mtp.modeling.sampler import Sampler
 from mtp.modeling.segments import SegmentSettings
 from mtp.reports.tables import completions_rows
 from mtp.rollouts.legibility import mean_nats_of_rollouts, thought_nats, true_step_share
-from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.rollouts.reward import RewardConfig, score
 from mtp.rollouts.rollout import DecodingConfig, Rollouts, sample
 from mtp.steps import micro_batches, segment_metrics
@@ -43,7 +44,7 @@ TASK = RunningSumConfig().build()
 def make_text(alphabet="1=;", phases=PHASES, segments=SEGMENTS):
     """By default a tokenizer of the 23 tokens that `tiny_model` knows."""
     tokenizer = character_tokenizer(alphabet + ALPHABET, MARKS)
-    return TextFormat(tokenizer, phases, 4, segments=segments)
+    return PromptFormat(tokenizer, phases, 4, segments=segments)
 
 
 TEXT = make_text()
@@ -53,9 +54,15 @@ EXAMPLES = [Example("1=", "1", "1=1"), Example("1;1=", "11", "1=;1=")]
 def rolled(seed=0, group_size=3):
     model = tiny_model()
     out = sample(
-        model, TEXT, EXAMPLES, TEXT.plan("fast"), Sampler(), max_new_tokens=14,
-        group_size=group_size, generator=torch.Generator().manual_seed(seed),
-    )  # fmt: skip
+        model,
+        TEXT,
+        EXAMPLES,
+        TEXT.plan("fast"),
+        DecodeOptions(
+            sampler=Sampler(), max_new_tokens=14, generator=torch.Generator().manual_seed(seed)
+        ),
+        group_size=group_size,
+    )
     assert len(out) == 2 * group_size < len(out.prompts)
     return model, out
 
@@ -142,9 +149,15 @@ def test_micro_batches_hold_whole_trajectories():
 def test_slow_rollouts_leave_forced_tokens_unscored():
     model = tiny_model()
     out = sample(
-        model, TEXT, EXAMPLES, TEXT.plan("slow"), Sampler(), max_new_tokens=14, group_size=4,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+        model,
+        TEXT,
+        EXAMPLES,
+        TEXT.plan("slow"),
+        DecodeOptions(
+            sampler=Sampler(), max_new_tokens=14, generator=torch.Generator().manual_seed(0)
+        ),
+        group_size=4,
+    )
     rows = list(range(len(out.prompts)))
     batch = collate_slow_rollouts(
         out.prompts, out.out, torch.ones(8), rows, TEXT.plan("fast"), 4, 0, out.owners
@@ -313,7 +326,7 @@ def test_generate_segments_refuses_what_cannot_be_done_before_any_pass(monkeypat
 def test_texts_that_cannot_have_a_memory_are_refused():
     tokenizer = character_tokenizer("0123456789", MARKS)
     with pytest.raises(ValueError, match=r"knows the characters of memory commands, but not \['w'"):
-        TextFormat(tokenizer, PHASES, 4, segments=SEGMENTS)
+        PromptFormat(tokenizer, PHASES, 4, segments=SEGMENTS)
     decoding = DecodingConfig(phases=PHASES, segments=SEGMENTS, max_new_tokens=8)
     with pytest.raises(ValueError, match="decoding.max_new_tokens must be at least 9.* got 8"):
         decoding.sampler()

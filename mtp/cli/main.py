@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from ..config import RunConfig
     from ..modeling.branches import SearchConfig
-    from ..rollouts.prompt_format import TextFormat
+    from ..rollouts.prompt_format import PromptFormat
 
 DEFAULT_MAX_NEW_TOKENS = 256
 """Where neither the command line nor the folder says."""
@@ -67,7 +67,7 @@ class Opened:
         names = list(self.config.active_stages())
         return names[: names.index(self.stage) + 1]
 
-    def load(self, device: str) -> tuple[Any, "TextFormat"]:
+    def load(self, device: str) -> tuple[Any, "PromptFormat"]:
         """The model on a device, ready to decode, and its text format."""
         from ..hub.build import load_model
 
@@ -137,7 +137,7 @@ class Writer:
 
     console: "Console"
     model: Any
-    text: "TextFormat"
+    text: "PromptFormat"
     mode: str
     write: "Callable[[list[int], str], list[int]]"
     """(prompt ids, mode) -> completion ids, shown as they come."""
@@ -155,6 +155,7 @@ def open_writer(arguments: argparse.Namespace) -> Writer:
     sampler = make_sampler(arguments, config)
     import torch
 
+    from ..modeling.decode_options import DecodeOptions
     from ..modeling.segments import check_segments
     from ..reports.progress import make_console
     from .streaming import write_live
@@ -174,16 +175,16 @@ def open_writer(arguments: argparse.Namespace) -> Writer:
         check_segments(text.segments, text.phases, "decoding")
     seed = DEFAULT_SEED if arguments.seed is None else arguments.seed
     generator = torch.Generator(device=device).manual_seed(seed)
+    options = DecodeOptions(sampler=sampler, max_new_tokens=limit, generator=generator)
     console = make_console()
 
     def write(prompt: list[int], mode: str) -> list[int]:
         plan = text.plan(mode)
         if arguments.max_thought_tokens is not None:
             plan.max_tokens[0] = arguments.max_thought_tokens
-        given = {"mode": mode, "max_new_tokens": limit, "generator": generator}
         if config is not None:
-            return write_found(console, model, text, prompt, plan, sampler, config, **given)
-        return write_live(console, model, text, prompt, plan, sampler, **given)
+            return write_found(console, model, text, prompt, plan, options, config, mode=mode)
+        return write_live(console, model, text, prompt, plan, options, mode=mode)
 
     return Writer(console, model, text, mode, write)
 
@@ -260,7 +261,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         use_head=opened.head_is_trained,
         reference=reference,
         verified=config.evaluation.verified,
-        kernels=config.kernels,
+        impl=config.kernels,
     )
     if arguments.json:
         print(json.dumps({"name": opened.stage, **figures}, indent=2))
@@ -281,25 +282,29 @@ def evaluate_search(
 
     from ..evaluation.evaluate_search import FIGURES
     from ..evaluation.evaluate_search import evaluate_search as measure
+    from ..modeling.decode_options import DecodeOptions
     from ..reports.progress import make_console
     from ..training.examples import fit_task
 
     device = choose_device(arguments.device)
     seed = DEFAULT_SEED if arguments.seed is None else arguments.seed
     model, text = opened.load(device)
+    options = DecodeOptions(
+        sampler=sampler,
+        max_new_tokens=run.decoding.max_new_tokens,
+        generator=torch.Generator(device=device).manual_seed(seed),
+        impl=run.kernels,
+    )
     figures = measure(
         model,
         text,
         fit_task(run.task.build(), run.decoding, run.active_stages(), model, text),
         config,
-        sampler,
+        options,
         mode=mode,
         judge=arguments.judge or "logprob",
-        max_new_tokens=run.decoding.max_new_tokens,
         num_problems=num_problems,
         batch_size=run.evaluation.batch_size,
-        generator=torch.Generator(device=device).manual_seed(seed),
-        kernels=run.kernels,
     )
     if arguments.json:
         asked = {"mode": mode, **vars(config), "temperature": sampler.temperature, "seed": seed}

@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..files import save_atomically
 from ..modeling import modeling_mtp
-from ..rollouts.prompt_format import TextFormat
+from ..rollouts.prompt_format import PromptFormat
 from .build import save_model
 from .model_card import CARD, model_card
 
@@ -30,7 +30,7 @@ WRITTEN = {".json", ".jinja", ".model", ".py", ".safetensors", ".txt"}
 
 
 def export(
-    model: Any, text: TextFormat, folder: Path, summary: dict[str, Any], config: Any
+    model: Any, text: PromptFormat, folder: Path, summary: dict[str, Any], config: Any
 ) -> None:
     """Write the model for Hugging Face; an earlier export in `folder` is replaced as a whole.
 
@@ -68,7 +68,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def _write(
-    model: Any, text: TextFormat, folder: Path, summary: dict[str, Any], config: Any
+    model: Any, text: PromptFormat, folder: Path, summary: dict[str, Any], config: Any
 ) -> None:
     save_model(model, text, folder)
     cls = type(model)
@@ -96,7 +96,7 @@ def _edit_json(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _open_first_phase(text: TextFormat, folder: Path) -> None:
+def _open_first_phase(text: PromptFormat, folder: Path) -> None:
     """Make the generation prompts of the chat templates end with the first phase's delimiter.
 
     A tokenizer may have several: one for tools lies in a folder of its own.

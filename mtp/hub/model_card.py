@@ -8,13 +8,13 @@ from typing import Any
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from ..reports.tables import cell, columns_of
-from ..rollouts.prompt_format import TextFormat
+from ..rollouts.prompt_format import PromptFormat
 from .build import ModelConfig, source_folder
 
 CARD = "README.md"
 
 
-def model_card(model: Any, text: TextFormat, summary: dict[str, Any], config: Any) -> str:
+def model_card(model: Any, text: PromptFormat, summary: dict[str, Any], config: Any) -> str:
     """README.md of an export: what it is, both doors, the measured table, provenance, limits."""
     base, hub_id, licence = base_model(config.model)
     meta = ["library_name: transformers", "pipeline_tag: text-generation"]
@@ -28,7 +28,7 @@ def model_card(model: Any, text: TextFormat, summary: dict[str, Any], config: An
     slow = [name for name, phase in text.phases.items() if phase.mode == "slow"]
     verified = [name for name, phase in text.phases.items() if phase.mode == "verified"]
     checked = f" In a verified phase ({_listed(verified)}) main checks them." if verified else ""
-    slots = model.num_slots
+    slots = model.block_size
     parts = [
         "---\n" + "\n".join(meta) + "\n---",
         f"# {config.name}: a language model with an eavesdropping head",
@@ -66,7 +66,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names) or "none here"
 
 
-def _snippet(text: TextFormat, config: Any, *, head: bool) -> str:
+def _snippet(text: PromptFormat, config: Any, *, head: bool) -> str:
     """Python that loads the folder through one door and answers a prompt."""
     prompt = sample_prompt(config)
     if not text.uses_template:
@@ -111,7 +111,7 @@ def _snippet(text: TextFormat, config: Any, *, head: bool) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-def _segments(text: TextFormat) -> list[str]:
+def _segments(text: PromptFormat) -> list[str]:
     """How to write text in segments; nothing for a model that writes one."""
     settings = text.segments
     if settings.max_segments == 1:
@@ -159,7 +159,7 @@ def _table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _provenance(base: str, licence: str | None, text: TextFormat, config: Any) -> str:
+def _provenance(base: str, licence: str | None, text: PromptFormat, config: Any) -> str:
     versions = []
     for package in ("mtp-eavesdrop", "torch", "transformers"):
         try:

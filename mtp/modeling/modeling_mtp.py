@@ -11,7 +11,6 @@ Shapes: B batch, T time, N anchors, K head slots, D main width, H head width, V 
 E width of the output matrix that the head uses (D when it shares main's, else H).
 """
 
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PretrainedConfig, Qwen3ForCausalLM, initialization
 
 from .contract import check_config, check_layout
-from .heads import HEADS, HeadConfig, HeadLinear, HeadRMSNorm
+from .heads import HEADS, Head, HeadConfig, HeadLinear, HeadRMSNorm
 from .output_layer import OutputLayer
 from .search import MTPSearchMixin
 
@@ -66,15 +65,15 @@ class MTPMixin(MTPSearchMixin):
 
     def __init__(self, config: PretrainedConfig):
         if getattr(config, "mtp", None) is None:
-            config.mtp = asdict(HeadConfig())
+            config.mtp = HeadConfig().to_checkpoint()
         check_config(config)
         settings = HeadConfig.from_checkpoint(config.mtp)
-        config.mtp = asdict(settings)
+        config.mtp = settings.to_checkpoint()
         super().__init__(config)
         check_layout(self)
         self.mtp_settings = settings
         self.mtp_taps = settings.resolved_taps(config.num_hidden_layers)
-        self.mtp_head: Any = HEADS[settings.type](settings, config, len(self.mtp_taps))
+        self.mtp_head: Head = HEADS[settings.type](settings, config, len(self.mtp_taps))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -103,13 +102,13 @@ class MTPMixin(MTPSearchMixin):
             new = self._get_resized_lm_head(old, size, mean_resizing=mean_resizing).weight
             # In its own module, which `_init_weights` tells apart from main's.
             old.weight, old.out_features = (
-                nn.Parameter(new.detach(), old.weight.requires_grad),
+                nn.Parameter(new.detach(), bool(old.weight.requires_grad)),
                 size,
             )
         return embeddings
 
     @property
-    def num_slots(self) -> int:
+    def block_size(self) -> int:
         """K + 1: the tokens of one pass."""
         return self.mtp_settings.num_slots + 1
 
@@ -164,15 +163,9 @@ class MTPMixin(MTPSearchMixin):
             hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
             return ReplayRows(hidden, main_output, None, head_output)
         hidden, taps = self.main_hidden(input_ids, use_cache=False)
-        head, recalled = self.mtp_head, None
-        if head.recall is None:
-            message = head.message(scale_gradient(taps.flatten(0, 1)[anchors], channel_gradient))
-        else:
-            messages = head.message(scale_gradient(taps, channel_gradient))
-            recalled = head.recall(messages).flatten(0, 1)[anchors]
-            message = messages.flatten(0, 1)[anchors]
-        embeds = self.head_embed(slot_inputs, channel_gradient)
-        head_hidden = head(message, embeds, recalled)
+        taps = scale_gradient(taps, channel_gradient)
+        context = self.mtp_head.replay_context(taps, input_ids, anchors)
+        head_hidden = self.mtp_head(context, self.head_embed(slot_inputs, channel_gradient))
         return ReplayRows(hidden, main_output, head_hidden, head_output)
 
 

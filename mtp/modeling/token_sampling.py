@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .decode_options import DecodeOptions, Process
 from .decode_state import Texts
 from .output_layer import OutputLayer
 from .phases import PlanTables
@@ -24,9 +25,6 @@ try:
     from mtp_kernels import linear_sample, linear_verify
 except ImportError:  # an export works without
     linear_sample = linear_verify = None  # type: ignore[assignment]
-
-Process = Callable[[Tensor, Tensor], Tensor]
-"""What a `LogitsProcessor` does: token ids [B, T] and scores [B, V] -> scores [B, V]."""
 
 
 def processed(process: Process, texts: Texts, scores: Tensor) -> Tensor:
@@ -60,16 +58,14 @@ class TokenSampler:
 
     def __init__(
         self,
-        sampler: Sampler,
+        options: DecodeOptions,
         tables: PlanTables,
         main: OutputLayer,
         head: OutputLayer,
-        generator: torch.Generator | None,
-        process: Process | None,
-        kernels: str | None,
     ):
         """For the batch of `tables` and the output layers of main and of the head."""
         self.main, self.head = main, head
+        sampler, generator, process = options.sampler, options.generator, options.process
         self.sampler, self.generator, self.process = sampler, generator, process
         self.has_thresholds = tables.has_thresholds
         # Sampled drafts are verified by the distributions that they were sampled from.
@@ -79,7 +75,7 @@ class TokenSampler:
         wants_logits |= self.keeps_source and main.softcap != head.softcap
         num_rows, device, impl = len(tables.keep), main.weight.device, None
         if not wants_logits:
-            impl = KernelTokenSampler.resolve(kernels, sampler, main.weight, self.keeps_source)
+            impl = KernelTokenSampler.resolve(options.impl, sampler, main.weight, self.keeps_source)
         self.kernel = (
             None if impl is None else KernelTokenSampler(impl, sampler, num_rows, device, generator)
         )
@@ -180,7 +176,7 @@ class KernelTokenSampler:
 
     @staticmethod
     def resolve(
-        kernels: str | None, sampler: Sampler, weight: Tensor, samples_drafts: bool
+        impl: str | None, sampler: Sampler, weight: Tensor, samples_drafts: bool
     ) -> str | None:
         """The implementation to use with an output matrix [V, D]; None: make logits.
 
@@ -190,16 +186,16 @@ class KernelTokenSampler:
         drafts are verified: that reads output matrices five times a pass, with logits twice. Raises
         ValueError for a named implementation that is not there.
         """
-        if kernels is None:
+        if impl is None:
             return None
-        if kernels == "auto":
+        if impl == "auto":
             pays = weight.device.type != "cpu" or (
                 sampler.temperature > 0 and len(weight) >= MANY_TOKENS and not samples_drafts
             )
             return "auto" if pays and linear_sample is not None else None
         if linear_sample is None:
-            raise ValueError(f"kernels={kernels} needs the package mtp_kernels, which is missing")
-        return kernels
+            raise ValueError(f"impl={impl} needs the package mtp_kernels, which is missing")
+        return impl
 
     def __call__(
         self, hidden: Tensor, output: OutputLayer, row: Tensor, position: Tensor

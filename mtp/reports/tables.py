@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..rollouts.prompt_format import TextFormat
+from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import Rollouts
 from ..tasks.base import Example, Task
 
@@ -70,7 +70,7 @@ MARKS = {True: "[green]right[/green] ", False: "[red]wrong[/red] ", None: ""}
 
 
 def completions_rows(
-    batches: list[Rollouts], task: Task, text: TextFormat, number: int, stage: str
+    batches: list[Rollouts], task: Task, text: PromptFormat, number: int, stage: str
 ) -> list[dict[str, Any]]:
     """A few completions: each pass's tokens divided by `|`, each segment beginning a new line.
 
@@ -102,7 +102,7 @@ def completions_rows(
     return rows
 
 
-def segment_row(batch: Rollouts, segment: int, text: TextFormat) -> dict[str, str]:
+def segment_row(batch: Rollouts, segment: int, text: PromptFormat) -> dict[str, str]:
     """One segment: what it was given, what it wrote, why it ended, the memory file after it."""
     return {
         "context": str(text.tokenizer.decode(batch.prompts[segment])),
@@ -112,7 +112,7 @@ def segment_row(batch: Rollouts, segment: int, text: TextFormat) -> dict[str, st
     }
 
 
-def passes_text(batch: Rollouts, segment: int, text: TextFormat) -> str:
+def passes_text(batch: Rollouts, segment: int, text: PromptFormat) -> str:
     """What one segment wrote, each pass's tokens divided by `|`."""
     ids, slots = batch.out.completion(segment), batch.out.slots[segment].tolist()
     return "".join(

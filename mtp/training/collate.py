@@ -25,7 +25,7 @@ def _windows(tokens: Tensor, width: int, pad_id: int) -> Tensor:
 def collate_text(
     samples: list[tuple[list[int], list[int]]],
     plan: PhasePlan,
-    num_slots: int,
+    block_size: int,
     pad_id: int,
     *,
     num_anchors: int = 0,
@@ -45,7 +45,7 @@ def collate_text(
     at = torch.arange(time)
     flat = torch.arange(num_rows * time).view(num_rows, time)
     predicts = (at >= prompt_lengths[:, None] - 1) & (at < lengths[:, None] - 1)
-    following = _windows(tokens, num_slots, pad_id)  # [B, T, K + 1]
+    following = _windows(tokens, block_size, pad_id)  # [B, T, K + 1]
     kept = plan.kept(following.flatten(0, 1), plan.phase_after(tokens).flatten())
     left = (lengths[:, None] - 1 - at).flatten()
     kept = torch.minimum(kept, left).view(num_rows, time)
@@ -69,7 +69,7 @@ def collate_text(
         is_anchor &= torch.zeros_like(is_anchor).scatter(1, best, True)
     anchors = flat[is_anchor]
     blocks = following.flatten(0, 1)[anchors]  # [N, K + 1]
-    scored = torch.arange(1, num_slots) < kept.flatten()[anchors, None]  # [N, K]
+    scored = torch.arange(1, block_size) < kept.flatten()[anchors, None]  # [N, K]
     return _text_batch(tokens, flat[predicts], anchors, blocks, scored)
 
 
@@ -103,7 +103,7 @@ def collate_rollouts(
     record: Decoded,
     advantages: Tensor,
     segments: list[int],
-    num_slots: int,
+    block_size: int,
     pad_id: int,
     owners: list[int] | None = None,
 ) -> RolloutBatch:
@@ -114,7 +114,7 @@ def collate_rollouts(
         record: the sampler's record of the segments, on the CPU.
         advantages: one per rollout.
         segments: which segments to take.
-        num_slots: K + 1.
+        block_size: K + 1.
         pad_id: fills texts on the right.
         owners: [S] the rollout of each segment; None: segment i is rollout i.
     """
@@ -122,10 +122,10 @@ def collate_rollouts(
     tokens, _ = pad([prompts[s] + record.completion(s) for s in chosen.segment_of_text], pad_id)
     slot_of = chosen.slots()
     positions = (slot_of == 0).flatten().nonzero()[:, 0] - 1
-    following_slots = _windows(slot_of, num_slots, -1).flatten(0, 1)
-    anchors = positions[following_slots[positions, 1] == 1] if num_slots > 1 else positions[:0]
-    blocks = _windows(tokens, num_slots, pad_id).flatten(0, 1)[anchors]
-    scored = following_slots[anchors, 1:] == torch.arange(1, num_slots)
+    following_slots = _windows(slot_of, block_size, -1).flatten(0, 1)
+    anchors = positions[following_slots[positions, 1] == 1] if block_size > 1 else positions[:0]
+    blocks = _windows(tokens, block_size, pad_id).flatten(0, 1)[anchors]
+    scored = following_slots[anchors, 1:] == torch.arange(1, block_size)
     return chosen.batch(_text_batch(tokens, positions, anchors, blocks, scored), advantages)
 
 
@@ -135,7 +135,7 @@ def collate_slow_rollouts(
     advantages: Tensor,
     segments: list[int],
     plan: PhasePlan,
-    num_slots: int,
+    block_size: int,
     pad_id: int,
     owners: list[int] | None = None,
     *,
@@ -155,7 +155,7 @@ def collate_slow_rollouts(
     text = collate_text(
         samples,
         plan,
-        num_slots,
+        block_size,
         pad_id,
         num_anchors=num_anchors,
         block_anchors=block_anchors,

@@ -10,7 +10,7 @@ An index gives the same example at every call, so a position stays all the state
 import logging
 from typing import Any
 
-from ..rollouts.prompt_format import TextFormat
+from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import DecodingConfig
 from ..rollouts.tokenization import unknown_characters
 from ..tasks.base import Example, Split, Task
@@ -31,7 +31,7 @@ class FittedTask(Task):
     def __init__(
         self,
         task: Task,
-        text: TextFormat,
+        text: PromptFormat,
         *,
         prompt_limit: int | None = None,
         text_limit: int | None = None,
@@ -173,7 +173,7 @@ def fit_task(
     decoding: DecodingConfig,
     stages: dict[str, StageConfig],
     model: Any,
-    text: TextFormat,
+    text: PromptFormat,
 ) -> FittedTask:
     """The task as a run's model can read it; stages: those of the run that have steps.
 
@@ -194,7 +194,7 @@ def checked_task(
     decoding: DecodingConfig,
     stages: dict[str, StageConfig],
     model: Any,
-    text: TextFormat,
+    text: PromptFormat,
     num_test: int,
 ) -> FittedTask:
     """The task as a run's model can read it, looked at before anything trains.
@@ -217,9 +217,9 @@ def checked_task(
     return fitted
 
 
-def _has_head_rows(example: Example, text: TextFormat) -> bool:
+def _has_head_rows(example: Example, text: PromptFormat) -> bool:
     samples = text.example_segments(example)
-    return len(collate_text(samples, text.plan("fast"), text.num_slots, text.pad_id).head) > 0
+    return len(collate_text(samples, text.plan("fast"), text.block_size, text.pad_id).head) > 0
 
 
 def _check_heads(task: FittedTask, stages: dict[str, StageConfig]) -> None:

@@ -20,7 +20,7 @@ from mtp.modeling.branches import SearchConfig
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.phases import Phase
 from mtp.modeling.records import FORCED, Block
-from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.rollouts.rollout import DecodingConfig
 from mtp.tasks import TASK_CONFIGS
 from mtp.tasks.running_sum import RunningSumConfig
@@ -57,7 +57,7 @@ def run(tmp_path_factory) -> Path:
     )
     config.validate()
     save_run_config(config, folder / "config.yaml")
-    text = TextFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), PHASES, 4)
+    text = PromptFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), PHASES, 4)
     for seed, name in enumerate(stages):
         model = tiny_model(seed=seed)
         model.generation_config = generation_config(text, PHASES)
@@ -221,7 +221,7 @@ def test_a_thought_budget_closes_the_thought(run, capsys):
 
 
 def test_a_conversation_goes_on_until_it_is_quit():
-    text = TextFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), PHASES, 4)
+    text = PromptFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), PHASES, 4)
     console = Console(file=io.StringIO())
     asked = []
 

@@ -384,7 +384,7 @@ def old_layout(folder: Path) -> Values:
         given = prompt_ids(text)
         values[part] = {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "slots": model.num_slots,
+            "slots": model.block_size,
             "logits": logits(model.eval(), given["input_ids"][0]),
             "modes of phases": [phase.mode for phase in text.phases.values()],
         }

@@ -15,7 +15,7 @@ from mtp.hub.build import ModelConfig, generation_config, load_model
 from mtp.hub.export import export
 from mtp.hub.model_card import base_model
 from mtp.modeling.phases import Phase
-from mtp.rollouts.prompt_format import PLAIN_TEMPLATE, TextFormat, character_tokenizer
+from mtp.rollouts.prompt_format import PLAIN_TEMPLATE, PromptFormat, character_tokenizer
 from mtp.rollouts.rollout import DecodingConfig
 from mtp.tasks.running_sum import RunningSumConfig
 from mtp.training.stage import StageConfig
@@ -41,10 +41,10 @@ STAGE = {
 SUMMARY = {"stages": [STAGE], "seed": 7, "seconds": 61.0, "export": "out"}
 
 
-def tiny_text(system_prompt: str | None = None) -> TextFormat:
+def tiny_text(system_prompt: str | None = None) -> PromptFormat:
     """A tokenizer of 18 tokens under the 23 of `tiny_model`."""
     tokenizer = character_tokenizer("0123456789+=;", ["<think>", "</think>"])
-    return TextFormat(tokenizer, PHASES, 4, system_prompt=system_prompt)
+    return PromptFormat(tokenizer, PHASES, 4, system_prompt=system_prompt)
 
 
 def tiny_config() -> RunConfig:

@@ -131,7 +131,7 @@ def test_a_checkpoint_from_before_a_field_was_added_opens_with_its_default(tmp_p
     forget(folder, "recall", "shared_embeddings")
     for opened in (build_toy(folder)[0], load_model(folder)[0]):
         assert opened.mtp_settings == model.mtp_settings
-        assert opened.config.mtp == asdict(model.mtp_settings)
+        assert opened.config.mtp == model.mtp_settings.to_checkpoint()
         weights = dict(opened.named_parameters())
         assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import tiny_model
 
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.output_layer import OutputLayer
 from mtp.modeling.phases import PhasePlan, PlanTables
 from mtp.modeling.sampler import Sampler
@@ -119,7 +120,8 @@ def token_sampler(sampler, main, head, kernels, num_rows):
     plan = PhasePlan(keep=[4], opened_by=[None], verified=[True])
     tables = PlanTables([plan] * num_rows, 9, torch.device("cpu"))
     generator = torch.Generator().manual_seed(3)
-    return TokenSampler(sampler, tables, main, head, generator, None, kernels)
+    options = DecodeOptions(sampler=sampler, max_new_tokens=8, generator=generator, impl=kernels)
+    return TokenSampler(options, tables, main, head)
 
 
 @pytest.mark.parametrize("kernels", [None, "reference", "torch"])

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtp.modeling.decode import decode
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.phases import Phase, PhasePlan
 from mtp.modeling.records import FORCED, pad
 from mtp.modeling.sampler import Sampler
@@ -50,12 +51,14 @@ def run(model, prompts, plan, sampler=None, seed=0, options=SETTINGS, **others):
         tokens,
         lengths,
         plan,
-        sampler or Sampler(),
+        DecodeOptions(
+            sampler=sampler or Sampler(),
+            max_new_tokens=14,
+            pad_id=PAD,
+            generator=torch.Generator().manual_seed(seed),
+        ),
         options,
         Commands(),
-        max_new_tokens=14,
-        pad_id=PAD,
-        generator=torch.Generator().manual_seed(seed),
         **others,
     )
 
@@ -178,9 +181,17 @@ def test_one_segment_is_the_pass_loop_itself():
     one = run(tiny_model(), PROMPTS, plan, options=SegmentSettings(max_segments=1))
     tokens, lengths = pad(PROMPTS, PAD)
     out = decode(
-        tiny_model(), tokens, lengths, plan.as_last_segment(), Sampler(), max_new_tokens=14,
-        pad_id=PAD, generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+        tiny_model(),
+        tokens,
+        lengths,
+        plan.as_last_segment(),
+        DecodeOptions(
+            sampler=Sampler(),
+            max_new_tokens=14,
+            pad_id=PAD,
+            generator=torch.Generator().manual_seed(0),
+        ),
+    )
     assert one.owners == [0, 1, 2] and one.prompts == PROMPTS
     for name, value in vars(out).items():
         assert torch.equal(value, getattr(one.out, name)), name

@@ -10,10 +10,11 @@ from toy_text import CHAT, NO_SYSTEM, save_toy, toy_tokenizer
 from mtp.config import RunConfig
 from mtp.hub.build import ModelConfig, build_model, load_model, save_model
 from mtp.hub.export import _open_first_phase, check_replaceable, export
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.phases import Phase
 from mtp.modeling.sampler import Sampler
-from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.rollouts.rollout import DecodingConfig, sample
 from mtp.tasks.base import Example
 from mtp.tasks.running_sum import RunningSumConfig
@@ -30,7 +31,7 @@ EOS, END = 1, 3
 
 
 def make_text(tokenizer=None, **given):
-    return TextFormat(tokenizer or toy_tokenizer(), PHASES, 4, **given)
+    return PromptFormat(tokenizer or toy_tokenizer(), PHASES, 4, **given)
 
 
 def built(folder, tokenizer, **decoding):
@@ -68,9 +69,13 @@ def test_a_rollout_stops_at_either_end_token(tmp_path):
     for end in (EOS, END):
         model.lm_head.weight.data.zero_()[end] = hidden  # the likeliest token after the prompt
         out = sample(
-            model, text, [Example("2+2=", "4")], text.plan("slow"), Sampler(temperature=0),
-            max_new_tokens=6, prefixes=[prefix],
-        )  # fmt: skip
+            model,
+            text,
+            [Example("2+2=", "4")],
+            text.plan("slow"),
+            DecodeOptions(sampler=Sampler(temperature=0), max_new_tokens=6),
+            prefixes=[prefix],
+        )
         assert out.completion(0) == [end]
         assert out.out.finished.tolist() == [True]
 
@@ -171,10 +176,10 @@ def test_a_tokenizer_without_an_end_token_is_named():
 def test_a_delimiter_may_not_end_a_text():
     phases = {**PHASES, "answer": Phase(opened_by="</s>")}
     with pytest.raises(ValueError, match=r"decoding.phases.answer.opened_by must not .*'</s>'"):
-        TextFormat(toy_tokenizer(), phases, 4)
+        PromptFormat(toy_tokenizer(), phases, 4)
     phases = {**PHASES, "answer": Phase(opened_by="<|end|>")}
     with pytest.raises(ValueError, match=r"decoding.phases.answer.opened_by must not"):
-        TextFormat(toy_tokenizer(), phases, 4, end_ids=[END])
+        PromptFormat(toy_tokenizer(), phases, 4, end_ids=[END])
 
 
 def test_a_chat_template_that_cannot_show_what_it_is_given_is_named():

@@ -15,10 +15,10 @@ from mtp.evaluation.evaluate import acceptance_by_slot
 from mtp.evaluation.evaluate_search import evaluate_search
 from mtp.hub.build import load_model, start_from_main
 from mtp.modeling.branches import SearchConfig
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.phases import Phase, PhasePlan
-from mtp.modeling.sampler import Sampler
 from mtp.reports.tables import COLUMNS, cell, columns_of, print_table
-from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.rollouts.rollout import DecodingConfig
 from mtp.tasks.continuation import ContinuationConfig
 from mtp.tasks.running_sum import RunningSum
@@ -155,10 +155,10 @@ def test_other_heads_stay_as_they_were_drawn(head):
         assert torch.equal(value, same.state_dict()[name]), name
 
 
-def plain_text(**given) -> TextFormat:
+def plain_text(**given) -> PromptFormat:
     tokenizer = character_tokenizer("ab", [])
     tokenizer.chat_template = "{% for message in messages %}b{{ message['content'] }}b{% endfor %}"
-    return TextFormat(tokenizer, {"text": Phase(mode="verified")}, 4, **given)
+    return PromptFormat(tokenizer, {"text": Phase(mode="verified")}, 4, **given)
 
 
 def test_prompts_are_given_as_they_are_without_the_template():
@@ -228,9 +228,17 @@ def test_outcomes_that_nobody_judges_are_no_reward(tmp_path, unjudged):
 
 def test_a_search_cannot_be_measured_without_right_answers():
     task, text, model = ContinuationConfig().build(), plain_text(), tiny_model()
-    given = {"mode": "fast", "judge": "logprob", "max_new_tokens": 4, "num_problems": 1}
+    given = {"mode": "fast", "judge": "logprob", "num_problems": 1}
     with pytest.raises(ValueError, match="task continuation has none; evaluate without --search"):
-        evaluate_search(model, text, task, SearchConfig(), Sampler(), batch_size=1, **given)
+        evaluate_search(
+            model,
+            text,
+            task,
+            SearchConfig(),
+            DecodeOptions(max_new_tokens=4),
+            batch_size=1,
+            **given,
+        )
 
 
 def test_a_table_has_the_columns_that_were_measured():

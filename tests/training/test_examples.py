@@ -11,7 +11,7 @@ from mtp.hub.build import ModelConfig
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.phases import Phase
 from mtp.modeling.segments import SegmentSettings
-from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.rollouts.rollout import DecodingConfig
 from mtp.tasks.base import Example, Task
 from mtp.tasks.rows import RowsConfig
@@ -28,7 +28,7 @@ PHASES = {
     "thought": Phase(mode="fast", opened_by="<think>"),
     "answer": Phase(mode="slow", opened_by="</think>"),
 }
-TEXT = TextFormat(toy_tokenizer(), PHASES, 4)
+TEXT = PromptFormat(toy_tokenizer(), PHASES, 4)
 MODEL = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=256))
 
 
@@ -218,7 +218,7 @@ def test_an_answer_that_the_tokenizer_cannot_give_is_refused(tmp_path):
 
     tokenizer = toy_tokenizer()
     tokenizer.backend_tokenizer.normalizer = Lowercase()
-    text = TextFormat(tokenizer, PHASES, 4)
+    text = PromptFormat(tokenizer, PHASES, 4)
     content = [{**row, "answer": "Four"} for row in rows(40)]
     with pytest.raises(ValueError, match="the answer of row .* reads 'Four' as 'four'"):
         checked(rows_task(tmp_path, content), run_config(), MODEL, text)
@@ -227,7 +227,7 @@ def test_an_answer_that_the_tokenizer_cannot_give_is_refused(tmp_path):
 
 
 def test_answers_are_read_back_only_where_the_tokenizer_may_lose_something():
-    alone = TextFormat(character_tokenizer("0123456789+=", ["<think>", "</think>"]), PHASES, 4)
+    alone = PromptFormat(character_tokenizer("0123456789+=", ["<think>", "</think>"]), PHASES, 4)
     assert FittedTask(Counted(), alone)._keeps_ascii and FittedTask(Counted(), TEXT)._keeps_ascii
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtp.modeling.decode import decode
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.phases import PhasePlan
 from mtp.modeling.records import FORCED, Decoded, pad
 from mtp.modeling.sampler import Sampler
@@ -60,11 +61,13 @@ def test_replay_gives_the_samplers_log_probabilities(which, prompts, mode, sampl
         tokens,
         lengths,
         plan,
-        sampler,
-        max_new_tokens=17,
-        pad_id=PAD,
-        generator=torch.Generator().manual_seed(seed),
-        kernels=kernels,
+        DecodeOptions(
+            sampler=sampler,
+            max_new_tokens=17,
+            pad_id=PAD,
+            generator=torch.Generator().manual_seed(seed),
+            impl=kernels,
+        ),
     )
     rows = list(range(len(prompts)))
     batch = collate_rollouts(prompts, out, torch.arange(len(prompts)).float(), rows, 4, PAD)
@@ -86,9 +89,17 @@ def test_micro_batches_hold_the_same_rows_as_one_batch(head, plan):
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12], [4, 4]]
     tokens, lengths = pad(prompts, PAD)
     out = decode(
-        model, tokens, lengths, plan, Sampler(), max_new_tokens=20, pad_id=PAD,
-        generator=torch.Generator().manual_seed(3),
-    )  # fmt: skip
+        model,
+        tokens,
+        lengths,
+        plan,
+        DecodeOptions(
+            sampler=Sampler(),
+            max_new_tokens=20,
+            pad_id=PAD,
+            generator=torch.Generator().manual_seed(3),
+        ),
+    )
     advantages = torch.tensor([1.0, 2.0, 3.0, 4.0])
     whole = collate_rollouts(prompts, out, advantages, [0, 1, 2, 3], 4, PAD)
     parts = [collate_rollouts(prompts, out, advantages, rows, 4, PAD) for rows in ([0, 1], [2, 3])]
@@ -104,9 +115,17 @@ def test_rollouts_that_say_the_same_share_a_text_and_count_apart(ratio, plan):
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12]]
     tokens, lengths = pad(prompts, PAD)
     out = decode(
-        model, tokens, lengths, plan, Sampler(), max_new_tokens=20, pad_id=PAD,
-        generator=torch.Generator().manual_seed(3),
-    )  # fmt: skip
+        model,
+        tokens,
+        lengths,
+        plan,
+        DecodeOptions(
+            sampler=Sampler(),
+            max_new_tokens=20,
+            pad_id=PAD,
+            generator=torch.Generator().manual_seed(3),
+        ),
+    )
     copies = torch.tensor([0, 1, 0, 2, 0, 1])
     out = Decoded(**{name: value[copies] for name, value in vars(out).items()})
     out.logprobs = out.logprobs - 0.1 * torch.arange(6.0)[:, None] * (out.slots >= 0)

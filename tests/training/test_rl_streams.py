@@ -7,6 +7,7 @@ import torch
 from helpers import PAD, PLAN, SAMPLES, emitter, rollouts, tiny_model
 
 from mtp.modeling.decode import decode
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.sampler import Sampler
 from mtp.training.collate import collate_rollouts, collate_slow_rollouts, collate_text
 from mtp.training.objectives import ObjectiveConfig, StreamInputs
@@ -96,9 +97,17 @@ def test_slow_rollouts_score_main_as_sampled_and_the_head_on_what_main_wrote():
         [torch.tensor(p) for p in prompts], batch_first=True, padding_value=PAD
     )
     out = decode(
-        model, tokens, torch.tensor([len(p) for p in prompts]), PLAN.as_slow(), Sampler(),
-        max_new_tokens=12, pad_id=PAD, generator=torch.Generator().manual_seed(1),
-    )  # fmt: skip
+        model,
+        tokens,
+        torch.tensor([len(p) for p in prompts]),
+        PLAN.as_slow(),
+        DecodeOptions(
+            sampler=Sampler(),
+            max_new_tokens=12,
+            pad_id=PAD,
+            generator=torch.Generator().manual_seed(1),
+        ),
+    )
     batch = collate_slow_rollouts(prompts, out, advantages, [2, 0], PLAN, 4, PAD)
     assert len(batch.main) == int(out.lengths[[2, 0]].sum())
     scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
