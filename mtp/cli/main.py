@@ -240,7 +240,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from ..hub.build import load_model
     from ..reference import evaluation_reference, folder_of
     from ..reports.progress import make_console
-    from ..reports.tables import COLUMNS
+    from ..reports.tables import print_metrics
     from ..training.examples import fit_task
 
     device = choose_device(arguments.device)
@@ -250,7 +250,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     reference = None
     if (source / "config.json").is_file():
         reference = load_model(source, config.model.torch_dtype())[0].to(device).eval()
-    figures, _ = measure(
+    metrics, _ = measure(
         model,
         text,
         task,
@@ -263,10 +263,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
         kernels=config.kernels,
     )
     if arguments.json:
-        print(json.dumps({"name": opened.stage, **figures}, indent=2))
+        print(json.dumps({"name": opened.stage, **metrics}, indent=2))
     else:
-        title = f"{arguments.folder}, stage {opened.stage}"
-        print_figures(make_console(), title, figures, COLUMNS)
+        problems = f"{metrics['num_problems']} held-out problems, greedy"
+        title = f"{arguments.folder}, stage {opened.stage}: {problems}"
+        print_metrics(make_console(), title, "run", {"value": metrics})
 
 
 def evaluate_search(
@@ -279,15 +280,15 @@ def evaluate_search(
     sampler = make_sampler(arguments, config)
     import torch
 
-    from ..evaluation.evaluate_search import FIGURES
     from ..evaluation.evaluate_search import evaluate_search as measure
     from ..reports.progress import make_console
+    from ..reports.tables import print_metrics
     from ..training.examples import fit_task
 
     device = choose_device(arguments.device)
     seed = DEFAULT_SEED if arguments.seed is None else arguments.seed
     model, text = opened.load(device)
-    figures = measure(
+    metrics = measure(
         model,
         text,
         fit_task(run.task.build(), run.decoding, run.active_stages(), model, text),
@@ -303,31 +304,11 @@ def evaluate_search(
     )
     if arguments.json:
         asked = {"mode": mode, **vars(config), "temperature": sampler.temperature, "seed": seed}
-        print(json.dumps({"name": opened.stage, **asked, **figures}, indent=2))
+        print(json.dumps({"name": opened.stage, **asked, **metrics}, indent=2))
         return
-    title = f"{arguments.folder}, stage {opened.stage}, {mode}, {config.method}"
-    print_figures(make_console(), title, figures, FIGURES, "sampled")
-
-
-def print_figures(
-    console: "Console",
-    title: str,
-    figures: dict[str, Any],
-    columns: dict[str, str],
-    drawn: str = "greedy",
-) -> None:
-    """One row a figure."""
-    from rich.table import Table
-
-    from ..reports.tables import cell
-
-    table = Table(title=f"{title}: {figures['num_problems']} held-out problems, {drawn}")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    for name, shown in columns.items():
-        if name in figures:
-            table.add_row(shown, cell(name, figures[name]))
-    console.print(table)
+    how = f"{opened.stage}, {mode}, {config.method}"
+    title = f"{arguments.folder}, stage {how}: {metrics['num_problems']} held-out problems, sampled"
+    print_metrics(make_console(), title, "search", {"value": metrics})
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -377,7 +358,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--num-problems", type=int, metavar="N", help="default: the run's evaluation.num_problems"
     )
     sub.add_argument(
-        "--json", action="store_true", help="print the figures as summary.json has them"
+        "--json", action="store_true", help="print the metrics as summary.json has them"
     )
     add_search_options(sub, "judge", "mode", "temperature", "top_k", "top_p", "seed")
     sub.add_argument(

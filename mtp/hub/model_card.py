@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
-from ..reports.tables import cell, columns_of
+from ..reports.metrics import Metric, measured
 from ..rollouts.prompt_format import TextFormat
 from .build import ModelConfig, source_folder
 
@@ -135,28 +135,28 @@ def sample_prompt(config: Any) -> str:
 
 
 def _table(summary: dict[str, Any]) -> str:
-    """The stages' figures in Markdown."""
+    """The metrics in Markdown, one row a stage, and what they mean."""
     stages = summary["stages"]
     if not stages:
         return "Nothing was measured: the run had not ended when this was exported."
-    columns = columns_of(stages)
-    rows = [["stage", *columns.values()], ["---"] + ["---:"] * len(columns)]
-    rows += [[s["name"], *(cell(key, s.get(key)) for key in columns)] for s in stages]
+    metrics = measured("run", stages)
+    rows = [["stage", *(m.title for m in metrics)], ["---"] + ["---:"] * len(metrics)]
+    rows += [[s["name"], *(m.cell(s.get(m.name)) for m in metrics)] for s in stages]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines += [
         "",
         f"{stages[-1]['num_problems']} held-out problems, greedy decoding, seed {summary['seed']}; "
-        "one row per training stage, the last is this model. Empty and wrong thought: accuracy "
-        "when the model is made to think nothing, or another problem's thought. True steps: share "
-        "of the steps in the thoughts that are true. Ref. nats/token: how surprising the thoughts "
-        "are to the model as the first stage left it.",
+        "one row per training stage, the last is this model.",
+        "",
+        *(_explained(metric) for metric in metrics if metric.meaning),
     ]
-    if "acceptance_by_slot" in columns:
-        lines[-1] += (
-            " Accepted by slot: share of the passes of verified mode in which main accepted the "
-            "head's draft of each slot."
-        )
     return "\n".join(lines)
+
+
+def _explained(metric: Metric) -> str:
+    """A list item that says what a metric means."""
+    better = f"; {metric.better} is better" if metric.better else ""
+    return f"- {metric.title[0].upper()}{metric.title[1:]}: {metric.meaning}{better}."
 
 
 def _provenance(base: str, licence: str | None, text: TextFormat, config: Any) -> str:
@@ -201,7 +201,7 @@ def _limitations(config: Any) -> str:
             "output, not proposals that main checks: fast and slow text differ, and so may the "
             "answers. "
             "The table says how often each is right.",
-            f"- The figures hold for the task above ({task}) and its phases; nothing else was "
+            f"- The numbers hold for the task above ({task}) and its phases; nothing else was "
             "measured.",
             "- A thought that a model was rewarded for need not be a true account of how it found "
             "the answer; compare the table's true steps and thought controls.",
