@@ -61,7 +61,7 @@ MOMENTS = {
     "old checkpoint removed": ("mtp.hub.checkpoint", "checkpoints", 24),
     "stage saved": ("mtp.trainer", "save_model", 4),
     "end of stage": ("mtp.trainer", "end_stage", 4),
-    "metrics": ("mtp.reports.logger", "JsonLines.append", 60),
+    "metrics": ("mtp.reports.json_lines", "JsonLines.append", 60),
     "export": ("mtp.trainer", "export", 1),
     "export written": ("mtp.hub.export", "model_card", 1),
     "curves": ("mtp.trainer", "save_curves", 1),

@@ -17,7 +17,7 @@ from mtp.modeling.modeling_mtp import FAMILIES
 from mtp.modeling.phases import PhasePlan
 from mtp.modeling.records import pad
 from mtp.modeling.sampler import Sampler
-from mtp.reports.logger import read_records
+from mtp.reports.json_lines import read_records
 from mtp.training.objectives.scored import Emitter
 
 EOS, CLOSE, PAD = 1, 2, 0

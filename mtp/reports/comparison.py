@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .interval import interval
-from .logger import read_records
+from .json_lines import read_records
 from .metrics import METRICS, Metric, measured, metrics_of
 from .metrics import Table as TableName
 from .progress import make_console
@@ -68,9 +68,10 @@ def read_runs(folder: Path) -> list[VariantRun]:
             )
         found[key] = home
         last = json.loads(path.read_text())["stages"][-1]
+        log = home / "metrics.jsonl"
         curve = [
             (record["step"], record["eval/fast_accuracy"])
-            for record in read_records(home / "metrics.jsonl")
+            for record in (read_records(log) if log.is_file() else [])
             if record["stage"] == last["name"] and record.get("eval/fast_accuracy") is not None
         ]
         runs.append(VariantRun(*key, last, curve))
