@@ -63,10 +63,10 @@ MOMENTS = {
     "end of stage": ("mtp.trainer", "end_stage", 4),
     "metrics": ("mtp.reports.json_lines", "JsonLines.append", 60),
     "export": ("mtp.trainer", "export", 1),
-    "export written": ("mtp.hub.export", "model_card", 1),
+    "export written": ("mtp.hub.export", "write_card", 1),
     "curves": ("mtp.trainer", "save_curves", 1),
     "summary": ("mtp.trainer", "save_text", 1),
-    "start": ("mtp.start", "save_run_config", 1),
+    "start": ("mtp.run", "save_run_config", 1),
 }
 """Named moments: module, function, and up to which call of it a kill is placed."""
 

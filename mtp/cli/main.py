@@ -318,7 +318,9 @@ def export(arguments: argparse.Namespace) -> None:
     assert config is not None
     from ..hub.export import check_replaceable
     from ..hub.export import export as write
+    from ..hub.formats import find_format
 
+    find_format(arguments.format)
     check_replaceable(arguments.out)
     measured = arguments.folder / "summary.json"
     summary: dict[str, Any] = {"stages": [], "seed": config.seed}
@@ -327,7 +329,7 @@ def export(arguments: argparse.Namespace) -> None:
     so_far = opened.stages_so_far()
     summary["stages"] = [stage for stage in summary["stages"] if stage["name"] in so_far]
     model, text = opened.load("cpu")
-    write(model, text, arguments.out, summary, config)
+    write(model, text, arguments.out, summary, config, arguments.format)
     print(f"exported {opened.folder} to {arguments.out}")
 
 
@@ -370,6 +372,12 @@ def make_parser() -> argparse.ArgumentParser:
     add_sampling_options(sub)
     sub = command("export", export, "write a run's model as a Hugging Face folder", a_run)
     sub.add_argument("out", type=Path, metavar="OUT", help="folder to make; an export is replaced")
+    sub.add_argument(
+        "--format",
+        default="huggingface",
+        metavar="NAME",
+        help="huggingface (main with its head, the default) or main (main alone, for any tool)",
+    )
     for name, sub in commands.choices.items():
         sub.add_argument(
             "--stage", metavar="NAME", help="the model as this stage left it, not the last"
