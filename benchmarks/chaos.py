@@ -25,6 +25,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from measure import add_json_option, print_json
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -213,7 +215,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=40, metavar="N", help="default 40")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the moments")
-    parser.add_argument("--json", action="store_true", help="print a JSON object at the end")
+    add_json_option(parser)
     arguments = parser.parse_args()
 
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -253,10 +255,8 @@ def main() -> int:
             shutil.rmtree(run, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if arguments.json:
-        print(json.dumps({"kills": kill, "bit_equal": num_equal, "stages": dict(stages)}))
-    else:
-        print(f"{num_equal} of {kill} kills bit equal")
+    print(f"{num_equal} of {kill} kills bit equal")
+    print_json(arguments.json, {"kills": kill, "bit_equal": num_equal, "stages": dict(stages)})
     return 0 if num_equal == kill else 1
 
 
