@@ -6,7 +6,7 @@
 A step samples rollouts, judges them and updates the weights. Both sides have the same main (the
 experiment's, SmolLM2-135M by default), problems, prompts, group size, number of rollouts and of
 tokens (no rollout ends early), micro-batches, precision and loss (DAPO's), no reference model, and
-a process of their own with large memory pages (`mtp/__init__.py`), in which two steps are run
+a process of their own with large memory pages (`train.py`), in which two steps are run
 before the timed ones, since memory grows to its size in them; medians are reported.
 
 For TRL every token is a pass. The most that fast mode can be faster at sampling is
@@ -18,18 +18,20 @@ compared with a plain causal forward and backward of main alone over the very sa
 import argparse
 import json
 import os
-import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from measure import median_seconds, medians, peak_resident, print_json  # noqa: E402
+from measure import timed as timed_call  # noqa: E402
 
 GROUP_SIZE = 8
 MICRO_BATCH = 16
@@ -51,23 +53,6 @@ def configuration(experiment: str) -> Any:
     register_configs()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return to_run_config(compose("train", [f"experiment={experiment}", "run_dir=none"]))
-
-
-def clock(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of a call, and what it returns."""
-    began = time.perf_counter()
-    out = call()
-    return time.perf_counter() - began, out
-
-
-def medians(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The median of each named number."""
-    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-
-
-def peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) -> dict[str, float]:
@@ -106,7 +91,7 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
     def timed(step: Callable[[], Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal stepping
-            seconds, out = clock(lambda: step(*args, **kwargs))
+            seconds, out = timed_call(lambda: step(*args, **kwargs))
             stepping += seconds
             return out
 
@@ -148,9 +133,9 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
     rows, batches = [], []
     for _ in range(WARM_UP + repeats):
         stepping = 0.0
-        rollout_seconds, rollouts = clock(roll)
-        reward_seconds, batches = clock(lambda sampled=rollouts: collate(sampled))
-        update_seconds, _ = clock(
+        rollout_seconds, rollouts = timed_call(roll)
+        reward_seconds, batches = timed_call(lambda sampled=rollouts: collate(sampled))
+        update_seconds, _ = timed_call(
             lambda given=batches: update(
                 fabric, wrapped, optimizers, given, objective,
                 clip_norms=clip_norms, sampler=Sampler(),
@@ -164,7 +149,7 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
                 "update_seconds": stepping,
             }
         )
-    result = medians(rows[WARM_UP:]) | {"peak_bytes": peak_bytes()}
+    result = medians(rows[WARM_UP:]) | {"peak_bytes": peak_resident()}
     result["causal_seconds"] = causal_seconds(fabric, model, batches, repeats)
     result["limit"] = speed_limit(fabric, model, num_rollouts, repeats)
     return result
@@ -191,7 +176,7 @@ def causal_seconds(fabric: Any, model: Any, batches: list[Any], repeats: int) ->
 
     for _ in range(WARM_UP):
         call()
-    return statistics.median(clock(call)[0] for _ in range(repeats))
+    return median_seconds(call, repeats)
 
 
 def speed_limit(fabric: Any, model: Any, num_rows: int, repeats: int) -> float:
@@ -213,8 +198,7 @@ def speed_limit(fabric: Any, model: Any, num_rows: int, repeats: int) -> float:
         forward(0, CACHED)
         for number in (1, model.block_size):
             forward(CACHED, number)
-            passes = [clock(lambda n=number: forward(CACHED, n))[0] for _ in range(5 * repeats)]
-            seconds[number] = statistics.median(passes)
+            seconds[number] = median_seconds(partial(forward, CACHED, number), 5 * repeats)
     return model.block_size * seconds[1] / seconds[model.block_size]
 
 
@@ -286,7 +270,7 @@ def trl_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
         generate = trainer._generate_single_turn
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            seconds, out = clock(lambda: generate(*args, **kwargs))
+            seconds, out = timed_call(lambda: generate(*args, **kwargs))
             generation.append(seconds)
             return out
 
@@ -294,7 +278,7 @@ def trl_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
         trainer.train()
     pairs = zip(steps[WARM_UP:], generation[WARM_UP:], strict=True)
     rows = [{"seconds": whole, "generation_seconds": part} for whole, part in pairs]
-    return medians(rows) | {"peak_bytes": peak_bytes()}
+    return medians(rows) | {"peak_bytes": peak_resident()}
 
 
 SIDES = {"mtp": mtp_side, "trl": trl_side}
@@ -368,17 +352,15 @@ def main() -> None:
     if bad or given.tokens < 1 or given.repeats < 1:
         parser.error(f"--rollouts must be multiples of {GROUP_SIZE}, the others at least 1")
     if given.side:
-        print(
-            json.dumps(SIDES[given.side](given.experiment, sizes[0], given.tokens, given.repeats))
-        )
+        side = SIDES[given.side]
+        print_json(True, side(given.experiment, sizes[0], given.tokens, given.repeats))
         return
     results = []
     for size in sizes:
         results.append(compare(given.experiment, size, given.tokens, given.repeats))
         if not given.json:
             show(results[-1])
-    if given.json:
-        print(json.dumps({"results": results}, indent=2))
+    print_json(given.json, {"results": results})
 
 
 if __name__ == "__main__":

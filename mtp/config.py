@@ -18,7 +18,7 @@ from .files import save_text
 from .hub.build import ModelConfig
 from .hub.run_folder import check_name
 from .modeling.heads import HeadConfig
-from .reports.logger import LoggerConfig
+from .reports.loggers import SINKS, LoggerConfig
 from .rollouts.rollout import DecodingConfig
 from .tasks import TASK_CONFIGS
 from .tasks.base import TaskConfig
@@ -86,8 +86,7 @@ class RunConfig:
             if getattr(self.evaluation, key) < 1:
                 value = getattr(self.evaluation, key)
                 raise ValueError(f"evaluation.{key} must be at least 1, got {value}")
-        if self.logger.log_every < 1:
-            raise ValueError(f"logger.log_every must be at least 1, got {self.logger.log_every}")
+        self.logger.validate()
 
 
 def save_run_config(config: RunConfig, path: Path) -> None:
@@ -111,9 +110,9 @@ def load_run_config(path: Path) -> RunConfig:
         name = content.pop("task_name", None)
         if name not in TASK_CONFIGS:
             raise ValueError(f"task_name must be one of {sorted(TASK_CONFIGS)}, got {name!r}")
-        task = OmegaConf.create({"task": TASK_CONFIGS[name]})
         content = OmegaConf.create(with_new_keys(OmegaConf.to_container(content)))
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), task, content)
+        schemas = OmegaConf.create({"task": TASK_CONFIGS[name], "logger": logger_schema(content)})
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), schemas, content)
         assert isinstance(merged, DictConfig)
         return to_run_config(merged)
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
@@ -127,6 +126,22 @@ def with_new_keys(content: Any) -> Any:
         if "leash" in objective:
             objective["reference_kl"] = objective.pop("leash")
     return content
+
+
+def logger_schema(content: DictConfig) -> dict[str, Any]:
+    """Schemas of the sinks of a run's `logger`, whose keys of earlier versions are translated.
+
+    A sink that this process does not know is left out: to open a run's model needs none.
+    """
+    logger = content.setdefault("logger", {})
+    if "wandb" in logger:
+        with_wandb, log_every = logger.pop("wandb"), logger.pop("log_every")
+        content.logger = {"log_every": log_every, "sinks": {"files": {}}}
+        if with_wandb:
+            content.logger.sinks.wandb = logger
+    for name in [name for name in content.logger.get("sinks", {}) if name not in SINKS]:
+        del content.logger.sinks[name]
+    return {"sinks": {name: SINKS[name].config for name in content.logger.get("sinks", {})}}
 
 
 def to_run_config(config: DictConfig) -> RunConfig:

@@ -15,6 +15,7 @@ from rich.console import Console
 from .config import RunConfig, save_run_config
 from .hub.checkpoint import read_state, remove_later
 from .hub.run_folder import MARK, RunFolder, changed_settings
+from .reports.loggers import Log
 from .rollouts.prompt_format import PromptFormat
 from .tasks.base import Example, Task, training_index
 from .training.runtime import StopRequest
@@ -59,8 +60,8 @@ class Run:
     came_with_head: bool
     """True if the head was in the checkpoint that the run began from."""
     text: PromptFormat
-    log: Any
-    """`MetricsLog`, or `NoLog` in processes other than the first."""
+    log: Log
+    """Sinks of the run; none in processes other than the first."""
     progress: Progress
     stop: StopRequest
     settings: dict[str, Any]

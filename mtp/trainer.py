@@ -30,7 +30,8 @@ from .reference import (
     save_start,
 )
 from .reports.curves import save_curves
-from .reports.logger import MetricsLog, read_records
+from .reports.json_lines import read_records
+from .reports.loggers import FilesConfig, Log, LoggedRun
 from .reports.progress import StageProgress, make_console
 from .reports.tables import completions_rows, print_completions, print_table
 from .rollouts.rollout import Rollouts
@@ -125,9 +126,7 @@ def run_stages(
     if fabric.is_global_zero:
         write_start(folder, config, state)
     fabric.barrier()
-    log: Any = NoLog()
-    if fabric.is_global_zero:
-        log = MetricsLog(folder.path, config.logger, asdict(config))
+    log = Log.of(config.logger) if fabric.is_global_zero else Log({})
     parts = split_parameters(model)
     sizes = {name: sum(p.numel() for p in part.values()) for name, part in parts.items()}
     console.print(
@@ -152,11 +151,12 @@ def run_stages(
             settings,
         )
         try:
-            if state is not None:
-                say_where(run, log.rewind(state["log_offsets"], progress.global_step))
-            else:
+            if state is None:
                 save_start(run)
-            log.start_wandb(state["wandb_id"] if state else None)
+            logged = LoggedRun(folder.path, asdict(config), progress.global_step)
+            lines = log.start(logged, state["log"] if state else None)
+            if state is not None:
+                say_where(run, lines)
             for index, (name, stage) in enumerate(config.active_stages().items()):
                 if index >= progress.stage:
                     run_stage(run, name, stage, state["optimizers"] if state else None)
@@ -164,7 +164,7 @@ def run_stages(
                     stop_if_asked(run, f"after stage {name}")
             return finish(run)
         finally:
-            log.close()
+            log.finish()
 
 
 def has_ended(config: RunConfig, folder: Path, progress: Progress) -> bool:
@@ -306,7 +306,7 @@ def train_stage(run: Run, stage: StageRun) -> None:
             progress.stage_seconds = done_before + time.monotonic() - began
             is_last = step + 1 == config.steps
             if is_last or (step + 1) % run.config.logger.log_every == 0:
-                run.log.write(name, step + 1, progress.global_step, metrics)
+                run.log.metrics(name, step + 1, progress.global_step, metrics)
             is_best = False
             if config.evaluate_every and (step + 1) % config.evaluate_every == 0 and not is_last:
                 is_best = interim_evaluation(run, stage)
@@ -423,7 +423,7 @@ def log_completions(run: Run, name: str, shown: list[Rollouts]) -> list[dict[str
     """A few completions of an evaluation into the log."""
     number = run.config.evaluation.num_samples
     rows = completions_rows(shown, run.task, run.text, number, name)
-    run.log.write_completions(rows, run.progress.global_step)
+    run.log.table("completions", rows, run.progress.global_step)
     return rows
 
 
@@ -436,7 +436,7 @@ def record(run: Run, name: str, figures: dict[str, Any]) -> None:
         progress.points.pop()  # a stage's last evaluation stands for one within it at the same step
     progress.points.append(at | point)
     tagged = {f"eval/{k}": v for k, v in point.items()}
-    run.log.write(name, progress.step, progress.global_step, tagged)
+    run.log.metrics(name, progress.step, progress.global_step, tagged)
 
 
 def end_stage(run: Run, stage: StageRun) -> None:
@@ -489,8 +489,7 @@ def save_run(run: Run, optimizers: dict[str, Any], is_best: bool = False) -> Non
         "model": run.model.state_dict(),
         "optimizers": {part: o.state_dict() for part, o in optimizers.items()},
         "progress": asdict(run.progress),
-        "log_offsets": run.log.offsets,
-        "wandb_id": run.log.run_id,
+        "log": run.log.states(),
         "settings": run.settings,
     }
     save_checkpoint(run.folder / "checkpoints", run.progress.global_step, state, is_best)
@@ -510,7 +509,9 @@ def finish(run: Run) -> dict[str, Any]:
     if run.fabric.is_global_zero:
         export(run.model, run.text, folder / "export", summary, run.config)
         save_atomically(folder / "curves.png", lambda file: save_curves(progress.points, file))
-        run.log.save_csv()
+        for name in ("export", "curves.png"):
+            run.log.artifact(folder / name)
+        run.log.finish()
         # Last: a summary says that the run has ended.
         save_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         print_table(run.console, summary)
@@ -551,19 +552,11 @@ def check_judged(config: RunConfig, task: Task) -> None:
 
 
 def dry_config(config: RunConfig) -> RunConfig:
-    """The same run with DRY_STEPS steps a stage and small evaluations."""
+    """The same run with DRY_STEPS steps a stage and small evaluations, logged to files alone."""
     config = deepcopy(config)
+    config.logger.sinks = {"files": FilesConfig()}
     for stage in config.active_stages().values():
         stage.steps = min(DRY_STEPS, stage.steps)
     config.evaluation.num_problems = min(8, config.evaluation.num_problems)
     config.overwrite, config.resume = True, False
     return config
-
-
-class NoLog:
-    """The log of processes other than the first."""
-
-    run_id = None
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args, **kwargs: None

@@ -19,7 +19,7 @@ from mtp.modeling.output_layer import OutputLayer
 from mtp.modeling.phases import PhasePlan
 from mtp.modeling.records import pad
 from mtp.modeling.sampler import Sampler
-from mtp.reports.logger import read_records
+from mtp.reports.json_lines import read_records
 from mtp.training.objectives.scored import OutputRows
 
 EOS, CLOSE, PAD = 1, 2, 0

@@ -80,7 +80,8 @@ def test_every_sweep_chooses_its_launcher(sweep):
 
 def test_a_single_run_does_not_resume_and_belongs_to_no_group():
     config = run_config()
-    assert config.resume is False and config.logger.group is None
+    assert config.resume is False
+    assert run_config("logger=wandb").logger.sinks["wandb"].group is None
     assert run_config("resume=true").resume is True
     assert run_config("resume=auto").resume == "auto"
 
@@ -99,7 +100,7 @@ def test_a_single_run_does_not_resume_and_belongs_to_no_group():
         ("fabric.zzz=1", "unknown key fabric.zzz; there are accelerator, devices, num_nodes,"),
         ("seed=abc", "seed must be a whole number, got 'abc'"),
         ("stages.main.main.lr=fast", "stages.main.main.lr must be a number, got 'fast'"),
-        ("logger.wandb=3.5", "logger.wandb must be true or false, got '3.5'"),
+        ("overwrite=3.5", "overwrite must be true or false, got '3.5'"),
         ("head.num_slots=null", "head.num_slots must not be null"),
         ("head.taps=2", "head.taps must be a list, such as head.taps=[...]"),
         ("stages.rl=5", "stages.rl holds keys of its own: set stages.rl.KEY=..."),

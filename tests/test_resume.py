@@ -19,7 +19,7 @@ import mtp.trainer as trainer
 from mtp.files import save_atomically
 from mtp.hub.checkpoint import checkpoints, damage_of, read_state, write_state
 from mtp.hub.run_folder import RunFolder
-from mtp.reports.logger import read_records
+from mtp.reports.json_lines import read_records
 from mtp.trainer import Interrupted, train
 
 CLOCKS = {"seconds"}

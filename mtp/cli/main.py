@@ -241,7 +241,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from ..hub.build import load_model
     from ..reference import evaluation_reference, folder_of
     from ..reports.progress import make_console
-    from ..reports.tables import COLUMNS
+    from ..reports.tables import print_metrics
     from ..training.examples import fit_task
 
     device = choose_device(arguments.device)
@@ -251,7 +251,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     reference = None
     if (source / "config.json").is_file():
         reference = load_model(source, config.model.torch_dtype())[0].to(device).eval()
-    figures, _ = measure(
+    metrics, _ = measure(
         model,
         text,
         task,
@@ -264,10 +264,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
         impl=config.kernels,
     )
     if arguments.json:
-        print(json.dumps({"name": opened.stage, **figures}, indent=2))
+        print(json.dumps({"name": opened.stage, **metrics}, indent=2))
     else:
-        title = f"{arguments.folder}, stage {opened.stage}"
-        print_figures(make_console(), title, figures, COLUMNS)
+        problems = f"{metrics['num_problems']} held-out problems, greedy"
+        title = f"{arguments.folder}, stage {opened.stage}: {problems}"
+        print_metrics(make_console(), title, "run", {"value": metrics})
 
 
 def evaluate_search(
@@ -280,10 +281,10 @@ def evaluate_search(
     sampler = make_sampler(arguments, config)
     import torch
 
-    from ..evaluation.evaluate_search import FIGURES
     from ..evaluation.evaluate_search import evaluate_search as measure
     from ..modeling.decode_options import DecodeOptions
     from ..reports.progress import make_console
+    from ..reports.tables import print_metrics
     from ..training.examples import fit_task
 
     device = choose_device(arguments.device)
@@ -295,7 +296,7 @@ def evaluate_search(
         generator=torch.Generator(device=device).manual_seed(seed),
         impl=run.kernels,
     )
-    figures = measure(
+    metrics = measure(
         model,
         text,
         fit_task(run.task.build(), run.decoding, run.active_stages(), model, text),
@@ -308,31 +309,11 @@ def evaluate_search(
     )
     if arguments.json:
         asked = {"mode": mode, **vars(config), "temperature": sampler.temperature, "seed": seed}
-        print(json.dumps({"name": opened.stage, **asked, **figures}, indent=2))
+        print(json.dumps({"name": opened.stage, **asked, **metrics}, indent=2))
         return
-    title = f"{arguments.folder}, stage {opened.stage}, {mode}, {config.method}"
-    print_figures(make_console(), title, figures, FIGURES, "sampled")
-
-
-def print_figures(
-    console: "Console",
-    title: str,
-    figures: dict[str, Any],
-    columns: dict[str, str],
-    drawn: str = "greedy",
-) -> None:
-    """One row a figure."""
-    from rich.table import Table
-
-    from ..reports.tables import cell
-
-    table = Table(title=f"{title}: {figures['num_problems']} held-out problems, {drawn}")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    for name, shown in columns.items():
-        if name in figures:
-            table.add_row(shown, cell(name, figures[name]))
-    console.print(table)
+    how = f"{opened.stage}, {mode}, {config.method}"
+    title = f"{arguments.folder}, stage {how}: {metrics['num_problems']} held-out problems, sampled"
+    print_metrics(make_console(), title, "search", {"value": metrics})
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -342,7 +323,9 @@ def export(arguments: argparse.Namespace) -> None:
     assert config is not None
     from ..hub.export import check_replaceable
     from ..hub.export import export as write
+    from ..hub.formats import find_format
 
+    find_format(arguments.format)
     check_replaceable(arguments.out)
     measured = arguments.folder / "summary.json"
     summary: dict[str, Any] = {"stages": [], "seed": config.seed}
@@ -351,7 +334,7 @@ def export(arguments: argparse.Namespace) -> None:
     so_far = opened.stages_so_far()
     summary["stages"] = [stage for stage in summary["stages"] if stage["name"] in so_far]
     model, text = opened.load("cpu")
-    write(model, text, arguments.out, summary, config)
+    write(model, text, arguments.out, summary, config, arguments.format)
     print(f"exported {opened.folder} to {arguments.out}")
 
 
@@ -382,7 +365,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--num-problems", type=int, metavar="N", help="default: the run's evaluation.num_problems"
     )
     sub.add_argument(
-        "--json", action="store_true", help="print the figures as summary.json has them"
+        "--json", action="store_true", help="print the metrics as summary.json has them"
     )
     add_search_options(sub, "judge", "mode", "temperature", "top_k", "top_p", "seed")
     sub.add_argument(
@@ -394,6 +377,12 @@ def make_parser() -> argparse.ArgumentParser:
     add_sampling_options(sub)
     sub = command("export", export, "write a run's model as a Hugging Face folder", a_run)
     sub.add_argument("out", type=Path, metavar="OUT", help="folder to make; an export is replaced")
+    sub.add_argument(
+        "--format",
+        default="huggingface",
+        metavar="NAME",
+        help="huggingface (main with its head, the default) or main (main alone, for any tool)",
+    )
     for name, sub in commands.choices.items():
         sub.add_argument(
             "--stage", metavar="NAME", help="the model as this stage left it, not the last"

@@ -1,5 +1,6 @@
 """Held-out accuracy of a search: of the texts that it chooses, and of the best that it found."""
 
+from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
@@ -12,15 +13,6 @@ from ..tasks.base import Example, Task
 from .evaluate import held_out
 
 JUDGES = ("logprob", "reward")
-FIGURES = {
-    "chosen_accuracy": "chosen text right",
-    "any_right_accuracy": "any text right",
-    "mean_accuracy": "mean over texts",
-    "search_texts": "texts",
-    "search_passes": "passes",
-    "search_tokens_read": "tokens read",
-}
-"""What `evaluate_search` measures, as a table names it."""
 
 
 def is_right(task: Task, fmt: PromptFormat, example: Example, branch: Branch) -> bool:
@@ -76,7 +68,7 @@ def evaluate_search(
     examples = held_out(task, num_problems)
     rows = {"best_of_n": config.n, "beam": config.n * config.expand, "mcts": config.expand}
     step = max(1, batch_size // rows.get(config.method, 1))
-    sums = dict.fromkeys(FIGURES, 0.0)
+    sums: defaultdict[str, float] = defaultdict(float)
     for at in range(0, len(examples), step):
         asked = examples[at : at + step]
         prompts, lengths = pad([fmt.prompt_ids(e.prompt) for e in asked], fmt.pad_id)

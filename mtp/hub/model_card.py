@@ -7,43 +7,38 @@ from typing import Any
 
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
-from ..reports.tables import cell, columns_of
+from ..modeling.phases import MODES
+from ..reports.metrics import Metric, measured
 from ..rollouts.prompt_format import PromptFormat
 from .build import ModelConfig, source_folder
 
 CARD = "README.md"
+TAG = "mtp-eavesdrop"
+"""Tag of every card, by which an export is recognised."""
 
 
 def model_card(model: Any, text: PromptFormat, summary: dict[str, Any], config: Any) -> str:
-    """README.md of an export: what it is, both doors, the measured table, provenance, limits."""
-    base, hub_id, licence = base_model(config.model)
-    meta = ["library_name: transformers", "pipeline_tag: text-generation"]
-    meta += [f"license: {licence}"] if licence else []
-    meta += [f"base_model: {hub_id}"] if hub_id else []
-    meta += ["tags:", "- multi-token-prediction", "- custom_code"]
-    counts = {"main": 0, "head": 0}
-    for name, parameter in model.named_parameters():
-        counts["head" if name.startswith("mtp_head.") else "main"] += parameter.numel()
-    fast = [name for name, phase in text.phases.items() if phase.mode == "fast"]
-    slow = [name for name, phase in text.phases.items() if phase.mode == "slow"]
-    verified = [name for name, phase in text.phases.items() if phase.mode == "verified"]
+    """README.md of main with its head: how to open it, metrics, provenance, limits."""
+    counts = _parameters(model)
+    modes = {mode: [n for n, p in text.phases.items() if p.mode == mode] for mode in MODES}
+    verified = modes["verified"]
     checked = f" In a verified phase ({_listed(verified)}) main checks them." if verified else ""
     slots = model.block_size
     parts = [
-        "---\n" + "\n".join(meta) + "\n---",
+        _front_matter(config, "multi-token-prediction", "custom_code"),
         f"# {config.name}: a language model with an eavesdropping head",
         f"A causal language model (**main**, {counts['main']:,} parameters, `"
         f"{model.config.model_type}`) that writes one token per forward pass, and a small **head** "
-        f"({counts['head']:,} parameters, `{model.mtp_settings.type}`) that listens to main's "
+        f"({counts['head']:,} parameters, `{model.mtp_settings.type}`) that reads main's "
         f"residual stream after layers {model.mtp_taps} and writes the next {slots - 1} tokens of "
-        f"the same pass. In a fast phase ({_listed(fast)}) all of them are kept, up to {slots} "
-        f"tokens a pass; in a slow phase ({_listed(slow)}) only main's own token is kept.{checked}",
+        f"the same pass. In a fast phase ({_listed(modes['fast'])}) all of them are kept, up to "
+        f"{slots} tokens a pass; in a slow phase ({_listed(modes['slow'])}) only main's own token "
+        f"is kept.{checked}",
         "## Use",
         "Main alone, with nothing but transformers. The loading report lists the head's weights "
-        "(`mtp_head.*`) as unexpected: they are left aside.",
+        "(`mtp_head.*`) as unexpected: they are ignored.",
         _snippet(text, config, head=False),
-        "Main with its head. The code is in this folder (`*_mtp.py`), so no other package is "
-        "needed.",
+        "Main with its head. The code is in this folder, so no other package is needed.",
         _snippet(text, config, head=True),
         "`fast` decodes each phase in its own mode, `slow` all of them one token per pass, "
         "`verified` gives main's own text in fewer passes: the head proposes and main decides. "
@@ -55,11 +50,53 @@ def model_card(model: Any, text: PromptFormat, summary: dict[str, Any], config: 
         "## Measured",
         _table(summary),
         "## Provenance",
-        _provenance(base, licence, text, config),
+        _provenance(text, config),
         "## Limitations",
-        _limitations(config),
+        "\n".join([*UNVERIFIED, *_limitations(config), *GENERATE]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def main_card(model: Any, text: PromptFormat, summary: dict[str, Any], config: Any) -> str:
+    """README.md of main without its head: how to open it, metrics, provenance, limits."""
+    parts = [
+        _front_matter(config),
+        f"# {config.name}: main of a language model with an eavesdropping head",
+        f"A causal language model ({_parameters(model)['main']:,} parameters, `"
+        f"{model.config.model_type}`). It was trained as the main LLM of a model whose small head "
+        "reads its residual stream and writes further tokens of each forward pass. The head is "
+        "not in this folder: this model writes one token per pass, as in the slow mode of the "
+        "whole.",
+        "## Use",
+        _snippet(text, config, head=False),
+        "## Measured",
+        "Slow accuracy and slow passes are those of this folder; fast and verified mode need the "
+        "head.",
+        _table(summary),
+        "## Provenance",
+        _provenance(text, config),
+        "## Limitations",
+        "\n".join(_limitations(config)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(config: Any, *tags: str) -> str:
+    """What the Hub reads of a card."""
+    _, hub_id, licence = base_model(config.model)
+    meta = ["library_name: transformers", "pipeline_tag: text-generation"]
+    meta += [f"license: {licence}"] if licence else []
+    meta += [f"base_model: {hub_id}"] if hub_id else []
+    meta += ["tags:", *(f"- {tag}" for tag in (TAG, *tags))]
+    return "---\n" + "\n".join(meta) + "\n---"
+
+
+def _parameters(model: Any) -> dict[str, int]:
+    """Numbers of parameters of main and of the head."""
+    counts = {"main": 0, "head": 0}
+    for name, parameter in model.named_parameters():
+        counts["head" if name.startswith("mtp_head.") else "main"] += parameter.numel()
+    return counts
 
 
 def _listed(names: list[str]) -> str:
@@ -135,31 +172,32 @@ def sample_prompt(config: Any) -> str:
 
 
 def _table(summary: dict[str, Any]) -> str:
-    """The stages' figures in Markdown."""
+    """The metrics in Markdown, one row a stage, and what they mean."""
     stages = summary["stages"]
     if not stages:
         return "Nothing was measured: the run had not ended when this was exported."
-    columns = columns_of(stages)
-    rows = [["stage", *columns.values()], ["---"] + ["---:"] * len(columns)]
-    rows += [[s["name"], *(cell(key, s.get(key)) for key in columns)] for s in stages]
+    metrics = measured("run", stages)
+    rows = [["stage", *(m.title for m in metrics)], ["---"] + ["---:"] * len(metrics)]
+    rows += [[s["name"], *(m.cell(s.get(m.name)) for m in metrics)] for s in stages]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines += [
         "",
         f"{stages[-1]['num_problems']} held-out problems, greedy decoding, seed {summary['seed']}; "
-        "one row per training stage, the last is this model. Empty and wrong thought: accuracy "
-        "when the model is made to think nothing, or another problem's thought. True steps: share "
-        "of the steps in the thoughts that are true. Ref. nats/token: how surprising the thoughts "
-        "are to the model as the first stage left it.",
+        "one row per training stage, the last is this model.",
+        "",
+        *(_explained(metric) for metric in metrics if metric.meaning),
     ]
-    if "acceptance_by_slot" in columns:
-        lines[-1] += (
-            " Accepted by slot: share of the passes of verified mode in which main accepted the "
-            "head's draft of each slot."
-        )
     return "\n".join(lines)
 
 
-def _provenance(base: str, licence: str | None, text: PromptFormat, config: Any) -> str:
+def _explained(metric: Metric) -> str:
+    """A list item that says what a metric means."""
+    better = f"; {metric.better} is better" if metric.better else ""
+    return f"- {metric.title[0].upper()}{metric.title[1:]}: {metric.meaning}{better}."
+
+
+def _provenance(text: PromptFormat, config: Any) -> str:
+    base, _, licence = base_model(config.model)
     versions = []
     for package in ("mtp-eavesdrop", "torch", "transformers"):
         try:
@@ -191,26 +229,30 @@ def _provenance(base: str, licence: str | None, text: PromptFormat, config: Any)
     return "\n".join(lines)
 
 
-def _limitations(config: Any) -> str:
+UNVERIFIED = [
+    "- **In fast mode nobody verifies the head's tokens.** They are the model's own output, not "
+    "proposals that main checks: fast and slow text differ, and so may the answers. The table says "
+    "how often each is right.",
+]
+GENERATE = [
+    "- With `mtp_mode`, `generate` takes `max_new_tokens`, `max_length`, `do_sample`, "
+    "`temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`, `stop_strings`, "
+    "`return_dict_in_generate`, `logits_processor`, `stopping_criteria`, `streamer`, "
+    "`num_return_sequences`, `cache_implementation` (dynamic or static), `mtp_k`, "
+    "`max_thought_tokens` and the options that transformers does with logits processors; "
+    "any other option is an error.",
+]
+
+
+def _limitations(config: Any) -> list[str]:
+    """Limits of every export."""
     task = type(config.task).__name__.removesuffix("Config")
-    return "\n".join(
-        [
-            "- **In fast mode nobody verifies the head's tokens.** They are the model's own "
-            "output, not proposals that main checks: fast and slow text differ, and so may the "
-            "answers. "
-            "The table says how often each is right.",
-            f"- The figures hold for the task above ({task}) and its phases; nothing else was "
-            "measured.",
-            "- A thought that a model was rewarded for need not be a true account of how it found "
-            "the answer; compare the table's true steps and thought controls.",
-            "- With `mtp_mode`, `generate` takes `max_new_tokens`, `max_length`, `do_sample`, "
-            "`temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`, `stop_strings`, "
-            "`return_dict_in_generate`, `logits_processor`, `stopping_criteria`, `streamer`, "
-            "`num_return_sequences`, `cache_implementation` (dynamic or static), `mtp_k`, "
-            "`max_thought_tokens` and the options that transformers does with logits processors; "
-            "any other option is an error.",
-        ]
-    )
+    return [
+        f"- The numbers hold for the task above ({task}) and its phases; nothing else was "
+        "measured.",
+        "- A thought that a model was rewarded for need not be a true account of how it found "
+        "the answer; compare the table's true steps and thought controls.",
+    ]
 
 
 def base_model(config: ModelConfig) -> tuple[str, str | None, str | None]:

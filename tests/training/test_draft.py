@@ -17,7 +17,8 @@ from mtp.hub.build import load_model, start_from_main
 from mtp.modeling.branches import SearchConfig
 from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.phases import Phase, PhasePlan
-from mtp.reports.tables import COLUMNS, cell, columns_of, print_table
+from mtp.reports.metrics import METRICS, measured
+from mtp.reports.tables import print_table
 from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.rollouts.rollout import DecodingConfig
 from mtp.tasks.continuation import ContinuationConfig
@@ -241,20 +242,20 @@ def test_a_search_cannot_be_measured_without_right_answers():
         )
 
 
-def test_a_table_has_the_columns_that_were_measured():
+def test_a_table_has_the_metrics_that_were_measured():
     stage = {"name": "a", "num_problems": 2, "seconds": 1.0, "slow_passes": 3.0}
-    stage |= {name: None for name in COLUMNS if name not in stage}
-    assert list(columns_of([stage])) == ["slow_passes", "seconds"]
+    stage |= {name: None for name in METRICS if name not in stage}
+    assert [metric.name for metric in measured("run", [stage])] == ["slow_passes", "seconds"]
     with_verified = stage | {
         "verified_passes": 40.0,
         "verified_tokens_per_pass": 2.345,
         "acceptance_by_slot": [0.5, 0.25],
     }
-    assert "acceptance_by_slot" in columns_of([stage, with_verified])
-    console = Console(file=io.StringIO(), width=300)
+    assert METRICS["acceptance_by_slot"] in measured("run", [stage, with_verified])
+    console = Console(file=io.StringIO(), width=100)
     print_table(
         console, {"stages": [stage, with_verified], "seed": 1, "seconds": 2.0, "export": "out"}
     )
     shown = console.file.getvalue()
     assert "0.50 0.25" in shown and "2.35" in shown and "40.0" in shown
-    assert cell("acceptance_by_slot", None) == "-"
+    assert "…" not in shown and METRICS["acceptance_by_slot"].cell(None) == "-"

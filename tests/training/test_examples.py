@@ -269,7 +269,7 @@ def test_a_run_on_rows_of_which_few_have_thoughts(tmp_path):
     config.evaluation.num_problems = 4
     config.logger.log_every = 1
     train(config)
-    from mtp.reports.logger import read_records
+    from mtp.reports.json_lines import read_records
 
     records = [r for r in read_records(folder / "metrics.jsonl") if r.get("stage") == "head"]
     counts = [r["num_tokens/head_ce"] for r in records if "num_tokens/head_ce" in r]
