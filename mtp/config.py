@@ -4,7 +4,7 @@ Every other dataclass lives beside what it configures. Unknown keys and wrong ty
 errors; impossible values are ours, each naming its key.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from .hub.build import ModelConfig
 from .hub.run_folder import check_name
 from .modeling.heads import HeadConfig
 from .reports.loggers import SINKS, LoggerConfig
+from .rollouts.advantage import AdvantageConfig
+from .rollouts.reward import RewardConfig
 from .rollouts.rollout import DecodingConfig
 from .tasks import TASK_CONFIGS
 from .tasks.base import TaskConfig
 from .training.runtime import FabricConfig
-from .training.stage import StageConfig
+from .training.stage import ExamplesConfig, RolloutsConfig, StageConfig
 
 
 @dataclass(kw_only=True)
@@ -120,12 +122,40 @@ def load_run_config(path: Path) -> RunConfig:
 
 
 def with_new_keys(content: Any) -> Any:
-    """A run's settings as earlier versions wrote them, with the keys of today."""
+    """A run's settings as earlier versions wrote them, with the stages' keys of today.
+
+    `content` is changed. A checkpoint's settings are translated alike, so that it resumes.
+    """
     for stage in content.get("stages", {}).values():
-        objective = stage["objective"]
-        if "leash" in objective:
-            objective["reference_kl"] = objective.pop("leash")
+        if "kind" in stage:
+            _move_stage_keys(stage)
     return content
+
+
+def _move_stage_keys(stage: dict[str, Any]) -> None:
+    objective = stage["objective"]
+    objective["reference_kl"] = objective.pop("leash")
+    objective["extra"] = {}
+    for name in ("head_kl", "preserve"):
+        objective[name].pop("reverse")
+    stage["optimizers"] = {part: stage.pop(part) for part in ("main", "head")}
+    for optimizer in stage["optimizers"].values():
+        optimizer.pop("betas")
+    anchors = {name: stage.pop(name) for name in ("num_anchors", "block_anchors")}
+    examples = {"batch_size": stage.pop("batch_size")} | anchors
+    sampling = {
+        name: stage.pop(name)
+        for name in ("num_prompts", "group_size", "num_minibatches", "num_epochs", "recompute_old",
+                     "drop_uninformative", "max_rounds", "num_solved")
+    }  # fmt: skip
+    rollouts = {"mode": stage.pop("rollout_mode")} | sampling | anchors
+    in_rl = stage.pop("kind") == "rl"
+    # Keys of the other kind had no effect, and are an error today.
+    if in_rl:
+        stage["examples"], stage["rollouts"] = asdict(ExamplesConfig()), rollouts
+    else:
+        stage["examples"], stage["rollouts"] = examples, asdict(RolloutsConfig())
+        stage["reward"], stage["advantage"] = asdict(RewardConfig()), asdict(AdvantageConfig())
 
 
 def logger_schema(content: DictConfig) -> dict[str, Any]:

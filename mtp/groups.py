@@ -17,7 +17,7 @@ from .rollouts.reward import Rewards, score
 from .rollouts.rollout import Rollouts, sample
 from .run import Run, StageRun, draw
 from .training.runtime import over_processes
-from .training.stage import StageConfig
+from .training.stage import RolloutsConfig
 from .training.step_module import within
 
 
@@ -37,7 +37,7 @@ class Groups:
 
 def sample_groups(run: Run, stage: StageRun, step: int) -> Groups:
     """Sample and judge rollouts, in rounds, and choose the groups to learn from."""
-    config = stage.config
+    config = stage.config.rollouts
     parts: list[Rollouts] = []
     rewards: list[Rewards] = []
     seconds = 0.0
@@ -52,7 +52,7 @@ def sample_groups(run: Run, stage: StageRun, step: int) -> Groups:
                 sample,
                 fmt=run.text,
                 examples=examples,
-                plan=run.text.plan(config.rollout_mode),
+                plan=run.text.plan(config.mode),
                 options=DecodeOptions(
                     sampler=run.config.decoding.sampler(),
                     max_new_tokens=run.config.decoding.max_new_tokens,
@@ -68,7 +68,7 @@ def sample_groups(run: Run, stage: StageRun, step: int) -> Groups:
             run.task,
             run.text,
             part,
-            config.reward,
+            stage.config.reward,
             max_new_tokens=run.config.decoding.max_new_tokens,
             reference=stage.reference,
         )
@@ -84,7 +84,7 @@ def sample_groups(run: Run, stage: StageRun, step: int) -> Groups:
     return Groups(join_rollouts(parts), judged, used, seconds)
 
 
-def choose(run: Run, stage: StageConfig, is_informative: torch.Tensor) -> list[int]:
+def choose(run: Run, config: RolloutsConfig, is_informative: torch.Tensor) -> list[int]:
     """Informative groups; none at all if no process has any.
 
     A process that has fewer than it takes optimizer steps adds groups without advantage, so that
@@ -93,7 +93,7 @@ def choose(run: Run, stage: StageConfig, is_informative: torch.Tensor) -> list[i
     chosen: list[int] = is_informative.nonzero()[:, 0].tolist()
     if not over_processes(run.fabric, {"chosen": float(len(chosen))}, "sum")["chosen"]:
         return []
-    missing = max(0, stage.num_minibatches - len(chosen))
+    missing = max(0, config.num_minibatches - len(chosen))
     return chosen + (~is_informative).nonzero()[:missing, 0].tolist()
 
 

@@ -12,7 +12,7 @@ import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 
-from .config import RunConfig, save_run_config
+from .config import RunConfig, save_run_config, with_new_keys
 from .hub.checkpoint import read_state, remove_later
 from .hub.run_folder import MARK, RunFolder, changed_settings
 from .reports.loggers import Log
@@ -134,7 +134,8 @@ def read_start(checkpoint: str, settings: dict[str, Any]) -> dict[str, Any]:
     """
     state = read_state(Path(checkpoint))
     progress = state["progress"]
-    for key, (then, now) in changed_settings(state["settings"], settings).items():
+    saved = with_new_keys(state["settings"])
+    for key, (then, now) in changed_settings(saved, settings).items():
         progress["changed"].append(
             {"key": key, "then": then, "now": now, "global_step": progress["global_step"]}
         )

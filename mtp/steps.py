@@ -15,7 +15,7 @@ from .run import Run, StageRun, draw
 from .training.batch import RolloutBatch, TextBatch
 from .training.collate import collate_rollouts, collate_slow_rollouts, collate_text
 from .training.objectives.scored import RowStats, replay_batch
-from .training.stage import StageConfig
+from .training.stage import AnchorsConfig, StageConfig
 from .training.step_module import within
 
 
@@ -26,11 +26,13 @@ def step_batches(
 
     No optimizer step at all if uninformative groups are dropped and there are no others.
     """
-    config = stage.config
-    if config.kind == "supervised":
-        batches, num_tokens = solved_batches(run, stage.name, config, step, config.batch_size)
-        return [batches], {"num_text_tokens": num_tokens}
-    return rollout_batches(run, stage, step)
+    config, examples = stage.config, stage.config.examples
+    if config.kind == "rl":
+        return rollout_batches(run, stage, step)
+    batches, num_tokens = solved_batches(
+        run, stage.name, step, examples.batch_size, examples, config.micro_batch_size
+    )
+    return [batches], {"num_text_tokens": num_tokens}
 
 
 def pieces(number: int, size: int) -> list[list[int]]:
@@ -46,7 +48,7 @@ def shares(items: list[int], number: int) -> list[list[int]]:
 
 
 def solved_batches(
-    run: Run, purpose: str, stage: StageConfig, step: int, number: int
+    run: Run, purpose: str, step: int, number: int, anchors: AnchorsConfig, micro_batch_size: int
 ) -> tuple[list[TextBatch], int]:
     """`number` solved examples as batches, and the tokens of their text.
 
@@ -60,11 +62,11 @@ def solved_batches(
             text.plan("fast"),
             text.block_size,
             text.pad_id,
-            num_anchors=stage.num_anchors,
-            block_anchors=stage.block_anchors,
+            num_anchors=anchors.num_anchors,
+            block_anchors=anchors.block_anchors,
             anchor_seeds=[run.seed_of(purpose, "anchors", step, i) for i in chosen],
         ).to(run.fabric.device)
-        for chosen in pieces(len(samples), stage.micro_batch_size)
+        for chosen in pieces(len(samples), micro_batch_size)
     ]
     return batches, sum(len(p) + len(c) for p, c in samples)
 
@@ -86,9 +88,9 @@ def rollout_batches(
     Solved examples of a step come before its rollouts, which reach every parameter, so that the
     last backward, in which processes reduce their gradients, does too.
     """
-    config = stage.config
     groups = sample_groups(run, stage, step)
-    advantages = advantages_of(run, config, groups.rewards)
+    advantages = advantages_of(run, stage.config, groups.rewards)
+    config, micro_batch_size = stage.config.rollouts, stage.config.micro_batch_size
     metrics = rollout_metrics(run, groups, advantages, step)
     minibatches: list[list[TextBatch]] = []
     parts = shares(groups.used, config.num_minibatches) * config.num_epochs
@@ -98,12 +100,14 @@ def rollout_batches(
         solved: list[TextBatch] = []
         if config.num_solved:
             purpose = f"{stage.name}/solved/{number}"
-            solved, num_tokens = solved_batches(run, purpose, config, step, config.num_solved)
+            solved, num_tokens = solved_batches(
+                run, purpose, step, config.num_solved, config, micro_batch_size
+            )
             metrics["num_text_tokens"] += num_tokens
         anchor_seed = run.seed_of(stage.name, "anchors", step, number)
         batches = [
             collate(run, stage, groups, advantages, segments, anchor_seed)
-            for segments in micro_batches(groups, share, config.micro_batch_size)
+            for segments in micro_batches(groups, share, micro_batch_size)
         ]
         minibatches.append([*solved, *batches])
     return minibatches, metrics
@@ -138,8 +142,8 @@ def collate(
 
     anchor_seed: samples the anchors of slow rollouts where `num_anchors` limits them.
     """
-    text, config, rollouts = run.text, stage.config, groups.rollouts
-    if config.rollout_mode == "slow":
+    text, config, rollouts = run.text, stage.config.rollouts, groups.rollouts
+    if config.mode == "slow":
         batch = collate_slow_rollouts(
             rollouts.prompts,
             rollouts.out,

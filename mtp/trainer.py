@@ -248,9 +248,8 @@ def begin_stage(
         run.model.activation_checkpointing_enable({"use_reentrant": False})
     else:
         run.model.activation_checkpointing_disable()
-    settings = {"main": config.main, "head": config.head}
     built = {
-        part: build_optimizer(parameters[part], settings[part])
+        part: build_optimizer(parameters[part], config.optimizer_of(part))
         for part, is_trained in trained.items()
         if is_trained
     }
@@ -265,7 +264,6 @@ def begin_stage(
 def train_stage(run: Run, stage: StageRun) -> None:
     """Train one stage from where it stands."""
     config, progress, name = stage.config, run.progress, stage.name
-    settings = {"main": config.main, "head": config.head}
     run.model.train()
     began = saved = time.monotonic()
     done_before = progress.stage_seconds
@@ -278,7 +276,7 @@ def train_stage(run: Run, stage: StageRun) -> None:
                 )
                 break
             for part, optimizer in stage.optimizers.items():
-                set_lr(optimizer, settings[part].lr_at(step, config.steps))
+                set_lr(optimizer, config.optimizer_of(part).lr_at(step, config.steps))
             step_began = time.monotonic()
             run.seed_globals(name, "globals", step)
             minibatches, metrics = step_batches(run, stage, step)
@@ -289,7 +287,7 @@ def train_stage(run: Run, stage: StageRun) -> None:
                     stage.optimizers,
                     batches,
                     config.objective,
-                    clip_norms={part: settings[part].clip_norm for part in stage.optimizers},
+                    clip_norms={p: config.optimizer_of(p).clip_norm for p in stage.optimizers},
                     channel_gradient=config.channel_gradient_at(step),
                     logits_detach=config.logits_detach,
                     sampler=run.config.decoding.sampler() if config.kind == "rl" else None,
@@ -541,7 +539,7 @@ def check_judged(config: RunConfig, task: Task) -> None:
         uses = {
             f"{key}.objective.policy.weight": stage.objective.policy.weight,
             f"{key}.stop_accuracy": stage.stop_accuracy,
-            f"{key}.drop_uninformative": stage.drop_uninformative,
+            f"{key}.rollouts.drop_uninformative": stage.rollouts.drop_uninformative,
         }
         for setting, value in uses.items():
             if value and not task.judges:

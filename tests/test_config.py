@@ -99,7 +99,10 @@ def test_a_single_run_does_not_resume_and_belongs_to_no_group():
         ("stages.rll.steps=1", "unknown key stages.rll; did you mean rl?"),
         ("fabric.zzz=1", "unknown key fabric.zzz; there are accelerator, devices, num_nodes,"),
         ("seed=abc", "seed must be a whole number, got 'abc'"),
-        ("stages.main.main.lr=fast", "stages.main.main.lr must be a number, got 'fast'"),
+        (
+            "stages.main.optimizers.main.lr=fast",
+            "stages.main.optimizers.main.lr must be a number, got 'fast'",
+        ),
         ("overwrite=3.5", "overwrite must be true or false, got '3.5'"),
         ("head.num_slots=null", "head.num_slots must not be null"),
         ("head.taps=2", "head.taps must be a list, such as head.taps=[...]"),
@@ -111,7 +114,9 @@ def test_a_single_run_does_not_resume_and_belongs_to_no_group():
         ("experiment=runing_sum", "experiment=runing_sum is not a choice; did you mean running_su"),
         ("head.num_slots=0", "head.num_slots must be at least 1, got 0"),
         ("head.taps=[0,9]", "head.taps must be layers between 0 and "),
-        ("stages.rl.kind=foo", "stages.rl.kind must be supervised or rl, got 'foo'"),
+        ("stages.rl.rollouts.mode=foo", "stages.rl.rollouts.mode must be fast or slow, got 'foo'"),
+        ("stages.main.rollouts.num_prompts=4", "stages.main must have either stages.main.examples"),
+        ("stages.rl.rollouts.zzz=1", "unknown key stages.rl.rollouts.zzz; there are "),
         ("task=rows", "task.source must be a .jsonl or .parquet file"),
     ],
 )

@@ -353,7 +353,7 @@ def run(tmp_path_factory):
         "stages.joint.steps=2",
         "stages.rl.steps=2",
         "stages.rl.micro_batch_size=5",
-        "stages.rl.num_solved=2",
+        "stages.rl.rollouts.num_solved=2",
         "stages.rl.objective.main_ce.weight=0.1",
         "stages.rl.reward.pass_cost=0.01",
     ]

@@ -220,7 +220,7 @@ def _provenance(text: PromptFormat, config: Any) -> str:
     ]
     for name, stage in config.active_stages().items():
         trained = [part for part in ("main", "head") if getattr(stage, f"train_{part}")]
-        rates = ", ".join(f"{part} {getattr(stage, part).lr:g}" for part in trained)
+        rates = ", ".join(f"{part} {stage.optimizer_of(part).lr:g}" for part in trained)
         weights = ", ".join(f"{k} {t.weight:g}" for k, t in stage.objective.active().items())
         lines.append(
             f"- Stage `{name}`: {stage.kind}, {stage.steps} steps, learning rates {rates}; "

@@ -180,7 +180,7 @@ def fit_task(
     Raises ValueError naming the key if there is no room for prompts.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
-    solved = any(s.kind == "supervised" or s.num_solved for s in stages.values())
+    solved = any(stage.reads_solved for stage in stages.values())
     return FittedTask(
         task,
         text,

@@ -6,11 +6,14 @@ moves the matrices of hidden layers, and AdamW everything else.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+BETAS = (0.9, 0.95)
+"""AdamW's, as in most runs of language models."""
 
 
 @dataclass(kw_only=True)
@@ -23,7 +26,6 @@ class OptimizerConfig:
     muon_lr_ratio: float = 3.0
     """Muon's rate over `lr`. At 1 an update has the root mean square of AdamW's in large models;
     small models with noisy gradients make larger ones."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.0
     """Applied to matrices only."""
     clip_norm: float = 1.0
@@ -102,7 +104,6 @@ def build_optimizer(
     parameters: dict[str, nn.Parameter], config: OptimizerConfig
 ) -> torch.optim.Optimizer:
     """The optimizer of an emitter's parameters, with weight decay on matrices only."""
-    betas = (config.betas[0], config.betas[1])
     muon_names = [n for n, p in parameters.items() if is_hidden_matrix(n, p)]
     if config.algorithm == "adamw":
         muon_names = []
@@ -112,7 +113,7 @@ def build_optimizer(
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True)
     if not muon_names:
         return adamw
     muon = torch.optim.Muon(

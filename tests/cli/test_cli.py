@@ -27,7 +27,7 @@ from mtp.tasks.running_sum import RunningSumConfig
 from mtp.training.objectives import ObjectiveConfig
 from mtp.training.objectives.head_ce import HeadCE
 from mtp.training.objectives.main_ce import MainCE
-from mtp.training.stage import StageConfig
+from mtp.training.stage import ExamplesConfig, StageConfig
 
 PHASES = {
     "thought": Phase(mode="fast", opened_by="<think>"),
@@ -43,8 +43,13 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     (folder / "stages").mkdir(parents=True)
     stages = {
-        "main": StageConfig(train_head=False, objective=MAIN_ONLY),
-        "head": StageConfig(objective=ObjectiveConfig(head_ce=HeadCE(weight=1.0))),
+        "main": StageConfig(
+            examples=ExamplesConfig(batch_size=4), train_head=False, objective=MAIN_ONLY
+        ),
+        "head": StageConfig(
+            examples=ExamplesConfig(batch_size=4),
+            objective=ObjectiveConfig(head_ce=HeadCE(weight=1.0)),
+        ),
     }
     config = RunConfig(
         name="tiny",
@@ -104,7 +109,11 @@ def test_a_runs_config_comes_back_as_it_was(run):
 
 @pytest.mark.parametrize("name", sorted(TASK_CONFIGS))
 def test_every_tasks_config_comes_back(tmp_path, name):
-    stages = {"main": StageConfig(train_head=False, objective=MAIN_ONLY)}
+    stages = {
+        "main": StageConfig(
+            examples=ExamplesConfig(batch_size=4), train_head=False, objective=MAIN_ONLY
+        )
+    }
     config = RunConfig(run_dir="runs/x", task=TASK_CONFIGS[name](num_test=5), stages=stages)
     save_run_config(config, tmp_path / "config.yaml")
     assert load_run_config(tmp_path / "config.yaml") == config

@@ -19,22 +19,22 @@ ROOT = Path(__file__).parents[2]
 VARIANTS = {
     "executed_closed": {"channel_gradient": 0.0},
     "leash_only": {"objective.policy.weight": 0.0},
-    "no_leash": {"objective.leash.weight": 0.0, "objective.preserve.weight": 0.0},
-    "main_leash": {"objective.leash.head_weight": 0.0},
+    "no_leash": {"objective.reference_kl.weight": 0.0, "objective.preserve.weight": 0.0},
+    "main_leash": {"objective.reference_kl.head_weight": 0.0},
     "auxiliary_ce": {
-        "rollout_mode": "slow",
+        "rollouts.mode": "slow",
         "objective.policy.head_weight": 0.0,
         "objective.head_ce.weight": 1.0,
         "objective.head_ce.on_rollouts": True,
     },
     "detach": {
-        "rollout_mode": "slow",
+        "rollouts.mode": "slow",
         "channel_gradient": 0.0,
         "objective.policy.head_weight": 0.0,
         "objective.head_ce.weight": 1.0,
         "objective.head_ce.on_rollouts": True,
     },
-    "auxiliary_policy": {"rollout_mode": "slow", "recompute_old": True},
+    "auxiliary_policy": {"rollouts.mode": "slow", "rollouts.recompute_old": True},
 }
 
 
@@ -56,7 +56,10 @@ def flat(settings: dict, prefix: str = "") -> dict:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_differs_from_the_executed_policy_in_what_it_is_named_for(variant):
-    base, other = config("rl_proof", "run_dir=x"), config(f"rl_proof_{variant}", "run_dir=x")
+    base, other = (
+        config("rl_proof/executed_open", "run_dir=x"),
+        config(f"rl_proof/{variant}", "run_dir=x"),
+    )
     assert other.name == f"rl_proof/{variant}/1"
     before, after = flat(asdict(base.stages["rl"])), flat(asdict(other.stages["rl"]))
     assert {k: v for k, v in after.items() if before[k] != v} == VARIANTS[variant]
@@ -140,10 +143,14 @@ def test_variants_begin_where_the_start_of_their_seed_ended(tmp_path, monkeypatc
         "seed=2",
     ]
     steps = ["stages.main.steps=2", "stages.head.steps=2", "stages.joint.steps=2"]
-    train(config("rl_proof_start", *small, *steps))
-    few = ["stages.rl.steps=2", "stages.rl.num_prompts=4", "stages.rl.group_size=4"]
-    for arm in ("rl_proof", "rl_proof_auxiliary_ce", "rl_proof_auxiliary_policy"):
-        summary = train(config(arm, *small, *few))
+    train(config("rl_proof/start", *small, *steps))
+    few = [
+        "stages.rl.steps=2",
+        "stages.rl.rollouts.num_prompts=4",
+        "stages.rl.rollouts.group_size=4",
+    ]
+    for arm in ("executed_open", "auxiliary_ce", "auxiliary_policy"):
+        summary = train(config(f"rl_proof/{arm}", *small, *few))
         assert summary["stages"][0]["reference_in_loss"] is False
     assert main(["runs/rl_proof"]) == 0
     arms = json.loads(Path("runs/rl_proof/summary.json").read_text())["arms"]

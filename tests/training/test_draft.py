@@ -42,11 +42,11 @@ DRAFT = [
     "stages.head.steps=0",
     "stages.joint.steps=0",
     "stages.rl.steps=2",
-    "stages.rl.rollout_mode=slow",
-    "stages.rl.group_size=1",
-    "stages.rl.num_minibatches=2",
-    "stages.rl.num_epochs=3",
-    "stages.rl.num_anchors=4",
+    "stages.rl.rollouts.mode=slow",
+    "stages.rl.rollouts.group_size=1",
+    "stages.rl.rollouts.num_minibatches=2",
+    "stages.rl.rollouts.num_epochs=3",
+    "stages.rl.rollouts.num_anchors=4",
     "stages.rl.train_main=false",
     "stages.rl.channel_gradient=0",
     "stages.rl.reward.pass_cost=0",
@@ -222,9 +222,11 @@ def test_a_run_trains_a_drafter_and_reports_verified_mode(tmp_path, unjudged, mo
 
 
 def test_outcomes_that_nobody_judges_are_no_reward(tmp_path, unjudged):
-    for setting in ("objective.policy.weight=1", "drop_uninformative=true"):
+    for setting in ("objective.policy.weight=1", "rollouts.drop_uninformative=true"):
         with pytest.raises(ValueError, match=rf"stages.rl.{setting.partition('=')[0]} needs answ"):
-            train(config(tmp_path, *DRAFT, "stages.rl.group_size=2", f"stages.rl.{setting}"))
+            train(
+                config(tmp_path, *DRAFT, "stages.rl.rollouts.group_size=2", f"stages.rl.{setting}")
+            )
 
 
 def test_a_search_cannot_be_measured_without_right_answers():

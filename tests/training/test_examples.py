@@ -22,7 +22,7 @@ from mtp.training.objectives import ObjectiveConfig
 from mtp.training.objectives.head_ce import HeadCE
 from mtp.training.objectives.main_ce import MainCE
 from mtp.training.runtime import FabricConfig
-from mtp.training.stage import StageConfig
+from mtp.training.stage import ExamplesConfig, RolloutsConfig, StageConfig
 
 PHASES = {
     "thought": Phase(mode="fast", opened_by="<think>"),
@@ -51,6 +51,7 @@ def stages(**given):
     main = ObjectiveConfig(main_ce=MainCE(weight=1.0))
     both = ObjectiveConfig(main_ce=MainCE(weight=1.0), head_ce=HeadCE(weight=1.0))
     only = ObjectiveConfig(head_ce=HeadCE(weight=1.0))
+    given["examples"] = ExamplesConfig(batch_size=given.pop("batch_size", 4))
     return {
         "main": StageConfig(steps=2, train_head=False, objective=main, **given),
         "head": StageConfig(
@@ -150,7 +151,7 @@ def test_solved_examples_that_are_too_long_are_dropped_from_training_alone(tmp_p
     every = {task.example("train", i).prompt for i in range(task.size("train"))}
     assert train == every - {"3+3=", "7+7="}
     assert "256 tokens of a solved example" in caplog.text
-    config.stages = {"rl": StageConfig(kind="rl", steps=1)}
+    config.stages = {"rl": StageConfig(rollouts=RolloutsConfig(num_prompts=4), steps=1)}
     assert fit(task, config, MODEL, TEXT).size("train") == task.size("train")
 
 
@@ -246,7 +247,7 @@ def test_a_supervised_stage_of_the_head_needs_thoughts(tmp_path):
         checked(task, config, MODEL, TEXT)
     for name in ("head", "joint"):
         config.stages[name].steps = 0
-    config.stages["rl"] = StageConfig(kind="rl", steps=1)
+    config.stages["rl"] = StageConfig(rollouts=RolloutsConfig(num_prompts=4), steps=1)
     assert checked(task, config, MODEL, TEXT).size("train") == task.size("train")
 
 

@@ -9,6 +9,7 @@ from helpers import PAD, PLAN, SAMPLES, emitter, rollouts, tiny_model
 from mtp.modeling.decode import decode
 from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.sampler import Sampler
+from mtp.rollouts.reward import RewardConfig
 from mtp.training.collate import collate_rollouts, collate_slow_rollouts, collate_text
 from mtp.training.objectives import ObjectiveConfig, StreamInputs
 from mtp.training.objectives.head_ce import HeadCE
@@ -16,7 +17,7 @@ from mtp.training.objectives.main_ce import MainCE
 from mtp.training.objectives.policy import Policy
 from mtp.training.objectives.reference_kl import ReferenceKL, estimate
 from mtp.training.objectives.scored import replay_batch
-from mtp.training.stage import StageConfig
+from mtp.training.stage import ExamplesConfig, RolloutsConfig, StageConfig
 
 
 def test_estimators_of_the_reference_kl_by_hand():
@@ -143,31 +144,62 @@ def test_the_channel_opens_evenly():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_rounds": 2}, "stages.x.max_rounds=2 .*drop_uninformative=true"),
-        ({"rollout_mode": "odd"}, "stages.x.rollout_mode must be fast or slow"),
-        ({"group_size": 1}, "stages.x.group_size must be at least 2, got 1: an advantage compares"),
+        ({"max_rounds": 2}, "stages.x.rollouts.max_rounds=2 .*drop_uninformative=true"),
+        ({"mode": "odd"}, "stages.x.rollouts.mode must be fast or slow"),
         (
-            {"group_size": 0, "objective": ObjectiveConfig(main_ce=MainCE(weight=1.0))},
-            "stages.x.group_size must be at least 1, got 0$",
-        ),
-        ({"num_epochs": 0}, "stages.x.num_epochs must be at least 1, got 0"),
-        ({"num_solved": 4}, "stages.x.num_solved=4 examples are read by no stream"),
-        (
-            {"objective": ObjectiveConfig(policy=Policy(weight=1.0), main_ce=MainCE(weight=1.0))},
-            "set stages.x.num_solved to",
+            {"group_size": 1},
+            "stages.x.rollouts.group_size must be at least 2, got 1: an advantage compares",
         ),
         (
-            {
-                "kind": "supervised",
-                "objective": ObjectiveConfig(reference_kl=ReferenceKL(weight=1, kind="k3")),
-            },
-            "stages.x.objective.reference_kl reads rollouts",
+            {"group_size": 0},
+            "stages.x.rollouts.group_size must be at least 1, got 0$",
+        ),
+        ({"num_epochs": 0}, "stages.x.rollouts.num_epochs must be at least 1, got 0"),
+        ({"num_solved": 4}, "stages.x.rollouts.num_solved=4 examples are read by no stream"),
+        (
+            {"num_prompts": 3, "num_minibatches": 2},
+            "stages.x.rollouts.num_minibatches must divide stages.x.rollouts.num_prompts=3, got 2",
         ),
     ],
 )
-def test_settings_that_contradict_each_other_name_their_keys(settings, message):
-    stage = StageConfig(
-        **{"kind": "rl", "objective": ObjectiveConfig(policy=Policy(weight=1.0)), **settings}
-    )
+def test_rollouts_that_contradict_each_other_name_their_keys(settings, message):
+    policy = ObjectiveConfig(policy=Policy(weight=1.0))
+    stage = StageConfig(rollouts=RolloutsConfig(**{"num_prompts": 4} | settings), objective=policy)
     with pytest.raises(ValueError, match=message):
         stage.validate("x")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"examples": ExamplesConfig()}, "either .*examples.batch_size or .* above 0, got neither"),
+        ({"rollouts": RolloutsConfig(num_prompts=4)}, "stages.x must have either .*, got both"),
+        (
+            {"rollouts": RolloutsConfig(mode="slow")},
+            "stages.x.rollouts.mode must be left at 'fast'",
+        ),
+        (
+            {"reward": RewardConfig(pass_cost=0.1)},
+            "stages.x.reward.pass_cost must be left at 0.0 in a stage that is sup",
+        ),
+        (
+            {"objective": ObjectiveConfig(reference_kl=ReferenceKL(weight=1, kind="k3"))},
+            "stages.x.objective.reference_kl reads rollouts, got a stage of solved examples",
+        ),
+        (
+            {
+                "examples": ExamplesConfig(),
+                "rollouts": RolloutsConfig(num_prompts=4),
+                "objective": ObjectiveConfig(head_ce=HeadCE(weight=1.0)),
+            },
+            "set stages.x.rollouts.num_solved to",
+        ),
+    ],
+)
+def test_a_stage_has_examples_or_rollouts_and_no_key_of_the_other(settings, message):
+    given = {
+        "examples": ExamplesConfig(batch_size=4),
+        "objective": ObjectiveConfig(head_ce=HeadCE(weight=1)),
+    }
+    with pytest.raises(ValueError, match=message):
+        StageConfig(**given | settings).validate("x")

@@ -1,7 +1,7 @@
 """Distillation: the head's distribution trained towards main's own for the same token.
 
-Teacher rows are main's at the position of the flat text that predicts the slot's token; no gradient
-flows into them.
+The divergence is KL(main || head), which covers main's mass. Teacher rows are main's at the
+position of the flat text that predicts the slot's token; no gradient flows into them.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,6 @@ from .stream import Stream, StreamInputs, Term
 class HeadKL(Stream):
     """`head_kl`"""
 
-    reverse: bool = False
-    """False: KL(main || head), which covers main's mass. True: KL(head || main), seeks its mode."""
-
     def counts(self, batch: TextBatch) -> dict[str, float]:
         """Tokens of the head."""
         return {"head_kl": len(batch.head)}
@@ -28,6 +25,6 @@ class HeadKL(Stream):
             scored.flat_hidden.detach(),
             scored.main.output.detach(),
             inputs.batch.head.positions,
-            reverse=self.reverse,
+            reverse=False,
         )
         return {"head_kl": Term(kl.sum(), self.weight, {})}

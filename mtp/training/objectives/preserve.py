@@ -2,7 +2,8 @@
 
 In fast rollouts main samples one token of a block, so nothing else in the objective says what it
 would have written at the positions that the head filled. Slow mode reads just those. This stream is
-the KL of main to a frozen reference at all positions of the flat text, whoever wrote their tokens.
+KL(reference || main), with a frozen reference, at all positions of the flat text, whoever wrote
+their tokens.
 """
 
 from dataclasses import dataclass
@@ -22,9 +23,6 @@ class Preserve(Stream):
     scores_head: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
 
-    reverse: bool = False
-    """False: KL(reference || main). True: KL(main || reference)."""
-
     def counts(self, batch: TextBatch) -> dict[str, float]:
         """Written tokens of both emitters."""
         return {"preserve": len(batch.main) + len(batch.head)}
@@ -40,5 +38,5 @@ class Preserve(Stream):
         everywhere = OutputRows(
             scored.flat_hidden[rows], main.output, batch.tokens.flatten()[rows + 1], main.impl
         )
-        kl = everywhere.kl(reference.hidden, reference.output, rows, reverse=self.reverse)
+        kl = everywhere.kl(reference.hidden, reference.output, rows, reverse=False)
         return {"preserve": Term(kl.sum(), self.weight, {"preserve/kl": mean_of(kl.detach())})}
