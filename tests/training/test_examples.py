@@ -11,6 +11,7 @@ from mtp.hub.build import ModelConfig
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.phases import Phase
 from mtp.modeling.segments import SegmentSettings
+from mtp.reports.loggers import FilesConfig, LoggerConfig
 from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.rollouts.rollout import DecodingConfig
 from mtp.tasks.base import Example, Task
@@ -268,7 +269,7 @@ def test_a_run_on_rows_of_which_few_have_thoughts(tmp_path):
     for stage in config.stages.values():
         stage.steps = 6
     config.evaluation.num_problems = 4
-    config.logger.log_every = 1
+    config.logger = LoggerConfig(log_every=1, sinks={"files": FilesConfig()})
     train(config)
     from mtp.reports.json_lines import read_records
 
