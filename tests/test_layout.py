@@ -19,8 +19,9 @@ FLOORS = [
     {"evaluation", "hub"},
     {"config"},
     {"run"},
-    {"groups", "reference"},
-    {"steps"},
+    {"groups", "reference", "checkpointing", "dry_run"},
+    {"steps", "stage_evaluation"},
+    {"stage_loop"},
     {"trainer"},
     {"cli"},
 ]

@@ -15,6 +15,8 @@ import pytest
 import torch
 from helpers import ROOT, config, records
 
+import mtp.stage_evaluation as stage_evaluation
+import mtp.stage_loop as stage_loop
 import mtp.trainer as trainer
 from mtp.files import save_atomically
 from mtp.hub.checkpoint import checkpoints, damage_of, read_state, write_state
@@ -56,8 +58,9 @@ def copy(ended, tmp_path) -> Path:
 
 
 def stop_at(monkeypatch, function: str, times: int = 1) -> None:
-    """Let the run die (as by SIGKILL, but within this process) at a call of the trainer's."""
-    original, calls = getattr(trainer, function), []
+    """Let the run die (as by SIGKILL, but within this process) at a call of that function."""
+    module = stage_loop if hasattr(stage_loop, function) else trainer
+    original, calls = getattr(module, function), []
 
     def die(*args, **kwargs):
         calls.append(1)
@@ -65,7 +68,7 @@ def stop_at(monkeypatch, function: str, times: int = 1) -> None:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, function, die)
+    monkeypatch.setattr(module, function, die)
 
 
 def same_run(mine: Path, theirs: Path) -> None:
@@ -126,7 +129,7 @@ def test_a_run_that_died_continues_to_the_very_same_bits(
 
 
 def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch):
-    original, accuracies = trainer.evaluate, iter([0.25, 0.75, 0.5])
+    original, accuracies = stage_evaluation.evaluate, iter([0.25, 0.75, 0.5])
 
     def graded(*args, **kwargs):
         figures, shown = original(*args, **kwargs)
@@ -134,7 +137,7 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch):
             figures["fast_accuracy"] = next(accuracies)
         return figures, shown
 
-    monkeypatch.setattr(trainer, "evaluate", graded)
+    monkeypatch.setattr(stage_evaluation, "evaluate", graded)
     overrides = ["stages.joint.evaluate_every=0", "stages.rl.evaluate_every=1"]
     train(config(tmp_path / "run", "checkpoint_minutes=0", *overrides))
     folder = tmp_path / "run" / "checkpoints"
@@ -431,14 +434,14 @@ def test_a_file_beside_an_export_is_left_alone(tmp_path):
 
 
 def test_a_signal_in_an_evaluation_stops_the_run_after_it(tmp_path, ended, monkeypatch):
-    original, folder = trainer.end_stage, tmp_path / "run"
+    original, folder = stage_loop.end_stage, tmp_path / "run"
 
-    def signalled(run, name):
-        if name == "head":
+    def signalled(run, stage):
+        if stage.name == "head":
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(run, name)
+        return original(run, stage)
 
-    monkeypatch.setattr(trainer, "end_stage", signalled)
+    monkeypatch.setattr(stage_loop, "end_stage", signalled)
     with pytest.raises(Interrupted, match="stopped after stage head; use resume=true"):
         train(config(folder))
     monkeypatch.undo()

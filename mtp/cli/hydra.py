@@ -73,12 +73,13 @@ def choices() -> str:
     sources = HydraConfig.get().runtime.config_sources
     conf = next(source.path for source in sources if source.provider == "main")
     lines, group = [], ""
-    for path in sorted(Path(conf).glob("*/*.yaml")):
+    for path in sorted(Path(conf).glob("*/**/*.yaml")):
         comments = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ")]
         about = next((line for line in comments if "@package" not in line), "")
-        shown = "" if path.parent.name == group else path.parent.name
-        group = path.parent.name
-        lines.append(shorten(f"  {shown:<11}{path.stem:<24}{about}"))
+        within, *option = path.relative_to(conf).with_suffix("").parts
+        shown = "" if within == group else within
+        group = within
+        lines.append(shorten(f"  {shown:<11}{'/'.join(option):<27}{about}"))
     return "\n".join(lines)
 
 

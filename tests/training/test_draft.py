@@ -10,7 +10,7 @@ from helpers import EOS, GREEDY, HEADS, PAD, completions, config, records, run, 
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import mtp.trainer as trainer
+import mtp.stage_loop as stage_loop
 from mtp.evaluation.evaluate import acceptance_by_slot
 from mtp.evaluation.evaluate_search import evaluate_search
 from mtp.hub.build import load_model, start_from_main
@@ -191,8 +191,8 @@ def test_a_run_trains_a_drafter_and_reports_verified_mode(tmp_path, unjudged, mo
         updates.append((sorted(optimizers), sum(len(batch.anchors) for batch in batches)))
         return original(fabric, model, optimizers, batches, *rest, **named)
 
-    original = trainer.update
-    monkeypatch.setattr(trainer, "update", counted)
+    original = stage_loop.update
+    monkeypatch.setattr(stage_loop, "update", counted)
     summary = train(config(tmp_path, *DRAFT))
     first, last = summary["stages"]
     assert [names for names, _ in updates[:2]] == [["main"]] * 2
