@@ -32,7 +32,7 @@ REDUCED = [
     "stages.joint.optimizers.head.lr=3e-3",
     "stages.joint.optimizers.head.decay=cosine",
     *(
-        f"stages.{stage}.{part}.algorithm=adamw"
+        f"stages.{stage}.optimizers.{part}.algorithm=adamw"
         for stage, part in (
             ("main", "main"),
             ("head", "head"),

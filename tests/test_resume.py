@@ -405,9 +405,9 @@ def test_a_replaced_folder_is_always_there(tmp_path):
 
 def test_a_folder_whose_replacement_was_cut_short_is_put_back(tmp_path, monkeypatch):
     """Where names cannot be exchanged in one step, a crash between two renames is mended."""
-    import mtp.hub.checkpoint as checkpoint
+    import mtp.files as files
 
-    monkeypatch.setattr(checkpoint, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     target = tmp_path / "out"
 
     def write(text: str):
@@ -420,7 +420,7 @@ def test_a_folder_whose_replacement_was_cut_short_is_put_back(tmp_path, monkeypa
     save_atomically(target, write("old"))
     target.rename(tmp_path / ".out.mtp-old")  # as a crash between the renames leaves it
     (tmp_path / ".out.mtp-tmp").mkdir()
-    checkpoint.remove_temporary(tmp_path)
+    files.remove_temporary(tmp_path)
     assert content(tmp_path) == {"out/file": b"old"}
     save_atomically(target, write("new"))
     assert content(tmp_path) == {"out/file": b"new"}
