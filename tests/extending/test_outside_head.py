@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import PAD, PLAN, completions, run, tiny_model
+from helpers import CLOSE, EOS, PAD, PLAN, completions, run, tiny_model
 from torch.nn import functional as F
 
 from mtp.modeling.heads import HEADS, Head, HeadConfig, HeadLinear, HeadRMSNorm, register_head
@@ -79,9 +79,66 @@ def model_with(**settings):
     return tiny_model(type="attending", **settings)
 
 
-@pytest.mark.parametrize("mode", ["fast", "verified"])
-def test_sampler_and_replay_of_a_head_that_remembers_agree(mode):
+def losses(model, steps):
+    """The head's cross-entropy in a few steps on texts that count upwards, main trained along."""
+    texts = (torch.arange(4)[:, None] * 5 + torch.arange(16)) % 20 + 3
+    width = model.block_size
+    windows = texts[:, 1:].unfold(1, width, 1)  # [B, T - width, K + 1]: t_0..t_K of each anchor
+    anchors = (torch.arange(4)[:, None] * 16 + torch.arange(16 - width)).flatten()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    found = []
+    for _ in range(steps):
+        rows = model.replay(texts, anchors, windows[..., :-1].flatten(0, 1))
+        main = rows.main_output.logits(rows.main_hidden[:, :-1])
+        head = rows.head_output.logits(rows.head_hidden)
+        head_loss = F.cross_entropy(head.flatten(0, 1), windows[..., 1:].flatten())
+        optimizer.zero_grad()
+        (head_loss + F.cross_entropy(main.flatten(0, 1), texts[:, 1:].flatten())).backward()
+        optimizer.step()
+        found.append(float(head_loss.detach()))
+    return found
+
+
+def block_by_definition(model, context, keep):
+    """One greedy block without a cache: one row, the head recomputed at every slot."""
+    text, anchor = torch.tensor([context]), torch.tensor([len(context) - 1])
+    hidden, taps = model.main_hidden(text)
+    main, head = model.output_layers()
+    block = [int(main.logits(hidden[0, -1]).argmax())]
+    for slot in range(model.block_size - 1):
+        remembered = model.mtp_head.replay_context(taps, text, anchor)
+        rows = model.mtp_head(remembered, model.head_embed(torch.tensor([block])))
+        block.append(int(head.logits(rows[0, slot]).argmax()))
+    ends = [at + 1 for at, token in enumerate(block) if token in (CLOSE, EOS)]
+    return block[: min([keep, *ends])]
+
+
+def test_a_few_steps_teach_it():
+    found = losses(model_with(), 60)
+    assert found[-1] < found[0] / 4
+
+
+@pytest.mark.parametrize("steps", [0, 10])
+def test_fast_mode_is_its_definition(steps):
     model = model_with()
+    losses(model, steps)
+    out = run(model, PROMPTS, PLAN, max_new_tokens=20)
+    with torch.no_grad():
+        for row, prompt in enumerate(PROMPTS):
+            context, phase, passes = list(prompt), 0, 0
+            while len(context) - len(prompt) < 20 and context[-1] != EOS:
+                context += block_by_definition(model, context, PLAN.keep[phase])
+                passes += 1
+                phase = 1 if context[-1] == CLOSE else phase
+            assert completions(out)[row] == context[len(prompt) :][:20]
+            assert int(out.passes[row]) == passes
+
+
+@pytest.mark.parametrize("steps", [0, 10])
+@pytest.mark.parametrize("mode", ["fast", "verified"])
+def test_sampler_and_replay_of_a_head_that_remembers_agree(mode, steps):
+    model = model_with()
+    losses(model, steps)
     plan = PLAN if mode == "fast" else PLAN.as_verified(4)
     out = run(model, PROMPTS * 3, plan, Sampler(), max_new_tokens=20)
     batch = collate_rollouts(
