@@ -6,6 +6,9 @@ as runs/rl_proof, and writes its summary.json, variants.png and frontier.png.
 A run's name gives its variant: `rl_proof/executed_open/3` is seed 3 of variant `executed_open`. The
 other variants begin where the runs of variant `start` ended. Metrics are those of the last stage.
 
+A run that was kept without its weights (docs/results) has a `run.yaml` in place of its config: name
+and seed, the commit that recorded it, and the overrides of conf/ that make it again.
+
 Left out: tests between variants, and an interval where only one seed has ended.
 """
 
@@ -30,6 +33,8 @@ from .progress import make_console
 
 START = "start"
 """Variant whose runs are where the others begin."""
+DESCRIPTIONS = ("config.yaml", "run.yaml")
+"""Files that give the name and seed of a run: of one in `runs`, of one in `docs/results`."""
 ON_DISK = "arms"
 """Key of the variants in `summary.json`."""
 
@@ -55,13 +60,14 @@ def read_runs(folder: Path) -> list[VariantRun]:
     runs = []
     for path in sorted(folder.rglob("summary.json")):
         home = path.parent
-        if not (home / "config.yaml").is_file():
+        described = next((home / name for name in DESCRIPTIONS if (home / name).is_file()), None)
+        if described is None:
             continue
-        config = yaml.safe_load((home / "config.yaml").read_text())
-        parts = PurePosixPath(config["name"]).parts
+        description = yaml.safe_load(described.read_text())
+        parts = PurePosixPath(description["name"]).parts
         if len(parts) < 2:
             continue
-        key = parts[-2], int(config["seed"])
+        key = parts[-2], int(description["seed"])
         if key in found:
             raise ValueError(
                 f"{home} and {found[key]} are both seed {key[1]} of {key[0]}; keep one of them"
@@ -90,6 +96,7 @@ def aggregate(runs: list[VariantRun]) -> dict[str, Any]:
     """
     starts = {run.seed: run.metrics for run in runs if run.variant == START}
     with_interval = metrics_of("interval")
+    known = {name for run in runs for name, value in run.metrics.items() if value is not None}
     variants: dict[str, Any] = {}
     for variant in dict.fromkeys(run.variant for run in runs if run.variant != START):
         mine = sorted((run for run in runs if run.variant == variant), key=lambda run: run.seed)
@@ -99,6 +106,8 @@ def aggregate(runs: list[VariantRun]) -> dict[str, Any]:
             "start_fast_accuracy": _mean(began),
         }
         for metric in METRICS.values():
+            if metric.name not in known:
+                continue
             values = [run.metrics.get(metric.name) for run in mine]
             if any(isinstance(value, list) for value in values):
                 continue
@@ -180,7 +189,7 @@ def save_frontier(runs: list[VariantRun], summary: dict[str, Any], path: Path) -
     from matplotlib.figure import Figure
 
     variants = summary[ON_DISK]
-    fast = {variant: mean_of(means["fast_accuracy"]) for variant, means in variants.items()}
+    fast = {variant: mean_of(means.get("fast_accuracy")) for variant, means in variants.items()}
     metrics = [
         metric
         for metric in shown_metrics(summary, "frontier")
