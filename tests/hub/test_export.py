@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mtp.config import RunConfig
 from mtp.hub.build import ModelConfig, generation_config, load_model
 from mtp.hub.export import export
-from mtp.hub.formats import FORMATS, Format, register_format
 from mtp.hub.model_card import base_model
 from mtp.modeling.phases import Phase
 from mtp.rollouts.prompt_format import PLAIN_TEMPLATE, TextFormat, character_tokenizer
@@ -252,25 +251,6 @@ def test_the_card_of_main_alone_runs_and_its_folder_is_replaced_by_any_format(tm
     assert "trust_remote_code" not in card and "custom_code" not in card
     export(model, text, tmp_path / "out", SUMMARY, tiny_config())
     assert (tmp_path / "out" / "modeling_mtp.py").is_file()
-
-
-def test_a_format_from_outside(tmp_path):
-    def write(model, text, folder, config):
-        folder.mkdir()
-        (folder / "names.list").write_text("\n".join(model.state_dict()))
-
-    register_format("names", Format(write, suffixes=(".list",)))
-    try:
-        model, text = make(tmp_path / "out")
-        for _ in range(2):
-            export(model, text, tmp_path / "out", SUMMARY, tiny_config(), "names")
-        assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["README.md", "names.list"]
-        with pytest.raises(ValueError, match="a format must have a name of its own, got 'main'"):
-            register_format("main", Format(write))
-    finally:
-        del FORMATS["names"]
-    with pytest.raises(ValueError, match="--format must be one of huggingface, main, got 'names'"):
-        export(model, text, tmp_path / "other", SUMMARY, tiny_config(), "names")
 
 
 @pytest.mark.parametrize("ending", ["", "\n", "\n\n", "{% if true %}{% endif %}\n", "  "])
