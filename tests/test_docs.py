@@ -27,7 +27,7 @@ HOUSE_WORDS = [
     (r"surpris(e|es|ing)", "negative log-likelihood"),
     (r"honou?red", "supported"),
     (r"so (many|much) (per|for|from)", "this many, n per ..."),
-    (r"(a|per) (pass|slot|line) of which", "whose"),
+    (r"(?<=[.:] )So", "therefore"),
 ]
 """Words of ours that strangers stumble over, and the field's words for them."""
 
@@ -103,3 +103,7 @@ def test_lines_of_prose_are_at_most_100_wide(page):
     for line in text.splitlines():
         is_prose = not line.startswith(("|", "#", "    ", "![")) and "](" not in line
         assert len(line) <= 100 or not is_prose, f"{name(page)}: {line}"
+
+
+def test_the_readme_is_one_short_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
