@@ -5,13 +5,19 @@
 
 import os
 import sys
+from pathlib import Path
 
+from mtp.cli.help import help_text
 from mtp.process import quiet_imports, run_command
 
 if __name__ == "__main__":
     quiet_imports()
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        sys.exit(run_command(lambda: print(help_text(Path(__file__).with_name("conf")))))
 
-from pathlib import Path
+# Memory that a step frees goes back to the system, and is fetched page by page in the next one.
+# PyTorch reads this at its first allocation: blocks of 2 MB and more use large pages (Linux).
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import hydra
 from omegaconf import DictConfig
@@ -20,9 +26,6 @@ from mtp.cli.hydra import job_overrides, register_configs, run_job
 from mtp.config import to_run_config
 
 register_configs()
-# Memory that a step frees goes back to the system, and is fetched page by page in the next one.
-# PyTorch reads this at its first allocation: blocks of 2 MB and more use large pages (Linux).
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def run(config: DictConfig) -> float | None:

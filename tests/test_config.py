@@ -219,13 +219,3 @@ def test_the_command_line_prints_one_line_and_no_traceback(arguments, code, show
     )
     assert done.returncode == code
     assert done.stderr.startswith(shown) and done.stderr.count("\n") == 1
-
-
-def test_help_lists_the_choices_and_no_schemas():
-    done = subprocess.run(
-        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert "_schema" not in done.stdout
-    for name in (*files("experiment"), *files("sweep"), *files("task")):
-        assert f" {name}" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 100

@@ -29,7 +29,7 @@ def register_configs() -> None:
     store.store(name="run_config", node=RunConfig)
     for name, config in TASK_CONFIGS.items():
         store.store(group="task", name=f"{name}_schema", node=config)
-    for resolver in (in_sweep, run_folder, job_folder, sweep_name, choices):
+    for resolver in (in_sweep, run_folder, job_folder, sweep_name):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
@@ -62,25 +62,6 @@ def job_folder(overrides: str, number: int) -> str:
     if name == overrides and len(name) <= 120 or not overrides:
         return name
     return f"{name[:100]}-{hashlib.sha256(overrides.encode()).hexdigest()[:6]}"
-
-
-def choices() -> str:
-    """The options of every group of conf/ with the first line of each file's comment."""
-    sources = HydraConfig.get().runtime.config_sources
-    conf = next(source.path for source in sources if source.provider == "main")
-    lines, group = [], ""
-    for path in sorted(Path(conf).glob("*/*.yaml")):
-        comments = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ")]
-        about = next((line for line in comments if "@package" not in line), "")
-        shown = "" if path.parent.name == group else path.parent.name
-        group = path.parent.name
-        lines.append(shorten(f"  {shown:<11}{path.stem:<24}{about}"))
-    return "\n".join(lines)
-
-
-def shorten(line: str) -> str:
-    """A line that fits a screen of 100 columns."""
-    return line.rstrip() if len(line) <= 100 else line[:97].rstrip() + "..."
 
 
 def job_overrides() -> dict[str, str] | None:
