@@ -81,9 +81,18 @@ def test_every_sweep_chooses_its_launcher(sweep):
 def test_a_single_run_does_not_resume_and_belongs_to_no_group():
     config = run_config()
     assert config.resume is False
-    assert run_config("logger=wandb").logger.sinks["wandb"].group is None
     assert run_config("resume=true").resume is True
     assert run_config("resume=auto").resume == "auto"
+    assert run_config("logger=wandb").logger.sinks["wandb"].group is None
+
+
+def test_the_log_is_files_and_the_sinks_that_are_chosen():
+    chosen = {"logger=files": ["files"], "logger=wandb": ["files", "wandb"]}
+    chosen["logger=[wandb,files]"] = ["files", "wandb"]
+    assert list(run_config().logger.sinks) == ["files"]
+    for override, sinks in chosen.items():
+        assert list(run_config(override).logger.sinks) == sinks
+    assert list(run_config("logger=wandb", "~logger.sinks.files").logger.sinks) == ["wandb"]
 
 
 @pytest.mark.parametrize(

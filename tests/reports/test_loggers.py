@@ -155,6 +155,6 @@ def test_the_logger_of_an_earlier_config_is_read(tmp_path, with_wandb):
 
 
 def test_a_dry_run_logs_to_files_alone(tmp_path, memory, capsys):
-    logger = ["logger=[memory_schema]", "logger.sinks.memory.room=b"]
+    logger = ["logger=memory_schema", "logger.sinks.memory.room=b"]
     train(config(tmp_path / "run", *ONE_STAGE, *logger, "dry_run=true"))
     assert memory == [] and "a full run would take about" in capsys.readouterr().out

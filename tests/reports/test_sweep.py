@@ -137,7 +137,7 @@ def run_sweep(folder: Path, *arguments: str, **environment: str) -> subprocess.C
 
 def test_a_failing_job_does_not_stop_the_sweep_and_a_second_call_resumes(tmp_path):
     """Two jobs, the first impossible; each in its folder, and in wandb under the sweep's group."""
-    arguments = ["head.taps=[9],[2]", "stages.rl.steps=0", "logger=[files,wandb]"]
+    arguments = ["head.taps=[9],[2]", "stages.rl.steps=0", "logger=wandb"]
     done = run_sweep(tmp_path, *arguments)
     assert done.returncode == 1, done.stderr
     jobs = {tuple(job.overrides.values()): job for job in read_jobs(tmp_path)}

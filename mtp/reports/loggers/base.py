@@ -5,7 +5,7 @@ A sink is a file with a dataclass of settings and a class that derives from `Sin
     register_sink("mine", MineConfig, MineSink)
 
 A config then has it under `logger.sinks.mine`: write a `conf/logger/mine.yaml` like those of the
-other sinks, or choose `logger=[files,mine_schema]`.
+other sinks, or choose `logger=mine_schema`.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,9 @@ class LoggerConfig:
 
     log_every: int = 10
     """Steps between two records of training metrics."""
-    sinks: dict[str, SinkConfig] = field(default_factory=dict)
-    """Settings of each sink by its name; see `register_sink`."""
+    sinks: dict[str, SinkConfig] = field(default_factory=lambda: {"files": SINKS["files"].config()})
+    """Settings of each sink by its name, see `register_sink`. The files are always among them
+    unless `~logger.sinks.files` removes them."""
 
     def validate(self) -> None:
         """Raises ValueError naming the key of an impossible value."""
@@ -40,7 +41,7 @@ class LoggerConfig:
             if kind is None or not isinstance(config, kind.config):
                 raise ValueError(
                     f"logger.sinks must be of {sorted(SINKS)}, got {name!r}; "
-                    "choose them by logger=[files,...]"
+                    "choose them by logger=NAME or logger=[NAME,NAME]"
                 )
             config.validate(f"logger.sinks.{name}")
 
