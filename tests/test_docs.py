@@ -1,4 +1,4 @@
-"""What a command can see of the rules for Markdown: words, links, paths, experiments, line width."""
+"""What a command can see of the rules for Markdown: words, links, paths, experiments, width."""
 
 import re
 from pathlib import Path
