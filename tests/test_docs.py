@@ -33,6 +33,7 @@ MOVED = {
     "docs/results/rl_proof": "docs/rl_proof",
     "docs/results/rl_leash": "docs/rl_leash",
     "mtp/training/objectives/reference_kl.py": "mtp/training/objectives/leash.py",
+    "mtp/reports/loggers/base.py": "mtp/reports/logger.py",
 }
 """Paths as the docs name them, and where they lay before."""
 
