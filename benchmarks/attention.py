@@ -7,15 +7,13 @@ At the sizes of the default experiment (float32) and of SmolLM2-135M on sums (bf
 """
 
 import argparse
-import json
 import os
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from decoding import take_turns
+from measure import add_json_option, print_json, take_turns
 from rl_step import configuration
 
 from mtp.hub.build import build_model
@@ -49,7 +47,7 @@ def forward_backward(model: Any, size: Size, attention: str) -> None:
     model.set_attn_implementation(attention)
     ids = torch.randint(0, model.config.vocab_size, (size.batch, size.length))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=size.bfloat16):
-        hidden = model.score(ids).main_hidden
+        hidden = model.replay(ids).main_hidden
     hidden.float().square().mean().backward()
     model.zero_grad()
 
@@ -57,7 +55,7 @@ def forward_backward(model: Any, size: Size, attention: str) -> None:
 def main() -> None:
     """Measures every size and prints a line each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    add_json_option(parser)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
@@ -66,15 +64,14 @@ def main() -> None:
     for experiment, size in SIZES.items():
         model = main_of(experiment)
         contenders = {kind: partial(forward_backward, model, size, kind) for kind in KINDS}
-        median, _ = take_turns(contenders, options.repeats, time.perf_counter)
+        median, _ = take_turns(contenders, options.repeats)
         ratio = median["sdpa"] / median["eager"]
         results.append({"experiment": experiment, **median, "sdpa_over_eager": ratio})
         print(
             f"{experiment:12} {size.batch} x {size.length}: eager {median['eager']:.3f} s, "
             f"sdpa {median['sdpa']:.3f} s, sdpa over eager {ratio:.2f}"
         )
-    if options.json:
-        print(json.dumps({"results": results}))
+    print_json(options.json, {"results": results})
 
 
 if __name__ == "__main__":

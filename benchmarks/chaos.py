@@ -25,6 +25,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from measure import add_json_option, print_json
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -33,8 +35,8 @@ OVERRIDES = [
     "stages.head.steps=4",
     "stages.joint.steps=4",
     "stages.rl.steps=4",
-    "stages.rl.num_prompts=4",
-    "stages.rl.group_size=4",
+    "stages.rl.rollouts.num_prompts=4",
+    "stages.rl.rollouts.group_size=4",
     "stages.joint.evaluate_every=2",
     "stages.rl.evaluate_every=2",
     "evaluation.num_problems=8",
@@ -52,18 +54,18 @@ OVERRIDES = [
 ]
 CLOCKS = {"step_time", "rollout_time", "tokens_per_second", "seconds"}
 MOMENTS = {
-    "step": ("mtp.trainer", "step_batches", 18),
-    "update": ("mtp.trainer", "update", 18),
+    "step": ("mtp.stage_loop", "step_batches", 18),
+    "update": ("mtp.stage_loop", "update", 18),
     "rollout": ("mtp.groups", "sample", 4),
-    "evaluation": ("mtp.trainer", "evaluate", 6),
+    "evaluation": ("mtp.stage_evaluation", "evaluate", 6),
     "checkpoint written": ("mtp.hub.checkpoint", "write_state", 24),
     "checkpoint moved": ("mtp.files", "_settle", 40),
     "old checkpoint removed": ("mtp.hub.checkpoint", "checkpoints", 24),
-    "stage saved": ("mtp.trainer", "save_model", 4),
-    "end of stage": ("mtp.trainer", "end_stage", 4),
-    "metrics": ("mtp.reports.logger", "JsonLines.append", 60),
+    "stage saved": ("mtp.stage_loop", "save_model", 4),
+    "end of stage": ("mtp.stage_loop", "end_stage", 4),
+    "metrics": ("mtp.reports.json_lines", "JsonLines.append", 60),
     "export": ("mtp.trainer", "export", 1),
-    "export written": ("mtp.hub.export", "model_card", 1),
+    "export written": ("mtp.hub.export", "write_card", 1),
     "curves": ("mtp.trainer", "save_curves", 1),
     "summary": ("mtp.trainer", "save_text", 1),
     "start": ("mtp.run", "save_run_config", 1),
@@ -213,7 +215,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=40, metavar="N", help="default 40")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the moments")
-    parser.add_argument("--json", action="store_true", help="print a JSON object at the end")
+    add_json_option(parser)
     arguments = parser.parse_args()
 
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -253,10 +255,8 @@ def main() -> int:
             shutil.rmtree(run, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if arguments.json:
-        print(json.dumps({"kills": kill, "bit_equal": num_equal, "stages": dict(stages)}))
-    else:
-        print(f"{num_equal} of {kill} kills bit equal")
+    print(f"{num_equal} of {kill} kills bit equal")
+    print_json(arguments.json, {"kills": kill, "bit_equal": num_equal, "stages": dict(stages)})
     return 0 if num_equal == kill else 1
 
 

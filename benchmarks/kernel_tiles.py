@@ -11,7 +11,6 @@ there is no autotuning (see `mtp_kernels.configs`).
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 import triton
+from measure import add_json_option, print_json
 from output_layer import NUM_SLOTS, SIZES_GPU
 from torch import Tensor
 
@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    add_json_option(parser)
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--size", nargs="+", default=SIZES_GPU, help="rows,D,V")
     parser.add_argument("--tile", nargs="+", help="tiles in place of the shipped ones")
@@ -160,10 +160,9 @@ def main() -> None:
                         f"{weight.nbytes / seconds / 1e9:5.0f} GB/s",
                         flush=True,
                     )
-                    figures = {"kernel": kernel, "tile": tile, "rows": rows, "D": depth, "V": vocab}
-                    results.append({**figures, "seconds": seconds, "over_product": rate / product})
-    if options.json:
-        print(json.dumps({"results": results}))
+                    result = {"kernel": kernel, "tile": tile, "rows": rows, "D": depth, "V": vocab}
+                    results.append({**result, "seconds": seconds, "over_product": rate / product})
+    print_json(options.json, {"results": results})
 
 
 if __name__ == "__main__":

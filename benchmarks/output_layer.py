@@ -7,21 +7,18 @@ implementations take turns, and medians are reported: of `--repeats` calls after
 or of fewer where a call takes long. Memory is what the peak of one call, results and gradients
 included, lies above the memory before it: resident memory on a CPU, the allocator's on a GPU. On
 top stand the measured ceilings of the device (a large matrix product, and a copy), at the end the
-project's bars. Baselines that are not installed (`pip install -e '.[benchmark]'`) or do not run on
-this device are named and left out. On a CPU the first size, the large one, takes only the passes
-that a bar is about, without the slowest baselines; `--all` takes everything everywhere. A GPU takes
+project's targets. Baselines that are not installed (`pip install -e '.[benchmark]'`) or do not run
+on this device are named and left out. On a CPU the first size, the large one, takes only the passes
+that have a target, without the slowest baselines; `--all` takes everything everywhere. A GPU takes
 everything, and beside the Triton path (`mtp_kernels`) the torch path.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,6 +26,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measure import (
+    Target,
+    add_json_option,
+    peak_above,
+    print_json,
+    print_targets,
+    reset_peak,
+    timed,
+)
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
@@ -41,7 +47,7 @@ SIZES = ("10240,576,49152", "1280,960,49152")
 SIZES_GPU = ("10240,576,49152", "16384,4096,128256")
 """The same on a GPU: a small model's output layer, and that of one with 8 billion parameters."""
 LARGE_NUMEL = 1 << 28
-"""Logits from which on only the passes of BARS and the quick baselines are measured."""
+"""Logits from which on only the passes of GOALS and the quick baselines are measured."""
 SLOW = ("torch_linear_cross_entropy", "cut_cross_entropy", "mtp_kernels_logprob")
 """Left out at such sizes."""
 CASE_SECONDS = 10.0
@@ -75,7 +81,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Bar:
+class Goal:
     """What an op must reach against another implementation."""
 
     op: str
@@ -84,13 +90,13 @@ class Bar:
     seconds: float
     """At most this many times the other's time."""
     memory: float | None
-    """At most this many times the other's extra memory; None: no bar."""
+    """At most this many times the other's extra memory; None: no target."""
 
 
-BARS = (
-    Bar("linear_loss", "forward_backward", "naive", 1.0, 1 / 20),
-    Bar("linear_logprob", "forward", "compiled_naive", 1.0, 1 / 50),
-    Bar("linear_kl", "forward", "mtp_kernels_unshared", 0.7, None),
+GOALS = (
+    Goal("linear_loss", "forward_backward", "naive", 1.0, 1 / 20),
+    Goal("linear_logprob", "forward", "compiled_naive", 1.0, 1 / 50),
+    Goal("linear_kl", "forward", "mtp_kernels_unshared", 0.7, None),
 )
 
 
@@ -314,46 +320,19 @@ def make_cases(
     return makers[op](), [hidden, weight]
 
 
-def seconds_of(call: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def resident_bytes(field: str) -> int:
-    """VmRSS or VmHWM of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) << 10
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
 def seconds_and_bytes(call: Callable[[], object], leaves: list[Tensor]) -> tuple[float, int]:
     """Wall time of one call, and how far its peak lies above the memory before it."""
     for leaf in leaves:
         leaf.grad = None
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        seconds = seconds_of(call)
-        return seconds, torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = resident_bytes("VmRSS")
-    seconds = seconds_of(call)
-    return seconds, resident_bytes("VmHWM") - before
+    before = reset_peak()
+    seconds, _ = timed(call)
+    return seconds, peak_above(before)
 
 
 def wanted(op: str, case: Case, numel: int) -> bool:
     """Whether a case is measured at a size without --all."""
     small = numel < LARGE_NUMEL or op in ("linear_sample", "linear_verify")
-    return small or (case.impl not in SLOW and (op, case.pass_) in {(b.op, b.pass_) for b in BARS})
+    return small or (case.impl not in SLOW and (op, case.pass_) in {(b.op, b.pass_) for b in GOALS})
 
 
 def measure(op: str, size: str, dtype: str, repeats: int, everything: bool) -> list[Result]:
@@ -399,8 +378,8 @@ def ceilings(dtype: torch.dtype) -> tuple[float, float]:
     a = torch.randn(side, side, device=device).to(dtype)
     block = torch.empty((1 << 30) if device == "cuda" else (1 << 27), device=device)
     target = torch.empty_like(block)
-    product = min(seconds_of(lambda: a @ a) for _ in range(5))
-    copy = min(seconds_of(lambda: target.copy_(block)) for _ in range(3))
+    product = min(timed(lambda: a @ a)[0] for _ in range(5))
+    copy = min(timed(lambda: target.copy_(block))[0] for _ in range(3))
     return 2 * side**3 / product, 2 * block.nbytes / copy
 
 
@@ -444,32 +423,29 @@ def report(results: list[Result], peaks: dict[str, tuple[float, float]]) -> None
         )
 
 
-def report_bars(results: list[Result]) -> None:
-    """Prints one line for each bar, dtype and size that was measured."""
+def report_targets(results: list[Result]) -> None:
+    """Prints a line for the time and the memory of each goal, dtype and size that was measured."""
     by_key = {(r.op, r.pass_, r.dtype, r.rows, r.D, r.V, r.impl): r for r in results}
-    print("\nbars")
-    for bar in BARS:
+    print("\ntargets")
+    for goal in GOALS:
         for (*key, impl), ours in by_key.items():
-            if (*key[:2], impl) != (bar.op, bar.pass_, "mtp_kernels"):
+            other = by_key.get((*key, goal.against))
+            if (*key[:2], impl) != (goal.op, goal.pass_, "mtp_kernels") or other is None:
                 continue
-            other = by_key.get((*key, bar.against))
-            if other is None:
-                continue
-            time = ours.seconds / other.seconds
-            met = time <= bar.seconds
-            words = f"{time:.3f} of the time of {bar.against} (at most {bar.seconds:g})"
-            if bar.memory is not None:
-                memory = ours.extra_bytes / max(1, other.extra_bytes)
-                met &= memory <= bar.memory
-                words += f", 1/{1 / memory:.0f} of its memory (at most 1/{1 / bar.memory:.0f})"
             where = f"{ours.op} {ours.pass_} {ours.dtype} {ours.rows}x{ours.D}x{ours.V}"
-            print(f"  {where}: {words}: {'met' if met else 'not met'}")
+            time = ours.seconds / other.seconds
+            targets = [Target(f"{where}: time over {goal.against}", goal.seconds, time, True)]
+            if goal.memory is not None:
+                memory = ours.extra_bytes / max(1, other.extra_bytes)
+                name = f"{where}: memory over {goal.against}"
+                targets.append(Target(name, goal.memory, memory, True))
+            print_targets(targets)
 
 
 def main() -> None:
     """Runs each op, dtype and size in a process of its own, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    add_json_option(parser)
     parser.add_argument("--op", action="append", choices=OPS)
     parser.add_argument("--dtype", action="append", choices=DTYPES)
     parser.add_argument("--size", action="append", help="rows,D,V")
@@ -507,9 +483,8 @@ def main() -> None:
                 results = [Result(**fields) for fields in json.loads(last)]
                 report(results, peaks)
                 everything += results
-    report_bars(everything)
-    if options.json:
-        print(json.dumps({"results": [result.as_json() for result in everything]}))
+    report_targets(everything)
+    print_json(options.json, {"results": [result.as_json() for result in everything]})
 
 
 if __name__ == "__main__":

@@ -10,22 +10,20 @@ what the process held before them.
 """
 
 import argparse
-import ctypes
-import gc
-import json
 import os
-import statistics
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from decoding import FRESH_HEADS, bare_pass, fresh_head, load_main, prompts, wall
+from decoding import FRESH_HEADS, bare_pass, fresh_head, load_main, prompts
+from measure import add_json_option, median_seconds, peak_above, print_json, reset_peak
 from torch import Tensor
 from transformers import logging as hf_logging
 
 from mtp.modeling.decode import PassLoop
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.phases import PhasePlan
 from mtp.modeling.sampler import Sampler
 
@@ -58,27 +56,6 @@ class Cost:
     over_bare: float
 
 
-def peak_above(before: int) -> int:
-    """Largest memory since `reset_peak`, above `before` bytes."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated()) - before
-    status = Path("/proc/self/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024 - before
-
-
-def reset_peak() -> int:
-    """Bytes that the process holds now; the peak is counted from here."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return int(torch.cuda.memory_allocated())
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    resident = int(Path("/proc/self/statm").read_text().split()[1])
-    return resident * os.sysconf("SC_PAGE_SIZE")
-
-
 @torch.no_grad()
 def passes(model: Any, ids: Tensor, keep: int, number: int) -> tuple[float, int]:
     """Median seconds of a pass that keeps `keep` tokens behind prompts [B, T]; peak bytes."""
@@ -86,14 +63,15 @@ def passes(model: Any, ids: Tensor, keep: int, number: int) -> tuple[float, int]
     lengths = torch.full((len(ids),), ids.shape[1])
     plan = [PhasePlan([keep], [None])] * len(ids)
     room = (number + 2) * keep
-    loop = PassLoop(model, ids, lengths, plan, Sampler(temperature=0), room, 0, None, None, None, 1)
+    loop = PassLoop(
+        model,
+        ids,
+        lengths,
+        plan,
+        DecodeOptions(sampler=Sampler(temperature=0), max_new_tokens=room, pad_id=0),
+    )
     loop.run_pass()
-    seconds = []
-    for _ in range(number):
-        began = wall()
-        loop.run_pass()
-        seconds.append(wall() - began)
-    return statistics.median(seconds), peak_above(before)
+    return median_seconds(loop.run_pass, number), peak_above(before)
 
 
 def bare(model: Any, ids: Tensor, num_new: int, number: int) -> tuple[float, int]:
@@ -101,12 +79,7 @@ def bare(model: Any, ids: Tensor, num_new: int, number: int) -> tuple[float, int
     before = reset_peak()
     once = bare_pass(model, ids, num_new)
     once()
-    seconds = []
-    for _ in range(number):
-        began = wall()
-        once()
-        seconds.append(wall() - began)
-    return statistics.median(seconds), peak_above(before)
+    return median_seconds(once, number), peak_above(before)
 
 
 def measure(model: Any, tokenizer: Any, axis: str, options: argparse.Namespace) -> list[Cost]:
@@ -177,7 +150,7 @@ def plot(costs: list[Cost], path: Path) -> None:
 def main() -> None:
     """Measures along every axis and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    add_json_option(parser)
     parser.add_argument("--plot", type=Path, help="write the plot to this PNG")
     parser.add_argument("--axis", nargs="+", default=["k", "batch", "context"])
     parser.add_argument("--passes", type=int, default=16, help="timed passes of each point")
@@ -191,8 +164,7 @@ def main() -> None:
     costs = [c for axis in options.axis for c in measure(model, tokenizer, axis, options)]
     if options.plot is not None:
         plot(costs, options.plot)
-    if options.json:
-        print(json.dumps({"results": [asdict(cost) for cost in costs]}))
+    print_json(options.json, {"results": [asdict(cost) for cost in costs]})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 A step samples rollouts, judges them and updates the weights. Both sides have the same main (the
 experiment's, SmolLM2-135M by default), problems, prompts, group size, number of rollouts and of
 tokens (no rollout ends early), micro-batches, precision and loss (DAPO's), no reference model, and
-a process of their own with large memory pages (`mtp/__init__.py`), in which two steps are run
+a process of their own with large memory pages (`train.py`), in which two steps are run
 before the timed ones, since memory grows to its size in them; medians are reported.
 
 For TRL every token is a pass. The most that fast mode can be faster at sampling is
@@ -18,18 +18,20 @@ compared with a plain causal forward and backward of main alone over the very sa
 import argparse
 import json
 import os
-import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from measure import median_seconds, medians, peak_resident, print_json  # noqa: E402
+from measure import timed as timed_call  # noqa: E402
 
 GROUP_SIZE = 8
 MICRO_BATCH = 16
@@ -53,38 +55,23 @@ def configuration(experiment: str) -> Any:
         return to_run_config(compose("train", [f"experiment={experiment}", "run_dir=none"]))
 
 
-def clock(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of a call, and what it returns."""
-    began = time.perf_counter()
-    out = call()
-    return time.perf_counter() - began, out
-
-
-def medians(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The median of each named number."""
-    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-
-
-def peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) -> dict[str, float]:
     """Seconds of mtp's step and its parts; then the two yardsticks, after the peak is read."""
     import torch
     from lightning.fabric import Fabric
 
     from mtp.hub.build import build_model
+    from mtp.modeling.decode_options import DecodeOptions
     from mtp.modeling.phases import PhasePlan
     from mtp.modeling.sampler import Sampler
-    from mtp.rollouts.advantage import group_advantages
+    from mtp.rollouts.advantage import GroupRewards, group_std
     from mtp.rollouts.reward import RewardConfig, score
     from mtp.rollouts.rollout import sample
-    from mtp.training.batch import collate_rollouts
+    from mtp.training.collate import collate_rollouts
     from mtp.training.objectives import ObjectiveConfig
     from mtp.training.objectives.policy import Policy
     from mtp.training.optimizers import OptimizerConfig, build_optimizer, split_parameters
+    from mtp.training.step_module import wrap
     from mtp.training.update import update
 
     config = configuration(experiment)
@@ -97,15 +84,14 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
         part: build_optimizer(parameters, settings)
         for part, parameters in split_parameters(model).items()
     }
-    wrapped = fabric.setup_module(model)
-    wrapped.mark_forward_method("score")
+    wrapped = wrap(fabric, model)
     optimizers = {part: fabric.setup_optimizers(o) for part, o in optimizers.items()}
     stepping = 0.0
 
     def timed(step: Callable[[], Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal stepping
-            seconds, out = clock(lambda: step(*args, **kwargs))
+            seconds, out = timed_call(lambda: step(*args, **kwargs))
             stepping += seconds
             return out
 
@@ -114,25 +100,31 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
     for optimizer in optimizers.values():
         optimizer.step = timed(optimizer.step)
     examples = [task.example("train", i) for i in range(num_rollouts // GROUP_SIZE)]
-    endless = PhasePlan(keep=[text.num_slots], opened_by=[None], eos_ids=[])
+    endless = PhasePlan(keep=[text.block_size], opened_by=[None], eos_ids=[])
     objective = ObjectiveConfig(policy=Policy(weight=1.0))
 
     def roll() -> Any:
         with fabric.autocast():
             return sample(
-                model, text, examples, endless, Sampler(),
-                max_new_tokens=num_tokens, group_size=GROUP_SIZE, kernels=config.kernels,
-            )  # fmt: skip
+                model,
+                text,
+                examples,
+                endless,
+                DecodeOptions(sampler=Sampler(), max_new_tokens=num_tokens, impl=config.kernels),
+                group_size=GROUP_SIZE,
+            )
 
     def collate(rollouts: Any) -> list[Any]:
         rewards = score(task, text, rollouts, RewardConfig(), max_new_tokens=num_tokens)
-        advantages = group_advantages(rewards.total, rewards.outcomes, "group_std").flatten()
+        advantages = group_std(
+            GroupRewards(rewards.total, rewards.outcomes, rewards.total)
+        ).flatten()
         # Untrained heads solve nothing; noise stands for advantages so that no gradient is zero.
         advantages = advantages + 0.1 * torch.randn(num_rollouts)
         return [
             collate_rollouts(
                 rollouts.prompts, rollouts.out, advantages,
-                list(range(at, min(at + MICRO_BATCH, num_rollouts))), text.num_slots, text.pad_id,
+                list(range(at, min(at + MICRO_BATCH, num_rollouts))), text.block_size, text.pad_id,
             )
             for at in range(0, num_rollouts, MICRO_BATCH)
         ]  # fmt: skip
@@ -141,9 +133,9 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
     rows, batches = [], []
     for _ in range(WARM_UP + repeats):
         stepping = 0.0
-        rollout_seconds, rollouts = clock(roll)
-        reward_seconds, batches = clock(lambda sampled=rollouts: collate(sampled))
-        update_seconds, _ = clock(
+        rollout_seconds, rollouts = timed_call(roll)
+        reward_seconds, batches = timed_call(lambda sampled=rollouts: collate(sampled))
+        update_seconds, _ = timed_call(
             lambda given=batches: update(
                 fabric, wrapped, optimizers, given, objective,
                 clip_norms=clip_norms, sampler=Sampler(),
@@ -157,33 +149,34 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
                 "update_seconds": stepping,
             }
         )
-    result = medians(rows[WARM_UP:]) | {"peak_bytes": peak_bytes()}
-    result["causal_seconds"] = causal_seconds(fabric, wrapped, batches, repeats)
+    result = medians(rows[WARM_UP:]) | {"peak_bytes": peak_resident()}
+    result["causal_seconds"] = causal_seconds(fabric, model, batches, repeats)
     result["limit"] = speed_limit(fabric, model, num_rollouts, repeats)
     return result
 
 
-def causal_seconds(fabric: Any, wrapped: Any, batches: list[Any], repeats: int) -> float:
+def causal_seconds(fabric: Any, model: Any, batches: list[Any], repeats: int) -> float:
     """Seconds of main's forward and backward over the text, every written token scored."""
     import torch
 
-    from mtp.training.objectives.scored import Emitter
+    from mtp.training.objectives.scored import OutputRows
 
     def call() -> None:
         for batch in batches:
             with fabric.autocast():
-                hidden = wrapped.score(batch.tokens).main_hidden.flatten(0, 1)
-                rows = torch.cat([batch.main_rows, batch.head_positions])
-                weight = wrapped.module.get_output_embeddings().weight
-                scored = Emitter(hidden[rows], weight, batch.tokens.flatten()[rows + 1])
+                replayed = model.replay(batch.tokens)
+                hidden = replayed.main_hidden.flatten(0, 1)
+                rows = torch.cat([batch.main.positions, batch.head.positions])
+                targets = batch.tokens.flatten()[rows + 1]
+                scored = OutputRows(hidden[rows], replayed.main_output, targets)
                 loss = -scored.stats().logprob.mean()
             fabric.backward(loss)
-        for parameter in wrapped.parameters():
+        for parameter in model.parameters():
             parameter.grad = None
 
     for _ in range(WARM_UP):
         call()
-    return statistics.median(clock(call)[0] for _ in range(repeats))
+    return median_seconds(call, repeats)
 
 
 def speed_limit(fabric: Any, model: Any, num_rows: int, repeats: int) -> float:
@@ -194,7 +187,7 @@ def speed_limit(fabric: Any, model: Any, num_rows: int, repeats: int) -> float:
 
     seconds = {}
     with torch.no_grad(), fabric.autocast():
-        cache = BlockCache(model.config.num_hidden_layers, num_rows, CACHED + model.num_slots)
+        cache = BlockCache(model.config.num_hidden_layers, num_rows, CACHED + model.block_size)
 
         def forward(first: int, number: int) -> None:
             tokens = torch.zeros(num_rows, number, dtype=torch.long)
@@ -203,11 +196,10 @@ def speed_limit(fabric: Any, model: Any, num_rows: int, repeats: int) -> float:
             model.get_output_embeddings()(hidden[:, -1])
 
         forward(0, CACHED)
-        for number in (1, model.num_slots):
+        for number in (1, model.block_size):
             forward(CACHED, number)
-            passes = [clock(lambda n=number: forward(CACHED, n))[0] for _ in range(5 * repeats)]
-            seconds[number] = statistics.median(passes)
-    return model.num_slots * seconds[1] / seconds[model.num_slots]
+            seconds[number] = median_seconds(partial(forward, CACHED, number), 5 * repeats)
+    return model.block_size * seconds[1] / seconds[model.block_size]
 
 
 def trl_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) -> dict[str, float]:
@@ -278,7 +270,7 @@ def trl_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
         generate = trainer._generate_single_turn
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            seconds, out = clock(lambda: generate(*args, **kwargs))
+            seconds, out = timed_call(lambda: generate(*args, **kwargs))
             generation.append(seconds)
             return out
 
@@ -286,7 +278,7 @@ def trl_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
         trainer.train()
     pairs = zip(steps[WARM_UP:], generation[WARM_UP:], strict=True)
     rows = [{"seconds": whole, "generation_seconds": part} for whole, part in pairs]
-    return medians(rows) | {"peak_bytes": peak_bytes()}
+    return medians(rows) | {"peak_bytes": peak_resident()}
 
 
 SIDES = {"mtp": mtp_side, "trl": trl_side}
@@ -360,17 +352,15 @@ def main() -> None:
     if bad or given.tokens < 1 or given.repeats < 1:
         parser.error(f"--rollouts must be multiples of {GROUP_SIZE}, the others at least 1")
     if given.side:
-        print(
-            json.dumps(SIDES[given.side](given.experiment, sizes[0], given.tokens, given.repeats))
-        )
+        side = SIDES[given.side]
+        print_json(True, side(given.experiment, sizes[0], given.tokens, given.repeats))
         return
     results = []
     for size in sizes:
         results.append(compare(given.experiment, size, given.tokens, given.repeats))
         if not given.json:
             show(results[-1])
-    if given.json:
-        print(json.dumps({"results": results}, indent=2))
+    print_json(given.json, {"results": results})
 
 
 if __name__ == "__main__":

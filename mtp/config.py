@@ -4,7 +4,7 @@ Every other dataclass lives beside what it configures. Unknown keys and wrong ty
 errors; impossible values are ours, each naming its key.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from .files import save_text
 from .hub.build import ModelConfig
 from .hub.run_folder import check_name
 from .modeling.heads import HeadConfig
-from .reports.logger import LoggerConfig
+from .reports.loggers import SINKS, LoggerConfig
+from .rollouts.advantage import AdvantageConfig
+from .rollouts.reward import RewardConfig
 from .rollouts.rollout import DecodingConfig
 from .tasks import TASK_CONFIGS
 from .tasks.base import TaskConfig
 from .training.runtime import FabricConfig
-from .training.stage import StageConfig
+from .training.stage import ExamplesConfig, RolloutsConfig, StageConfig
 
 
 @dataclass(kw_only=True)
@@ -89,21 +91,23 @@ class RunConfig:
             raise ValueError(
                 f"model.attention must be one of sdpa, eager, got {self.model.attention!r}"
             )
-        if self.logger.mode not in ("offline", "online"):
-            raise ValueError(f"logger.mode must be offline or online, got {self.logger.mode!r}")
+        self.logger.validate()
         self._check_shares()
 
     def _check_shares(self) -> None:
         """Raises ValueError for a step's examples that the processes cannot divide evenly."""
         processes = self.fabric.devices * self.fabric.num_nodes
         for name, stage in self.active_stages().items():
-            drawn = ("batch_size",) if stage.kind == "supervised" else ("num_prompts", "num_solved")
-            for key in drawn:
-                if getattr(stage, key) % processes:
+            sizes = {
+                "examples.batch_size": stage.examples.batch_size,
+                "rollouts.num_prompts": stage.rollouts.num_prompts,
+                "rollouts.num_solved": stage.rollouts.num_solved,
+            }
+            for key, size in sizes.items():
+                if size % processes:
                     raise ValueError(
                         f"stages.{name}.{key} must be a multiple of the {processes} processes "
-                        "(fabric.devices times fabric.num_nodes), got "
-                        f"{getattr(stage, key)}"
+                        f"(fabric.devices times fabric.num_nodes), got {size}"
                     )
 
 
@@ -129,12 +133,66 @@ def load_run_config(path: Path) -> RunConfig:
         name = content.pop("task_name", None)
         if name not in TASK_CONFIGS:
             raise ValueError(f"task_name must be one of {sorted(TASK_CONFIGS)}, got {name!r}")
-        task = OmegaConf.create({"task": TASK_CONFIGS[name]})
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), task, content)
+        content = OmegaConf.create(with_new_keys(OmegaConf.to_container(content)))
+        schemas = OmegaConf.create({"task": TASK_CONFIGS[name], "logger": logger_schema(content)})
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), schemas, content)
         assert isinstance(merged, DictConfig)
         return to_run_config(merged)
     except (OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} could not be read: {str(error).splitlines()[0]}") from None
+
+
+def with_new_keys(content: Any) -> Any:
+    """A run's settings as earlier versions wrote them, with the stages' keys of today.
+
+    `content` is changed. A checkpoint's settings are translated alike, so that it resumes.
+    """
+    for stage in content.get("stages", {}).values():
+        if "kind" in stage:
+            _move_stage_keys(stage)
+    return content
+
+
+def _move_stage_keys(stage: dict[str, Any]) -> None:
+    objective = stage["objective"]
+    objective["reference_kl"] = objective.pop("leash")
+    objective["extra"] = {}
+    for name in ("head_kl", "preserve"):
+        objective[name].pop("reverse")
+    stage["optimizers"] = {part: stage.pop(part) for part in ("main", "head")}
+    for optimizer in stage["optimizers"].values():
+        optimizer.pop("betas")
+    anchors = {name: stage.pop(name) for name in ("num_anchors", "block_anchors")}
+    examples = {"batch_size": stage.pop("batch_size")} | anchors
+    sampling = {
+        name: stage.pop(name)
+        for name in ("num_prompts", "group_size", "num_minibatches", "num_epochs", "recompute_old",
+                     "drop_uninformative", "max_rounds", "num_solved")
+    }  # fmt: skip
+    rollouts = {"mode": stage.pop("rollout_mode")} | sampling | anchors
+    in_rl = stage.pop("kind") == "rl"
+    # Keys of the other kind had no effect, and are an error today.
+    if in_rl:
+        stage["examples"], stage["rollouts"] = asdict(ExamplesConfig()), rollouts
+    else:
+        stage["examples"], stage["rollouts"] = examples, asdict(RolloutsConfig())
+        stage["reward"], stage["advantage"] = asdict(RewardConfig()), asdict(AdvantageConfig())
+
+
+def logger_schema(content: DictConfig) -> dict[str, Any]:
+    """Schemas of the sinks of a run's `logger`, whose keys of earlier versions are translated.
+
+    A sink that this process does not know is left out: to open a run's model needs none.
+    """
+    logger = content.setdefault("logger", {})
+    if "wandb" in logger:
+        with_wandb, log_every = logger.pop("wandb"), logger.pop("log_every")
+        content.logger = {"log_every": log_every, "sinks": {"files": {}}}
+        if with_wandb:
+            content.logger.sinks.wandb = logger
+    for name in [name for name in content.logger.get("sinks", {}) if name not in SINKS]:
+        del content.logger.sinks[name]
+    return {"sinks": {name: SINKS[name].config for name in content.logger.get("sinks", {})}}
 
 
 def to_run_config(config: DictConfig) -> RunConfig:

@@ -6,16 +6,19 @@ and teach nothing. DAPO's dynamic sampling (Yu et al. 2025) leaves such groups o
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from .modeling.decode_options import DecodeOptions
 from .modeling.records import Decoded
 from .rollouts.advantage import informative
 from .rollouts.reward import Rewards, score
 from .rollouts.rollout import Rollouts, sample
-from .run import Run, draw
+from .run import Run, StageRun, draw
 from .training.runtime import over_processes
-from .training.stage import StageConfig
+from .training.stage import RolloutsConfig
+from .training.step_module import within
 
 
 @dataclass
@@ -32,37 +35,42 @@ class Groups:
     """Spent on sampling, without judging."""
 
 
-def sample_groups(run: Run, name: str, stage: StageConfig, step: int) -> Groups:
+def sample_groups(run: Run, stage: StageRun, step: int) -> Groups:
     """Sample and judge rollouts, in rounds, and choose the groups to learn from."""
+    config = stage.config.rollouts
     parts: list[Rollouts] = []
     rewards: list[Rewards] = []
     seconds = 0.0
-    share = stage.num_prompts // run.fabric.world_size
-    for number in range(stage.max_rounds):
-        examples = draw(run, stage.num_prompts)
-        purpose = (name, step, number) if number else (name, step)
+    share = config.num_prompts // run.fabric.world_size
+    for number in range(config.max_rounds):
+        examples = draw(run, config.num_prompts)
+        purpose = (stage.name, step, number) if number else (stage.name, step)
         began = time.monotonic()
-        with run.fabric.autocast():
-            part = sample(
-                run.model,
-                run.text,
-                examples,
-                run.text.plan(stage.rollout_mode),
-                run.config.decoding.sampler(),
-                max_new_tokens=run.config.decoding.max_new_tokens,
-                group_size=stage.group_size,
-                generator=run.generator(*purpose),
-                kernels=run.config.kernels,
-            )
+        part = within(
+            stage.module,
+            partial(
+                sample,
+                fmt=run.text,
+                examples=examples,
+                plan=run.text.plan(config.mode),
+                options=DecodeOptions(
+                    sampler=run.config.decoding.sampler(),
+                    max_new_tokens=run.config.decoding.max_new_tokens,
+                    generator=run.generator(*purpose),
+                    impl=run.config.kernels,
+                ),
+                group_size=config.group_size,
+            ),
+        )
         seconds += time.monotonic() - began
         parts.append(part)
         judged = score(
             run.task,
             run.text,
             part,
-            stage.reward,
+            stage.config.reward,
             max_new_tokens=run.config.decoding.max_new_tokens,
-            reference=run.reference,
+            reference=stage.reference,
         )
         rewards.append(judged)
         num_informative = sum(int(informative(r.outcomes).sum()) for r in rewards)
@@ -71,12 +79,12 @@ def sample_groups(run: Run, name: str, stage: StageConfig, step: int) -> Groups:
             break
     judged = join_rewards(rewards)
     used = list(range(len(judged.outcomes)))
-    if stage.drop_uninformative:
-        used = choose(run, stage, informative(judged.outcomes))[:share]
+    if config.drop_uninformative:
+        used = choose(run, config, informative(judged.outcomes))[:share]
     return Groups(join_rollouts(parts), judged, used, seconds)
 
 
-def choose(run: Run, stage: StageConfig, is_informative: torch.Tensor) -> list[int]:
+def choose(run: Run, config: RolloutsConfig, is_informative: torch.Tensor) -> list[int]:
     """Informative groups; none at all if no process has any.
 
     A process that has fewer than it takes optimizer steps adds groups without advantage, so that
@@ -85,7 +93,7 @@ def choose(run: Run, stage: StageConfig, is_informative: torch.Tensor) -> list[i
     chosen: list[int] = is_informative.nonzero()[:, 0].tolist()
     if not over_processes(run.fabric, {"chosen": float(len(chosen))}, "sum")["chosen"]:
         return []
-    missing = max(0, stage.num_minibatches - len(chosen))
+    missing = max(0, config.num_minibatches - len(chosen))
     return chosen + (~is_informative).nonzero()[:missing, 0].tolist()
 
 

@@ -1,4 +1,4 @@
-"""Frozen models that a run compares with: the leash's in the loss, and evaluation's beside it.
+"""Frozen models that a run compares with: the reference of the loss, and that of the evaluation.
 
 A figure that training pushes on measures nothing, so the two should be different models.
 `reference_in_loss` in a stage's summary says whether they were.
@@ -26,7 +26,7 @@ def stage_reference(config: RunConfig, name: str) -> str | None:
     stage, earlier = stages[name], list(stages)[: list(stages).index(name)]
     if not stage.uses_reference:
         return None
-    users = [f"objective.{s}" for s in ("leash", "preserve") if s in stage.objective.active()]
+    users = [f"objective.{stream}" for stream in stage.objective.reference_users()]
     user = users[0] if users else "reward.legibility_cost"
     key = f"stages.{name}.reference"
     if stage.reference == START:

@@ -12,12 +12,14 @@ import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 
-from .config import RunConfig, save_run_config
+from .config import RunConfig, save_run_config, with_new_keys
 from .hub.checkpoint import read_state, remove_later
 from .hub.run_folder import MARK, RunFolder, changed_settings
-from .rollouts.prompt_format import TextFormat
+from .reports.loggers import Log
+from .rollouts.prompt_format import PromptFormat
 from .tasks.base import Example, Task, training_index
 from .training.runtime import StopRequest
+from .training.stage import StageConfig
 
 
 @dataclass
@@ -57,15 +59,13 @@ class Run:
     model: Any
     came_with_head: bool
     """True if the head was in the checkpoint that the run began from."""
-    text: TextFormat
-    log: Any
-    """`MetricsLog`, or `NoLog` in processes other than the first."""
+    text: PromptFormat
+    log: Log
+    """Sinks of the run; none in processes other than the first."""
     progress: Progress
     stop: StopRequest
     settings: dict[str, Any]
     """What a checkpoint keeps of the config, see `start.settings_of`."""
-    reference: Any = None
-    """Frozen model that the current stage is held to; None where it is held to none."""
 
     def seed_of(self, *purpose: object) -> int:
         """Seed of one purpose: a function of the run's seed, the process and the purpose."""
@@ -86,6 +86,22 @@ class Run:
     def stage_folder(self, name: str) -> Path:
         """The model as a stage left it."""
         return self.folder / "stages" / name
+
+
+@dataclass
+class StageRun:
+    """A stage under way."""
+
+    name: str
+    """Name of the stage."""
+    config: StageConfig
+    """Its settings."""
+    module: Any
+    """The run's model as `step_module.wrap` gives it, with the stage's parameters trainable."""
+    optimizers: dict[str, Any]
+    """By emitter; an emitter that is not trained has none."""
+    reference: Any
+    """Frozen model that loss and reward compare with; None where they compare with none."""
 
 
 def draw(run: Run, number: int) -> list[Example]:
@@ -118,7 +134,8 @@ def read_start(checkpoint: str, settings: dict[str, Any]) -> dict[str, Any]:
     """
     state = read_state(Path(checkpoint))
     progress = state["progress"]
-    for key, (then, now) in changed_settings(state["settings"], settings).items():
+    saved = with_new_keys(state["settings"])
+    for key, (then, now) in changed_settings(saved, settings).items():
         progress["changed"].append(
             {"key": key, "then": then, "now": now, "global_step": progress["global_step"]}
         )

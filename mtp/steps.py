@@ -7,33 +7,32 @@ import torch
 
 from .groups import Groups, sample_groups
 from .modeling.records import FORCED
-from .rollouts.advantage import group_advantages, informative
+from .rollouts.advantage import GroupRewards, informative
 from .rollouts.legibility import true_step_share, unigram_drift
 from .rollouts.reward import Rewards
 from .rollouts.rollout import Rollouts
-from .run import Run, draw
-from .training.batch import (
-    RolloutBatch,
-    TextBatch,
-    collate_rollouts,
-    collate_slow_rollouts,
-    collate_text,
-)
-from .training.objectives.scored import score_batch
-from .training.stage import StageConfig
+from .run import Run, StageRun, draw
+from .training.batch import RolloutBatch, TextBatch
+from .training.collate import collate_rollouts, collate_slow_rollouts, collate_text
+from .training.objectives.scored import RowStats, replay_batch
+from .training.stage import AnchorsConfig, StageConfig
+from .training.step_module import within
 
 
 def step_batches(
-    run: Run, name: str, stage: StageConfig, step: int
+    run: Run, stage: StageRun, step: int
 ) -> tuple[list[list[TextBatch]], dict[str, Any]]:
     """The micro-batches of each optimizer step, for this process, and what sampling measured.
 
     No optimizer step at all if uninformative groups are dropped and there are no others.
     """
-    if stage.kind == "supervised":
-        batches, num_tokens = solved_batches(run, name, stage, step, stage.batch_size)
-        return [batches], {"num_text_tokens": num_tokens}
-    return rollout_batches(run, name, stage, step)
+    config, examples = stage.config, stage.config.examples
+    if config.kind == "rl":
+        return rollout_batches(run, stage, step)
+    batches, num_tokens = solved_batches(
+        run, stage.name, step, examples.batch_size, examples, config.micro_batch_size
+    )
+    return [batches], {"num_text_tokens": num_tokens}
 
 
 def pieces(number: int, size: int) -> list[list[int]]:
@@ -49,61 +48,66 @@ def shares(items: list[int], number: int) -> list[list[int]]:
 
 
 def solved_batches(
-    run: Run, name: str, stage: StageConfig, step: int, number: int
+    run: Run, purpose: str, step: int, number: int, anchors: AnchorsConfig, micro_batch_size: int
 ) -> tuple[list[TextBatch], int]:
-    """`number` solved examples as batches, and the tokens of their text."""
+    """`number` solved examples as batches, and the tokens of their text.
+
+    purpose: what anchors are sampled for, by which their seeds differ.
+    """
     text = run.text
     samples = [s for example in draw(run, number) for s in text.example_segments(example)]
     batches = [
         collate_text(
             [samples[i] for i in chosen],
             text.plan("fast"),
-            text.num_slots,
+            text.block_size,
             text.pad_id,
-            num_anchors=stage.num_anchors,
-            block_anchors=stage.block_anchors,
-            anchor_seeds=[run.seed_of(name, "anchors", step, i) for i in chosen],
+            num_anchors=anchors.num_anchors,
+            block_anchors=anchors.block_anchors,
+            anchor_seeds=[run.seed_of(purpose, "anchors", step, i) for i in chosen],
         ).to(run.fabric.device)
-        for chosen in pieces(len(samples), stage.micro_batch_size)
+        for chosen in pieces(len(samples), micro_batch_size)
     ]
     return batches, sum(len(p) + len(c) for p, c in samples)
 
 
 def advantages_of(run: Run, stage: StageConfig, rewards: Rewards) -> torch.Tensor:
     """[P, G] by the stage's rule, or its algorithm's."""
-    kind = stage.advantage.kind or stage.objective.policy.preset.advantage
-    batch = None
-    if kind == "batch_std" and run.fabric.world_size > 1:
+    batch = rewards.total
+    if run.fabric.world_size > 1:
         mine = rewards.total.to(run.fabric.device)
-        batch = torch.as_tensor(run.fabric.all_gather(mine)).cpu()
-    return group_advantages(rewards.total, rewards.outcomes, kind, batch)
+        batch = torch.as_tensor(run.fabric.all_gather(mine)).cpu().flatten(0, -2)
+    return stage.advantage_rule()(GroupRewards(rewards.total, rewards.outcomes, batch))
 
 
 def rollout_batches(
-    run: Run, name: str, stage: StageConfig, step: int
+    run: Run, stage: StageRun, step: int
 ) -> tuple[list[list[TextBatch]], dict[str, Any]]:
     """The policy's own rollouts, scored, with their advantages, as batches of each epoch over them.
 
     Solved examples of a step come before its rollouts, which reach every parameter, so that the
     last backward, in which processes reduce their gradients, does too.
     """
-    groups = sample_groups(run, name, stage, step)
-    advantages = advantages_of(run, stage, groups.rewards)
+    groups = sample_groups(run, stage, step)
+    advantages = advantages_of(run, stage.config, groups.rewards)
+    config, micro_batch_size = stage.config.rollouts, stage.config.micro_batch_size
     metrics = rollout_metrics(run, groups, advantages, step)
     minibatches: list[list[TextBatch]] = []
-    parts = shares(groups.used, stage.num_minibatches) * stage.num_epochs
+    parts = shares(groups.used, config.num_minibatches) * config.num_epochs
     for number, share in enumerate(parts):
         if not share:
             continue
         solved: list[TextBatch] = []
-        if stage.num_solved:
-            purpose = f"{name}/solved/{number}"
-            solved, num_tokens = solved_batches(run, purpose, stage, step, stage.num_solved)
+        if config.num_solved:
+            purpose = f"{stage.name}/solved/{number}"
+            solved, num_tokens = solved_batches(
+                run, purpose, step, config.num_solved, config, micro_batch_size
+            )
             metrics["num_text_tokens"] += num_tokens
-        anchor_seed = run.seed_of(name, "anchors", step, number)
+        anchor_seed = run.seed_of(stage.name, "anchors", step, number)
         batches = [
             collate(run, stage, groups, advantages, segments, anchor_seed)
-            for segments in micro_batches(groups, share, stage.micro_batch_size)
+            for segments in micro_batches(groups, share, micro_batch_size)
         ]
         minibatches.append([*solved, *batches])
     return minibatches, metrics
@@ -128,7 +132,7 @@ def micro_batches(groups: Groups, share: list[int], size: int) -> list[list[int]
 
 def collate(
     run: Run,
-    stage: StageConfig,
+    stage: StageRun,
     groups: Groups,
     advantages: torch.Tensor,
     segments: list[int],
@@ -138,39 +142,54 @@ def collate(
 
     anchor_seed: samples the anchors of slow rollouts where `num_anchors` limits them.
     """
-    text, rollouts = run.text, groups.rollouts
-    given = (rollouts.prompts, rollouts.out, advantages.flatten(), segments)
-    sizes = (text.num_slots, text.pad_id, rollouts.owners)
-    if stage.rollout_mode == "slow":
+    text, config, rollouts = run.text, stage.config.rollouts, groups.rollouts
+    if config.mode == "slow":
         batch = collate_slow_rollouts(
-            *given,
-            text.plan("fast"),
-            *sizes,
-            num_anchors=stage.num_anchors,
-            block_anchors=stage.block_anchors,
+            rollouts.prompts,
+            rollouts.out,
+            advantages.flatten(),
+            segments,
+            plan=text.plan("fast"),
+            block_size=text.block_size,
+            pad_id=text.pad_id,
+            owners=rollouts.owners,
+            num_anchors=config.num_anchors,
+            block_anchors=config.block_anchors,
             anchor_seed=anchor_seed,
         )
     else:
-        batch = collate_rollouts(*given, *sizes)
+        batch = collate_rollouts(
+            rollouts.prompts,
+            rollouts.out,
+            advantages.flatten(),
+            segments,
+            block_size=text.block_size,
+            pad_id=text.pad_id,
+            owners=rollouts.owners,
+        )
     batch = batch.to(run.fabric.device)
-    return replayed(run, stage, batch) if stage.recompute_old else batch
+    return replayed(run, stage, batch) if config.recompute_old else batch
 
 
-@torch.no_grad()
-def replayed(run: Run, stage: StageConfig, batch: RolloutBatch) -> RolloutBatch:
-    """The batch with `main_old` and `head_old` under the weights as they are now."""
-    with run.fabric.autocast():
-        scored = score_batch(
-            run.model,
-            run.model,
+def replayed(run: Run, stage: StageRun, batch: RolloutBatch) -> RolloutBatch:
+    """The batch with the `old` of its rows under the weights as they are now."""
+
+    def stats(model: Any) -> dict[str, RowStats]:
+        scored = replay_batch(
+            model,
             batch,
-            channel_gradient=stage.channel_gradient,
-            use_head=stage.objective.uses_head,
+            channel_gradient=stage.config.channel_gradient,
+            use_head=stage.config.objective.uses_head,
             impl=run.config.kernels,
         )
-    sampler = run.config.decoding.sampler()
-    main_old, head_old = (stats.logprob for stats in scored.stats(sampler).values())
-    return replace(batch, main_old=main_old, head_old=head_old)
+        return scored.stats(run.config.decoding.sampler())
+
+    old = within(stage.module, stats)
+    return replace(
+        batch,
+        main=replace(batch.main, old=old["main"].logprob),
+        head=replace(batch.head, old=old["head"].logprob),
+    )
 
 
 def rollout_metrics(

@@ -5,9 +5,6 @@ a run that was stopped and resumed gives the very numbers of one that was not.
 """
 
 import json
-import signal
-import time
-from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,50 +13,31 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric, seed_everything
 
+from .checkpointing import Interrupted, stop_if_asked
 from .config import RunConfig
-from .evaluation.evaluate import evaluate, fast_accuracy
+from .dry_run import dry_config, estimate
 from .files import save_atomically, save_text
-from .hub.build import build_model, has_head, save_model
-from .hub.checkpoint import save_checkpoint
+from .hub.build import build_model, has_head
 from .hub.export import export
 from .hub.run_folder import RunFolder, claim
-from .reference import (
-    check_references,
-    frozen_for_evaluation,
-    frozen_for_stage,
-    reference_in_loss,
-    save_start,
-)
+from .reference import check_references, save_start
 from .reports.curves import save_curves
-from .reports.logger import MetricsLog, read_records
-from .reports.progress import StageProgress, make_console
-from .reports.tables import completions_rows, print_completions, print_table
-from .rollouts.rollout import Rollouts
+from .reports.loggers import Log, LoggedRun
+from .reports.progress import make_console
+from .reports.tables import print_table
 from .run import Progress, Run, read_start, settings_of, write_start
-from .steps import step_batches
-from .tasks.base import Task, check_disjoint, training_index
+from .stage_loop import run_stage
+from .tasks.base import Task, check_disjoint
 from .training.examples import checked_task
-from .training.optimizers import build_optimizer, set_lr, split_parameters
+from .training.optimizers import split_parameters
 from .training.runtime import (
     StopRequest,
     check_writable,
     naming_what_is_not_finite,
     on_first_process,
-    over_processes,
 )
-from .training.stage import StageConfig
-from .training.update import update
 
-DRY_STEPS = 3
-"""Steps of each stage in a dry run."""
-
-
-class Interrupted(Exception):
-    """The run was asked to stop by a signal and has saved a checkpoint."""
-
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
-        self.signal = number
+__all__ = ["Interrupted", "train"]
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -132,9 +110,7 @@ def run_stages(
     if fabric.is_global_zero:
         write_start(folder, config, state)
     fabric.barrier()
-    log: Any = NoLog()
-    if fabric.is_global_zero:
-        log = MetricsLog(folder.path, config.logger, asdict(config))
+    log = Log.of(config.logger) if fabric.is_global_zero else Log({})
     parts = split_parameters(model)
     sizes = {name: sum(p.numel() for p in part.values()) for name, part in parts.items()}
     console.print(
@@ -159,11 +135,12 @@ def run_stages(
             settings,
         )
         try:
-            if state is not None:
-                say_where(run, log.rewind(state["log_offsets"], progress.global_step))
-            else:
+            if state is None:
                 save_start(run)
-            log.start_wandb(state["wandb_id"] if state else None)
+            logged = LoggedRun(folder.path, asdict(config), progress.global_step)
+            lines = log.start(logged, state["log"] if state else None)
+            if state is not None:
+                say_where(run, lines)
             for index, (name, stage) in enumerate(config.active_stages().items()):
                 if index >= progress.stage:
                     states = state["optimizers"] if state else None
@@ -173,7 +150,7 @@ def run_stages(
                     stop_if_asked(run, f"after stage {name}")
             return finish(run)
         finally:
-            log.close()
+            log.finish()
 
 
 def has_ended(config: RunConfig, folder: Path, progress: Progress) -> bool:
@@ -216,290 +193,6 @@ def where(run: Run, stage: str) -> str:
     return f"stage {stage}, step {run.progress.step + 1}"
 
 
-def estimate(full_steps: dict[str, int], summary: dict[str, Any], log: Path) -> str:
-    """What a full run costs, from the few steps of each stage that a dry run took.
-
-    The first steps of a stage also pay for what is compiled, for one shape and then for any; the
-    others are taken to cost what the last, in the `log`, did.
-    """
-    steps = {r["stage"]: r["step_time"] for r in read_records(log) if "step_time" in r}
-    minutes = {}
-    for stage in summary["stages"]:
-        name = stage["name"]
-        left = max(0, full_steps[name] - DRY_STEPS)
-        minutes[name] = (stage["seconds"] + steps[name] * left) / 60
-    parts = ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
-    return (
-        f"a full run would take about {sum(minutes.values()):.0f} min and its evaluations ({parts})"
-    )
-
-
-def run_stage(
-    run: Run, name: str, stage: StageConfig, optimizer_states: dict[str, Any] | None
-) -> None:
-    """Take the steps of a stage that are left, evaluate it and save its model."""
-    if not run.progress.is_trained:
-        train_stage(run, name, stage, optimizer_states)
-        run.progress.is_trained = True
-        save_run(run, {})
-    end_stage(run, name)
-
-
-def train_stage(
-    run: Run, name: str, stage: StageConfig, optimizer_states: dict[str, Any] | None
-) -> None:
-    """Train one stage from where it stands.
-
-    optimizer_states: those of a checkpoint within the stage, by emitter; else empty or None.
-    """
-    config, progress, fabric = run.config, run.progress, run.fabric
-    model = run.model
-    parameters = split_parameters(model)
-    trained = {"main": stage.train_main, "head": stage.train_head}
-    for part, is_trained in trained.items():
-        for parameter in parameters[part].values():
-            parameter.requires_grad_(is_trained)
-    if stage.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.activation_checkpointing_disable()
-    settings = {"main": stage.main, "head": stage.head}
-    optimizers: dict[str, Any] = {
-        part: build_optimizer(parameters[part], settings[part])
-        for part, is_trained in trained.items()
-        if is_trained
-    }
-    wrapped = fabric.setup_module(model)
-    wrapped.mark_forward_method("score")
-    optimizers = {part: fabric.setup_optimizers(o) for part, o in optimizers.items()}
-    for part, optimizer_state in (optimizer_states or {}).items():
-        optimizers[part].load_state_dict(optimizer_state)
-    run.reference = frozen_for_stage(run, name)
-    wrapped.train()
-    began = saved = time.monotonic()
-    done_before = progress.stage_seconds
-    first_step = progress.step
-    with StageProgress(name, stage.steps, progress.step, run.console) as bar:
-        for step in range(progress.step, stage.steps):
-            if has_learned(run, stage):
-                run.console.print(
-                    f"{name}: fast accuracy reached {stage.stop_accuracy:g}, step {step}"
-                )
-                break
-            for part, optimizer in optimizers.items():
-                set_lr(optimizer, settings[part].lr_at(step, stage.steps))
-            step_began = time.monotonic()
-            run.seed_globals(name, "globals", step)
-            minibatches, metrics = step_batches(run, name, stage, step)
-            updates = [
-                update(
-                    fabric,
-                    wrapped,
-                    optimizers,
-                    batches,
-                    stage.objective,
-                    clip_norms={part: settings[part].clip_norm for part in optimizers},
-                    channel_gradient=stage.channel_gradient_at(step),
-                    logits_detach=stage.logits_detach,
-                    sampler=config.decoding.sampler() if stage.kind == "rl" else None,
-                    reference=run.reference,
-                    check_gradients=step == first_step,
-                    impl=config.kernels,
-                )
-                for batches in minibatches
-            ]
-            metrics |= over_updates(updates)
-            metrics["step_time"] = time.monotonic() - step_began
-            metrics["tokens_per_second"] = metrics.pop("num_text_tokens") / metrics["step_time"]
-            progress.step, progress.global_step = step + 1, progress.global_step + 1
-            progress.stage_seconds = done_before + time.monotonic() - began
-            is_last = step + 1 == stage.steps
-            if is_last or (step + 1) % config.logger.log_every == 0:
-                run.log.write(name, step + 1, progress.global_step, metrics)
-            is_best = False
-            if stage.evaluate_every and (step + 1) % stage.evaluate_every == 0 and not is_last:
-                is_best = interim_evaluation(run, name)
-            bar.step(step + 1, headline(metrics, progress.points, name))
-            progress.stage_seconds = done_before + time.monotonic() - began
-            is_due = time.monotonic() - saved > 60 * config.checkpoint_minutes
-            asked = stop_signal(run)
-            if asked is not None or is_best or (is_due and not is_last):
-                save_run(run, optimizers, is_best)
-                saved = time.monotonic()
-            if asked is not None:
-                raise interrupted(
-                    run, f"in stage {name} after step {step + 1} of {stage.steps}", asked
-                )
-    progress.stage_seconds = done_before + time.monotonic() - began
-
-
-def over_updates(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Metrics of a step's optimizer updates: means, and maxima of what is a maximum."""
-    merged = {}
-    for key in dict.fromkeys(key for metrics in updates for key in metrics):
-        values = [metrics[key] for metrics in updates if key in metrics]
-        merged[key] = max(values) if key.endswith("_max") else sum(values) / len(values)
-    return merged
-
-
-def stop_signal(run: Run) -> int | None:
-    """The signal by which any process was asked to stop, so that all stop after the same step."""
-    mine = run.stop.signal
-    flags = {"signal": float(mine or 0), "requeue": float(mine == signal.SIGUSR2)}
-    asked = over_processes(run.fabric, flags, "max")
-    return signal.SIGUSR2 if asked["requeue"] else int(asked["signal"]) or None
-
-
-def stop_if_asked(run: Run, where: str) -> None:
-    """Raise Interrupted if a signal came; the run's last checkpoint is then of this moment."""
-    asked = stop_signal(run)
-    if asked is not None:
-        raise interrupted(run, where, asked)
-
-
-def interrupted(run: Run, where: str, number: int) -> Interrupted:
-    """The exception that ends a run at a signal."""
-    return Interrupted(
-        f"stopped {where}; use resume=true to continue from {run.folder}/checkpoints", number
-    )
-
-
-def has_learned(run: Run, stage: StageConfig) -> bool:
-    """Whether a stage may end before its last step, see `StageConfig.stop_accuracy`.
-
-    Processes that round differently may disagree: the stage ends once all of them say so.
-    """
-    progress, config = run.progress, run.config
-    if not (stage.stop_accuracy and progress.step) or progress.step % stage.stop_every:
-        return False
-    size = run.task.size("train")
-    places = range(progress.position, progress.position + config.evaluation.num_interim_problems)
-    examples = [
-        run.task.example("train", training_index(place, size, config.seed)) for place in places
-    ]
-    with run.fabric.autocast():
-        reached = fast_accuracy(
-            run.model,
-            run.text,
-            examples,
-            run.task,
-            config.decoding,
-            config.evaluation.batch_size,
-            config.kernels,
-        )
-    mine = {"learned": float((reached or 0.0) >= stage.stop_accuracy)}
-    return bool(over_processes(run.fabric, mine, "min")["learned"])
-
-
-def heard(run: Run) -> bool:
-    """True once some stage up to the current one trains the head, or it came with the model."""
-    if run.came_with_head:
-        return True
-    stages = list(run.config.active_stages().values())[: run.progress.stage + 1]
-    return any(stage.train_head for stage in stages)
-
-
-def interim_evaluation(run: Run, name: str) -> bool:
-    """A small evaluation within a stage, for the log and the curves.
-
-    Returns True if its accuracy, in fast mode if the head is trained, is the stage's best so far.
-    """
-    with run.fabric.autocast():
-        figures, shown = evaluate(
-            run.model,
-            run.text,
-            run.task,
-            run.config.decoding,
-            num_problems=run.config.evaluation.num_interim_problems,
-            batch_size=run.config.evaluation.batch_size,
-            use_head=heard(run),
-            controls=False,
-            verified=run.config.evaluation.verified,
-            kernels=run.config.kernels,
-        )
-    record(run, name, figures)
-    log_completions(run, name, shown)
-    reached = figures["slow_accuracy" if figures["fast_accuracy"] is None else "fast_accuracy"]
-    if reached is None or reached <= run.progress.best_accuracy:
-        return False
-    run.progress.best_accuracy = reached
-    return True
-
-
-def log_completions(run: Run, name: str, shown: list[Rollouts]) -> list[dict[str, Any]]:
-    """A few completions of an evaluation into the log."""
-    number = run.config.evaluation.num_samples
-    rows = completions_rows(shown, run.task, run.text, number, name)
-    run.log.write_completions(rows, run.progress.global_step)
-    return rows
-
-
-def record(run: Run, name: str, figures: dict[str, Any]) -> None:
-    """An evaluation into the log and the curves."""
-    progress = run.progress
-    point = {k: v for k, v in figures.items() if v is not None and k != "num_problems"}
-    at = {"stage": name, "step": progress.step, "global_step": progress.global_step}
-    if progress.points and at.items() <= progress.points[-1].items():
-        progress.points.pop()  # a stage's last evaluation stands for one within it at the same step
-    progress.points.append(at | point)
-    tagged = {f"eval/{k}": v for k, v in point.items()}
-    run.log.write(name, progress.step, progress.global_step, tagged)
-
-
-def end_stage(run: Run, name: str) -> None:
-    """Evaluate on all held-out problems, save the model, note the summary."""
-    config, progress = run.config, run.progress
-    if run.fabric.is_global_zero:
-        save_atomically(
-            run.stage_folder(name), lambda folder: save_model(run.model, run.text, folder)
-        )
-    run.fabric.barrier()
-    with run.fabric.autocast():
-        figures, shown = evaluate(
-            run.model,
-            run.text,
-            run.task,
-            config.decoding,
-            num_problems=config.evaluation.num_problems,
-            batch_size=config.evaluation.batch_size,
-            use_head=heard(run),
-            reference=frozen_for_evaluation(run),
-            verified=config.evaluation.verified,
-            kernels=config.kernels,
-        )
-    record(run, name, figures)
-    in_loss = reference_in_loss(config, name)
-    progress.summaries.append(
-        {
-            "name": name,
-            **figures,
-            "reference_in_loss": in_loss,
-            "steps": progress.step,
-            "seconds": round(progress.stage_seconds, 1),
-        }
-    )
-    rows = log_completions(run, name, shown)
-    print_completions(run.console, name, rows, progress.summaries[-1])
-    progress.stage, progress.step, progress.stage_seconds = progress.stage + 1, 0, 0.0
-    progress.is_trained, progress.best_accuracy = False, 0.0
-    save_run(run, {})
-
-
-def save_run(run: Run, optimizers: dict[str, Any], is_best: bool = False) -> None:
-    """Write a checkpoint with everything that the run needs to continue."""
-    if not run.fabric.is_global_zero:
-        return
-    state = {
-        "model": run.model.state_dict(),
-        "optimizers": {part: o.state_dict() for part, o in optimizers.items()},
-        "progress": asdict(run.progress),
-        "log_offsets": run.log.offsets,
-        "wandb_id": run.log.run_id,
-        "settings": run.settings,
-    }
-    save_checkpoint(run.folder / "checkpoints", run.progress.global_step, state, is_best)
-
-
 def finish(run: Run) -> dict[str, Any]:
     """Export, summary, curves and the table."""
     progress, folder = run.progress, run.folder
@@ -514,27 +207,13 @@ def finish(run: Run) -> dict[str, Any]:
     if run.fabric.is_global_zero:
         export(run.model, run.text, folder / "export", summary, run.config)
         save_atomically(folder / "curves.png", lambda file: save_curves(progress.points, file))
-        run.log.save_csv()
+        for name in ("export", "curves.png"):
+            run.log.artifact(folder / name)
+        run.log.finish()
         # Last: a summary says that the run has ended.
         save_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         print_table(run.console, summary)
     return summary
-
-
-def headline(
-    metrics: dict[str, Any], points: list[dict[str, Any]], stage: str
-) -> dict[str, float | None]:
-    """The figures that the progress bar shows."""
-    last: dict[str, Any] = next((p for p in reversed(points) if p["stage"] == stage), {})
-    return {
-        "loss": metrics.get("loss"),
-        "reward": metrics.get("reward"),
-        "passes": metrics.get("passes"),
-        "true": metrics.get("true_steps"),
-        "slow": last.get("slow_accuracy"),
-        "fast": last.get("fast_accuracy"),
-        "tok/s": round(metrics["tokens_per_second"]),
-    }
 
 
 def check_judged(config: RunConfig, task: Task) -> None:
@@ -544,7 +223,7 @@ def check_judged(config: RunConfig, task: Task) -> None:
         uses = {
             f"{key}.objective.policy.weight": stage.objective.policy.weight,
             f"{key}.stop_accuracy": stage.stop_accuracy,
-            f"{key}.drop_uninformative": stage.drop_uninformative,
+            f"{key}.rollouts.drop_uninformative": stage.rollouts.drop_uninformative,
         }
         for setting, value in uses.items():
             if value and not task.judges:
@@ -552,22 +231,3 @@ def check_judged(config: RunConfig, task: Task) -> None:
                     f"{setting} needs answers that are right or wrong, which task {task.name} does "
                     f"not have, got {value}; set it to 0 or choose another task"
                 )
-
-
-def dry_config(config: RunConfig) -> RunConfig:
-    """The same run with DRY_STEPS steps a stage and small evaluations."""
-    config = deepcopy(config)
-    for stage in config.active_stages().values():
-        stage.steps = min(DRY_STEPS, stage.steps)
-    config.evaluation.num_problems = min(8, config.evaluation.num_problems)
-    config.overwrite, config.resume = True, False
-    return config
-
-
-class NoLog:
-    """The log of processes other than the first."""
-
-    run_id = None
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args, **kwargs: None

@@ -12,13 +12,15 @@ from hydra import compose, initialize_config_dir
 from mtp.cli.hydra import register_configs
 from mtp.config import to_run_config
 from mtp.modeling.decode import decode
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.modeling_mtp import FAMILIES
+from mtp.modeling.output_layer import OutputLayer
 from mtp.modeling.phases import PhasePlan
 from mtp.modeling.records import pad
 from mtp.modeling.sampler import Sampler
-from mtp.reports.logger import read_records
-from mtp.training.objectives.scored import Emitter
+from mtp.reports.json_lines import read_records
+from mtp.training.objectives.scored import OutputRows
 
 EOS, CLOSE, PAD = 1, 2, 0
 VOCABULARY = 23
@@ -62,19 +64,30 @@ def tiny_model(
     return cls(config).eval()
 
 
-def run(model, prompts, plan, sampler=GREEDY, seed=0, max_new_tokens=24, **options):
-    """Decode prompts of different lengths."""
+def run(
+    model,
+    prompts,
+    plan,
+    sampler=GREEDY,
+    seed=0,
+    max_new_tokens=24,
+    on_block=None,
+    num_return_sequences=1,
+    **options,
+):
+    """Decode prompts of different lengths; further options are those of `DecodeOptions`."""
     tokens, lengths = pad(prompts, PAD)
+    generator = torch.Generator().manual_seed(seed)
+    given = {"sampler": sampler, "max_new_tokens": max_new_tokens, "pad_id": PAD}
+    given |= {"generator": generator, **options}
     return decode(
         model,
         tokens,
         lengths,
         plan,
-        sampler,
-        max_new_tokens=max_new_tokens,
-        pad_id=PAD,
-        generator=torch.Generator().manual_seed(seed),
-        **options,
+        DecodeOptions(**given),
+        on_block=on_block,
+        num_return_sequences=num_return_sequences,
     )
 
 
@@ -82,11 +95,10 @@ def head_rows(model, taps, block):
     """[K, E] the head's rows behind a text by the definition: its taps [1, T, taps, D], and the
     tokens that the last pass has drawn so far.
     """
-    head, recalled = model.mtp_head, None
-    if head.recall is not None:
-        recalled = head.recall(head.message(taps))[:, -1]
     embeds = model.head_embed(torch.tensor([block]))
-    return head(head.message(taps[:, -1]), embeds, recalled)[0]
+    tokens = torch.zeros(taps.shape[:2], dtype=torch.long)  # these heads do not read them
+    context = model.mtp_head.replay_context(taps, tokens, torch.tensor([taps.shape[1] - 1]))
+    return model.mtp_head(context, embeds)[0]
 
 
 def completions(out):
@@ -102,8 +114,8 @@ TINY = [
     "stages.head.steps=4",
     "stages.joint.steps=4",
     "stages.rl.steps=4",
-    "stages.rl.num_prompts=4",
-    "stages.rl.group_size=4",
+    "stages.rl.rollouts.num_prompts=4",
+    "stages.rl.rollouts.group_size=4",
     "evaluation.num_problems=8",
     "evaluation.num_interim_problems=4",
     "stages.joint.evaluate_every=2",
@@ -141,19 +153,27 @@ PLAN = PhasePlan(keep=[4, 1], opened_by=[None, CLOSE], eos_ids=[EOS])
 SAMPLES = [([5, 6], [7, 8, 9, 10, CLOSE, 11, EOS]), ([3], [4, 5]), ([9, 9, 9], [12, 13, 14, 15])]
 
 
-def emitter(rows: list[list[float]], targets: list[int]) -> Emitter:
+def emitter(rows: list[list[float]], targets: list[int]) -> OutputRows:
     """Rows of given probabilities, through an identity output matrix."""
     logits = torch.tensor(rows).log()
-    return Emitter(logits, torch.eye(logits.shape[1]), torch.tensor(targets))
+    return OutputRows(logits, OutputLayer(torch.eye(logits.shape[1])), torch.tensor(targets))
 
 
 def rollouts(model, seed=0):
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12], [4, 4]]
     tokens, lengths = pad(prompts, PAD)
     out = decode(
-        model, tokens, lengths, PLAN, Sampler(), max_new_tokens=20, pad_id=PAD,
-        generator=torch.Generator().manual_seed(seed),
-    )  # fmt: skip
+        model,
+        tokens,
+        lengths,
+        PLAN,
+        DecodeOptions(
+            sampler=Sampler(),
+            max_new_tokens=20,
+            pad_id=PAD,
+            generator=torch.Generator().manual_seed(seed),
+        ),
+    )
     return prompts, out, torch.tensor([1.0, -1.0, 0.5, -0.5])
 
 

@@ -15,7 +15,7 @@ from mtp.cli.hydra import job_folder, register_configs
 from mtp.config import to_run_config
 from mtp.errors import one_line
 from mtp.hub.build import build_model
-from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -81,9 +81,19 @@ def test_every_sweep_chooses_its_launcher(sweep):
 
 def test_a_single_run_does_not_resume_and_belongs_to_no_group():
     config = run_config()
-    assert config.resume is False and config.logger.group is None
+    assert config.resume is False
     assert run_config("resume=true").resume is True
     assert run_config("resume=auto").resume == "auto"
+    assert run_config("logger=wandb").logger.sinks["wandb"].group is None
+
+
+def test_the_log_is_files_and_the_sinks_that_are_chosen():
+    chosen = {"logger=files": ["files"], "logger=wandb": ["files", "wandb"]}
+    chosen["logger=[wandb,files]"] = ["files", "wandb"]
+    assert list(run_config().logger.sinks) == ["files"]
+    for override, sinks in chosen.items():
+        assert list(run_config(override).logger.sinks) == sinks
+    assert list(run_config("logger=wandb", "~logger.sinks.files").logger.sinks) == ["wandb"]
 
 
 @pytest.mark.parametrize(
@@ -99,8 +109,11 @@ def test_a_single_run_does_not_resume_and_belongs_to_no_group():
         ("stages.rll.steps=1", "unknown key stages.rll; did you mean rl?"),
         ("fabric.zzz=1", "unknown key fabric.zzz; there are accelerator, devices, num_nodes,"),
         ("seed=abc", "seed must be a whole number, got 'abc'"),
-        ("stages.main.main.lr=fast", "stages.main.main.lr must be a number, got 'fast'"),
-        ("logger.wandb=3.5", "logger.wandb must be true or false, got '3.5'"),
+        (
+            "stages.main.optimizers.main.lr=fast",
+            "stages.main.optimizers.main.lr must be a number, got 'fast'",
+        ),
+        ("overwrite=3.5", "overwrite must be true or false, got '3.5'"),
         ("head.num_slots=null", "head.num_slots must not be null"),
         ("head.taps=2", "head.taps must be a list, such as head.taps=[...]"),
         ("stages.rl=5", "stages.rl holds keys of its own: set stages.rl.KEY=..."),
@@ -111,7 +124,6 @@ def test_a_single_run_does_not_resume_and_belongs_to_no_group():
         ("experiment=runing_sum", "experiment=runing_sum is not a choice; did you mean running_su"),
         ("head.num_slots=0", "head.num_slots must be at least 1, got 0"),
         ("head.taps=[0,9]", "head.taps must be layers between 0 and "),
-        ("stages.rl.kind=foo", "stages.rl.kind must be supervised or rl, got 'foo'"),
         (
             "decoding.phases.foo.mode=slow",
             "unknown key decoding.phases.foo; there are ",
@@ -126,6 +138,9 @@ def test_a_single_run_does_not_resume_and_belongs_to_no_group():
         ),
         ("=foo", "unknown key '', got =foo; write key=value"),
         ("model.attention=foo", "model.attention must be sdpa or eager, got 'foo'"),
+        ("stages.rl.rollouts.mode=foo", "stages.rl.rollouts.mode must be fast or slow, got 'foo'"),
+        ("stages.main.rollouts.num_prompts=4", "stages.main must have either stages.main.examples"),
+        ("stages.rl.rollouts.zzz=1", "unknown key stages.rl.rollouts.zzz; there are "),
         ("task=rows", "task.source must be a .jsonl or .parquet file"),
     ],
 )
@@ -161,7 +176,7 @@ def test_resuming_and_overwriting_contradict_each_other():
 def test_a_delimiter_must_be_a_token_of_the_tokenizer():
     phases = run_config("decoding.phases.answer.opened_by='</thought>'").decoding.phases
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        TextFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), phases, 6)
+        PromptFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), phases, 6)
     line = one_line(caught.value)
     assert line is not None and line.startswith("delimiter '</thought>' must be one token")
 

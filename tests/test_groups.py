@@ -69,7 +69,11 @@ def rl_records(folder):
 def test_dynamic_sampling_goes_on_until_there_are_enough_groups(tmp_path, monkeypatch):
     first, second = ("mixed", "wrong", "right", "wrong"), ("mixed", "mixed", "wrong", "mixed")
     monkeypatch.setattr(groups, "score", outcomes_in_turn(first, second))
-    more = ["stages.rl.steps=1", "stages.rl.drop_uninformative=true", "stages.rl.max_rounds=3"]
+    more = [
+        "stages.rl.steps=1",
+        "stages.rl.rollouts.drop_uninformative=true",
+        "stages.rl.rollouts.max_rounds=3",
+    ]
     train(config(tmp_path, *RL_ONLY, *more))
     (record,) = rl_records(tmp_path)
     assert record["groups/sampled"] == 8, "two rounds of four prompts: the third was not needed"
@@ -81,7 +85,7 @@ def test_dynamic_sampling_goes_on_until_there_are_enough_groups(tmp_path, monkey
 def test_groups_without_advantage_cost_no_replay_and_a_step_may_have_none(tmp_path, monkeypatch):
     one, none = ("wrong", "mixed", "right", "wrong"), ("wrong", "wrong", "right", "wrong")
     monkeypatch.setattr(groups, "score", outcomes_in_turn(one, none))
-    more = ["stages.rl.steps=2", "stages.rl.drop_uninformative=true"]
+    more = ["stages.rl.steps=2", "stages.rl.rollouts.drop_uninformative=true"]
     train(config(tmp_path, *RL_ONLY, *more))
     first, second = rl_records(tmp_path)
     assert first["groups/used"] == 1 and second["groups/used"] == 0
@@ -91,16 +95,15 @@ def test_groups_without_advantage_cost_no_replay_and_a_step_may_have_none(tmp_pa
 
 def test_every_setting_of_rl_at_once_takes_its_steps(tmp_path):
     overrides = [
-        "stages.rl.num_minibatches=2",
-        "stages.rl.recompute_old=true",
+        "stages.rl.rollouts.num_minibatches=2",
+        "stages.rl.rollouts.recompute_old=true",
         "stages.rl.objective.policy.correction_cap=2.0",
         "stages.rl.objective.policy.ratio=block",
-        "stages.rl.objective.leash.kind=k3",
-        "stages.rl.objective.leash.reverse=true",
+        "stages.rl.objective.reference_kl.kind=k3",
         "stages.rl.objective.preserve.weight=0.1",
         "stages.rl.objective.main_ce.weight=0.1",
         "stages.rl.objective.head_kl.weight=0.1",
-        "stages.rl.num_solved=3",
+        "stages.rl.rollouts.num_solved=3",
         "stages.rl.channel_ramp_steps=3",
         "stages.rl.logits_detach=true",
         "stages.rl.reference=start",
@@ -108,7 +111,7 @@ def test_every_setting_of_rl_at_once_takes_its_steps(tmp_path):
     ]
     summary = train(config(tmp_path, *RL_ONLY, *overrides))
     record = rl_records(tmp_path)[-1]
-    for name in ("loss/main_ce", "loss/head_kl", "loss/leash_head", "loss/preserve"):
+    for name in ("loss/main_ce", "loss/head_kl", "loss/reference_kl_head", "loss/preserve"):
         assert record[name] >= 0.0, name
     assert "supervised/main/accuracy" in record
     assert (tmp_path / "start" / "config.json").is_file()
@@ -117,8 +120,8 @@ def test_every_setting_of_rl_at_once_takes_its_steps(tmp_path):
 
 def test_the_auxiliary_policy_trains_the_head_on_what_main_wrote(tmp_path):
     overrides = [
-        "stages.rl.rollout_mode=slow",
-        "stages.rl.recompute_old=true",
+        "stages.rl.rollouts.mode=slow",
+        "stages.rl.rollouts.recompute_old=true",
         "stages.rl.steps=1",
     ]
     train(config(tmp_path, *RL_ONLY, *overrides))

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = [
-    {"bounds", "errors", "files"},
+    {"bounds", "errors", "files", "registry"},
     {"process", "tasks"},
     {"modeling"},
     {"rollouts"},
@@ -21,8 +21,9 @@ FLOORS = [
     {"hub"},
     {"config"},
     {"run"},
-    {"groups", "reference"},
-    {"steps"},
+    {"groups", "reference", "checkpointing", "dry_run"},
+    {"steps", "stage_evaluation"},
+    {"stage_loop"},
     {"trainer"},
     {"cli"},
 ]

@@ -20,19 +20,19 @@ REDUCED = [
     "head.taps=null",
     "stages.main.steps=550",
     "stages.main.evaluate_every=0",
-    "stages.main.main.lr=3e-3",
+    "stages.main.optimizers.main.lr=3e-3",
     "stages.head.steps=150",
     "stages.head.evaluate_every=0",
-    "stages.joint.block_anchors=true",
+    "stages.joint.examples.block_anchors=true",
     "stages.joint.steps=400",
     "stages.joint.stop_accuracy=0",
     "stages.joint.evaluate_every=0",
-    "stages.joint.main.lr=3e-3",
-    "stages.joint.main.decay=cosine",
-    "stages.joint.head.lr=3e-3",
-    "stages.joint.head.decay=cosine",
+    "stages.joint.optimizers.main.lr=3e-3",
+    "stages.joint.optimizers.main.decay=cosine",
+    "stages.joint.optimizers.head.lr=3e-3",
+    "stages.joint.optimizers.head.decay=cosine",
     *(
-        f"stages.{stage}.{part}.algorithm=adamw"
+        f"stages.{stage}.optimizers.{part}.algorithm=adamw"
         for stage, part in (
             ("main", "main"),
             ("head", "head"),
@@ -40,11 +40,11 @@ REDUCED = [
             ("joint", "head"),
         )
     ),
-    "stages.joint.main.final_lr_ratio=0.1",
-    "stages.joint.head.final_lr_ratio=0.1",
+    "stages.joint.optimizers.main.final_lr_ratio=0.1",
+    "stages.joint.optimizers.head.final_lr_ratio=0.1",
     "stages.rl.steps=8",
-    "stages.rl.num_prompts=16",
-    "stages.rl.group_size=8",
+    "stages.rl.rollouts.num_prompts=16",
+    "stages.rl.rollouts.group_size=8",
     "stages.rl.evaluate_every=0",
 ]
 

@@ -16,11 +16,13 @@ import pytest
 import torch
 from helpers import ROOT, TINY, config, records
 
+import mtp.stage_evaluation as stage_evaluation
+import mtp.stage_loop as stage_loop
 import mtp.trainer as trainer
 from mtp.files import save_atomically
 from mtp.hub.checkpoint import checkpoints, damage_of, read_state, write_state
 from mtp.hub.run_folder import RunFolder, changed_settings
-from mtp.reports.logger import read_records
+from mtp.reports.json_lines import read_records
 from mtp.trainer import Interrupted, train
 
 CLOCKS = {"seconds"}
@@ -57,8 +59,9 @@ def copy(ended, tmp_path) -> Path:
 
 
 def stop_at(monkeypatch, function: str, times: int = 1) -> None:
-    """Let the run die (as by SIGKILL, but within this process) at a call of the trainer's."""
-    original, calls = getattr(trainer, function), []
+    """Let the run die (as by SIGKILL, but within this process) at a call of that function."""
+    module = stage_loop if hasattr(stage_loop, function) else trainer
+    original, calls = getattr(module, function), []
 
     def die(*args, **kwargs):
         calls.append(1)
@@ -66,7 +69,7 @@ def stop_at(monkeypatch, function: str, times: int = 1) -> None:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, function, die)
+    monkeypatch.setattr(module, function, die)
 
 
 def same_run(mine: Path, theirs: Path) -> None:
@@ -127,7 +130,7 @@ def test_a_run_that_died_continues_to_the_very_same_bits(
 
 
 def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch):
-    original, accuracies = trainer.evaluate, iter([0.25, 0.75, 0.5])
+    original, accuracies = stage_evaluation.evaluate, iter([0.25, 0.75, 0.5])
 
     def graded(*args, **kwargs):
         figures, shown = original(*args, **kwargs)
@@ -135,7 +138,7 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch):
             figures["fast_accuracy"] = next(accuracies)
         return figures, shown
 
-    monkeypatch.setattr(trainer, "evaluate", graded)
+    monkeypatch.setattr(stage_evaluation, "evaluate", graded)
     overrides = ["stages.joint.evaluate_every=0", "stages.rl.evaluate_every=1"]
     train(config(tmp_path / "run", "checkpoint_minutes=0", *overrides))
     folder = tmp_path / "run" / "checkpoints"
@@ -440,9 +443,9 @@ def test_a_replaced_folder_is_always_there(tmp_path):
 
 def test_a_folder_whose_replacement_was_cut_short_is_put_back(tmp_path, monkeypatch):
     """Where names cannot be exchanged in one step, a crash between two renames is mended."""
-    import mtp.files as checkpoint
+    import mtp.files as files
 
-    monkeypatch.setattr(checkpoint, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     target = tmp_path / "out"
 
     def write(text: str):
@@ -455,7 +458,7 @@ def test_a_folder_whose_replacement_was_cut_short_is_put_back(tmp_path, monkeypa
     save_atomically(target, write("old"))
     target.rename(tmp_path / ".out.mtp-old")  # as a crash between the renames leaves it
     (tmp_path / ".out.mtp-tmp").mkdir()
-    checkpoint.remove_temporary(tmp_path)
+    files.remove_temporary(tmp_path)
     assert content(tmp_path) == {"out/file": b"old"}
     save_atomically(target, write("new"))
     assert content(tmp_path) == {"out/file": b"new"}
@@ -469,14 +472,14 @@ def test_a_file_beside_an_export_is_left_alone(tmp_path):
 
 
 def test_a_signal_in_an_evaluation_stops_the_run_after_it(tmp_path, ended, monkeypatch):
-    original, folder = trainer.end_stage, tmp_path / "run"
+    original, folder = stage_loop.end_stage, tmp_path / "run"
 
-    def signalled(run, name):
-        if name == "head":
+    def signalled(run, stage):
+        if stage.name == "head":
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(run, name)
+        return original(run, stage)
 
-    monkeypatch.setattr(trainer, "end_stage", signalled)
+    monkeypatch.setattr(stage_loop, "end_stage", signalled)
     with pytest.raises(Interrupted, match="stopped after stage head; use resume=true"):
         train(config(folder))
     monkeypatch.undo()

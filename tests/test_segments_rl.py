@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LogitsProcessor
 from mtp.cli.main import main
 from mtp.evaluation.evaluate import accuracy
 from mtp.hub.build import generation_config, load_model
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.memory import ALPHABET, Memory
 from mtp.modeling.phases import Phase
 from mtp.modeling.records import FORCED, Decoded
@@ -18,16 +19,17 @@ from mtp.modeling.sampler import Sampler
 from mtp.modeling.segments import SegmentSettings
 from mtp.reports.tables import completions_rows
 from mtp.rollouts.legibility import mean_nats_of_rollouts, thought_nats, true_step_share
-from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.rollouts.reward import RewardConfig, score
 from mtp.rollouts.rollout import DecodingConfig, Rollouts, sample
 from mtp.steps import micro_batches, segment_metrics
 from mtp.tasks.base import Example
 from mtp.tasks.running_sum import RunningSumConfig
 from mtp.trainer import train
-from mtp.training.batch import collate_rollouts, collate_slow_rollouts
+from mtp.training.collate import collate_rollouts, collate_slow_rollouts
 from mtp.training.objectives.policy import Policy
-from mtp.training.objectives.scored import score_batch
+from mtp.training.objectives.scored import replay_batch
+from mtp.training.objectives.stream import StreamInputs
 
 PHASES = {
     "thought": Phase(mode="fast", opened_by="<think>", max_tokens=4),
@@ -42,7 +44,7 @@ TASK = RunningSumConfig().build()
 def make_text(alphabet="1=;", phases=PHASES, segments=SEGMENTS):
     """By default a tokenizer of the 23 tokens that `tiny_model` knows."""
     tokenizer = character_tokenizer(alphabet + ALPHABET, MARKS)
-    return TextFormat(tokenizer, phases, 4, segments=segments)
+    return PromptFormat(tokenizer, phases, 4, segments=segments)
 
 
 TEXT = make_text()
@@ -52,9 +54,15 @@ EXAMPLES = [Example("1=", "1", "1=1"), Example("1;1=", "11", "1=;1=")]
 def rolled(seed=0, group_size=3):
     model = tiny_model()
     out = sample(
-        model, TEXT, EXAMPLES, TEXT.plan("fast"), Sampler(), max_new_tokens=14,
-        group_size=group_size, generator=torch.Generator().manual_seed(seed),
-    )  # fmt: skip
+        model,
+        TEXT,
+        EXAMPLES,
+        TEXT.plan("fast"),
+        DecodeOptions(
+            sampler=Sampler(), max_new_tokens=14, generator=torch.Generator().manual_seed(seed)
+        ),
+        group_size=group_size,
+    )
     assert len(out) == 2 * group_size < len(out.prompts)
     return model, out
 
@@ -67,13 +75,13 @@ def test_all_segments_of_a_trajectory_share_its_advantage():
     assert len(segments) > 3 and (out.out.slots[segments] > 0).any()
     batch = collate_rollouts(out.prompts, out.out, advantages, segments, 4, 0, out.owners)
     assert batch.num_rollouts == 3
-    assert len(batch.main_rows) == int((out.out.slots[segments] == 0).sum())
-    assert len(batch.main_blocks.unique()) == int(out.out.passes[segments].sum())
+    assert len(batch.main) == int((out.out.slots[segments] == 0).sum())
+    assert len(batch.blocks(batch.main).unique()) == int(out.out.passes[segments].sum())
     for number, row in enumerate(rows):
         slots = out.out.slots[out.segments_of(row)]
         for given, rollouts, is_mine in (
-            (batch.main_advantages, batch.main_rollouts, slots == 0),
-            (batch.head_advantages, batch.head_rollouts, slots > 0),
+            (batch.main.advantages, batch.main.rollouts, slots == 0),
+            (batch.head.advantages, batch.head.rollouts, slots > 0),
         ):
             expected = [float(advantages[row])] * int(is_mine.sum())
             assert given[rollouts == number].tolist() == expected
@@ -91,8 +99,8 @@ def test_a_policys_loss_is_that_of_trajectories_however_they_are_batched(ratio, 
         total, counts = torch.zeros(()), {"policy_main": 0.0, "policy_head": 0.0}
         for segments in groups:
             batch = collate_rollouts(out.prompts, out.out, advantages, segments, 4, 0, out.owners)
-            scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
-            terms = policy.terms(scored, batch)
+            scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
+            terms = policy.terms(StreamInputs(scored, batch))
             total = total + terms["policy_main"].total.detach()
             counts = {name: counts[name] + n for name, n in policy.counts(batch).items()}
         return float(total), counts
@@ -120,7 +128,7 @@ def test_equal_segments_of_one_trajectory_keep_blocks_of_their_own():
     prompts = [out.prompts[0]] * 2
     batch = collate_rollouts(prompts, twice, torch.ones(1), [0, 1], 4, 0, [0, 0])
     assert len(batch.tokens) == 2 and batch.num_rollouts == 1
-    assert len(batch.main_blocks.unique()) == 2 * int(twice.passes[0])
+    assert len(batch.blocks(batch.main).unique()) == 2 * int(twice.passes[0])
     apart = collate_rollouts(prompts, twice, torch.ones(2), [0, 1], 4, 0)
     assert len(apart.tokens) == 1 and apart.num_rollouts == 2
 
@@ -141,18 +149,24 @@ def test_micro_batches_hold_whole_trajectories():
 def test_slow_rollouts_leave_forced_tokens_unscored():
     model = tiny_model()
     out = sample(
-        model, TEXT, EXAMPLES, TEXT.plan("slow"), Sampler(), max_new_tokens=14, group_size=4,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+        model,
+        TEXT,
+        EXAMPLES,
+        TEXT.plan("slow"),
+        DecodeOptions(
+            sampler=Sampler(), max_new_tokens=14, generator=torch.Generator().manual_seed(0)
+        ),
+        group_size=4,
+    )
     rows = list(range(len(out.prompts)))
     batch = collate_slow_rollouts(
         out.prompts, out.out, torch.ones(8), rows, TEXT.plan("fast"), 4, 0, out.owners
     )
     assert int((out.out.slots == FORCED).sum()) > 5
-    assert len(batch.main_rows) == int((out.out.slots == 0).sum())
-    scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
-    assert torch.allclose(scored.main.stats().logprob, batch.main_sampled, atol=1e-4)
-    assert (batch.head_sampled < 0).all(), "main's log-probability, not the 0 of a forced token"
+    assert len(batch.main) == int((out.out.slots == 0).sum())
+    scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
+    assert torch.allclose(scored.main.stats().logprob, batch.main.sampled, atol=1e-4)
+    assert (batch.head.sampled < 0).all(), "main's log-probability, not the 0 of a forced token"
 
 
 def by_hand(*segments, prompt="37+85+46=", memories=None):
@@ -312,7 +326,7 @@ def test_generate_segments_refuses_what_cannot_be_done_before_any_pass(monkeypat
 def test_texts_that_cannot_have_a_memory_are_refused():
     tokenizer = character_tokenizer("0123456789", MARKS)
     with pytest.raises(ValueError, match=r"knows the characters of memory commands, but not \['w'"):
-        TextFormat(tokenizer, PHASES, 4, segments=SEGMENTS)
+        PromptFormat(tokenizer, PHASES, 4, segments=SEGMENTS)
     decoding = DecodingConfig(phases=PHASES, segments=SEGMENTS, max_new_tokens=8)
     with pytest.raises(ValueError, match="decoding.max_new_tokens must be at least 9.* got 8"):
         decoding.sampler()
@@ -339,7 +353,7 @@ def run(tmp_path_factory):
         "stages.joint.steps=2",
         "stages.rl.steps=2",
         "stages.rl.micro_batch_size=5",
-        "stages.rl.num_solved=2",
+        "stages.rl.rollouts.num_solved=2",
         "stages.rl.objective.main_ce.weight=0.1",
         "stages.rl.reward.pass_cost=0.01",
     ]

@@ -10,7 +10,8 @@ import time
 import pytest
 from helpers import ROOT, TINY, config, records
 
-from mtp.trainer import Interrupted, over_updates, train
+from mtp.stage_loop import over_updates
+from mtp.trainer import Interrupted, train
 
 
 @pytest.fixture(scope="module")
@@ -54,20 +55,20 @@ def test_only_what_a_stage_trains_moves(whole_run):
 
 @pytest.mark.parametrize("stage", ["joint", "rl"])
 def test_a_resumed_run_gives_the_very_same_numbers(whole_run, tmp_path, monkeypatch, stage):
-    import mtp.trainer as trainer
+    import mtp.stage_loop as stage_loop
 
     folder, summary = whole_run
-    original = trainer.step_batches
+    original = stage_loop.step_batches
 
-    def stop_after_two_steps(run, name, config, step):
-        if name == stage and step == 1:
+    def stop_after_two_steps(run, stage_run, step):
+        if stage_run.name == stage and step == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(run, name, config, step)
+        return original(run, stage_run, step)
 
-    monkeypatch.setattr(trainer, "step_batches", stop_after_two_steps)
+    monkeypatch.setattr(stage_loop, "step_batches", stop_after_two_steps)
     with pytest.raises(Interrupted, match=f"stage {stage} after step 2 of 4; use resume=true"):
         train(config(tmp_path))
-    monkeypatch.setattr(trainer, "step_batches", original)
+    monkeypatch.setattr(stage_loop, "step_batches", original)
     resumed = train(config(tmp_path, "resume=true"))
     assert records(tmp_path) == records(folder)
     for mine, theirs in zip(resumed["stages"], summary["stages"], strict=True):
@@ -100,7 +101,10 @@ def test_a_dry_run_leaves_nothing_and_says_what_a_full_run_costs(tmp_path, capsy
         ("head.taps=[9]", "head.taps must be layers between 0 and 4"),
         ("decoding.phases.answer.opened_by=null", "decoding.phases.answer.opened_by is missing"),
         ("model.config.hidden_size=33", "model.config does not fit|hidden_size"),
-        ("stages.main.objective.leash.weight=1", "main.objective.leash needs a stage before it"),
+        (
+            "stages.main.objective.reference_kl.weight=1",
+            "main.objective.reference_kl needs a stage before it",
+        ),
     ],
 )
 def test_impossible_settings_name_their_key_and_leave_nothing(tmp_path, override, message):
@@ -148,7 +152,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
 
 
 def test_a_stage_ends_once_training_problems_are_solved_well_enough(tmp_path, monkeypatch):
-    import mtp.trainer as trainer
+    import mtp.stage_evaluation as stage_evaluation
 
     asked = []
 
@@ -156,7 +160,7 @@ def test_a_stage_ends_once_training_problems_are_solved_well_enough(tmp_path, mo
         asked.append([example.prompt for example in examples])
         return 0.5 if len(asked) == 2 else 0.25
 
-    monkeypatch.setattr(trainer, "fast_accuracy", half_solved)
+    monkeypatch.setattr(stage_evaluation, "fast_accuracy", half_solved)
     overrides = ["stages.joint.steps=9", "stages.joint.stop_every=2", "stages.rl.steps=0"]
     summary = train(config(tmp_path, *overrides, "stages.joint.stop_accuracy=0.5"))
     assert [stage["steps"] for stage in summary["stages"]] == [6, 4, 4]

@@ -20,15 +20,19 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from ..config import RunConfig
 from ..errors import in_quotes, one_line
 from ..files import save_text
+from ..reports.loggers import SINKS
 from ..tasks import TASK_CONFIGS
 
 
 def register_configs() -> None:
-    """Put the schema, the tasks' schemas and the resolvers where conf/ can name them."""
+    """Put the schemas of runs, tasks and sinks, and the resolvers, where conf/ can name them."""
     store = ConfigStore.instance()
     store.store(name="run_config", node=RunConfig)
     for name, config in TASK_CONFIGS.items():
         store.store(group="task", name=f"{name}_schema", node=config)
+    for name, kind in SINKS.items():
+        package = f"logger.sinks.{name}"
+        store.store(group="logger", name=f"{name}_schema", node=kind.config, package=package)
     for resolver in (in_sweep, run_folder, job_folder, sweep_name):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from ..config import RunConfig
     from ..modeling.branches import SearchConfig
-    from ..rollouts.prompt_format import TextFormat
+    from ..rollouts.prompt_format import PromptFormat
 
 DEFAULT_MAX_NEW_TOKENS = 256
 """Where neither the command line nor the folder says."""
@@ -71,7 +71,7 @@ class Opened:
         names = list(self.config.active_stages())
         return names[: names.index(self.stage) + 1]
 
-    def load(self, device: str) -> tuple[Any, "TextFormat"]:
+    def load(self, device: str) -> tuple[Any, "PromptFormat"]:
         """The model on a device, ready to decode, and its text format."""
         from ..errors import reading
         from ..hub.build import load_model
@@ -146,7 +146,7 @@ class Writer:
 
     console: "Console"
     model: Any
-    text: "TextFormat"
+    text: "PromptFormat"
     mode: str
     write: "Callable[[list[int], str], list[int]]"
     """(prompt ids, mode) -> completion ids, shown as they come."""
@@ -164,6 +164,7 @@ def open_writer(arguments: argparse.Namespace) -> Writer:
     sampler = make_sampler(arguments, config)
     import torch
 
+    from ..modeling.decode_options import DecodeOptions
     from ..modeling.segments import check_segments
     from ..reports.progress import make_console
     from .streaming import write_live
@@ -181,16 +182,16 @@ def open_writer(arguments: argparse.Namespace) -> Writer:
         check_segments(text.segments, text.phases, "decoding")
     seed = DEFAULT_SEED if arguments.seed is None else arguments.seed
     generator = torch.Generator(device=device).manual_seed(seed)
+    options = DecodeOptions(sampler=sampler, max_new_tokens=limit, generator=generator)
     console = make_console()
 
     def write(prompt: list[int], mode: str) -> list[int]:
         plan = text.plan(mode)
         if arguments.max_thought_tokens is not None:
             plan.max_tokens[0] = arguments.max_thought_tokens
-        given = {"mode": mode, "max_new_tokens": limit, "generator": generator}
         if config is not None:
-            return write_found(console, model, text, prompt, plan, sampler, config, **given)
-        return write_live(console, model, text, prompt, plan, sampler, **given)
+            return write_found(console, model, text, prompt, plan, options, config, mode=mode)
+        return write_live(console, model, text, prompt, plan, options, mode=mode)
 
     return Writer(console, model, text, mode, write)
 
@@ -246,7 +247,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from ..hub.build import load_model
     from ..reference import evaluation_reference, folder_of
     from ..reports.progress import make_console
-    from ..reports.tables import COLUMNS
+    from ..reports.tables import print_metrics
     from ..training.examples import fit_task
 
     device = choose_device(arguments.device)
@@ -257,7 +258,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if (source / "config.json").is_file():
         with reading(str(source)):
             reference = load_model(source, config.model.torch_dtype())[0].to(device).eval()
-    figures, _ = measure(
+    metrics, _ = measure(
         model,
         text,
         task,
@@ -267,13 +268,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
         use_head=opened.head_is_trained,
         reference=reference,
         verified=config.evaluation.verified,
-        kernels=config.kernels,
+        impl=config.kernels,
     )
     if arguments.json:
-        print(json.dumps({"name": opened.stage, **figures}, indent=2))
+        print(json.dumps({"name": opened.stage, **metrics}, indent=2))
     else:
-        title = f"{arguments.folder}, stage {opened.stage}"
-        print_figures(make_console(), title, figures, COLUMNS)
+        problems = f"{metrics['num_problems']} held-out problems, greedy"
+        title = f"{arguments.folder}, stage {opened.stage}: {problems}"
+        print_metrics(make_console(), title, "run", {"value": metrics})
 
 
 def evaluate_search(
@@ -286,55 +288,39 @@ def evaluate_search(
     sampler = make_sampler(arguments, config)
     import torch
 
-    from ..evaluation.evaluate_search import FIGURES
     from ..evaluation.evaluate_search import evaluate_search as measure
+    from ..modeling.decode_options import DecodeOptions
     from ..reports.progress import make_console
+    from ..reports.tables import print_metrics
     from ..training.examples import fit_task
 
     device = choose_device(arguments.device)
     seed = DEFAULT_SEED if arguments.seed is None else arguments.seed
     model, text = opened.load(device)
-    figures = measure(
+    options = DecodeOptions(
+        sampler=sampler,
+        max_new_tokens=run.decoding.max_new_tokens,
+        generator=torch.Generator(device=device).manual_seed(seed),
+        impl=run.kernels,
+    )
+    metrics = measure(
         model,
         text,
         fit_task(run.task.build(), run.decoding, run.active_stages(), model, text),
         config,
-        sampler,
+        options,
         mode=mode,
         judge=arguments.judge or "logprob",
-        max_new_tokens=run.decoding.max_new_tokens,
         num_problems=num_problems,
         batch_size=run.evaluation.batch_size,
-        generator=torch.Generator(device=device).manual_seed(seed),
-        kernels=run.kernels,
     )
     if arguments.json:
         asked = {"mode": mode, **vars(config), "temperature": sampler.temperature, "seed": seed}
-        print(json.dumps({"name": opened.stage, **asked, **figures}, indent=2))
+        print(json.dumps({"name": opened.stage, **asked, **metrics}, indent=2))
         return
-    title = f"{arguments.folder}, stage {opened.stage}, {mode}, {config.method}"
-    print_figures(make_console(), title, figures, FIGURES, "sampled")
-
-
-def print_figures(
-    console: "Console",
-    title: str,
-    figures: dict[str, Any],
-    columns: dict[str, str],
-    drawn: str = "greedy",
-) -> None:
-    """One row a figure."""
-    from rich.table import Table
-
-    from ..reports.tables import cell
-
-    table = Table(title=f"{title}: {figures['num_problems']} held-out problems, {drawn}")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    for name, shown in columns.items():
-        if name in figures:
-            table.add_row(shown, cell(name, figures[name]))
-    console.print(table)
+    how = f"{opened.stage}, {mode}, {config.method}"
+    title = f"{arguments.folder}, stage {how}: {metrics['num_problems']} held-out problems, sampled"
+    print_metrics(make_console(), title, "search", {"value": metrics})
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -345,7 +331,9 @@ def export(arguments: argparse.Namespace) -> None:
     from ..errors import read_json
     from ..hub.export import check_replaceable
     from ..hub.export import export as write
+    from ..hub.formats import find_format
 
+    find_format(arguments.format)
     check_replaceable(arguments.out)
     measured = arguments.folder / "summary.json"
     summary: dict[str, Any] = {"stages": [], "seed": config.seed}
@@ -357,7 +345,7 @@ def export(arguments: argparse.Namespace) -> None:
     except (KeyError, TypeError, IndexError):
         raise ValueError(f"{measured} is not the summary of a run; remove it") from None
     model, text = opened.load("cpu")
-    write(model, text, arguments.out, summary, config)
+    write(model, text, arguments.out, summary, config, arguments.format)
     print(f"exported {opened.folder} to {arguments.out}")
 
 
@@ -408,7 +396,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--num-problems", type=int, metavar="N", help="default: the run's evaluation.num_problems"
     )
     sub.add_argument(
-        "--json", action="store_true", help="print the figures as summary.json has them"
+        "--json", action="store_true", help="print the metrics as summary.json has them"
     )
     add_search_options(sub, "judge", "mode", "temperature", "top_k", "top_p", "seed")
     sub.add_argument(
@@ -420,6 +408,12 @@ def make_parser() -> argparse.ArgumentParser:
     add_sampling_options(sub)
     sub = command("export", export, "write a run's model as a Hugging Face folder", a_run)
     sub.add_argument("out", type=Path, metavar="OUT", help="folder to make; an export is replaced")
+    sub.add_argument(
+        "--format",
+        default="huggingface",
+        metavar="NAME",
+        help="huggingface (main with its head, the default) or main (main alone, for any tool)",
+    )
     for name, sub in commands.choices.items():
         sub.add_argument(
             "--stage", metavar="NAME", help="the model as this stage left it, not the last"

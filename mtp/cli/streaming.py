@@ -2,19 +2,19 @@
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.text import Text
 
+from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.memory import Memory
 from ..modeling.phases import MODES, PhasePlan
 from ..modeling.records import FORCED, Block
-from ..modeling.sampler import Sampler
 from ..modeling.segments import decode_segments
-from ..rollouts.prompt_format import TextFormat
+from ..rollouts.prompt_format import PromptFormat
 
 STYLES = {
     "main": "not dim bold yellow",
@@ -118,34 +118,29 @@ class LiveText:
 
 def write_live(
     console: Console,
-    model: Any,
-    text: TextFormat,
+    model: DecodableModel,
+    fmt: PromptFormat,
     prompt: list[int],
     plan: PhasePlan,
-    sampler: Sampler,
+    options: DecodeOptions,
     *,
     mode: str,
-    max_new_tokens: int,
-    generator: torch.Generator,
 ) -> list[int]:
     """Complete one prompt on the screen; returns ids of the completion, or of its last segment."""
-    live = LiveText(console, text.tokenizer)
+    live = LiveText(console, fmt.tokenizer)
     device = next(model.parameters()).device
     out = decode_segments(
         model,
         torch.tensor([prompt], device=device),
         torch.tensor([len(prompt)], device=device),
         plan,
-        sampler,
-        text.segments,
-        text.tokenizer,
-        max_new_tokens=max_new_tokens,
-        pad_id=text.pad_id,
-        generator=generator,
+        replace(options, pad_id=fmt.pad_id),
+        fmt.segments,
+        fmt.tokenizer,
         on_block=live,
         on_segment=live.next_segment,
     )
-    live.end(mode, "" if out.out.finished[-1] else f"; cut at {max_new_tokens} new tokens")
+    live.end(mode, "" if out.out.finished[-1] else f"; cut at {options.max_new_tokens} new tokens")
     return live.ids
 
 
@@ -155,7 +150,7 @@ HELP = "/mode fast|slow|verified changes the mode, /new forgets the conversation
 def converse(
     lines: Iterable[str],
     console: Console,
-    text: TextFormat,
+    fmt: PromptFormat,
     write: Callable[[list[int], str], list[int]],
     *,
     mode: str,
@@ -166,7 +161,7 @@ def converse(
     Args:
         lines: what the user says.
         console: where it is shown.
-        text: makes prompts of conversations. Thoughts are left out of later prompts.
+        fmt: makes prompts of conversations. Thoughts are left out of later prompts.
         write: completes a prompt, (ids, mode) -> completion ids.
         mode: to begin with.
         check: raises ValueError for a message that the model cannot read.
@@ -189,6 +184,6 @@ def converse(
                 console.print(f"error: {error}", style="red")
                 continue
             messages.append({"role": "user", "content": line})
-            ids = write(text.conversation_ids(messages), mode)
-            answer = text.answer_text(ids)
+            ids = write(fmt.conversation_ids(messages), mode)
+            answer = fmt.answer_text(ids)
             messages.append({"role": "assistant", "content": answer or ""})

@@ -1,6 +1,6 @@
 """What a search found, on screen: the chosen text by its passes, then all scores and answers."""
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -8,26 +8,24 @@ from rich.markup import escape
 from rich.text import Text
 
 from ..modeling.branches import SearchConfig
+from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.phases import PhasePlan
 from ..modeling.records import Block
-from ..modeling.sampler import Sampler
 from ..modeling.search import search
-from ..rollouts.prompt_format import TextFormat
+from ..rollouts.prompt_format import PromptFormat
 from .streaming import STYLES, LiveText
 
 
 def write_found(
     console: Console,
-    model: Any,
-    text: TextFormat,
+    model: DecodableModel,
+    fmt: PromptFormat,
     prompt: list[int],
     plan: PhasePlan,
-    sampler: Sampler,
+    options: DecodeOptions,
     config: SearchConfig,
     *,
     mode: str,
-    max_new_tokens: int,
-    generator: torch.Generator,
 ) -> list[int]:
     """Search for a completion of one prompt and show it, then the score and the final answer of
     each text that was found. Returns the chosen ids.
@@ -38,15 +36,12 @@ def write_found(
         torch.tensor([prompt], device=device),
         torch.tensor([len(prompt)], device=device),
         plan,
-        sampler,
+        replace(options, pad_id=fmt.pad_id),
         config,
-        max_new_tokens=max_new_tokens,
-        pad_id=text.pad_id,
-        answer_of=text.answer_text,
-        generator=generator,
+        answer_of=fmt.answer_text,
     )
     (chosen,), (texts,) = found.chosen, found.texts
-    live = LiveText(console, text.tokenizer)
+    live = LiveText(console, fmt.tokenizer)
     for branch in chosen.path()[1:]:
         block = Block(
             rows=torch.tensor([0]),
@@ -62,7 +57,7 @@ def write_found(
         legend = [(f"{who} ", style) for who, style in STYLES.items() if who in live.emitters]
         console.print(Text.assemble(*legend))
     for branch in texts:
-        answer = text.answer_text(branch.text())
+        answer = fmt.answer_text(branch.text())
         shown = "no answer" if answer is None else escape(answer)
         mark = "*" if branch is chosen else " "
         console.print(f"{mark} {branch.score:8.4f}  {shown}", style="dim", highlight=False)

@@ -9,13 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..bounds import bounded
+from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.records import Decoded
 from ..modeling.sampler import Sampler
 from ..rollouts.legibility import reference_figures, true_step_share, unigram_drift
-from ..rollouts.prompt_format import TextFormat
+from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import DecodingConfig, Rollouts, sample
 from ..tasks.base import Example, Task
 
@@ -34,35 +33,36 @@ class EvaluationConfig:
     reference: str = "first"
     """What measures how ordinary thoughts are: main as the `first` stage or a named one left it,
     `start` (the model that the run began from), or a folder that mtp saved. It should not be what
-    the leash compares with; `reference_in_loss` in the summary says whether it is."""
+    the loss compares with; `reference_in_loss` in the summary says whether it is."""
     verified: bool = False
     """Decode in verified mode too, where the head drafts and main decides: `verified_passes`,
     `verified_tokens_per_pass` and `acceptance_by_slot`."""
 
 
 def decode_all(
-    model: torch.nn.Module,
-    text: TextFormat,
+    model: DecodableModel,
+    fmt: PromptFormat,
     examples: list[Example],
     mode: str,
     decoding: DecodingConfig,
     batch_size: int,
     prefixes: list[list[int]] | None = None,
-    kernels: str = "auto",
+    impl: str | None = None,
 ) -> list[Rollouts]:
     """Greedy completions of all examples, in batches."""
+    options = DecodeOptions(
+        sampler=Sampler(temperature=0), max_new_tokens=decoding.max_new_tokens, impl=impl
+    )
     batches = []
     for at in range(0, len(examples), batch_size):
         batches.append(
             sample(
                 model,
-                text,
+                fmt,
                 examples[at : at + batch_size],
-                text.plan(mode),
-                Sampler(temperature=0),
-                max_new_tokens=decoding.max_new_tokens,
+                fmt.plan(mode),
+                options,
                 prefixes=None if prefixes is None else prefixes[at : at + batch_size],
-                kernels=kernels,
             )
         )
     return batches
@@ -89,17 +89,17 @@ def accuracy(
 
 
 def fast_accuracy(
-    model: torch.nn.Module,
-    text: TextFormat,
+    model: DecodableModel,
+    fmt: PromptFormat,
     examples: list[Example],
     task: Task,
     decoding: DecodingConfig,
     batch_size: int,
-    kernels: str = "auto",
+    impl: str | None = None,
 ) -> float | None:
     """Accuracy of fast mode on some examples; None for a task that judges no answers."""
-    fast = decode_all(model, text, examples, "fast", decoding, batch_size, kernels=kernels)
-    return accuracy(fast, task, text.answer_text)
+    fast = decode_all(model, fmt, examples, "fast", decoding, batch_size, impl=impl)
+    return accuracy(fast, task, fmt.answer_text)
 
 
 def acceptance_by_slot(outs: list[Decoded], num_head_slots: int) -> list[float]:
@@ -117,8 +117,8 @@ def held_out(task: Task, num_problems: int) -> list[Example]:
 
 
 def evaluate(
-    model: Any,
-    text: TextFormat,
+    model: DecodableModel,
+    fmt: PromptFormat,
     task: Task,
     decoding: DecodingConfig,
     *,
@@ -128,13 +128,13 @@ def evaluate(
     controls: bool = True,
     reference: Any = None,
     verified: bool = False,
-    kernels: str = "auto",
+    impl: str | None = None,
 ) -> tuple[dict[str, Any], list[Rollouts]]:
     """All figures of one evaluation, named as in summary.json, and the completions they are of.
 
     Args:
         model: an mtp model.
-        text: tokens and phases.
+        fmt: tokens and phases.
         task: held-out problems and their judge.
         decoding: phases and limits.
         num_problems: at most so many held-out problems.
@@ -143,7 +143,7 @@ def evaluate(
         controls: also answer behind an empty and behind a wrong thought (another problem's).
         reference: frozen model for `reference_nats_per_token`, by slot too; null without one.
         verified: decode in verified mode too; its figures are absent otherwise.
-        kernels: implementation of `mtp_kernels` ops that decoding draws with, see `decode`.
+        impl: implementation of `mtp_kernels` ops that tokens are sampled with, see `DecodeOptions`.
     """
     examples = held_out(task, num_problems)
     num_problems = len(examples)
@@ -156,14 +156,12 @@ def evaluate(
         return tokens / (passes(batches) * num_problems)
 
     def completions(mode: str, prefixes: list[list[int]] | None = None) -> list[Rollouts]:
-        return decode_all(
-            model, text, examples, mode, decoding, batch_size, prefixes, kernels=kernels
-        )
+        return decode_all(model, fmt, examples, mode, decoding, batch_size, prefixes, impl=impl)
 
     slow = completions("slow")
     shown = slow
     figures: dict[str, Any] = {
-        "slow_accuracy": accuracy(slow, task, text.answer_text),
+        "slow_accuracy": accuracy(slow, task, fmt.answer_text),
         "fast_accuracy": None,
         "slow_passes": passes(slow),
         "fast_passes": None,
@@ -172,7 +170,7 @@ def evaluate(
     if use_head:
         shown = fast = completions("fast")
         figures |= {
-            "fast_accuracy": accuracy(fast, task, text.answer_text),
+            "fast_accuracy": accuracy(fast, task, fmt.answer_text),
             "fast_passes": passes(fast),
             "fast_tokens_per_pass": tokens_per_pass(fast),
         }
@@ -181,37 +179,37 @@ def evaluate(
         figures |= dict.fromkeys(names)
         if use_head:
             drafted = fast
-            if text.plan("verified") != text.plan("fast"):
+            if fmt.plan("verified") != fmt.plan("fast"):
                 drafted = completions("verified")
             figures |= {
                 "verified_passes": passes(drafted),
                 "verified_tokens_per_pass": tokens_per_pass(drafted),
                 "acceptance_by_slot": acceptance_by_slot(
-                    [b.out for b in drafted], text.num_slots - 1
+                    [b.out for b in drafted], fmt.block_size - 1
                 ),
             }
     figures |= {"empty_thought_accuracy": None, "wrong_thought_accuracy": None}
-    if controls and task.judges and text.closer is not None:
-        empty = [text.thought_ids("") for _ in examples]
+    if controls and task.judges and fmt.closer is not None:
+        empty = [fmt.thought_ids("") for _ in examples]
         given = completions("slow", empty)
-        figures["empty_thought_accuracy"] = accuracy(given, task, text.bare_answer_text)
-        wrong = wrong_thoughts(examples, slow, task, text)
+        figures["empty_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text)
+        wrong = wrong_thoughts(examples, slow, task, fmt)
         if wrong is not None:
             given = completions("slow", wrong)
-            figures["wrong_thought_accuracy"] = accuracy(given, task, text.bare_answer_text)
-    figures["true_steps"] = true_step_share(shown, task, text)
-    figures["unigram_drift"] = unigram_drift(shown, text)
+            figures["wrong_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text)
+    figures["true_steps"] = true_step_share(shown, task, fmt)
+    figures["unigram_drift"] = unigram_drift(shown, fmt)
     figures["reference_nats_per_token"] = None
     if reference is not None:
-        figures |= reference_figures(shown, text, reference, text.num_slots if use_head else 1)
-    if text.segments.max_segments > 1:
+        figures |= reference_figures(shown, fmt, reference, fmt.block_size if use_head else 1)
+    if fmt.segments.max_segments > 1:
         figures["segments"] = sum(len(b.prompts) for b in shown) / num_problems
     figures["num_problems"] = num_problems
     return figures, shown
 
 
 def wrong_thoughts(
-    examples: list[Example], own: list[Rollouts], task: Task, text: TextFormat
+    examples: list[Example], own: list[Rollouts], task: Task, fmt: PromptFormat
 ) -> list[list[int]] | None:
     """For each problem the thought of another problem whose answer is not right here.
 
@@ -219,14 +217,14 @@ def wrong_thoughts(
     thought for some problem.
     """
     if all(example.thought is not None for example in examples):
-        thoughts = [text.thought_ids(example.thought) for example in examples]
+        thoughts = [fmt.thought_ids(example.thought) for example in examples]
     else:
-        thoughts = [text.split(b.completion(r))[0] for b in own for r in range(len(b))]
+        thoughts = [fmt.split(b.completion(r))[0] for b in own for r in range(len(b))]
     out = []
     for index, example in enumerate(examples):
         for step in range(1, len(examples)):
             other = (index + step) % len(examples)
-            closed = bool(thoughts[other]) and thoughts[other][-1] == text.thought_ids("")[-1]
+            closed = bool(thoughts[other]) and thoughts[other][-1] == fmt.thought_ids("")[-1]
             if closed and not task.outcome(example, examples[other].answer):
                 out.append(thoughts[other])
                 break

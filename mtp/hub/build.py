@@ -18,7 +18,7 @@ from ..modeling.memory import ALPHABET
 from ..modeling.modeling_mtp import FAMILIES
 from ..modeling.phases import Phase, phases_from_json, phases_to_json
 from ..modeling.segments import SegmentSettings
-from ..rollouts.prompt_format import TextFormat, character_tokenizer
+from ..rollouts.prompt_format import PromptFormat, character_tokenizer
 from ..rollouts.rollout import DecodingConfig
 from ..tasks.base import Task
 from .pretrained import (
@@ -94,7 +94,7 @@ def family_class(model_type: str) -> Any:
 
 def build_model(
     config: ModelConfig, head: HeadConfig, decoding: DecodingConfig, task: Task
-) -> tuple[Any, TextFormat]:
+) -> tuple[Any, PromptFormat]:
     """The model, on the CPU, and the text format it speaks.
 
     The head of a pretrained main that has none is initialized here. Weights drawn at random use
@@ -108,7 +108,7 @@ def build_model(
     else:
         with reading(f"model.source={config.source!r}"):
             model, tokenizer = _from_source(config, head)
-    text = TextFormat(
+    text = PromptFormat(
         tokenizer,
         decoding.phases,
         head.num_slots + 1,
@@ -337,7 +337,7 @@ def check_same_head(head: HeadConfig, saved: HeadConfig, num_layers: int, what: 
         )
 
 
-def generation_config(text: TextFormat, phases: dict[str, Phase]) -> GenerationConfig:
+def generation_config(text: PromptFormat, phases: dict[str, Phase]) -> GenerationConfig:
     """What `generate` needs to know of the phases, saved beside the weights."""
     eos = text.eos_ids if len(text.eos_ids) > 1 else text.eos_id
     out: Any = GenerationConfig(eos_token_id=eos, pad_token_id=text.pad_id)
@@ -352,7 +352,7 @@ def end_ids(config: GenerationConfig) -> list[int]:
     return [eos] if isinstance(eos, int) else list(eos or [])
 
 
-def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, TextFormat]:
+def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, PromptFormat]:
     """A model that mtp saved, with its text format, from its own folder.
 
     Raises ValueError naming the folder if it holds no such model, or a damaged one.
@@ -385,12 +385,12 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Tex
     system = getattr(given, "mtp_system_prompt", None)
     segments = SegmentSettings(**(getattr(given, "mtp_segments", None) or {}))
     template = getattr(given, "mtp_chat_template", True)
-    return model, TextFormat(
-        tokenizer, phases, model.num_slots, system, segments, template, end_ids(given)
+    return model, PromptFormat(
+        tokenizer, phases, model.block_size, system, segments, template, end_ids(given)
     )
 
 
-def save_model(model: Any, text: TextFormat, folder: Path) -> None:
+def save_model(model: Any, text: PromptFormat, folder: Path) -> None:
     """Weights, config, generation config and tokenizer, in Hugging Face's layout."""
     model.generation_config.mtp_system_prompt = text.system_prompt
     model.generation_config.mtp_chat_template = text.chat_template

@@ -8,32 +8,27 @@ from typing import Any
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from ..evaluation.evaluate import decode_all, held_out
-from ..reports.tables import cell, columns_of
-from ..rollouts.prompt_format import TextFormat
+from ..modeling.phases import MODES as PHASE_MODES
+from ..reports.metrics import Metric, measured
+from ..rollouts.prompt_format import PromptFormat
 from .build import ModelConfig, source_folder
 
 CARD = "README.md"
+TAG = "mtp-eavesdrop"
+"""Tag of every card, by which an export is recognised."""
 MODES = ("fast", "slow")
 """Modes of the card's example; plain `generate` on main writes the text of `slow`."""
 NUM_TRIED = 8
 """Held-out problems among which the example is chosen."""
 
 
-def model_card(model: Any, text: TextFormat, summary: dict[str, Any], config: Any) -> str:
-    """README.md of an export: what it is, both doors, the measured table, provenance, limits."""
-    base, hub_id, licence = base_model(config.model)
-    meta = ["library_name: transformers", "pipeline_tag: text-generation"]
-    meta += [f"license: {licence}"] if licence else []
-    meta += [f"base_model: {hub_id}"] if hub_id else []
-    meta += ["tags:", "- multi-token-prediction", "- custom_code"]
-    counts = {"main": 0, "head": 0}
-    for name, parameter in model.named_parameters():
-        counts["head" if name.startswith("mtp_head.") else "main"] += parameter.numel()
-    fast = [name for name, phase in text.phases.items() if phase.mode == "fast"]
-    slow = [name for name, phase in text.phases.items() if phase.mode == "slow"]
-    verified = [name for name, phase in text.phases.items() if phase.mode == "verified"]
+def model_card(model: Any, text: PromptFormat, summary: dict[str, Any], config: Any) -> str:
+    """README.md of main with its head: how to open it, metrics, provenance, limits."""
+    counts = _parameters(model)
+    modes = {mode: [n for n, p in text.phases.items() if p.mode == mode] for mode in PHASE_MODES}
+    verified = modes["verified"]
     checked = f" In a verified phase ({_listed(verified)}) main checks them." if verified else ""
-    slots = model.num_slots
+    slots = model.block_size
     prompt, wrong = sample_prompt(model, text, config)
     caveat = [
         f"This prompt is the best of {NUM_TRIED} that were tried, and the answer of "
@@ -41,20 +36,20 @@ def model_card(model: Any, text: TextFormat, summary: dict[str, Any], config: An
     ]
     caveat = caveat if wrong else []
     parts = [
-        "---\n" + "\n".join(meta) + "\n---",
+        _front_matter(config, "multi-token-prediction", "custom_code"),
         f"# {config.name}: a language model with an eavesdropping head",
         f"A causal language model (**main**, {counts['main']:,} parameters, `"
         f"{model.config.model_type}`) that writes one token per forward pass, and a small **head** "
-        f"({counts['head']:,} parameters, `{model.mtp_settings.type}`) that listens to main's "
+        f"({counts['head']:,} parameters, `{model.mtp_settings.type}`) that reads main's "
         f"residual stream after layers {model.mtp_taps} and writes the next {slots - 1} tokens of "
-        f"the same pass. In a fast phase ({_listed(fast)}) all of them are kept, up to {slots} "
-        f"tokens a pass; in a slow phase ({_listed(slow)}) only main's own token is kept.{checked}",
+        f"the same pass. In a fast phase ({_listed(modes['fast'])}) all of them are kept, up to "
+        f"{slots} tokens a pass; in a slow phase ({_listed(modes['slow'])}) only main's own token "
+        f"is kept.{checked}",
         "## Use",
         "Main alone, with nothing but transformers. The loading report lists the head's weights "
-        "(`mtp_head.*`) as unexpected: they are left aside.",
+        "(`mtp_head.*`) as unexpected: they are ignored.",
         _snippet(text, prompt, head=False),
-        "Main with its head. The code is in this folder (`*_mtp.py`), so no other package is "
-        "needed.",
+        "Main with its head. The code is in this folder, so no other package is needed.",
         _snippet(text, prompt, head=True),
         *caveat,
         "`fast` decodes each phase in its own mode, `slow` all of them one token per pass, "
@@ -67,18 +62,60 @@ def model_card(model: Any, text: TextFormat, summary: dict[str, Any], config: An
         "## Measured",
         _table(summary),
         "## Provenance",
-        _provenance(base, licence, text, config),
+        _provenance(text, config),
         "## Limitations",
-        _limitations(config),
+        "\n".join([*UNVERIFIED, *_limitations(config), *GENERATE]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def main_card(model: Any, text: PromptFormat, summary: dict[str, Any], config: Any) -> str:
+    """README.md of main without its head: how to open it, metrics, provenance, limits."""
+    parts = [
+        _front_matter(config),
+        f"# {config.name}: main of a language model with an eavesdropping head",
+        f"A causal language model ({_parameters(model)['main']:,} parameters, `"
+        f"{model.config.model_type}`). It was trained as the main LLM of a model whose small head "
+        "reads its residual stream and writes further tokens of each forward pass. The head is "
+        "not in this folder: this model writes one token per pass, as in the slow mode of the "
+        "whole.",
+        "## Use",
+        _snippet(text, config, head=False),
+        "## Measured",
+        "Slow accuracy and slow passes are those of this folder; fast and verified mode need the "
+        "head.",
+        _table(summary),
+        "## Provenance",
+        _provenance(text, config),
+        "## Limitations",
+        "\n".join(_limitations(config)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(config: Any, *tags: str) -> str:
+    """What the Hub reads of a card."""
+    _, hub_id, licence = base_model(config.model)
+    meta = ["library_name: transformers", "pipeline_tag: text-generation"]
+    meta += [f"license: {licence}"] if licence else []
+    meta += [f"base_model: {hub_id}"] if hub_id else []
+    meta += ["tags:", *(f"- {tag}" for tag in (TAG, *tags))]
+    return "---\n" + "\n".join(meta) + "\n---"
+
+
+def _parameters(model: Any) -> dict[str, int]:
+    """Numbers of parameters of main and of the head."""
+    counts = {"main": 0, "head": 0}
+    for name, parameter in model.named_parameters():
+        counts["head" if name.startswith("mtp_head.") else "main"] += parameter.numel()
+    return counts
 
 
 def _listed(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names) or "none here"
 
 
-def _snippet(text: TextFormat, prompt: str, *, head: bool) -> str:
+def _snippet(text: PromptFormat, prompt: str, *, head: bool) -> str:
     """Python that loads the folder through one door and answers a prompt."""
     if not text.uses_template:
         tokenizer: Any = text.tokenizer
@@ -122,7 +159,7 @@ def _snippet(text: TextFormat, prompt: str, *, head: bool) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-def _segments(text: TextFormat) -> list[str]:
+def _segments(text: PromptFormat) -> list[str]:
     """How to write text in segments; nothing for a model that writes one."""
     settings = text.segments
     if settings.max_segments == 1:
@@ -137,7 +174,7 @@ def _segments(text: TextFormat) -> list[str]:
     ]
 
 
-def sample_prompt(model: Any, text: TextFormat, config: Any) -> tuple[str, list[str]]:
+def sample_prompt(model: Any, text: PromptFormat, config: Any) -> tuple[str, list[str]]:
     """A held-out prompt for the card, and the modes that answer it wrong.
 
     It is the first of a few prompts that every mode answers right, else the first that most do.
@@ -150,7 +187,7 @@ def sample_prompt(model: Any, text: TextFormat, config: Any) -> tuple[str, list[
     wrong: list[list[str]] = [[] for _ in examples]
     for mode in MODES if task.judges else ():
         (batch,) = decode_all(
-            model, text, examples, mode, config.decoding, NUM_TRIED, kernels=config.kernels
+            model, text, examples, mode, config.decoding, NUM_TRIED, impl=config.kernels
         )
         for row, example in enumerate(examples):
             answer = text.answer_text(batch.completion(row))
@@ -161,27 +198,21 @@ def sample_prompt(model: Any, text: TextFormat, config: Any) -> tuple[str, list[
 
 
 def _table(summary: dict[str, Any]) -> str:
-    """The stages' figures in Markdown."""
+    """The metrics in Markdown, one row a stage, and what they mean."""
     stages = summary["stages"]
     if not stages:
         return "Nothing was measured: the run had not ended when this was exported."
-    columns = columns_of(stages)
-    rows = [["stage", *columns.values()], ["---"] + ["---:"] * len(columns)]
-    rows += [[s["name"], *(cell(key, s.get(key)) for key in columns)] for s in stages]
+    metrics = measured("run", stages)
+    rows = [["stage", *(m.title for m in metrics)], ["---"] + ["---:"] * len(metrics)]
+    rows += [[s["name"], *(m.cell(s.get(m.name)) for m in metrics)] for s in stages]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines += [
         "",
         f"{stages[-1]['num_problems']} held-out problems, greedy decoding, seed {summary['seed']}; "
-        "one row per training stage, the last is this model. Empty and wrong thought: accuracy "
-        "when the model is made to think nothing, or another problem's thought. True steps: share "
-        "of the steps in the thoughts that are true. Ref. nats/token: how surprising the thoughts "
-        "are to the model as the first stage left it.",
+        "one row per training stage, the last is this model.",
+        "",
+        *(_explained(metric) for metric in metrics if metric.meaning),
     ]
-    if "acceptance_by_slot" in columns:
-        lines[-1] += (
-            " Accepted by slot: share of the passes of verified mode in which main accepted the "
-            "head's draft of each slot."
-        )
     return "\n".join(lines)
 
 
@@ -197,7 +228,14 @@ def _released(package: str) -> str:
         return f"{package} (not installed as a package)"
 
 
-def _provenance(base: str, licence: str | None, text: TextFormat, config: Any) -> str:
+def _explained(metric: Metric) -> str:
+    """A list item that says what a metric means."""
+    better = f"; {metric.better} is better" if metric.better else ""
+    return f"- {metric.title[0].upper()}{metric.title[1:]}: {metric.meaning}{better}."
+
+
+def _provenance(text: PromptFormat, config: Any) -> str:
+    base, _, licence = base_model(config.model)
     versions = [_released(package) for package in ("mtp-eavesdrop", "torch", "transformers")]
     head = ", ".join(f"{key} {value}" for key, value in sorted(vars(config.head).items()))
     task = ", ".join(f"{key} {value}" for key, value in sorted(vars(config.task).items()))
@@ -215,10 +253,8 @@ def _provenance(base: str, licence: str | None, text: TextFormat, config: Any) -
     ]
     for name, stage in config.active_stages().items():
         trained = [part for part in ("main", "head") if getattr(stage, f"train_{part}")]
-        rates = ", ".join(f"{part} {getattr(stage, part).lr:g}" for part in trained)
-        weights = ", ".join(
-            f"{k} {t.weight:g}" for k, t in vars(stage.objective).items() if t.weight
-        )
+        rates = ", ".join(f"{part} {stage.optimizer_of(part).lr:g}" for part in trained)
+        weights = ", ".join(f"{k} {t.weight:g}" for k, t in stage.objective.active().items())
         lines.append(
             f"- Stage `{name}`: {stage.kind}, {stage.steps} steps, learning rates {rates}; "
             f"objective {weights}; channel gradient {stage.channel_gradient:g}"
@@ -226,26 +262,30 @@ def _provenance(base: str, licence: str | None, text: TextFormat, config: Any) -
     return "\n".join(lines)
 
 
-def _limitations(config: Any) -> str:
+UNVERIFIED = [
+    "- **In fast mode nobody verifies the head's tokens.** They are the model's own output, not "
+    "proposals that main checks: fast and slow text differ, and so may the answers. The table says "
+    "how often each is right.",
+]
+GENERATE = [
+    "- With `mtp_mode`, `generate` takes `max_new_tokens`, `max_length`, `do_sample`, "
+    "`temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`, `stop_strings`, "
+    "`return_dict_in_generate`, `logits_processor`, `stopping_criteria`, `streamer`, "
+    "`num_return_sequences`, `cache_implementation` (dynamic or static), `mtp_k`, "
+    "`max_thought_tokens` and the options that transformers does with logits processors; "
+    "any other option is an error.",
+]
+
+
+def _limitations(config: Any) -> list[str]:
+    """Limits of every export."""
     task = type(config.task).__name__.removesuffix("Config")
-    return "\n".join(
-        [
-            "- **In fast mode nobody verifies the head's tokens.** They are the model's own "
-            "output, not proposals that main checks: fast and slow text differ, and so may the "
-            "answers. "
-            "The table says how often each is right.",
-            f"- The figures hold for the task above ({task}) and its phases; nothing else was "
-            "measured.",
-            "- A thought that a model was rewarded for need not be a true account of how it found "
-            "the answer; compare the table's true steps and thought controls.",
-            "- With `mtp_mode`, `generate` takes `max_new_tokens`, `max_length`, `do_sample`, "
-            "`temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`, `stop_strings`, "
-            "`return_dict_in_generate`, `logits_processor`, `stopping_criteria`, `streamer`, "
-            "`num_return_sequences`, `cache_implementation` (dynamic or static), `mtp_k`, "
-            "`max_thought_tokens` and the options that transformers does with logits processors; "
-            "any other option is an error.",
-        ]
-    )
+    return [
+        f"- The numbers hold for the task above ({task}) and its phases; nothing else was "
+        "measured.",
+        "- A thought that a model was rewarded for need not be a true account of how it found "
+        "the answer; compare the table's true steps and thought controls.",
+    ]
 
 
 def base_model(config: ModelConfig) -> tuple[str, str | None, str | None]:

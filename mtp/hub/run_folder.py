@@ -14,21 +14,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..files import remove_temporary, save_text
+from ..reports.loggers import SINKS
 from .checkpoint import choose_checkpoint
 from .export import check_replaceable
 
 MARK = ".mtp-run"
 """File that says that a folder is a run's."""
 LOCK = ".mtp-lock"
-FOLDERS = ("checkpoints", "stages", "start", "export", "wandb")
-FILES = (
-    "config.yaml",
-    "metrics.jsonl",
-    "metrics.csv",
-    "completions.jsonl",
-    "curves.png",
-    "summary.json",
-)
+FOLDERS = ("checkpoints", "stages", "start", "export")
+FILES = ("config.yaml", "curves.png", "summary.json")
 BESIDE = ("job.json", MARK, LOCK)
 """Files that may lie in the folder of a run that has not begun."""
 
@@ -134,11 +128,12 @@ class RunFolder:
         """Remove what a run wrote, if one did, and nothing else."""
         if not self.is_marked:
             return
-        for name in FOLDERS:
+        logs = [name for kind in SINKS.values() for name in kind.writes]
+        for name in (*FOLDERS, *FILES, *logs):
             if (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)
-        for name in FILES:
-            (self.path / name).unlink(missing_ok=True)
+            else:
+                (self.path / name).unlink(missing_ok=True)
         # Last, so that a removal that was interrupted can be begun again.
         (self.path / MARK).unlink(missing_ok=True)
 

@@ -1,12 +1,12 @@
 """Branches of a text at pass boundaries, and the pass loop that grows them.
 
 What every search has in common: a `Branch` is a text that has been written up to a pass boundary;
-`BranchLoop` runs one pass of many branches at a time, draws several blocks from one read of each,
+`BranchLoop` runs one pass of many branches at a time, samples several blocks from one read of each,
 and goes on with those that the search chooses. A boundary is a place to branch because all that the
 next pass knows of the last is a few discrete tokens: a copy of the key-value cache and those tokens
 are the whole state, and nothing that was sampled has to be averaged or rounded.
 
-Drafts of a verified phase that nobody has judged yet stay with a branch while its loop runs. A
+Drafts of a verified phase that nobody has verified yet stay with a branch while its loop runs. A
 branch that a new loop goes on with has none: main's text follows the same distribution without.
 
 Ships with checkpoints: imports torch and siblings only.
@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 
 from .decode import PassLoop
-from .decode_state import Stop
+from .decode_options import DecodableModel, DecodeOptions
 from .phases import PhasePlan, check_plans
 from .records import FORCED, Decoded
 from .sampler import Sampler
-from .token_sampling import Process
 
 METHODS = ("best_of_n", "beam", "mcts")
 CHOICES = ("score", "majority")
@@ -167,19 +166,13 @@ class Spent:
 
 @dataclass(kw_only=True)
 class SearchRequest:
-    """The arguments of `decode`, see there, and what has been spent on them."""
+    """Prompts to search for, how to decode them, and what has been spent."""
 
-    model: Any
+    model: DecodableModel
     prompts: Tensor
     prompt_lengths: Tensor
     plans: list[PhasePlan]
-    sampler: Sampler
-    max_new_tokens: int
-    pad_id: int
-    generator: torch.Generator | None = None
-    process: Process | None = None
-    stop: Stop | None = None
-    kernels: str | None = None
+    options: DecodeOptions
 
     def __post_init__(self) -> None:
         self.spent = Spent(len(self.prompts))
@@ -187,9 +180,8 @@ class SearchRequest:
     def check(self) -> None:
         """Raises ValueError for what no pass loop can follow."""
         model = self.model
-        check_plans(self.plans, len(self.prompts), model.num_slots, model.config.vocab_size)
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        check_plans(self.plans, len(self.prompts), model.block_size, model.config.vocab_size)
+        self.options.check()
 
     def roots(self) -> list[Branch]:
         """A branch of each prompt, with nothing written yet."""
@@ -233,14 +225,8 @@ class BranchLoop(PassLoop):
             request.prompts[of],
             request.prompt_lengths[of],
             [request.plans[prompt] for prompt in of],
-            request.sampler,
-            request.max_new_tokens,
-            request.pad_id,
-            request.generator,
-            request.process,
-            request.stop,
+            request.options,
             num_copies,
-            kernels=request.kernels,
         )
         self.spent, self.parts = request.spent, parts
         self.branches = {row: branches[row // num_copies] for row in range(len(of))}
@@ -274,12 +260,12 @@ class BranchLoop(PassLoop):
         parts = torch.nn.utils.rnn.pad_sequence(read, batch_first=True)
         self.cache.load(parts, self.parts.shapes)
 
-    def read(self) -> tuple[Tensor, list[Tensor]]:
+    def read(self) -> Tensor:
         """As in the pass loop; notes its cost and, where they are kept, the branches' parts."""
         num_copies, running = self.num_copies, self.running
         read = running.num_fresh + running.num_drafts
         first = [x[::num_copies] for x in (running.rows, running.active, running.start, read)]
-        states = super().read()
+        hidden = super().read()
         reading = torch.stack(first, 1).tolist()
         for row, active, _, number in reading:
             if active:
@@ -291,7 +277,7 @@ class BranchLoop(PassLoop):
             self.parts.shapes = self.cache.shapes
             for i, (row, *_) in enumerate(reading):
                 self.parts.by_branch[self.branches[row]] = made[i]
-        return states
+        return hidden
 
     def step(self) -> list[Branch]:
         """One pass: what each open branch grew into, in order, as often as blocks were drawn."""
@@ -303,7 +289,7 @@ class BranchLoop(PassLoop):
             [running.rows, running.active, running.phase, running.in_phase, running.start], 1
         )
         finished, grown = running.out.finished.tolist(), []
-        going = {row: (i, *s) for i, (row, active, *s) in enumerate(state.tolist()) if active}
+        running_at = {row: (i, *s) for i, (row, active, *s) in enumerate(state.tolist()) if active}
         pairs = zip(added.rows.tolist(), added.lengths.tolist(), strict=True)
         for at, (row, length) in enumerate(pairs):
             if not length:
@@ -316,11 +302,11 @@ class BranchLoop(PassLoop):
                 slots=slots[at][:length],
                 accepted=accepted[at][:length],
                 logprobs=logprobs[at][:length],
-                is_open=row in going,
+                is_open=row in running_at,
                 finished=finished[row],
             )
             if child.is_open:
-                child.row, child.phase, child.in_phase, child.start = going[row]
+                child.row, child.phase, child.in_phase, child.start = running_at[row]
             self.branches[row] = child
             grown.append(child)
         return grown
@@ -330,8 +316,8 @@ class BranchLoop(PassLoop):
         blocks each.
 
         Their key-value cache is copied once, whatever `num_copies` is. The first of a branch's
-        blocks begins with what main accepts of its drafts. The others are drawn as if there were
-        none: copies that all judge the same drafts would say the same.
+        blocks begins with what main accepts of its drafts. The others are sampled as if there were
+        none: copies that all verify the same drafts would be identical.
         """
         running = self.running
         chosen = torch.tensor([branch.row for branch in branches], device=running.rows.device)
@@ -340,7 +326,7 @@ class BranchLoop(PassLoop):
         running.renumber()
         running.drop_drafts(running.rows % num_copies > 0)
         self.cache.select(chosen)
-        self.draws.renew(len(copies))
+        self.samples.renew(len(copies))
         self.num_copies = num_copies
         self.branches = {row: branches[row // num_copies] for row in range(len(copies))}
 

@@ -6,7 +6,7 @@ end-of-sequence token in it, so no token of a slow phase is ever the head's. Kep
 main in the next pass, as ordinary tokens.
 
 In a verified phase the head's tokens are drafts. They go through main behind t_0 in the next pass,
-which keeps the longest prefix that main accepts and draws its own next token after it: no pass is
+which keeps the longest prefix that main accepts and samples its own next token after it: no pass is
 spent on verifying alone, and the text follows main's distribution. Rows of one batch may be in
 different modes.
 
@@ -17,40 +17,32 @@ V vocabulary, D main width.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .attention import check_attention
-from .cache import BlockCache, in_autocast_dtype
-from .decode_state import RunningRows, Stop, Texts, splice
-from .matrices import plain_matrix
+from .cache import BlockCache
+from .decode_options import DecodableModel, DecodeOptions
+from .decode_state import RunningRows, Texts, splice
 from .phases import PhasePlan, check_plans
 from .records import Block, Decoded, Slots
-from .sampler import Sampler, Verdict, length_of_prefix
-from .token_sampling import Draws, Process, Ready
+from .sampler import Verdict, length_of_prefix
+from .token_sampling import Settled, TokenSampler
 
 
 @torch.no_grad()
 def decode(
-    model: Any,
+    model: DecodableModel,
     prompts: Tensor,
     prompt_lengths: Tensor,
     plan: PhasePlan | Sequence[PhasePlan],
-    sampler: Sampler,
+    options: DecodeOptions,
     *,
-    max_new_tokens: int,
-    pad_id: int,
-    generator: torch.Generator | None = None,
-    process: Process | None = None,
-    stop: Stop | None = None,
     on_block: Callable[[Block], None] | None = None,
     num_return_sequences: int = 1,
-    static_cache: bool = False,
-    kernels: str | None = None,
 ) -> Decoded:
-    """Run the pass loop until every row has ended or has `max_new_tokens` tokens.
+    """Run the pass loop until every row has ended or has `options.max_new_tokens` tokens.
 
     Args:
         model: an `MTPMixin` model.
@@ -58,28 +50,16 @@ def decode(
         prompt_lengths: [B] int64, at least 1.
         plan: phases, see `PhasePlan`: one for all rows, or one for each. Plans of one batch share
             their delimiters and end tokens.
-        sampler: how tokens are drawn.
-        max_new_tokens: most tokens a row may get; a last block is cut to it.
-        pad_id: fills the unused end of each row.
-        generator: source of randomness for sampling.
-        process: changes the scores of every slot, main's and the head's, before the sampler. It is
-            given the texts up to the slot, padded on the left to T and the tokens written since:
-            rows of one width at a time.
-        stop: asked after every token, with texts as above; a block is cut where it says True.
+        options: sampler, limits and the rest, see `DecodeOptions`.
         on_block: called after each pass.
         num_return_sequences: continuations of each prompt, n. The prompt is read once for all of
             them, and row i of the output continues prompt i // n.
-        static_cache: keep keys and values at one length from the first pass on, see `BlockCache`.
-        kernels: implementation of `mtp_kernels` that draws tokens and judges drafts without logits,
-            `auto` for one where it pays; None: none. Logits are made in any case where something
-            else asks for them: top-k and top-p, a `process`, thresholds.
 
     Raises ValueError for plans that the model cannot follow.
     """
     plans = [plan] * len(prompts) if isinstance(plan, PhasePlan) else list(plan)
-    check_plans(plans, len(prompts), model.num_slots, model.config.vocab_size)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    check_plans(plans, len(prompts), model.block_size, model.config.vocab_size)
+    options.check()
     if num_return_sequences < 1:
         raise ValueError(f"num_return_sequences must be at least 1, got {num_return_sequences}")
     loop = PassLoop(
@@ -87,19 +67,12 @@ def decode(
         prompts.repeat_interleave(num_return_sequences, 0),
         prompt_lengths.repeat_interleave(num_return_sequences),
         [plan for plan in plans for _ in range(num_return_sequences)],
-        sampler,
-        max_new_tokens,
-        pad_id,
-        generator,
-        process,
-        stop,
+        options,
         num_return_sequences,
-        static_cache,
-        kernels,
     )
-    goes_on = True
-    while goes_on:
-        added, goes_on = loop.run_pass()
+    continues = True
+    while continues:
+        added, continues = loop.run_pass()
         if on_block is not None:
             on_block(added)
     return loop.running.decoded()
@@ -110,51 +83,45 @@ class PassLoop:
 
     def __init__(
         self,
-        model: Any,
+        model: DecodableModel,
         prompts: Tensor,
         prompt_lengths: Tensor,
         plans: list[PhasePlan],
-        sampler: Sampler,
-        max_new_tokens: int,
-        pad_id: int,
-        generator: torch.Generator | None,
-        process: Process | None,
-        stop: Stop | None,
-        num_copies: int,
-        static_cache: bool = False,
-        kernels: str | None = None,
+        options: DecodeOptions,
+        num_copies: int = 1,
     ):
+        """num_copies: rows next to each other that are the same, and are read once."""
         self.model = model
-        self.running = RunningRows(prompts, prompt_lengths, plans, max_new_tokens, pad_id, stop)
+        limits = options.max_new_tokens, options.pad_id, options.stop
+        self.running = RunningRows(prompts, prompt_lengths, plans, *limits)
         self.plan, self.tables = self.running.plan, self.running.tables
         check_attention(model.config)
-        shared = plain_matrix(model.get_output_embeddings(), "the model's output layer")
-        self.main_weight = in_autocast_dtype(shared)
-        own = model.head_output_weight()
-        self.head_weight = self.main_weight if own is shared else in_autocast_dtype(own)
-        self.draws = Draws(sampler, self.tables, self.main_weight, generator, process, kernels)
+        main, head = model.output_layers()
+        self.main_output = main.in_autocast_dtype()
+        self.head_output = self.main_output if head is main else head.in_autocast_dtype()
+        self.samples = TokenSampler(options, self.tables, self.main_output, self.head_output)
         self.num_copies = num_copies  # rows next to each other that are still the same
-        # A plan without head slots needs nothing recalled.
-        self.recall = model.mtp_head.recall if self.tables.num_head_slots else None
+        self.head = model.mtp_head
+        # A plan without head slots needs nothing remembered.
+        num_cache_layers = self.head.num_cache_layers if self.tables.num_head_slots else 0
         self.cache = BlockCache(
-            model.config.num_hidden_layers + (self.recall is not None),
+            model.config.num_hidden_layers + num_cache_layers,
             len(prompts) // num_copies,
             prompts.shape[1] + self.running.room,
-            static_cache,
+            options.static_cache,
         )
-        # If the head recalls: messages of what was fed, keys and values of the whole text.
-        self.earlier: list[Tensor] = []
-        self.head_ready: Ready | None = None  # slots made together with main's token
+        self.observed: list[Tensor] = []  # the head's, of the last pass
+        self.head_settled: Settled | None = None  # slots made together with main's token
 
     def run_pass(self) -> tuple[Block, bool]:
         """One pass of all running rows: what it added, and whether any row goes on."""
         running = self.running
-        hidden, taps = self.read()
-        self.head_ready = None
-        verdict = self.main_tokens(hidden, taps)
+        hidden = self.read()
+        self.head_settled = None
+        verdict = self.main_tokens(hidden)
         prefix, drafts = verdict.num_accepted, running.drafts
         ended = running.enter_phases(drafts, prefix)
-        block, block_logprobs, kept, proposed = self.head_tokens(taps, verdict, ended)
+        block, block_logprobs, kept, proposed = self.head_tokens(verdict, ended)
         ended |= running.enter_phases(block, kept)
 
         tokens = splice(prefix, drafts, block)
@@ -175,9 +142,9 @@ class PassLoop:
             running.select(chosen)
         return added, goes_on
 
-    def read(self) -> tuple[Tensor, list[Tensor]]:
-        """Main's forward over what is fed, equal rows once: hidden rows [R, L, D], each tap's if
-        some row uses the head.
+    def read(self) -> Tensor:
+        """Main's forward over what is fed, equal rows once, observed by the head if some row uses
+        it: hidden rows [R, L, D].
         """
         running = self.running
         copies, self.num_copies = self.num_copies, 1
@@ -190,32 +157,25 @@ class PassLoop:
             is_even=running.is_even,
             with_taps=self.tables.num_head_slots > 0,
         )
-        if self.recall is not None:
-            messages = self.model.mtp_head.message(torch.stack(taps, 2))
-            states = self.recall.states(messages)
-            layer = self.model.config.num_hidden_layers
-            self.earlier = [messages, *self.cache.update(*states, layer)]
+        if taps:
+            self.observed = self.head.observe(taps, fed, self.remember)
         if copies == 1:
-            return hidden, taps
+            return hidden
         source = torch.arange(len(running.rows), device=hidden.device) // copies
         self.cache.select(source)
-        self.earlier = [part[source] for part in self.earlier]
-        return hidden[source], [tap[source] for tap in taps]
+        self.observed = [part[source] for part in self.observed]
+        return hidden[source]
 
-    def heard(self, taps: list[Tensor], at: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The message [R, H] at anchors `at` [R] of what was fed, and what the head recalls there
-        [R, K, H]: taps [R, L, D] each.
-        """
-        row = torch.arange(len(at), device=at.device)
-        if self.recall is None:
-            heard = torch.stack([tap[row, at] for tap in taps], 1)
-            return self.model.mtp_head.message(heard), None
-        messages, keys, values = self.earlier
-        message = messages[row, at]
-        return message, self.recall.step(message, self.running.start + at, keys, values)
+    def remember(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """See `heads.Remember`."""
+        return self.cache.update(keys, values, self.model.config.num_hidden_layers + layer)
 
-    def main_tokens(self, hidden: Tensor, taps: list[Tensor]) -> Verdict:
-        """What main accepts of the drafts, and its own token after them: [R, L, D] each."""
+    def context(self, at: Tensor) -> list[Tensor]:
+        """The head's context at anchors `at` [R] of what was fed."""
+        return self.head.context(self.observed, at, self.running.start + at)
+
+    def main_tokens(self, hidden: Tensor) -> Verdict:
+        """What main accepts of the drafts, and its own token after them: hidden [R, L, D]."""
         running = self.running
         row, at = torch.arange(len(running.rows), device=hidden.device), running.num_fresh - 1
         width, position = running.drafts.shape[1], running.known()
@@ -223,43 +183,38 @@ class PassLoop:
         def texts(num_drafts: int) -> Texts:
             return running.texts(row, running.drafts, torch.full_like(at, num_drafts))
 
-        if not width and not self.draws.always_judges:
-            rows = self.anchor_rows(hidden[row, at], taps, at)
-            ready = self.draws.ready(rows, self.main_weight, running.rows, position)
+        if not width and not self.samples.always_verifies:
+            rows = self.anchor_rows(hidden[row, at], at)
+            settled = self.samples.settle(rows, self.main_output, running.rows, position)
             if rows.shape[1] > 1:
-                self.head_ready = ready.part(slice(None), slice(1, None))
-            first = self.draws.draw(ready.part(slice(None), slice(1)), lambda: texts(0))
+                self.head_settled = settled.part(slice(None), slice(1, None))
+            first = self.samples.sample(settled.part(slice(None), slice(1)), lambda: texts(0))
             return Verdict(torch.zeros_like(at), first.tokens[:, 0], first.logprobs)
         columns = at[:, None] + torch.arange(width + 1, device=hidden.device)
-        return self.draws.judge(
+        return self.samples.verify(
             hidden[row[:, None], columns.clamp(max=hidden.shape[1] - 1)],
-            self.main_weight,
             running.drafts,
             running.num_drafts,
             running.draft_source,
-            self.head_weight,
             running.rows,
             position,
             texts,
         )
 
-    def anchor_rows(self, hidden: Tensor, taps: list[Tensor], at: Tensor) -> Tensor:
-        """Rows that main's output matrix is asked about at the anchors `at` [R]: hidden [R, D].
+    def anchor_rows(self, hidden: Tensor, at: Tensor) -> Tensor:
+        """Rows that go through main's output layer at the anchors `at` [R]: hidden [R, D].
 
         Main's own [R, 1, D]. The slots of a parallel head do not wait for main's token: where all
-        rows use them and the output matrix is shared, one read of it serves both, [R, 1 + K, D].
+        rows use them and the output layer is shared, one read of it serves both, [R, 1 + K, D].
         """
-        shared = self.head_weight is self.main_weight and not self.model.mtp_head.sequential
+        shared = self.head_output is self.main_output and not self.head.sequential
         if not (shared and self.running.all_use_head):
             return hidden[:, None]
-        message, recalled = self.heard(taps, at)
-        slots = self.model.mtp_head(message, None, recalled)
+        slots = self.head(self.context(at), None)
         return torch.cat([hidden[:, None], slots[:, : self.tables.num_head_slots]], 1)
 
-    def head_tokens(
-        self, taps: list[Tensor], verdict: Verdict, ended: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Main's token and, in rows that use it, the head's behind: taps [R, L, D] each.
+    def head_tokens(self, verdict: Verdict, ended: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Main's token and, in rows that use the head, the head's after it.
 
         ended [R]: rows whose last accepted draft ended the sequence. Returns the block [R, 1 + K]
         and its log-probabilities, how many of its tokens are kept [R] and, of those of the head,
@@ -281,7 +236,7 @@ class PassLoop:
             for table in (self.tables.keep, self.tables.verified, self.tables.budget)
         )
         room = torch.minimum(left, budget - running.in_phase)
-        num_sure = torch.zeros_like(prefix)
+        num_likely = torch.zeros_like(prefix)
         running.draft_source = None
         if width:
             # A block that already ends at slot 0 needs no head.
@@ -289,72 +244,70 @@ class PassLoop:
             chosen = ((keep > 1) & goes_on & (~verified | (room > 1))).nonzero()[:, 0]
             if len(chosen):
                 at = running.num_fresh - 1 + prefix
-                sure = self.tables.sure[chosen, running.phase[chosen], None]
-                written = self.head_slots(taps, at, chosen, prefix[chosen], token[chosen], sure)
+                floor = self.tables.min_logprob[chosen, running.phase[chosen], None]
+                written = self.head_slots(at, chosen, prefix[chosen], token[chosen], floor)
                 end = 1 + written.tokens.shape[1]
                 block[chosen, 1:end], logprobs[chosen, 1:end] = written.tokens, written.logprobs
-                num_sure[chosen] = length_of_prefix(written.likeliest >= sure)
-                if self.draws.keeps_source:
+                num_likely[chosen] = length_of_prefix(written.likeliest >= floor)
+                if self.samples.keeps_source:
                     shape = (len(token), *written.source.shape[1:])
                     running.draft_source = written.source.new_zeros(shape)
                     running.draft_source[chosen] = written.source
-        kept = torch.minimum(torch.where(verified, 1, keep), num_sure + 1)
+        kept = torch.minimum(torch.where(verified, 1, keep), num_likely + 1)
         kept = torch.minimum(torch.minimum(kept, self.plan.cut(block)), room)
         kept = torch.where(runs, kept, 0)
         proposed = torch.zeros_like(kept)
         if width and self.tables.has_verified:
-            drafts = torch.minimum(torch.minimum(keep - 1, num_sure), room - 1)
+            drafts = torch.minimum(torch.minimum(keep - 1, num_likely), room - 1)
             drafts = torch.minimum(drafts, self.plan.cut(block[:, 1:]))
             proposed = torch.where(runs & verified, drafts.clamp(min=0), 0)
         return block, logprobs, kept, proposed
 
     def head_slots(
         self,
-        taps: list[Tensor],
         at: Tensor,
         chosen: Tensor,
         prefix: Tensor,
         token: Tensor,
-        sure: Tensor,
+        floor: Tensor,
     ) -> Slots:
         """Sample the head's tokens in `chosen` rows [F] behind t_0, `token` [F].
 
-        taps [R, L, D] each; `at` [R] are the anchors, `prefix` [F] the drafts accepted before t_0.
-        Slots that no row is `sure` [F, 1] enough to reach are left out.
+        `at` [R] are the anchors, `prefix` [F] the drafts accepted before t_0.
+        Slots after one whose likeliest token is below `floor` [F, 1] in every row are left out.
         """
         running = self.running
-        head, width = self.model.mtp_head, self.tables.num_head_slots
+        width = self.tables.num_head_slots
         rows, position = running.rows[chosen], running.known()[chosen] + prefix + 1
-        ready = None
-        if self.head_ready is not None:
-            ready = self.head_ready.part(chosen, slice(None))
+        settled = None
+        if self.head_settled is not None:
+            settled = self.head_settled.part(chosen, slice(None))
         else:
             # Of all rows: to choose among them would copy what the head remembers.
-            message, recalled = self.heard(taps, at)
-            message, recalled = message[chosen], None if recalled is None else recalled[chosen]
-            if not head.sequential:
-                states = head(message, None, recalled)[:, :width]
-                ready = self.draws.ready(states, self.head_weight, rows, position)
-        said, state, drawn = token[:, None], None, []
+            context = [part[chosen] for part in self.context(at)]
+            if not self.head.sequential:
+                states = self.head(context, None)[:, :width]
+                settled = self.samples.settle(states, self.head_output, rows, position)
+        block, state, slots = token[:, None], None, []
 
         def texts() -> Texts:
-            behind = splice(prefix, running.drafts[chosen], said)
-            return running.texts(chosen, behind, prefix + said.shape[1])
+            behind = splice(prefix, running.drafts[chosen], block)
+            return running.texts(chosen, behind, prefix + block.shape[1])
 
-        if ready is not None and self.draws.process is None:
-            return self.draws.draw(ready, texts)
-        going = torch.ones_like(token, dtype=torch.bool)
+        if settled is not None and self.samples.process is None:
+            return self.samples.sample(settled, texts)
+        continues = torch.ones_like(token, dtype=torch.bool)
         for slot in range(width):
-            if ready is None:
-                embeds = self.model.head_embed(said[:, -1:])
-                hidden, state = head.step(message, embeds, recalled, slot, state)
-                one = self.draws.ready(hidden, self.head_weight, rows, position + slot)
+            if settled is None:
+                embeds = self.model.head_embed(block[:, -1:])
+                hidden, state = self.head.step(context, embeds, slot, state)
+                one = self.samples.settle(hidden, self.head_output, rows, position + slot)
             else:
-                one = ready.part(slice(None), slice(slot, slot + 1))
-            drawn.append(self.draws.draw(one, texts))
+                one = settled.part(slice(None), slice(slot, slot + 1))
+            slots.append(self.samples.sample(one, texts))
             if self.tables.has_thresholds:
-                going = going & (drawn[-1].likeliest >= sure)[:, 0]
-                if not bool(going.any()):
+                continues = continues & (slots[-1].likeliest >= floor)[:, 0]
+                if not bool(continues.any()):
                     break
-            said = torch.cat([said, drawn[-1].tokens], 1)
-        return Slots.join(drawn)
+            block = torch.cat([block, slots[-1].tokens], 1)
+        return Slots.join(slots)

@@ -95,8 +95,8 @@ class RunningRows:
             getattr(self.out, name)[..., : values.shape[-1]] = values
         self.phase, self.in_phase, self.start = phase, in_phase, start
         self.num_fresh = self.known() - start
-        figures = self.num_fresh.max(), start.max(), self.kept_of_block().min()
-        widest, farthest, fewest = torch.stack(figures).tolist()
+        numbers = self.num_fresh.max(), start.max(), self.kept_of_block().min()
+        widest, farthest, fewest = torch.stack(numbers).tolist()
         text = splice(self.prompt_lengths, self.prompts, self.out.tokens)
         columns = torch.arange(widest, device=text.device)
         fed = text.gather(1, (start[:, None] + columns).clamp(max=text.shape[1] - 1))
@@ -186,8 +186,8 @@ class RunningRows:
             for where, text in self.texts(
                 asked, added.tokens[asked], torch.full_like(asked, count)
             ):
-                told = asked[where][self.stop(text, None)]
-                total[told], stopped[told] = count, True
+                met = asked[where][self.stop(text, None)]
+                total[met], stopped[met] = count, True
         self.closed = self.closed & ~stopped
         return replace(added, lengths=total), ended | stopped
 

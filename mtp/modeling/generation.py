@@ -1,7 +1,7 @@
 """`generate` with `mtp_mode`: transformers' conventions around the pass loop.
 
 What is here: the mixin that reads a request (padding, generation config, processors, criteria,
-streamer), refuses impossible ones before any pass, and runs `passes_mtp.decode`. This module is
+streamer), refuses impossible ones before any pass, and runs `decode.decode`. This module is
 also the door to decoding for the rest of the library.
 
 Ships with checkpoints: imports torch, transformers and siblings only.
@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 from .attention import NAME, check_attention
 from .cache import BlockCache
 from .decode import decode
+from .decode_options import DecodeOptions
 from .memory import Memory
 from .phases import (
     MODES,
@@ -85,10 +86,16 @@ class Request(NamedTuple):
     """[B, T] prompts as they were given."""
     wanted: Wanted
     """The options that the call and its configs set."""
-    text: tuple[Tensor, Tensor, list[PhasePlan], Sampler]
-    """Prompts padded on the right, their lengths, their plans, the sampler."""
-    arguments: dict[str, Any]
-    """Keyword arguments of `decode`."""
+    prompts: Tensor
+    """[B, T] the prompts padded on the right."""
+    prompt_lengths: Tensor
+    """[B] tokens of each prompt."""
+    plans: list[PhasePlan]
+    """[B] plan of each prompt."""
+    options: DecodeOptions
+    """Sampler, limits and the rest."""
+    num_return_sequences: int
+    """Continuations of each prompt."""
     streamer: Any
     """transformers' streamer, or None."""
 
@@ -164,15 +171,15 @@ class MTPGenerationMixin:
         saved = first_set("mtp_phases", config, self.generation_config)
         if saved is None:
             raise ValueError("generation_config.mtp_phases is missing: export the model with mtp")
-        if k is not None and not 1 <= k < self.num_slots:
+        if k is not None and not 1 <= k < self.block_size:
             raise ValueError(
-                f"mtp_k must be between 1 and the head's {self.num_slots - 1} slots, got {k}"
+                f"mtp_k must be between 1 and the head's {self.block_size - 1} slots, got {k}"
             )
         eos = first_set("eos_token_id", config, self.generation_config)
         plan = make_plan(
             list(phases_from_json(saved, str).values()),
             [entry["opened_by"] for entry in saved],
-            num_slots=self.num_slots if k is None else k + 1,
+            block_size=self.block_size if k is None else k + 1,
             eos_ids=token_ids(eos),
             mode=mode,
             closed_by=[entry.get("closed_by") for entry in saved],
@@ -210,7 +217,7 @@ class MTPGenerationMixin:
             max_thought_tokens: budget of the first phase, whose closing delimiter is then forced;
                 None: as the generation config says, else that of the phase.
             generator: source of randomness for sampling.
-            kwargs: with a mode, what `requests_mtp.OPTIONS` honours, as logits_processor (applied
+            kwargs: with a mode, what `requests.OPTIONS` honours, as logits_processor (applied
                 to every slot), stopping_criteria (asked after every token) and streamer (given a
                 block at a time).
 
@@ -237,20 +244,19 @@ class MTPGenerationMixin:
             inputs, generation_config, mode, mtp_k, max_thought_tokens, generator, kwargs
         )
         prompts = request.given
-        padded, lengths, plans, sampler = request.text
-        copies, streamer = request.arguments["num_return_sequences"], request.streamer
+        copies, streamer = request.num_return_sequences, request.streamer
         if streamer is not None and len(prompts) * copies > 1:
             raise ValueError(f"streamer takes one sequence at a time, got {len(prompts) * copies}")
         if streamer is not None:
             streamer.put(prompts.cpu())
         out = decode(
-            self,
-            padded,
-            lengths,
-            [plan.as_last_segment() for plan in plans],
-            sampler,
+            self,  # type: ignore[arg-type]
+            request.prompts,
+            request.prompt_lengths,
+            [plan.as_last_segment() for plan in request.plans],
+            request.options,
             on_block=None if streamer is None else lambda block: put_block(streamer, block),
-            **request.arguments,
+            num_return_sequences=copies,
         )
         if streamer is not None:
             streamer.end()
@@ -280,7 +286,7 @@ class MTPGenerationMixin:
         on_segment: Callable[[int, list[int], Memory], None] | None = None,
         **kwargs: Any,
     ) -> Segments:
-        """Trajectories that summarize into a memory file and think on; see `segments_mtp`.
+        """Trajectories that summarize into a memory file and think on; see `segments.py`.
 
         The settings saved with the checkpoint (`generation_config.mtp_segments`) say what a next
         segment is given. Arguments are those of `generate`, `max_new_tokens` being a segment's, and
@@ -320,13 +326,16 @@ class MTPGenerationMixin:
         if request.streamer is not None:
             raise ValueError("generate_segments takes no streamer; give it on_block")
         return decode_segments(
-            self,
-            *request.text,
-            settings=settings,
-            tokenizer=tokenizer,
+            self,  # type: ignore[arg-type]
+            request.prompts,
+            request.prompt_lengths,
+            request.plans,
+            request.options,
+            settings,
+            tokenizer,
             on_block=on_block,
             on_segment=on_segment,
-            **request.arguments,
+            num_return_sequences=request.num_return_sequences,
         )
 
     def _read_request(
@@ -381,19 +390,19 @@ class MTPGenerationMixin:
             plan.eos_ids = eos_ids
         plans = [by_mode[mode] for mode in modes]
         order = mask.argsort(dim=1, descending=True, stable=True)
-        text = prompts.gather(1, order), mask.sum(1), plans, wanted.sampler()
-        arguments = {
-            "max_new_tokens": max_new_tokens,
-            "pad_id": (eos_ids[0] if eos_ids else 0) if pad_id is None else pad_id,
-            "generator": generator,
-            "process": process if len(process) else None,
-            "stop": stop if len(stop) else None,
-            "num_return_sequences": copies,
-            "static_cache": cache == "static",
+        options = DecodeOptions(
+            sampler=wanted.sampler(),
+            max_new_tokens=max_new_tokens,
+            pad_id=(eos_ids[0] if eos_ids else 0) if pad_id is None else pad_id,
+            generator=generator,
+            process=process if len(process) else None,  # type: ignore[arg-type]
+            stop=stop if len(stop) else None,
+            static_cache=cache == "static",
             # Greedy tokens are the same with and without; a draw from the generator is not.
-            "kernels": None if wanted["do_sample"] else "auto",
-        }
-        return Request(prompts, wanted, text, arguments, wanted["streamer"])
+            impl=None if wanted["do_sample"] else "auto",
+        )
+        padded, lengths = prompts.gather(1, order), mask.sum(1)
+        return Request(prompts, wanted, padded, lengths, plans, options, copies, wanted["streamer"])
 
     def _read_mask(self, given: Tensor | None, prompts: Tensor, stock: GenerationConfig) -> Tensor:
         """[B, T] int64: 1 where a prompt has a token; not given, it is inferred as in transformers.

@@ -1,7 +1,18 @@
-"""The head, which reads main's residual stream: its config, its types, and recall."""
+"""The head, which reads main's residual stream: its config, its interface, two types, and recall.
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+To add a head, derive from `Head` in a file of your own and call `register_head` there. Import that
+file before a config is composed or a checkpoint is opened.
+
+Ships with checkpoints: imports torch, transformers and siblings only.
+
+Shapes: R rows of a pass, L tokens read, B texts, T time, N anchors, K head slots, D main width, H
+head width, E width of the head's output layer.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +28,12 @@ class HeadConfig:
 
     type: str = "eavesdrop"
     """`eavesdrop`: a causal transformer over the slots of a block. `parallel`: one projection of
-    the message per slot, all slots in one step, blind to the block's own tokens."""
+    the message per slot, all slots in one step, blind to the block's own tokens. Or the name of a
+    head that was added with `register_head`."""
     num_slots: int = field(default=5, metadata={"at_least": 1, "at_most": 1000})
     """K: head tokens per pass; a pass yields at most K + 1."""
     taps: list[int] | None = field(default=None, metadata={"at_least": 0})
-    """Layers of main that the head hears, as indices into Hugging Face `hidden_states` (0: the
+    """Layers of main that the head reads, as indices into Hugging Face `hidden_states` (0: the
     embeddings, num_hidden_layers: after the final norm). None: a third, two thirds and the last."""
     hidden_size: int = field(default=96, metadata={"at_least": 1, "at_most": 1_000_000})
     """H, the head's width."""
@@ -32,8 +44,10 @@ class HeadConfig:
     """Read and write tokens through main's embedding and output matrices. False: matrices of the
     head's own, [V, H], cheaper per slot where the vocabulary is large."""
     recall: bool = False
-    """Hear main at all earlier positions too: slot j attends to what came j positions after those
+    """Read main at all earlier positions too: slot j attends to what came j positions after those
     that resemble the anchor. Keeps keys and values of width H for each position of the text."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of a head that was added with `register_head`: fields of its `options_class`."""
 
     def resolved_taps(self, num_hidden_layers: int) -> list[int]:
         """The taps, checked against main's depth. Raises ValueError naming the key."""
@@ -67,6 +81,7 @@ class HeadConfig:
                 f"head.hidden_size must be a multiple of head.num_attention_heads="
                 f"{self.num_attention_heads}, got {self.hidden_size}"
             )
+        self.read_options()
         taps = self.taps
         if taps is None:
             return
@@ -74,6 +89,25 @@ class HeadConfig:
             raise ValueError(f"head.taps must be null or a list of layers, got {taps!r}")
         if len(set(taps)) < len(taps):
             raise ValueError(f"head.taps must name each layer once, got {taps}")
+
+    def read_options(self) -> Any:
+        """`options` as the type's `options_class`; None for a type without. Raises ValueError for
+        settings that it does not have.
+        """
+        options_class = HEADS[self.type].options_class
+        known = [] if options_class is None else [f.name for f in fields(options_class)]
+        unknown = sorted(set(self.options) - set(known))
+        if unknown:
+            raise ValueError(
+                f"head.options must hold settings of head.type={self.type} "
+                f"({', '.join(known) or 'it has none'}), got {', '.join(unknown)}; remove it"
+            )
+        return None if options_class is None else options_class(**self.options)
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """The content of `config.mtp`; `options` is left out where it is empty."""
+        saved = asdict(self)
+        return saved if self.options else {k: v for k, v in saved.items() if k != "options"}
 
     @classmethod
     def from_checkpoint(cls, saved: Any) -> "HeadConfig":
@@ -83,7 +117,7 @@ class HeadConfig:
         """
         if not isinstance(saved, dict):
             raise ValueError(f"mtp in config.json must be a head's settings by name, got {saved!r}")
-        unknown = sorted(set(saved) - {field.name for field in fields(cls)})
+        unknown = sorted(set(saved) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(
                 f"mtp in config.json holds settings that this version does not know "
@@ -230,20 +264,119 @@ class Recall(nn.Module):
         return self.o_proj(found.transpose(1, 2).flatten(-2))
 
 
-class EavesdropHead(nn.Module):
-    """A causal transformer over the slots of one block. Slot j reads t_{j-1} and the message.
+Remember = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Writes keys and values [R, heads, L, d] of what a pass has read into one of the head's cache
+layers (0 to `num_cache_layers` - 1) and returns that layer's from position 0 on, [R, heads, S, d].
 
-    Without `recall` it keeps nothing across passes: what was said before, main has already read.
+Positions behind a row's anchor may hold rejected drafts or nothing; later passes overwrite them.
+"""
+
+
+class Head(nn.Module, ABC):
+    """A small LM that reads main's taps at an anchor and gives hidden rows of the next K tokens.
+
+    A head may remember past positions, in layers of its own in main's cache. In decoding, `observe`
+    is given each pass that main has read, then `context` the anchors; in replay, `replay_context`
+    is given whole texts. All three must agree: the context of an anchor depends on the text up to
+    it, and not on the passes that it was read in.
+
+    A context is a list of tensors with a row for each anchor; what they hold is the head's own.
+
+    Matrices are `HeadLinear` and norms `HeadRMSNorm`, which are initialized for a head. Without
+    `settings.shared_embeddings` a head has `lm_head`, and `embed_tokens` if it reads tokens.
     """
 
-    sequential = True
-    """Slot j reads the token of slot j - 1, so decoding takes one step per slot."""
+    sequential: ClassVar[bool] = True
+    """Whether slot j reads the token of slot j - 1, so that decoding takes one step per slot."""
+    options_class: ClassVar[Any] = None
+    """Dataclass of the settings in `head.options`; None for a head that has none."""
+    num_cache_layers: int = 0
+    """Layers of main's cache that the head keeps keys and values in."""
 
     def __init__(self, settings: HeadConfig, config: PretrainedConfig, num_taps: int):
+        """settings: the head's; config: main's; num_taps: the number of tapped layers."""
         super().__init__()
-        width, main_width = settings.hidden_size, config.hidden_size
-        self.message = Message(num_taps, main_width, width)
+        self.num_slots = settings.num_slots
+
+    def observe(self, taps: list[Tensor], tokens: Tensor, remember: Remember) -> list[Tensor]:
+        """Read a pass: taps [R, L, D] each, of tokens [R, L].
+
+        Returns tensors with a row for each of R, from which `context` reads; by default the taps.
+        """
+        return taps
+
+    @abstractmethod
+    def context(self, observed: list[Tensor], at: Tensor, position: Tensor) -> list[Tensor]:
+        """The context of one anchor of each row, given what `observe` returned for the pass.
+
+        at [R]: the anchor among the L tokens that were read; position [R]: in the row's text.
+        """
+
+    @abstractmethod
+    def replay_context(self, taps: Tensor, tokens: Tensor, anchors: Tensor) -> list[Tensor]:
+        """The contexts of N anchors of whole texts: taps [B, T, taps, D], tokens [B, T].
+
+        anchors [N]: indices into the flattened B * T positions.
+        """
+
+    @abstractmethod
+    def forward(self, context: list[Tensor], embeds: Tensor | None) -> Tensor:
+        """All slots at once: embeddings of t_0..t_{K-1} [N, K, .] -> hidden rows [N, K, E].
+
+        embeds is None in decoding where the head is not `sequential`.
+        """
+
+    def step(
+        self, context: list[Tensor], embeds: Tensor, slot: int, state: Any
+    ) -> tuple[Tensor, Any]:
+        """Slots from `slot` (0: the head's first) on, given the state of the earlier ones.
+
+        embeds [N, J, .] of the preceding tokens -> hidden rows [N, J, E] and the new state. Only a
+        `sequential` head is asked.
+        """
+        raise NotImplementedError
+
+
+class MessageHead(Head):
+    """A head whose context is the message at the anchor and, with `recall`, what it recalls there.
+
+    Without `recall` it keeps nothing across passes: main has already read what came before.
+    """
+
+    def __init__(self, settings: HeadConfig, config: PretrainedConfig, num_taps: int):
+        super().__init__(settings, config, num_taps)
+        self.message = Message(num_taps, config.hidden_size, settings.hidden_size)
         self.recall = Recall(settings) if settings.recall else None
+        self.num_cache_layers = int(settings.recall)
+
+    def observe(self, taps: list[Tensor], tokens: Tensor, remember: Remember) -> list[Tensor]:
+        if self.recall is None:
+            return taps
+        messages = self.message(torch.stack(taps, 2))
+        return [messages, *remember(0, *self.recall.states(messages))]
+
+    def context(self, observed: list[Tensor], at: Tensor, position: Tensor) -> list[Tensor]:
+        row = torch.arange(len(at), device=at.device)
+        if self.recall is None:
+            return [self.message(torch.stack([tap[row, at] for tap in observed], 1))]
+        messages, keys, values = observed
+        message = messages[row, at]
+        return [message, self.recall.step(message, position, keys, values)]
+
+    def replay_context(self, taps: Tensor, tokens: Tensor, anchors: Tensor) -> list[Tensor]:
+        if self.recall is None:
+            return [self.message(taps.flatten(0, 1)[anchors])]
+        messages = self.message(taps)
+        recalled = self.recall(messages).flatten(0, 1)[anchors]
+        return [messages.flatten(0, 1)[anchors], recalled]
+
+
+class EavesdropHead(MessageHead):
+    """A causal transformer over the slots of one block. Slot j reads t_{j-1} and the message."""
+
+    def __init__(self, settings: HeadConfig, config: PretrainedConfig, num_taps: int):
+        super().__init__(settings, config, num_taps)
+        width, main_width = settings.hidden_size, config.hidden_size
         self.slot_embed = nn.Embedding(settings.num_slots, width)
         self.layers = nn.ModuleList(HeadBlock(settings) for _ in range(settings.num_layers))
         self.norm = HeadRMSNorm(width, eps=1e-6)
@@ -255,25 +388,20 @@ class EavesdropHead(nn.Module):
             self.lm_head = HeadLinear(width, config.vocab_size)
             self.in_proj, self.out_proj = nn.Identity(), nn.Identity()
 
-    def forward(self, message: Tensor, embeds: Tensor, recalled: Tensor | None) -> Tensor:
-        """All slots at once: message [N, H], embeddings of t_0..t_{K-1} [N, K, .] and what was
-        recalled [N, K, H] -> [N, K, E].
-        """
-        return self.step(message, embeds, recalled, 0, None)[0]
+    def forward(self, context: list[Tensor], embeds: Tensor | None) -> Tensor:
+        assert embeds is not None
+        return self.step(context, embeds, 0, None)[0]
 
     def step(
-        self, message: Tensor, embeds: Tensor, recalled: Tensor | None, slot: int, state: Any
+        self, context: list[Tensor], embeds: Tensor, slot: int, state: Any
     ) -> tuple[Tensor, Any]:
-        """Slots from `slot` (0: the head's first) on, given the state of the earlier ones.
-
-        embeds [N, J, D or H] of the preceding tokens -> hidden rows [N, J, E] and the new state.
-        """
+        message, *recalled = context
         these = slice(slot, slot + embeds.shape[1])
         embeds = F.rms_norm(embeds, embeds.shape[-1:], eps=1e-6)
         slots = plain_matrix(self.slot_embed, "mtp_head.slot_embed")
         x = self.in_proj(embeds) + message[:, None] + slots[these]
-        if recalled is not None:
-            x = x + recalled[:, these]
+        if recalled:
+            x = x + recalled[0][:, these]
         new_state = []
         for index, layer in enumerate(self.layers):
             x, kept = layer(x, state[index] if state else None)
@@ -281,17 +409,14 @@ class EavesdropHead(nn.Module):
         return self.out_proj(self.norm(x)), new_state
 
 
-class ParallelHead(nn.Module):
+class ParallelHead(MessageHead):
     """One residual projection of the message per slot: the cheapest head, with incoherent slots."""
 
     sequential = False
 
     def __init__(self, settings: HeadConfig, config: PretrainedConfig, num_taps: int):
-        super().__init__()
+        super().__init__(settings, config, num_taps)
         width, main_width = settings.hidden_size, config.hidden_size
-        self.num_slots = settings.num_slots
-        self.message = Message(num_taps, main_width, width)
-        self.recall = Recall(settings) if settings.recall else None
         self.slot_proj = HeadLinear(width, settings.num_slots * width)
         self.norm = HeadRMSNorm(width, eps=1e-6)
         if settings.shared_embeddings:
@@ -300,14 +425,19 @@ class ParallelHead(nn.Module):
             self.lm_head = HeadLinear(width, config.vocab_size)
             self.out_proj = nn.Identity()
 
-    def forward(self, message: Tensor, embeds: Tensor | None, recalled: Tensor | None) -> Tensor:
-        """All slots at once: message [N, H], recalled [N, K, H] -> [N, K, E]. The block's tokens
-        are not read.
-        """
+    def forward(self, context: list[Tensor], embeds: Tensor | None) -> Tensor:
+        message, *recalled = context
         slots = F.silu(self.slot_proj(message).unflatten(-1, (self.num_slots, -1)))
-        if recalled is not None:
-            slots = slots + recalled
+        if recalled:
+            slots = slots + recalled[0]
         return self.out_proj(self.norm(message[:, None] + slots))
 
 
-HEADS: dict[str, type[nn.Module]] = {"eavesdrop": EavesdropHead, "parallel": ParallelHead}
+HEADS: dict[str, type[Head]] = {"eavesdrop": EavesdropHead, "parallel": ParallelHead}
+"""`head.type` -> class."""
+
+
+def register_head(name: str, head_class: type[Head]) -> None:
+    """Add a type of head. Raises ValueError for a name that another class has."""
+    if HEADS.setdefault(name, head_class) is not head_class:
+        raise ValueError(f"head.type {name!r} is {HEADS[name].__name__} already; choose a new name")

@@ -42,12 +42,12 @@ class Node:
     is_closed: bool = False
     """All texts below it have been visited."""
 
-    def expand(self, drawn: list[Branch]) -> None:
-        """Take blocks that were drawn from the branch's pass as children, the first drawn first."""
+    def expand(self, sampled: list[Branch]) -> None:
+        """Make blocks that were sampled from the branch's pass its children, in the same order."""
         children: dict[tuple[int, ...], Node] = {}
-        for branch in drawn:
+        for branch in sampled:
             child = children.setdefault(tuple(branch.tokens), Node(branch, 0.0))
-            child.prior += 1 / len(drawn)
+            child.prior += 1 / len(sampled)
         self.children = list(children.values())
 
 
@@ -133,11 +133,11 @@ def grow(
     branches = [path[-1].branch for path, _ in running]
     loop = BranchLoop(request, branches, config.expand, parts)
     while True:
-        drawn: dict[Branch | None, list[Branch]] = {}
+        sampled: dict[Branch | None, list[Branch]] = {}
         for child in loop.step():
-            drawn.setdefault(child.parent, []).append(child)
+            sampled.setdefault(child.parent, []).append(child)
         for path, _ in running:
-            path[-1].expand(drawn[path[-1].branch])
+            path[-1].expand(sampled[path[-1].branch])
             path.append(path[-1].children[0])
         running = [(path, True) for path, more in running if more and path[-1].branch.is_open]
         if not running:

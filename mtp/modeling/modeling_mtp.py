@@ -5,13 +5,12 @@ two heads behind one interface, the mixin that gives any Hugging Face causal LM 
 two-line class per base family. What is left out: decoding (`generation.py`), search
 (`search.py`) and losses.
 
-This file thips with checkpoints: imports torch, transformers and siblings only.
+This file ships with checkpoints: imports torch, transformers and siblings only.
 
 Shapes: B batch, T time, N anchors, K head slots, D main width, H head width, V vocabulary,
 E width of the output matrix that the head uses (D when it shares main's, else H).
 """
 
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PretrainedConfig, Qwen3ForCausalLM, initialization
 
 from .contract import check_config, check_layout
-from .heads import HEADS, HeadConfig, HeadLinear, HeadRMSNorm
-from .matrices import plain_matrix
+from .heads import HEADS, Head, HeadConfig, HeadLinear, HeadRMSNorm
+from .output_layer import OutputLayer
 from .search import MTPSearchMixin
 
 
@@ -42,13 +41,18 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
     return x.detach() if scale == 0.0 else _ScaleGradient.apply(x, scale)
 
 
-class ScoredRows(NamedTuple):
-    """What one parallel forward over flat text gives; logits are left to the caller."""
+class ReplayRows(NamedTuple):
+    """Result of one parallel forward over flat text; logits are left to the caller."""
 
     main_hidden: Tensor
-    """[B, T, D] after main's final norm; row t times the output matrix gives t + 1."""
+    """[B, T, D] main's hidden rows after the final norm; row t predicts token t + 1."""
+    main_output: OutputLayer
+    """Main's output layer."""
     head_hidden: Tensor | None
-    """[N, K, E]; row (n, j) times the head's output matrix gives the head's slot j of anchor n."""
+    """[N, K, E] the head's hidden rows; row (n, j) predicts slot j + 1 of anchor n. None without
+    anchors."""
+    head_output: OutputLayer
+    """The head's output layer: the same object as main's where both are one, gradient included."""
 
 
 class MTPMixin(MTPSearchMixin):
@@ -61,15 +65,15 @@ class MTPMixin(MTPSearchMixin):
 
     def __init__(self, config: PretrainedConfig):
         if getattr(config, "mtp", None) is None:
-            config.mtp = asdict(HeadConfig())
+            config.mtp = HeadConfig().to_checkpoint()
         check_config(config)
         settings = HeadConfig.from_checkpoint(config.mtp)
-        config.mtp = asdict(settings)
+        config.mtp = settings.to_checkpoint()
         super().__init__(config)
         check_layout(self)
         self.mtp_settings = settings
         self.mtp_taps = settings.resolved_taps(config.num_hidden_layers)
-        self.mtp_head: Any = HEADS[settings.type](settings, config, len(self.mtp_taps))
+        self.mtp_head: Head = HEADS[settings.type](settings, config, len(self.mtp_taps))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -98,17 +102,17 @@ class MTPMixin(MTPSearchMixin):
             new = self._get_resized_lm_head(old, size, mean_resizing=mean_resizing).weight
             # In its own module, which `_init_weights` tells apart from main's.
             old.weight, old.out_features = (
-                nn.Parameter(new.detach(), old.weight.requires_grad),
+                nn.Parameter(new.detach(), bool(old.weight.requires_grad)),
                 size,
             )
         return embeddings
 
     @property
-    def num_slots(self) -> int:
+    def block_size(self) -> int:
         """K + 1: the tokens of one pass."""
         return self.mtp_settings.num_slots + 1
 
-    def main_rows(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def main_hidden(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Main's forward: hidden rows [B, T, D] after the final norm and taps [B, T, taps, D]."""
         out = self.model(input_ids=input_ids, output_hidden_states=self.mtp_taps, **kwargs)
         taps = torch.stack([out.hidden_states[tap] for tap in self.mtp_taps], -2)
@@ -122,20 +126,28 @@ class MTPMixin(MTPSearchMixin):
         # The parallel head has no embedding: it does not read tokens.
         return own(tokens) if own is not None else tokens.new_empty(*tokens.shape, 0).float()
 
-    def head_output_weight(self, channel_gradient: float = 1.0) -> Tensor:
-        """[V, E]: the output matrix of the head's slots."""
-        if self.mtp_settings.shared_embeddings:
-            matrix = plain_matrix(self.get_output_embeddings(), "the model's output layer")
-            return scale_gradient(matrix, channel_gradient)
-        return plain_matrix(self.mtp_head.lm_head, "mtp_head.lm_head")
+    def output_layers(self, channel_gradient: float = 1.0) -> tuple[OutputLayer, OutputLayer]:
+        """The output layers of main and of the head, one object where the head uses main's.
 
-    def score(
+        channel_gradient: scale of the head's gradient on main's layer. Below or above 1 the head's
+        layer is another object, whose tensors hold the same numbers.
+        """
+        main = OutputLayer.from_module(self.get_output_embeddings(), "the model's output layer")
+        if not self.mtp_settings.shared_embeddings:
+            return main, OutputLayer.from_module(self.mtp_head.lm_head, "mtp_head.lm_head")
+        if channel_gradient == 1.0:
+            return main, main
+        bias = None if main.bias is None else scale_gradient(main.bias, channel_gradient)
+        return main, main.replaced(scale_gradient(main.weight, channel_gradient), bias)
+
+    def replay(
         self,
         input_ids: Tensor,
         anchors: Tensor | None = None,
         slot_inputs: Tensor | None = None,
         channel_gradient: float = 1.0,
-    ) -> ScoredRows:
+        logits_detach: bool = False,
+    ) -> ReplayRows:
         """One causal forward over flat, right-padded text, and the head at the given anchors.
 
         Args:
@@ -144,20 +156,17 @@ class MTPMixin(MTPSearchMixin):
             slot_inputs: [N, K] int64, t_0..t_{K-1}: what each head slot reads.
             channel_gradient: scale of the head's gradient on every parameter of main, its
                 embedding and output matrices included; 0 makes none.
+            logits_detach: keep the head's gradient off an output layer shared with main.
         """
+        main_output, head_output = self.output_layers(0.0 if logits_detach else channel_gradient)
         if anchors is None or slot_inputs is None:
             hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
-            return ScoredRows(hidden, None)
-        hidden, taps = self.main_rows(input_ids, use_cache=False)
-        head, recalled = self.mtp_head, None
-        if head.recall is None:
-            message = head.message(scale_gradient(taps.flatten(0, 1)[anchors], channel_gradient))
-        else:
-            messages = head.message(scale_gradient(taps, channel_gradient))
-            recalled = head.recall(messages).flatten(0, 1)[anchors]
-            message = messages.flatten(0, 1)[anchors]
-        embeds = self.head_embed(slot_inputs, channel_gradient)
-        return ScoredRows(hidden, head(message, embeds, recalled))
+            return ReplayRows(hidden, main_output, None, head_output)
+        hidden, taps = self.main_hidden(input_ids, use_cache=False)
+        taps = scale_gradient(taps, channel_gradient)
+        context = self.mtp_head.replay_context(taps, input_ids, anchors)
+        head_hidden = self.mtp_head(context, self.head_embed(slot_inputs, channel_gradient))
+        return ReplayRows(hidden, main_output, head_hidden, head_output)
 
 
 class LlamaMTPForCausalLM(MTPMixin, LlamaForCausalLM):

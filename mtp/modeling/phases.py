@@ -31,7 +31,7 @@ class Phase:
     the next phase, is written in the model's stead."""
     closed_by: str | None = None
     """A token that ends this phase and with it the segment, as `</summary>` does: the next segment
-    has a context of its own (`segments_mtp`)."""
+    has a context of its own (`segments.py`)."""
 
 
 @dataclass
@@ -86,10 +86,10 @@ class PhasePlan:
         """The same phases, every one in slow mode."""
         return replace(self, keep=[1] * len(self.keep), verified=[False] * len(self.keep))
 
-    def as_verified(self, num_slots: int) -> "PhasePlan":
-        """The same phases, every one in verified mode with proposals of `num_slots` - 1 tokens."""
+    def as_verified(self, block_size: int) -> "PhasePlan":
+        """The same phases, every one in verified mode with proposals of `block_size` - 1 tokens."""
         number = len(self.keep)
-        return replace(self, keep=[num_slots] * number, verified=[True] * number)
+        return replace(self, keep=[block_size] * number, verified=[True] * number)
 
     def as_last_segment(self) -> "PhasePlan":
         """The same phases where no segment follows: none closes it, and budgets lead to the last
@@ -159,7 +159,7 @@ def make_plan(
     phases: list[Phase],
     opened_by: list[int | None],
     *,
-    num_slots: int,
+    block_size: int,
     eos_ids: list[int],
     mode: str = "fast",
     closed_by: list[int | None] | None = None,
@@ -169,7 +169,7 @@ def make_plan(
     Args:
         phases: in order.
         opened_by: token id of each phase's delimiter.
-        num_slots: K + 1, the slots of a pass that fast and verified phases use.
+        block_size: K + 1, the slots of a pass that fast and verified phases use.
         eos_ids: tokens that end a sequence.
         mode: `fast` runs each phase in its own mode, `slow` and `verified` run all in that mode.
         closed_by: id of the token that closes the segment, by phase; None: in no phase.
@@ -177,7 +177,7 @@ def make_plan(
     Raises ValueError for another mode.
     """
     plan = PhasePlan(
-        keep=[1 if phase.mode == "slow" else num_slots for phase in phases],
+        keep=[1 if phase.mode == "slow" else block_size for phase in phases],
         opened_by=opened_by,
         eos_ids=eos_ids,
         verified=[phase.mode == "verified" for phase in phases],
@@ -188,13 +188,13 @@ def make_plan(
     if mode == "slow":
         return plan.as_slow()
     if mode == "verified":
-        return plan.as_verified(num_slots)
+        return plan.as_verified(block_size)
     if mode != "fast":
         raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
     return plan
 
 
-def check_plans(plans: list[PhasePlan], num_rows: int, num_slots: int, vocab_size: int) -> None:
+def check_plans(plans: list[PhasePlan], num_rows: int, block_size: int, vocab_size: int) -> None:
     """Raises ValueError for plans that no batch of this model can follow."""
     if len(plans) != num_rows:
         raise ValueError(f"plan must be one for all or one per row ({num_rows}), got {len(plans)}")
@@ -206,11 +206,12 @@ def check_plans(plans: list[PhasePlan], num_rows: int, num_slots: int, vocab_siz
                 "plans of one batch must have the same delimiters and end tokens, got opened_by "
                 f"{first.opened_by} and {plan.opened_by}; decode such requests apart"
             )
-        bad = [keep for keep in plan.keep if not 1 <= keep <= num_slots]
+        bad = [keep for keep in plan.keep if not 1 <= keep <= block_size]
         if bad:
             raise ValueError(
-                f"plan.keep must be between 1 and {num_slots} (the head writes k = {num_slots - 1} "
-                f"tokens a pass), got {bad[0]}; ask for a smaller k or train a head with more slots"
+                f"plan.keep must be between 1 and {block_size} (the head writes k = "
+                f"{block_size - 1} tokens a pass), got {bad[0]}; ask for a smaller k or train a "
+                "head with more slots"
             )
         unknown = [t for t in sorted(plan.marks) if not 0 <= t < vocab_size]
         if unknown:
@@ -245,7 +246,7 @@ class PlanTables:
 
         self.keep = table([p.keep for p in plans])
         self.verified = table([p.verified for p in plans])
-        self.sure = table([p.min_probability for p in plans]).log()
+        self.min_logprob = table([p.min_probability for p in plans]).log()
         self.budget = table([[limit if m is None else m for m in p.max_tokens] for p in plans])
         self.has_verified = any(any(p.verified) for p in plans)
         self.has_thresholds = any(any(p.min_probability) for p in plans)
@@ -255,7 +256,7 @@ class PlanTables:
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows only."""
-        for name in ("keep", "verified", "sure", "budget", "forced"):
+        for name in ("keep", "verified", "min_logprob", "budget", "forced"):
             setattr(self, name, getattr(self, name)[rows])
 
 

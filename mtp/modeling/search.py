@@ -1,11 +1,11 @@
 """Search over thoughts: the best of n texts, a beam of branches, the choice among what is found.
 
-A text is a chain of passes, and each pass draws discrete tokens from known distributions. So a text
-can be branched at any pass boundary, two branches that say the same can be told to be the same,
-answers can be counted, and every branch has an exact log-probability. `branches_mtp` has branches
-and their settings, `tree_search_mtp` the tree search.
+A text is a chain of passes, and each pass samples discrete tokens from known distributions. A text
+can therefore be branched at any pass boundary, identical branches can be recognised, answers can be
+counted, and every branch has an exact log-probability. `branches.py` has branches and their
+settings, `mcts.py` the tree search.
 
-`model.search` is the mixin's. What is left out: searching within a block. Blocks are drawn, never
+`model.search` is the mixin's. What is left out: searching within a block. Blocks are sampled, never
 enumerated.
 
 Ships with checkpoints: imports torch, transformers and siblings only.
@@ -33,13 +33,11 @@ from .branches import (
     give_scores,
     padded,
 )
-from .decode_state import Stop
+from .decode_options import DecodableModel, DecodeOptions
 from .generation import MTPGenerationMixin
 from .mcts import mcts
 from .phases import PhasePlan
 from .records import Decoded
-from .sampler import Sampler
-from .token_sampling import Process
 
 
 @dataclass
@@ -62,21 +60,15 @@ class Searched:
 
 
 def search(
-    model: Any,
+    model: DecodableModel,
     prompts: Tensor,
     prompt_lengths: Tensor,
     plan: PhasePlan | Sequence[PhasePlan],
-    sampler: Sampler,
+    options: DecodeOptions,
     config: SearchConfig,
     *,
-    max_new_tokens: int,
-    pad_id: int,
     judge: Judge | None = None,
     answer_of: AnswerOf | None = None,
-    generator: torch.Generator | None = None,
-    process: Process | None = None,
-    stop: Stop | None = None,
-    kernels: str | None = None,
 ) -> Searched:
     """Look for the best continuation of each prompt.
 
@@ -86,36 +78,24 @@ def search(
         prompt_lengths: [B] int64, at least 1.
         plan: phases, one for all prompts or one for each, as in `decode`. A search is of one
             segment: no summary closes it.
-        sampler: how tokens are drawn; log-probabilities are under it.
+        options: as in `decode`, without a static cache; log-probabilities are under its sampler.
         config: method and settings.
-        max_new_tokens: most tokens of a text.
-        pad_id: fills the unused end of each row.
         judge: scores many branches at once: a reward, or the value of text that has not ended. It
             is asked about ended texts (`best_of_n`, `mcts` with rollouts) or about every branch
             (`beam`, `mcts` without). None: the mean log-probability, see `length_penalty`.
         answer_of: what `choose=majority` counts.
-        generator: source of randomness.
-        process: changes the scores of every slot, as in `decode`.
-        stop: asked after every token, as in `decode`.
-        kernels: how tokens are drawn, as in `decode`.
 
     Raises ValueError, before any pass, for settings that cannot be followed, and later for scores
     that are no finite numbers.
     """
-    config.check(sampler, judge, answer_of)
+    config.check(options.sampler, judge, answer_of)
     plans = [plan] * len(prompts) if isinstance(plan, PhasePlan) else list(plan)
     request = SearchRequest(
         model=model,
         prompts=prompts,
         prompt_lengths=prompt_lengths,
         plans=[plan.as_last_segment() for plan in plans],
-        sampler=sampler,
-        max_new_tokens=max_new_tokens,
-        pad_id=pad_id,
-        generator=generator,
-        process=process,
-        stop=stop,
-        kernels=kernels,
+        options=options,
     )
     request.check()
     method = {"best_of_n": best_of_n, "beam": beam, "mcts": mcts}[config.method]
@@ -123,7 +103,7 @@ def search(
     chosen = [choose(texts, config, answer_of) for texts in found]
     return Searched(
         chosen=chosen,
-        out=decoded(chosen, pad_id, prompts.device),
+        out=decoded(chosen, options.pad_id, prompts.device),
         scores=torch.tensor([branch.score for branch in chosen], dtype=torch.float64),
         texts=found,
         passes=torch.tensor(request.spent.passes),
@@ -178,10 +158,10 @@ def beam(request: SearchRequest, config: SearchConfig, judge: Judge | None) -> l
                 new.append(branch)
         give_scores(config, judge, new)
         beams = [sorted(branches.values(), key=rank)[: config.n] for branches in known]
-        going = [branch for branches in beams for branch in branches if branch.is_open]
-        if not going:
+        growing = [branch for branches in beams for branch in branches if branch.is_open]
+        if not growing:
             return beams
-        loop.fork(going, config.expand)
+        loop.fork(growing, config.expand)
 
 
 def rank(branch: Branch) -> float:
@@ -270,7 +250,7 @@ class MTPSearchMixin(MTPGenerationMixin):
                 it), mtp_k, max_thought_tokens, generator and kwargs, of which streamer,
                 num_return_sequences and a static cache_implementation are not taken.
             config: method and settings; a dict of `SearchConfig` fields is the same.
-            judge: scores branches (a list of `Branch`), many at once; see `search_mtp.search`.
+            judge: scores branches (a list of `Branch`), many at once; see `search.search`.
             answer_of: ids of an output -> its final answer or None, which `majority` counts.
 
         Raises ValueError, before any pass, for what no search can do.
@@ -282,12 +262,19 @@ class MTPSearchMixin(MTPGenerationMixin):
         )
         if request.streamer is not None:
             raise ValueError("search takes no streamer: it shows nothing before it has ended")
-        if request.arguments.pop("num_return_sequences") > 1:
+        if request.num_return_sequences > 1:
             raise ValueError("search does not take num_return_sequences; set n in its config")
-        if request.arguments.pop("static_cache"):
+        if request.options.static_cache:
             raise ValueError("search takes no cache_implementation=static: branches share prefixes")
         found = search(
-            self, *request.text, config, judge=judge, answer_of=answer_of, **request.arguments
+            self,  # type: ignore[arg-type]
+            request.prompts,
+            request.prompt_lengths,
+            request.plans,
+            request.options,
+            config,
+            judge=judge,
+            answer_of=answer_of,
         )
         out = found.out
         return MTPSearchOutput(

@@ -2,7 +2,7 @@
 
 A segment is one run of the pass loop with a context of its own. Where a phase has a `closed_by`
 token (the summary, as in `<summary> ... </summary>`), that token ends the segment. The commands in
-the summary edit the trajectory's memory file (`memory_mtp`), and the next segment continues
+the summary edit the trajectory's memory file (`memory.py`), and the next segment continues
 
     prompt <summary> memory </summary> <think> recent tokens
 
@@ -28,12 +28,10 @@ import torch
 from torch import Tensor
 
 from .decode import decode
-from .decode_state import Stop
+from .decode_options import DecodableModel, DecodeOptions
 from .memory import Memory
 from .phases import Phase, PhasePlan
 from .records import Block, Decoded, pad
-from .sampler import Sampler
-from .token_sampling import Process
 
 
 @dataclass(kw_only=True)
@@ -99,24 +97,17 @@ class Segments:
 
 
 def decode_segments(
-    model: Any,
+    model: DecodableModel,
     prompts: Tensor,
     prompt_lengths: Tensor,
     plan: PhasePlan | Sequence[PhasePlan],
-    sampler: Sampler,
+    options: DecodeOptions,
     settings: SegmentSettings,
     tokenizer: Any,
     *,
-    max_new_tokens: int,
-    pad_id: int,
-    generator: torch.Generator | None = None,
-    process: Process | None = None,
-    stop: Stop | None = None,
     on_block: Callable[[Block], None] | None = None,
     on_segment: Callable[[int, list[int], Memory], None] | None = None,
     num_return_sequences: int = 1,
-    static_cache: bool = False,
-    kernels: str | None = None,
 ) -> Segments:
     """Run the pass loop segment after segment until every trajectory has ended.
 
@@ -128,11 +119,10 @@ def decode_segments(
         prompts: [B, T] int64, padded on the right.
         prompt_lengths: [B] int64, at least 1.
         plan: with `closed_by` in one phase if `settings.max_segments` is above 1.
-        sampler: how tokens are drawn.
+        options: as in `decode`; `max_new_tokens` is a segment's.
         settings: what a next context holds.
         tokenizer: reads summaries and writes the memory file as tokens; may be None where
             `settings.max_segments` is 1.
-        max_new_tokens: most tokens of one segment.
         on_block: called after each pass; `Block.rows` are numbers of trajectories.
         on_segment: called with a trajectory's number, its next context and memory.
 
@@ -157,16 +147,9 @@ def decode_segments(
             prompts,
             prompt_lengths,
             plans,
-            sampler,
-            max_new_tokens=max_new_tokens,
-            pad_id=pad_id,
-            generator=generator,
-            process=process,
-            stop=stop,
+            options,
             on_block=None if on_block is None else _renumbered(on_block, running),
             num_return_sequences=copies,
-            static_cache=static_cache,
-            kernels=kernels,
         )
         parts.append(out)
         owners += running
@@ -180,11 +163,11 @@ def decode_segments(
                 on_segment(i, trajectories[i].context, trajectories[i].memory)
         copies, plans = 1, [trajectories[i].plan for i in running]
         contexts = [trajectories[i].context for i in running]
-        prompts, prompt_lengths = (x.to(device) for x in pad(contexts, pad_id))
+        prompts, prompt_lengths = (x.to(device) for x in pad(contexts, options.pad_id))
     order = sorted(range(len(owners)), key=owners.__getitem__)
     return Segments(
         [context for t in trajectories for context in t.contexts],
-        Decoded.join(parts, pad_id).select(order),
+        Decoded.join(parts, options.pad_id).select(order),
         [owners[i] for i in order],
         [memory for t in trajectories for memory in t.memories],
     )

@@ -1,6 +1,6 @@
-"""How the tokens of a block are drawn, and its drafts judged: from logits, or by a kernel without.
+"""How the tokens of a block are sampled and its drafts verified: from logits, or by a kernel.
 
-Random numbers are drawn for main's tokens of all running rows first, then for the head's slots of
+Random numbers are sampled for main's tokens of all running rows first, then for the head's slots of
 the rows that use them; for one generator the tokens of a batch are always the same.
 
 Ships with checkpoints: imports torch and siblings only.
@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .decode_options import DecodeOptions, Process
 from .decode_state import Texts
+from .output_layer import OutputLayer
 from .phases import PlanTables
 from .records import Slots
 from .sampler import MANY_TOKENS, NO_DRAFT, Sampler, Verdict, length_of_prefix, verify
@@ -23,9 +25,6 @@ try:
     from mtp_kernels import linear_sample, linear_verify
 except ImportError:  # an export works without
     linear_sample = linear_verify = None  # type: ignore[assignment]
-
-Process = Callable[[Tensor, Tensor], Tensor]
-"""What a `LogitsProcessor` does: token ids [B, T] and scores [B, V] -> scores [B, V]."""
 
 
 def processed(process: Process, texts: Texts, scores: Tensor) -> Tensor:
@@ -38,71 +37,75 @@ def processed(process: Process, texts: Texts, scores: Tensor) -> Tensor:
     return out
 
 
-class Ready(NamedTuple):
-    """Slots that one read of an output matrix has settled, or only their logits."""
+class Settled(NamedTuple):
+    """Slots after one read of an output layer: their tokens, or their logits only."""
 
     logits: Tensor | None
-    """[F, J, V]; None where a kernel has drawn."""
-    drawn: Slots | None
+    """[F, J, V] logits; None where a kernel has sampled."""
+    sampled: Slots | None
+    """The slots that a kernel has sampled; None where there are logits."""
 
-    def part(self, rows: Tensor | slice, slots: slice) -> "Ready":
+    def part(self, rows: Tensor | slice, slots: slice) -> "Settled":
         """The given slots of the given rows."""
-        if self.drawn is not None:
-            return Ready(None, Slots(*(part[rows, slots] for part in self.drawn)))
+        if self.sampled is not None:
+            return Settled(None, Slots(*(part[rows, slots] for part in self.sampled)))
         assert self.logits is not None
-        return Ready(self.logits[rows, slots], None)
+        return Settled(self.logits[rows, slots], None)
 
 
-class Draws:
-    """What a batch's tokens are drawn with."""
+class TokenSampler:
+    """Samples the tokens of a batch, main's and the head's, and verifies drafts."""
 
     def __init__(
         self,
-        sampler: Sampler,
+        options: DecodeOptions,
         tables: PlanTables,
-        weight: Tensor,
-        generator: torch.Generator | None,
-        process: Process | None,
-        kernels: str | None,
+        main: OutputLayer,
+        head: OutputLayer,
     ):
-        """For the batch of `tables`, whose main has the output matrix `weight` [V, D]."""
+        """For the batch of `tables` and the output layers of main and of the head."""
+        self.main, self.head = main, head
+        sampler, generator, process = options.sampler, options.generator, options.process
         self.sampler, self.generator, self.process = sampler, generator, process
         self.has_thresholds = tables.has_thresholds
-        # Sampled drafts are judged by the distributions that they were drawn from.
+        # Sampled drafts are verified by the distributions that they were sampled from.
         self.keeps_source = tables.has_verified and sampler.temperature > 0
         wants_logits = sampler.truncates or process is not None or self.has_thresholds
-        num_rows, device, impl = len(tables.keep), weight.device, None
+        # The kernel verifies under one softcap, main's and the head's.
+        wants_logits |= self.keeps_source and main.softcap != head.softcap
+        num_rows, device, impl = len(tables.keep), main.weight.device, None
         if not wants_logits:
-            impl = KernelDraws.resolve(kernels, sampler, weight, self.keeps_source)
+            impl = KernelTokenSampler.resolve(options.impl, sampler, main.weight, self.keeps_source)
         self.kernel = (
-            None if impl is None else KernelDraws(impl, sampler, num_rows, device, generator)
+            None if impl is None else KernelTokenSampler(impl, sampler, num_rows, device, generator)
         )
-        self.always_judges = self.keeps_source and self.kernel is not None
-        """A pass without drafts is judged too, so that its noise is that beside rows with some."""
+        self.always_verifies = self.keeps_source and self.kernel is not None
+        """Whether a pass without drafts is verified too, so that a row's noise is the same beside
+        rows with drafts."""
 
     def renew(self, num_rows: int) -> None:
         """Noise of their own for rows of which some are copies of one another."""
         if self.kernel is not None:
             self.kernel.renew(num_rows)
 
-    def ready(self, hidden: Tensor, weight: Tensor, row: Tensor, position: Tensor) -> Ready:
-        """Slots of hidden rows [F, J, D] under an output matrix [V, D].
+    def settle(self, hidden: Tensor, output: OutputLayer, row: Tensor, position: Tensor) -> Settled:
+        """Slots of hidden rows [F, J, D] under an output layer.
 
         row [F]: of the batch; position [F]: in its text, of the token of the first slot.
         """
         if self.kernel is None:
-            return Ready(hidden @ weight.T, None)
-        tokens, logprobs = self.kernel(hidden, weight, row, position)
+            return Settled(output.logits(hidden), None)
+        tokens, logprobs = self.kernel(hidden, output, row, position)
         source = hidden if self.keeps_source else hidden[..., :0]
         # Nobody asks how likely the likeliest token was: there are no thresholds.
-        return Ready(None, Slots(tokens, logprobs, logprobs, source))
+        return Settled(None, Slots(tokens, logprobs, logprobs, source))
 
-    def draw(self, ready: Ready, texts: Callable[[], Texts]) -> Slots:
-        """The tokens of slots that are ready; a `process` is given `texts` and a single slot."""
-        logits = ready.logits
+    def sample(self, settled: Settled, texts: Callable[[], Texts]) -> Slots:
+        """The tokens of slots that are settled; a `process` is given `texts` and a single slot."""
+        logits = settled.logits
         if logits is None:
-            assert ready.drawn is not None
-            return ready.drawn
+            assert settled.sampled is not None
+            return settled.sampled
         if self.process is not None:
             logits = processed(self.process, texts(), logits[:, 0].float())[:, None]
         log_probs = self.sampler.log_probs(logits)
@@ -115,29 +118,27 @@ class Draws:
             log_probs if self.keeps_source else log_probs[..., :0],
         )
 
-    def judge(
+    def verify(
         self,
         hidden: Tensor,
-        weight: Tensor,
         drafts: Tensor,
         num_drafts: Tensor,
         source: Tensor | None,
-        head_weight: Tensor,
         row: Tensor,
         position: Tensor,
         texts: Callable[[int], Texts],
     ) -> Verdict:
         """What main accepts of drafts [F, J], and its token after them.
 
-        hidden [F, J + 1, D] of main, weight [V, D] and head_weight [V, H]; num_drafts [F] of each
-        row, of which `source` is `Slots.source`; row and position [F] as in `ready`, of the first
-        draft; texts(j): what a `process` is given before draft j.
+        hidden [F, J + 1, D] of main; num_drafts [F] of each row, of which `source` is
+        `Slots.source`; row and position [F] as in `settle`, of the first draft;
+        texts(j): what a `process` is given before draft j.
         """
         if self.kernel is not None:
             return self.kernel.verify(
-                hidden, weight, drafts, num_drafts, source, head_weight, row, position
+                hidden, self.main, drafts, num_drafts, source, self.head, row, position
             )
-        logits = hidden @ weight.T
+        logits = self.main.logits(hidden)
         if self.process is not None:
             scores = [
                 processed(self.process, texts(j), logits[:, j].float())
@@ -147,11 +148,11 @@ class Draws:
         return verify(logits, drafts, num_drafts, source, self.sampler, self.generator)
 
 
-class KernelDraws:
-    """Draws tokens and judges drafts from hidden rows, without logits (`mtp_kernels`).
+class KernelTokenSampler:
+    """Samples tokens and verifies drafts from hidden rows, without logits (`mtp_kernels`).
 
     The noise of a token is a function of its row's seed and its position in the text, so it does
-    not depend on the other rows of a batch. It is not what `Sampler.sample` draws from the same
+    not depend on the other rows of a batch. It is not what `Sampler.sample` samples from the same
     generator.
     """
 
@@ -168,92 +169,95 @@ class KernelDraws:
         self.renew(num_rows)
 
     def renew(self, num_rows: int) -> None:
-        """Draw the seeds of a batch's rows, [num_rows]."""
+        """Sample the seeds of a batch's rows, [num_rows]."""
         source = "cpu" if self.generator is None else self.generator.device
         seeds = torch.randint(2**63 - 1, (num_rows,), generator=self.generator, device=source)
         self.seeds = seeds.to(self.device)
 
     @staticmethod
     def resolve(
-        kernels: str | None, sampler: Sampler, weight: Tensor, samples_drafts: bool
+        impl: str | None, sampler: Sampler, weight: Tensor, samples_drafts: bool
     ) -> str | None:
         """The implementation to use with an output matrix [V, D]; None: make logits.
 
         `auto` takes the kernel, if it is installed, on accelerators, where logits cost memory and
         its launch is one of few, and on a CPU where tokens are sampled from many: its chunks stay
         in the cache, which a softmax of whole rows of logits does not. Not on a CPU where sampled
-        drafts are judged: that reads output matrices five times a pass, with logits twice. Raises
+        drafts are verified: that reads output matrices five times a pass, with logits twice. Raises
         ValueError for a named implementation that is not there.
         """
-        if kernels is None:
+        if impl is None:
             return None
-        if kernels == "auto":
+        if impl == "auto":
             pays = weight.device.type != "cpu" or (
                 sampler.temperature > 0 and len(weight) >= MANY_TOKENS and not samples_drafts
             )
             return "auto" if pays and linear_sample is not None else None
         if linear_sample is None:
-            raise ValueError(f"kernels={kernels} needs the package mtp_kernels, which is missing")
-        return kernels
+            raise ValueError(f"impl={impl} needs the package mtp_kernels, which is missing")
+        return impl
 
     def __call__(
-        self, hidden: Tensor, weight: Tensor, row: Tensor, position: Tensor
+        self, hidden: Tensor, output: OutputLayer, row: Tensor, position: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Tokens [F, J] int64 and log-probabilities [F, J] float32 of hidden [F, J, D].
 
         row [F]: of the batch; position [F]: in its text, of the token of the first of the J.
         """
-        drawn = linear_sample(
-            hidden,
-            weight,
+        sampled = linear_sample(
+            output.rows(hidden),
+            output.weight,
+            **output.options,
             seed=self.seeds[row, None].expand(hidden.shape[:2]),
             position=position[:, None] + torch.arange(hidden.shape[1], device=hidden.device),
             temperature=self.temperature,
             impl=self.impl,
         )
-        return drawn.token, drawn.logprob
+        return sampled.token, sampled.logprob
 
     def verify(
         self,
         hidden: Tensor,
-        weight: Tensor,
+        output: OutputLayer,
         drafts: Tensor,
         num_drafts: Tensor,
         draft_hidden: Tensor | None,
-        draft_weight: Tensor,
+        draft_output: OutputLayer,
         row: Tensor,
         position: Tensor,
     ) -> Verdict:
-        """What `verify` says, from hidden rows.
+        """The verdict of `sampler.verify`, from hidden rows.
 
         Args:
             hidden: [B, J + 1, D] main's; row j predicts what draft j proposes.
-            weight: [V, D] main's output matrix.
+            output: main's output layer.
             drafts, num_drafts: as in `verify`.
-            draft_hidden: [B, J, H] rows that the drafts were drawn from; None if greedy, or if
+            draft_hidden: [B, J, H] rows that the drafts were sampled from; None if greedy, or if
                 there are no drafts.
-            draft_weight: [V, H] their output matrix.
-            row, position: [B] as in a draw, of the first draft.
+            draft_output: their output layer, of the same softcap.
+            row, position: [B] as in sampling, of the first draft.
         """
         column = torch.arange(drafts.shape[1], device=drafts.device)
         is_draft = column < num_drafts[:, None]
         if self.temperature == 0:
-            likeliest, logprobs = self(hidden, weight, row, position)
+            likeliest, logprobs = self(hidden, output, row, position)
             accepted = is_draft & (likeliest[:, :-1] == drafts)
             num_accepted = length_of_prefix(accepted)
             return Verdict(num_accepted, likeliest.gather(1, num_accepted[:, None])[:, 0], logprobs)
         given = torch.where(is_draft, drafts, NO_DRAFT)
         if draft_hidden is None:
-            # One slot without a draft: the same draw as of such a row beside rows with drafts.
+            # One slot without a draft: the same sample as of such a row beside rows with drafts.
             given = drafts.new_full((len(drafts), 1), NO_DRAFT)
             hidden = hidden.expand(-1, 2, -1)
-            draft_hidden = hidden.new_zeros(len(drafts), 1, draft_weight.shape[1])
+            draft_hidden = hidden.new_zeros(len(drafts), 1, draft_output.weight.shape[1])
         num_accepted, token, logprobs = linear_verify(
-            hidden,
-            weight,
+            output.rows(hidden),
+            output.weight,
             given,
-            draft_hidden,
-            draft_weight,
+            draft_output.rows(draft_hidden),
+            draft_output.weight,
+            **output.options,
+            draft_bias=draft_output.bias,
             seed=self.seeds[row],
             position=position,
             temperature=self.temperature,

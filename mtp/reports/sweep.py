@@ -1,8 +1,8 @@
 """A sweep: what becomes of each job, and the table over them. `python -m mtp.reports.sweep FOLDER`.
 
-A job notes its overrides, and its error if it fails, in `job.json` of its folder; its figures are
+A job notes its overrides, and its error if it fails, in `job.json` of its folder; its metrics are
 those of the last stage in `summary.json`. Jobs that differ by `seed` alone are a group, with the
-mean of each figure and its 95 % interval by Student's t: mean ± t(n - 1) * s / sqrt(n).
+mean of each metric and its 95 % interval by Student's t: mean ± t(n - 1) * s / sqrt(n).
 
 Left out: tests between groups, and an interval where only one job has ended.
 """
@@ -24,18 +24,8 @@ from ..errors import read_json
 from ..files import save_text
 from ..process import run_command
 from .interval import interval
+from .metrics import Metric, measured, metrics_of
 from .progress import make_console
-from .tables import COLUMNS, cell
-
-FIGURES = (
-    "slow_accuracy",
-    "fast_accuracy",
-    "slow_passes",
-    "fast_passes",
-    "true_steps",
-    "seconds",
-)
-"""Of the last stage, as `summary.json` calls them; `seconds` is the whole run's."""
 
 
 @dataclass(kw_only=True)
@@ -52,8 +42,9 @@ class Job:
     """The first line, if it failed."""
     stage: str | None = None
     """The last one, if it is done."""
-    figures: dict[str, float | None] = field(default_factory=dict)
-    """By name; empty unless it is done."""
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    """Metrics of the last stage by name, with the seconds of the whole run; empty unless it is
+    done."""
 
 
 @dataclass(kw_only=True)
@@ -65,7 +56,8 @@ class Group:
     seeds: list[str]
     mean: dict[str, float | None]
     half_width: dict[str, float | None]
-    """Of the 95 % interval around the mean. None, as the mean, if some job lacks the figure."""
+    """Half the width of the 95 % interval around the mean. None, like the mean, if some job lacks
+    the metric."""
 
 
 def read_jobs(folder: Path) -> list[Job]:
@@ -110,7 +102,7 @@ def read_job(path: Path) -> Job:
         try:
             last = summary["stages"][-1] | {"seconds": summary["seconds"]}
             job.status, job.stage = "done", last["name"]
-            job.figures = {name: last[name] for name in FIGURES}
+            job.metrics = {m.name: last[m.name] for m in metrics_of("sweep") if m.name in last}
         except (KeyError, IndexError, TypeError):
             raise ValueError(f"{path / 'summary.json'} is not the summary of a run") from None
     return job
@@ -126,7 +118,8 @@ def group_by_seed(jobs: list[Job]) -> list[Group]:
     groups = []
     for shared, found in members.items():
         if len(found) > 1:
-            intervals = {name: interval([job.figures[name] for job in found]) for name in FIGURES}
+            names = dict.fromkeys(name for job in found for name in job.metrics)
+            intervals = {name: interval([job.metrics.get(name) for job in found]) for name in names}
             groups.append(
                 Group(
                     overrides=dict(shared),
@@ -150,14 +143,15 @@ def report(folder: Path, console: Console | None = None) -> int:
 
 
 def write_csv(path: Path, jobs: list[Job]) -> None:
-    """One row a job: its folder, its overrides by key, its status, figures and error."""
+    """One row a job: its folder, its overrides by key, its status, metrics and error."""
+    names = list(dict.fromkeys(name for job in jobs for name in job.metrics))
     keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["folder", *keys, "status", "stage", *FIGURES, "error"])
+        writer = csv.DictWriter(file, ["folder", *keys, "status", "stage", *names, "error"])
         writer.writeheader()
         for job in jobs:
             row = {"folder": job.folder, "status": job.status, "stage": job.stage}
-            writer.writerow({**row, "error": job.error, **job.overrides, **job.figures})
+            writer.writerow({**row, "error": job.error, **job.overrides, **job.metrics})
 
 
 def print_jobs(console: Console, folder: Path, jobs: list[Job], groups: list[Group]) -> None:
@@ -168,13 +162,13 @@ def print_jobs(console: Console, folder: Path, jobs: list[Job], groups: list[Gro
         table = Table(title=f"{folder}: {len(done)} of {len(jobs)} jobs done, last stage")
         for key in keys or ["job"]:
             table.add_column(escape(key))
-        for name in ("stage", *FIGURES):
-            table.add_column(
-                COLUMNS.get(name, name), justify="left" if name == "stage" else "right"
-            )
+        table.add_column("stage")
+        metrics = measured("sweep", [job.metrics for job in done])
+        for metric in metrics:
+            table.add_column(metric.narrow_head, justify="right")
         for job in done:
             named = [job.overrides.get(key, "") for key in keys] or [job.folder]
-            shown = [cell(name, job.figures[name]) for name in FIGURES]
+            shown = [metric.cell(job.metrics.get(metric.name)) for metric in metrics]
             table.add_row(*map(escape, named), job.stage, *shown)
         if groups:
             table.add_section()
@@ -183,7 +177,7 @@ def print_jobs(console: Console, folder: Path, jobs: list[Job], groups: list[Gro
                 f"{len(group.seeds)} seeds" if key == "seed" else group.overrides.get(key, "")
                 for key in keys
             ]
-            table.add_row(*map(escape, named), "", *(mean_cell(name, group) for name in FIGURES))
+            table.add_row(*map(escape, named), "", *(mean_cell(m, group) for m in metrics))
         console.print(table)
         if groups:
             console.print("± is half the 95 % interval of the mean over the seeds")
@@ -196,14 +190,9 @@ def _colon(text: str | None) -> str:
     return "" if text is None else f": {escape(text)}"
 
 
-def mean_cell(name: str, group: Group) -> str:
+def mean_cell(metric: Metric, group: Group) -> str:
     """Mean and half-width as the table shows them."""
-    center, half = group.mean[name], group.half_width[name]
-    if center is None:
-        return "-"
-    shown = cell(name, center)
-    number, _, unit = shown.partition(" ")
-    return f"{number} ± {cell(name, half).partition(' ')[0]}" + (f" {unit}" if unit else "")
+    return metric.cell(group.mean.get(metric.name), group.half_width.get(metric.name))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,59 +6,33 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..rollouts.prompt_format import TextFormat
+from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import Rollouts
 from ..tasks.base import Example, Task
-
-COLUMNS = {
-    "slow_accuracy": "slow acc.",
-    "fast_accuracy": "fast acc.",
-    "slow_passes": "slow passes",
-    "fast_passes": "fast passes",
-    "fast_tokens_per_pass": "tokens/pass",
-    "verified_passes": "verified passes",
-    "verified_tokens_per_pass": "verified tokens/pass",
-    "acceptance_by_slot": "accepted by slot",
-    "empty_thought_accuracy": "empty thought",
-    "wrong_thought_accuracy": "wrong thought",
-    "true_steps": "true steps",
-    "reference_nats_per_token": "ref. nats/token",
-    "seconds": "seconds",
-}
-"""Figures of a stage, as tables name them."""
-
-
-def columns_of(stages: list[dict[str, Any]]) -> dict[str, str]:
-    """The columns of a table over stages: figures that some stage has."""
-    measured = {key for stage in stages for key, value in stage.items() if value is not None}
-    return {name: title for name, title in COLUMNS.items() if name in measured}
-
-
-def cell(name: str, value: float | list[float] | None) -> str:
-    """A figure as the table shows it."""
-    if value is None:
-        return "-"
-    if isinstance(value, list):
-        return " ".join(f"{share:.2f}" for share in value)
-    if name == "verified_tokens_per_pass":
-        return f"{value:.2f}"
-    if name.endswith("accuracy") or name == "true_steps":
-        return f"{100 * value:.1f} %"
-    return f"{value:.3f}" if "nats" in name else f"{value:.1f}"
+from .metrics import Table as TableName
+from .metrics import measured
 
 
 def print_table(console: Console, summary: dict[str, Any]) -> None:
-    """One row a stage."""
-    num_problems = summary["stages"][-1]["num_problems"]
-    table = Table(title=f"{num_problems} held-out problems, greedy, seed {summary['seed']}")
-    table.add_column("stage")
-    columns = columns_of(summary["stages"])
-    for title in columns.values():
-        table.add_column(title, justify="right")
-    for stage in summary["stages"]:
-        table.add_row(stage["name"], *(cell(name, stage[name]) for name in columns))
-    console.print(table)
+    """The metrics of a run: a row each, a column a stage."""
+    stages = summary["stages"]
+    title = f"{stages[-1]['num_problems']} held-out problems, greedy, seed {summary['seed']}"
+    print_metrics(console, title, "run", {stage["name"]: stage for stage in stages})
     console.print(f"total {summary['seconds']:.0f} s; exported to {summary['export']}")
+
+
+def print_metrics(
+    console: Console, title: str, table: TableName, columns: dict[str, dict[str, Any]]
+) -> None:
+    """A row for each metric that some column has a value of; columns by their heads."""
+    shown = Table(title=title)
+    shown.add_column("metric")
+    for head in columns:
+        shown.add_column(escape(head), justify="right")
+    for metric in measured(table, columns.values()):
+        cells = [metric.cell(values.get(metric.name)) for values in columns.values()]
+        shown.add_row(metric.head, *cells)
+    console.print(shown)
 
 
 def is_right(task: Task, example: Example, answer: str | None) -> bool | None:
@@ -70,7 +44,7 @@ MARKS = {True: "[green]right[/green] ", False: "[red]wrong[/red] ", None: ""}
 
 
 def completions_rows(
-    batches: list[Rollouts], task: Task, text: TextFormat, number: int, stage: str
+    batches: list[Rollouts], task: Task, text: PromptFormat, number: int, stage: str
 ) -> list[dict[str, Any]]:
     """A few completions: each pass's tokens divided by `|`, each segment beginning a new line.
 
@@ -102,7 +76,7 @@ def completions_rows(
     return rows
 
 
-def segment_row(batch: Rollouts, segment: int, text: TextFormat) -> dict[str, str]:
+def segment_row(batch: Rollouts, segment: int, text: PromptFormat) -> dict[str, str]:
     """One segment: what it was given, what it wrote, why it ended, the memory file after it."""
     return {
         "context": str(text.tokenizer.decode(batch.prompts[segment])),
@@ -112,7 +86,7 @@ def segment_row(batch: Rollouts, segment: int, text: TextFormat) -> dict[str, st
     }
 
 
-def passes_text(batch: Rollouts, segment: int, text: TextFormat) -> str:
+def passes_text(batch: Rollouts, segment: int, text: PromptFormat) -> str:
     """What one segment wrote, each pass's tokens divided by `|`."""
     ids, slots = batch.out.completion(segment), batch.out.slots[segment].tolist()
     return "".join(
@@ -122,13 +96,12 @@ def passes_text(batch: Rollouts, segment: int, text: TextFormat) -> str:
 
 
 def print_completions(
-    console: Console, name: str, rows: list[dict[str, Any]], figures: dict[str, Any]
+    console: Console, name: str, rows: list[dict[str, Any]], metrics: dict[str, Any]
 ) -> None:
-    """A stage's figures in one line, and a few completions."""
+    """A stage's metrics in one line, and a few completions."""
     shown = ", ".join(
-        f"{title} {cell(key, figures[key])}"
-        for key, title in COLUMNS.items()
-        if figures.get(key) is not None
+        f"{metric.title} {metric.cell(metrics[metric.name])}"
+        for metric in measured("run", [metrics])
     )
     console.print(f"[bold]{name}[/bold]: {shown}")
     for row in rows:

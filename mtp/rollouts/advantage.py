@@ -1,23 +1,35 @@
-"""Advantages: outcomes and shaped rewards of groups in, one number per rollout out."""
+"""Advantages: outcomes and shaped rewards of groups in, one number per rollout out.
 
+A rule is a function of `GroupRewards`. Example, one group of two right and two wrong rollouts:
+rewards [[1, 0, 0, 1]] -> `group_mean` [[0.5, -0.5, -0.5, 0.5]].
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..registry import Registry
+
 EPSILON = 1e-4
 """Added to a standard deviation before dividing by it."""
 
 
-@dataclass(kw_only=True)
-class AdvantageConfig:
-    """The baseline that a reward is compared with."""
+@dataclass(frozen=True)
+class GroupRewards:
+    """Rewards of P groups of G rollouts, one group per prompt."""
 
-    kind: str | None = None
-    """`group_std`: (r - mean of the group) / deviation of the group (GRPO). `group_mean`: without
-    the division (Dr.GRPO). `leave_one_out`: r - mean of the group's other rollouts (RLOO).
-    `batch_std`: (r - mean of the batch) / deviation of the batch (REINFORCE++). None: the rule of
-    `objective.policy.algorithm`."""
+    rewards: Tensor
+    """[P, G] float32 outcomes plus shaping terms."""
+    outcomes: Tensor
+    """[P, G] float32 raw outcomes, 1.0 or 0.0."""
+    batch: Tensor
+    """[P * processes, G] float32 rewards of all processes."""
+
+
+Advantage = Callable[[GroupRewards], Tensor]
+"""Rewards -> [P, G] advantages."""
 
 
 def informative(outcomes: Tensor) -> Tensor:
@@ -25,27 +37,55 @@ def informative(outcomes: Tensor) -> Tensor:
     return (outcomes != outcomes[:, :1]).any(1)
 
 
-def group_advantages(
-    rewards: Tensor, outcomes: Tensor, kind: str, batch: Tensor | None = None
-) -> Tensor:
-    """Shaped rewards and raw outcomes [P, G] -> advantages [P, G].
+def where_informative(given: GroupRewards, advantages: Tensor) -> Tensor:
+    """[P, G] -> [P, G]: zero for a group whose *outcomes* all agree.
 
-    Under the three group rules a group whose *outcomes* all agree gets zero: filtering on a shaped
-    reward would keep groups in which nothing was solved. `batch_std` has no group to filter.
-
-    Args:
-        rewards: outcomes plus shaping terms.
-        outcomes: 1.0 or 0.0.
-        kind: see `AdvantageConfig.kind`.
-        batch: rewards of all processes, for `batch_std`; None: `rewards` are all there are.
+    Filtering on a shaped reward would keep groups in which nothing was solved.
     """
-    if kind == "batch_std":
-        batch = rewards if batch is None else batch
-        return (rewards - batch.mean()) / (batch.std(correction=0) + EPSILON)
-    centred = rewards - rewards.mean(1, keepdim=True)
-    if kind == "group_std":
-        centred = centred / (rewards.std(1, keepdim=True, correction=0) + EPSILON)
-    elif kind == "leave_one_out":
-        size = max(2, rewards.shape[1])  # alone it has no advantage
-        centred = centred * (size / (size - 1))
-    return torch.where(informative(outcomes)[:, None], centred, 0.0)
+    return torch.where(informative(given.outcomes)[:, None], advantages, 0.0)
+
+
+def _centred(given: GroupRewards) -> Tensor:
+    return given.rewards - given.rewards.mean(1, keepdim=True)
+
+
+def group_std(given: GroupRewards) -> Tensor:
+    """(r - mean of the group) / standard deviation of the group (GRPO)."""
+    deviation = given.rewards.std(1, keepdim=True, correction=0)
+    return where_informative(given, _centred(given) / (deviation + EPSILON))
+
+
+def group_mean(given: GroupRewards) -> Tensor:
+    """r - mean of the group (Dr.GRPO)."""
+    return where_informative(given, _centred(given))
+
+
+def leave_one_out(given: GroupRewards) -> Tensor:
+    """r - mean of the group's other rollouts (RLOO)."""
+    size = max(2, given.rewards.shape[1])  # alone it has no advantage
+    return where_informative(given, _centred(given) * (size / (size - 1)))
+
+
+def batch_std(given: GroupRewards) -> Tensor:
+    """(r - mean of the batch) / standard deviation of the batch (REINFORCE++), unfiltered."""
+    return (given.rewards - given.batch.mean()) / (given.batch.std(correction=0) + EPSILON)
+
+
+ADVANTAGES: Registry[Advantage] = Registry(
+    group_std=group_std, group_mean=group_mean, leave_one_out=leave_one_out, batch_std=batch_std
+)
+
+
+@dataclass(kw_only=True)
+class AdvantageConfig:
+    """The baseline that a reward is compared with."""
+
+    kind: str | None = None
+    """`group_std`: (r - mean of the group) / standard deviation of the group (GRPO). `group_mean`:
+    without the division (Dr.GRPO). `leave_one_out`: r - mean of the group's other rollouts (RLOO).
+    `batch_std`: (r - mean of the batch) / standard deviation of the batch (REINFORCE++). None: the
+    rule of `objective.policy.algorithm`."""
+
+    def validate(self, key: str) -> None:
+        """Raises ValueError naming the key of an unknown rule."""
+        ADVANTAGES.check(self.kind, f"{key}.kind", optional=True)

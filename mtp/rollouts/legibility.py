@@ -12,10 +12,9 @@ import torch
 from mtp_kernels import linear_logprob
 from torch import Tensor
 
-from ..modeling.matrices import plain_matrix
 from ..modeling.records import pad
 from ..tasks.base import Task
-from .prompt_format import TextFormat
+from .prompt_format import PromptFormat
 from .rollout import Rollouts
 
 ROWS_AT_ONCE = 256
@@ -34,25 +33,27 @@ class ThoughtNats(NamedTuple):
 
 
 @torch.no_grad()
-def thought_nats(batch: Rollouts, text: TextFormat, reference: Any) -> ThoughtNats:
+def thought_nats(batch: Rollouts, fmt: PromptFormat, reference: Any) -> ThoughtNats:
     """-log p of every token of the thoughts, their closing delimiters included."""
     found = []
     device = next(reference.parameters()).device
-    weight = plain_matrix(reference.get_output_embeddings(), "the reference's output layer")
     for first in range(0, len(batch.prompts), ROWS_AT_ONCE):
         chosen = range(first, min(first + ROWS_AT_ONCE, len(batch.prompts)))
-        thoughts = [text.thought_of(batch.out.completion(r)) for r in chosen]
+        thoughts = [fmt.thought_of(batch.out.completion(r)) for r in chosen]
         prompts = [batch.prompts[r] for r in chosen]
-        tokens, lengths = pad([p + t for p, t in zip(prompts, thoughts, strict=True)], text.pad_id)
+        tokens, lengths = pad([p + t for p, t in zip(prompts, thoughts, strict=True)], fmt.pad_id)
         starts = torch.tensor([len(p) for p in prompts])
         at = torch.arange(tokens.shape[1])
         scored = (at >= starts[:, None] - 1) & (at < lengths[:, None] - 1)
         rows = scored.flatten().nonzero()[:, 0]
         if not len(rows):
             continue
-        hidden = reference.score(tokens.to(device)).main_hidden.flatten(0, 1)[rows.to(device)]
+        replayed = reference.replay(tokens.to(device))
+        hidden = replayed.main_hidden.flatten(0, 1)[rows.to(device)]
         targets = tokens.flatten()[rows + 1].to(device)
-        nats = -linear_logprob(hidden, weight, targets).logprob.float().cpu()
+        output = replayed.main_output
+        stats = linear_logprob(output.rows(hidden), output.weight, targets, **output.options)
+        nats = -stats.logprob.float().cpu()
         row, position = rows // tokens.shape[1], rows % tokens.shape[1]
         slots = batch.out.slots[first + row, position + 1 - starts[row]]
         found.append(ThoughtNats(nats, torch.tensor(batch.owners)[first + row], slots))
@@ -63,46 +64,46 @@ def thought_nats(batch: Rollouts, text: TextFormat, reference: Any) -> ThoughtNa
 
 
 def reference_figures(
-    batches: list[Rollouts], text: TextFormat, reference: Any, num_slots: int
+    batches: list[Rollouts], fmt: PromptFormat, reference: Any, block_size: int
 ) -> dict[str, float | None]:
     """Mean nats per thought token, over all and by slot; None where no token is.
 
     The exponential of a mean is the reference's perplexity.
     """
-    measured = [thought_nats(batch, text, reference) for batch in batches]
+    measured = [thought_nats(batch, fmt, reference) for batch in batches]
 
     def mean(chosen: list[Tensor]) -> float | None:
         count = sum(len(values) for values in chosen)
         return sum(float(values.sum()) for values in chosen) / count if count else None
 
     figures = {"reference_nats_per_token": mean([m.nats for m in measured])}
-    for slot in range(num_slots):
+    for slot in range(block_size):
         figures[f"reference_nats_slot_{slot}"] = mean([m.nats[m.slots == slot] for m in measured])
     return figures
 
 
-def mean_nats_of_rollouts(batch: Rollouts, text: TextFormat, reference: Any) -> Tensor:
+def mean_nats_of_rollouts(batch: Rollouts, fmt: PromptFormat, reference: Any) -> Tensor:
     """[P * G] mean nats per thought token of each rollout; 0 for one without a thought."""
-    measured = thought_nats(batch, text, reference)
+    measured = thought_nats(batch, fmt, reference)
     number = len(batch)
     sums = torch.zeros(number).index_add(0, measured.rollouts, measured.nats)
     counts = measured.rollouts.bincount(minlength=number)
     return sums / counts.clamp(min=1)
 
 
-def true_step_share(batches: list[Rollouts], task: Task, text: TextFormat) -> float | None:
+def true_step_share(batches: list[Rollouts], task: Task, fmt: PromptFormat) -> float | None:
     """Share of the thoughts' steps that are true; None for a task whose steps cannot be checked."""
     true = total = 0
     for batch in batches:
         for row in range(len(batch)):
-            steps = task.true_steps(text.thought_text(*batch.completions(row)))
+            steps = task.true_steps(fmt.thought_text(*batch.completions(row)))
             if steps is None:
                 return None
             true, total = true + steps[0], total + steps[1]
     return true / total if total else 0.0
 
 
-def unigram_drift(batches: list[Rollouts], text: TextFormat) -> float | None:
+def unigram_drift(batches: list[Rollouts], fmt: PromptFormat) -> float | None:
     """Jensen-Shannon divergence, in bits, of the thoughts' tokens from the solver's traces.
 
     0: the same frequencies; 1: no token in common. None where some problem has no trace.
@@ -113,9 +114,9 @@ def unigram_drift(batches: list[Rollouts], text: TextFormat) -> float | None:
         if any(example.thought is None for example in batch.examples):
             return None
         for example in batch.examples:
-            traced.update(text.thought_ids(example.thought))
+            traced.update(fmt.thought_ids(example.thought))
         for segment in range(len(batch.prompts)):
-            written.update(text.thought_of(batch.out.completion(segment)))
+            written.update(fmt.thought_of(batch.out.completion(segment)))
     return jensen_shannon(written, traced) if written and traced else None
 
 

@@ -49,12 +49,12 @@ def character_tokenizer(alphabet: str, delimiters: list[str]) -> PreTrainedToken
 
 
 @dataclass
-class TextFormat:
+class PromptFormat:
     """How examples become token ids under one tokenizer and one set of phases."""
 
     tokenizer: PreTrainedTokenizerBase
     phases: dict[str, Phase]
-    num_slots: int
+    block_size: int
     """K + 1."""
     system_prompt: str | None = None
     segments: SegmentSettings = field(default_factory=SegmentSettings)
@@ -213,7 +213,7 @@ class TextFormat:
         return make_plan(
             list(self.phases.values()),
             ids([phase.opened_by for phase in self.phases.values()]),
-            num_slots=self.num_slots,
+            block_size=self.block_size,
             eos_ids=self.eos_ids,
             mode=mode,
             closed_by=ids([phase.closed_by for phase in self.phases.values()]),

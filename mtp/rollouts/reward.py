@@ -9,7 +9,7 @@ from torch import Tensor
 from ..bounds import bounded
 from ..tasks.base import Task
 from .legibility import mean_nats_of_rollouts
-from .prompt_format import TextFormat
+from .prompt_format import PromptFormat
 from .rollout import Rollouts
 
 
@@ -49,7 +49,7 @@ class Rewards:
 
 def score(
     task: Task,
-    text: TextFormat,
+    fmt: PromptFormat,
     rollouts: Rollouts,
     config: RewardConfig,
     *,
@@ -62,7 +62,7 @@ def score(
     `legibility_cost`. Raises ValueError naming the task and the sample if the task's reward raises
     or is not a finite number.
     """
-    answers = [text.answer_text(rollouts.completion(row)) for row in range(len(rollouts))]
+    answers = [fmt.answer_text(rollouts.completion(row)) for row in range(len(rollouts))]
     outcomes = [
         0.0 if answer is None else task.outcome(rollouts.example(row), answer)
         for row, answer in enumerate(answers)
@@ -81,7 +81,7 @@ def score(
         over = torch.tensor(longest) - (max_new_tokens - config.overlong_buffer)
         terms["overlong"] = -(over / config.overlong_buffer).clamp(0, 1)
     if config.legibility_cost:
-        nats = mean_nats_of_rollouts(rollouts, text, reference)
+        nats = mean_nats_of_rollouts(rollouts, fmt, reference)
         terms["legibility"] = -config.legibility_cost * nats
     shape = (-1, rollouts.group_size)
     outcome = torch.tensor(outcomes).view(shape)

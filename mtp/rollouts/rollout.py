@@ -2,18 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..bounds import bounded
+from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.memory import Memory
 from ..modeling.phases import Phase, PhasePlan, check_phases
 from ..modeling.records import Decoded, pad
 from ..modeling.sampler import Sampler
 from ..modeling.segments import SegmentSettings, check_segments, decode_segments
 from ..tasks.base import Example
-from .prompt_format import TextFormat
+from .prompt_format import PromptFormat
 
 
 @dataclass(kw_only=True)
@@ -159,7 +160,7 @@ class Rollouts:
 
 
 @contextmanager
-def keep_casts(model: torch.nn.Module) -> Iterator[None]:
+def keep_casts(model: DecodableModel) -> Iterator[None]:
     """Inside, autocast casts a frozen weight once and not at every pass.
 
     It keeps the casts only of weights that require a gradient, until it is left.
@@ -175,44 +176,37 @@ def keep_casts(model: torch.nn.Module) -> Iterator[None]:
 
 
 def sample(
-    model: torch.nn.Module,
-    text: TextFormat,
+    model: DecodableModel,
+    fmt: PromptFormat,
     examples: list[Example],
     plan: PhasePlan,
-    sampler: Sampler,
+    options: DecodeOptions,
     *,
-    max_new_tokens: int,
     group_size: int = 1,
-    generator: torch.Generator | None = None,
     prefixes: list[list[int]] | None = None,
-    kernels: str | None = None,
 ) -> Rollouts:
-    """Complete each example's prompt `group_size` times, in segments where `text` has them.
+    """Complete each example's prompt `group_size` times, in segments where `fmt` has them.
 
-    `prefixes`, one per example, are put behind the prompts: what the model is made to have said.
-    `kernels` is that of `decode`.
+    `prefixes`, one per example, are put after the prompts, as text that the model has written. Rows
+    are padded as `fmt` has it, whatever `options.pad_id` is.
     """
-    prompts = [text.prompt_ids(example.prompt) for example in examples]
+    prompts = [fmt.prompt_ids(example.prompt) for example in examples]
     if prefixes is not None:
         prompts = [p + prefix for p, prefix in zip(prompts, prefixes, strict=True)]
     device = next(model.parameters()).device
-    tokens, lengths = pad(prompts, text.pad_id)
+    tokens, lengths = pad(prompts, fmt.pad_id)
     training = model.training
-    model.eval()
+    model.train(False)
     with keep_casts(model):
         out = decode_segments(
             model,
             tokens.to(device),
             lengths.to(device),
             plan,
-            sampler,
-            text.segments,
-            text.tokenizer,
-            max_new_tokens=max_new_tokens,
-            pad_id=text.pad_id,
-            generator=generator,
+            replace(options, pad_id=fmt.pad_id),
+            fmt.segments,
+            fmt.tokenizer,
             num_return_sequences=group_size,
-            kernels=kernels,
         )
     model.train(training)
     record = out.out.to("cpu")

@@ -10,11 +10,11 @@ An index gives the same example at every call, so a position stays all the state
 import logging
 from typing import Any
 
-from ..rollouts.prompt_format import TextFormat
+from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import DecodingConfig
 from ..rollouts.tokenization import unknown_characters
 from ..tasks.base import Example, Split, Task
-from .batch import collate_text
+from .collate import collate_text
 from .stage import StageConfig
 
 _log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class FittedTask(Task):
     def __init__(
         self,
         task: Task,
-        text: TextFormat,
+        text: PromptFormat,
         *,
         prompt_limit: int | None = None,
         text_limit: int | None = None,
@@ -173,14 +173,14 @@ def fit_task(
     decoding: DecodingConfig,
     stages: dict[str, StageConfig],
     model: Any,
-    text: TextFormat,
+    text: PromptFormat,
 ) -> FittedTask:
     """The task as a run's model can read it; stages: those of the run that have steps.
 
     Raises ValueError naming the key if there is no room for prompts.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
-    solved = any(s.kind == "supervised" or s.num_solved for s in stages.values())
+    solved = any(stage.reads_solved for stage in stages.values())
     return FittedTask(
         task,
         text,
@@ -194,7 +194,7 @@ def checked_task(
     decoding: DecodingConfig,
     stages: dict[str, StageConfig],
     model: Any,
-    text: TextFormat,
+    text: PromptFormat,
     num_test: int,
 ) -> FittedTask:
     """The task as a run's model can read it, looked at before anything trains.
@@ -217,17 +217,17 @@ def checked_task(
     return fitted
 
 
-def _has_head_rows(example: Example, text: TextFormat) -> bool:
+def _has_head_rows(example: Example, text: PromptFormat) -> bool:
     samples = text.example_segments(example)
-    return len(collate_text(samples, text.plan("fast"), text.num_slots, text.pad_id).head_rows) > 0
+    return len(collate_text(samples, text.plan("fast"), text.block_size, text.pad_id).head) > 0
 
 
 def _check_heads(task: FittedTask, stages: dict[str, StageConfig]) -> None:
     """Raises ValueError for a supervised stage of the head: no example has a token of the head."""
     phases = [name for name, phase in task.text.phases.items() if phase.mode != "slow"]
     for name, stage in stages.items():
-        streams = sorted(stage.objective.active().keys() & {"head_ce", "head_kl"})
-        if stage.kind == "supervised" and streams:
+        streams = [n for n, stream in stage.objective.active().items() if stream.scores_head]
+        if stage.kind == "supervised" and stage.train_head and streams:
             raise ValueError(
                 f"stages.{name}.objective.{streams[0]} has nothing to learn from: no solved "
                 f"example of task {task.name} has text in a phase that the head writes "

@@ -14,6 +14,9 @@ from torch import nn
 
 from ..bounds import bounded
 
+BETAS = (0.9, 0.95)
+"""AdamW's, as in most runs of language models."""
+
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
@@ -25,7 +28,6 @@ class OptimizerConfig:
     muon_lr_ratio: float = bounded(3.0, above=0)
     """Muon's rate over `lr`. At 1 an update has the root mean square of AdamW's in large models;
     small models with noisy gradients make larger ones."""
-    betas: list[float] = bounded([0.9, 0.95], at_least=0, below=1)
     weight_decay: float = bounded(0.0, at_least=0)
     """Applied to matrices only."""
     clip_norm: float = bounded(1.0, above=0)
@@ -39,8 +41,6 @@ class OptimizerConfig:
         """Raises ValueError naming the key of an impossible value."""
         if self.algorithm not in ("adamw", "muon"):
             raise ValueError(f"{key}.algorithm must be adamw or muon, got {self.algorithm!r}")
-        if len(self.betas) != 2:
-            raise ValueError(f"{key}.betas must hold two numbers, got {self.betas}")
         if self.decay not in ("constant", "linear", "cosine"):
             raise ValueError(f"{key}.decay must be constant, linear or cosine, got {self.decay!r}")
 
@@ -100,7 +100,6 @@ def build_optimizer(
     parameters: dict[str, nn.Parameter], config: OptimizerConfig
 ) -> torch.optim.Optimizer:
     """The optimizer of an emitter's parameters, with weight decay on matrices only."""
-    betas = (config.betas[0], config.betas[1])
     muon_names = [n for n, p in parameters.items() if is_hidden_matrix(n, p)]
     if config.algorithm == "adamw":
         muon_names = []
@@ -110,7 +109,7 @@ def build_optimizer(
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True)
     if not muon_names:
         return adamw
     muon = torch.optim.Muon(

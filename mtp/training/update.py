@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 
-from ..modeling.matrices import plain_matrix
 from ..modeling.sampler import Sampler
 from .batch import RolloutBatch, TextBatch
-from .objectives import ObjectiveConfig, scores_head
-from .objectives.scored import score_batch
+from .objectives import ObjectiveConfig
 from .runtime import NotFinite, over_processes
+from .step_module import Sealed, Step
 
 
 def global_counts(
@@ -34,7 +33,7 @@ def global_counts(
 
 def update(
     fabric: Fabric,
-    model: Any,
+    module: Any,
     optimizers: Mapping[str, Any],
     batches: list[TextBatch],
     objective: ObjectiveConfig,
@@ -51,7 +50,7 @@ def update(
 
     Args:
         fabric: runs backward, clipping and reduction.
-        model: the model as wrapped by `fabric`.
+        module: the model as `step_module.wrap` gives it.
         optimizers: by emitter, `main` and `head`; an absent emitter is not trained.
         batches: micro-batches of this process, in their own sizes. If one is of rollouts, this is
             an RL step, and the others are solved examples for the supervised streams.
@@ -60,7 +59,7 @@ def update(
         channel_gradient: scale of the head's gradient on main.
         logits_detach: keep the head's gradient off an output matrix shared with main.
         sampler: the distribution that rollouts came from.
-        reference: frozen model whose rows the leash compares with.
+        reference: frozen model that streams compare with.
         impl: implementation of `mtp_kernels` ops.
         check_gradients: raise if a parameter that is trained has got no gradient.
 
@@ -68,7 +67,6 @@ def update(
         NotFinite: if the gradient is not finite.
         ValueError: if the gradient is missing where it was to be checked.
     """
-    parts = model.module
     in_rl = any(isinstance(batch, RolloutBatch) for batch in batches)
     counts = global_counts(fabric, objective, batches, in_rl)
     sums: dict[str, float] = {}
@@ -81,35 +79,22 @@ def update(
 
     for index, batch in enumerate(batches):
         is_last = index == len(batches) - 1
-        streams = objective.streams(batch, in_rl)
-        with fabric.no_backward_sync(model, enabled=not is_last):
-            rows = None
-            with fabric.autocast():
-                scored = score_batch(
-                    model,
-                    parts,
-                    batch,
-                    channel_gradient=channel_gradient,
-                    use_head=scores_head(streams),
-                    logits_detach=logits_detach,
-                    impl=impl,
-                )
-                if reference is not None and streams.keys() & {"leash", "preserve"}:
-                    with torch.no_grad():
-                        hidden = reference.score(batch.tokens).main_hidden.flatten(0, 1)
-                    rows = (
-                        hidden,
-                        plain_matrix(
-                            reference.get_output_embeddings(), "the reference's output layer"
-                        ),
-                    )
-                terms = objective.terms(scored, batch, sampler or Sampler(), rows, in_rl)
-            loss = torch.stack(
-                [t.weight * t.total / max(counts[n], 1.0) for n, t in terms.items()]
-            ).sum()
+        step = Step(
+            batch,
+            objective,
+            counts,
+            in_rl=in_rl,
+            channel_gradient=channel_gradient,
+            logits_detach=logits_detach,
+            sampler=sampler or Sampler(),
+            reference=reference,
+            impl=impl,
+        )
+        with fabric.no_backward_sync(module, enabled=not is_last):
+            loss, terms = module(Sealed(step))
             fabric.backward(loss * fabric.world_size)
-        for name, term in terms.items():
-            add(f"loss/{name}", float(term.total.detach()), 0.0)
+        for name, term in terms.content.items():
+            add(f"loss/{name}", float(term.total), 0.0)
             for metric, (value, count) in term.metrics.items():
                 add(metric, float(value), count)
             for metric, value in term.maxima.items():
@@ -123,7 +108,7 @@ def update(
     metrics |= {f"loss/{n}": sums[f"loss/{n}"] / max(c, 1.0) for n, c in counts.items()}
     metrics |= {f"num_tokens/{n}": c for n, c in counts.items()}
     if check_gradients:
-        for name, parameter in parts.named_parameters():
+        for name, parameter in module.module.model.named_parameters():
             if parameter.requires_grad and parameter.grad is None:
                 raise ValueError(
                     f"parameter {name} is trained but got no gradient; freeze its part "
@@ -131,7 +116,7 @@ def update(
                 )
     for name, optimizer in optimizers.items():
         norm = fabric.clip_gradients(
-            model, optimizer, max_norm=clip_norms[name], error_if_nonfinite=False
+            module, optimizer, max_norm=clip_norms[name], error_if_nonfinite=False
         )
         metrics[f"{name}/grad_norm"] = float(torch.as_tensor(norm))
         if not math.isfinite(metrics[f"{name}/grad_norm"]):

@@ -23,14 +23,14 @@ from mtp.modeling.branches import SearchConfig
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.phases import Phase
 from mtp.modeling.records import FORCED, Block
-from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.rollouts.rollout import DecodingConfig
 from mtp.tasks import TASK_CONFIGS
 from mtp.tasks.running_sum import RunningSumConfig
 from mtp.training.objectives import ObjectiveConfig
 from mtp.training.objectives.head_ce import HeadCE
 from mtp.training.objectives.main_ce import MainCE
-from mtp.training.stage import StageConfig
+from mtp.training.stage import ExamplesConfig, StageConfig
 
 PHASES = {
     "thought": Phase(mode="fast", opened_by="<think>"),
@@ -46,8 +46,13 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     (folder / "stages").mkdir(parents=True)
     stages = {
-        "main": StageConfig(train_head=False, objective=MAIN_ONLY),
-        "head": StageConfig(objective=ObjectiveConfig(head_ce=HeadCE(weight=1.0))),
+        "main": StageConfig(
+            examples=ExamplesConfig(batch_size=4), train_head=False, objective=MAIN_ONLY
+        ),
+        "head": StageConfig(
+            examples=ExamplesConfig(batch_size=4),
+            objective=ObjectiveConfig(head_ce=HeadCE(weight=1.0)),
+        ),
     }
     config = RunConfig(
         name="tiny",
@@ -60,7 +65,7 @@ def run(tmp_path_factory) -> Path:
     )
     config.validate()
     save_run_config(config, folder / "config.yaml")
-    text = TextFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), PHASES, 4)
+    text = PromptFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), PHASES, 4)
     for seed, name in enumerate(stages):
         model = tiny_model(seed=seed)
         model.generation_config = generation_config(text, PHASES)
@@ -107,7 +112,11 @@ def test_a_runs_config_comes_back_as_it_was(run):
 
 @pytest.mark.parametrize("name", sorted(TASK_CONFIGS))
 def test_every_tasks_config_comes_back(tmp_path, name):
-    stages = {"main": StageConfig(train_head=False, objective=MAIN_ONLY)}
+    stages = {
+        "main": StageConfig(
+            examples=ExamplesConfig(batch_size=4), train_head=False, objective=MAIN_ONLY
+        )
+    }
     config = RunConfig(run_dir="runs/x", task=TASK_CONFIGS[name](num_test=5), stages=stages)
     save_run_config(config, tmp_path / "config.yaml")
     assert load_run_config(tmp_path / "config.yaml") == config
@@ -224,7 +233,7 @@ def test_a_thought_budget_closes_the_thought(run, capsys):
 
 
 def test_a_conversation_goes_on_until_it_is_quit():
-    text = TextFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), PHASES, 4)
+    text = PromptFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), PHASES, 4)
     console = Console(file=io.StringIO())
     asked = []
 

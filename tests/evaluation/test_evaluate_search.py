@@ -9,18 +9,18 @@ from helpers import tiny_model
 from mtp.evaluation import evaluate_search as module
 from mtp.evaluation.evaluate_search import evaluate_search, outcome_judge
 from mtp.modeling.branches import Branch, SearchConfig
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.phases import Phase
-from mtp.modeling.sampler import Sampler
-from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.tasks.running_sum import RunningSum, RunningSumConfig
 
 PHASES = {
     "thought": Phase(mode="fast", opened_by="<think>"),
     "answer": Phase(mode="slow", opened_by="</think>"),
 }
-TEXT = TextFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), PHASES, 4)
+TEXT = PromptFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), PHASES, 4)
 TASK = RunningSumConfig(num_terms=2).build()
-SETTINGS = {"mode": "fast", "max_new_tokens": 14, "num_problems": 5, "batch_size": 6}
+SETTINGS = {"mode": "fast", "num_problems": 5, "batch_size": 6}
 
 
 def said(answer, prompt):
@@ -49,7 +49,13 @@ def test_figures_are_shares_of_problems(monkeypatch):
     monkeypatch.setattr(module, "search", search)
     config = SearchConfig(n=3)
     figures = evaluate_search(
-        tiny_model(), TEXT, TASK, config, Sampler(), judge="logprob", **SETTINGS
+        tiny_model(),
+        TEXT,
+        TASK,
+        config,
+        DecodeOptions(max_new_tokens=14),
+        judge="logprob",
+        **SETTINGS,
     )
     assert figures == {
         "chosen_accuracy": 3 / 5,
@@ -83,13 +89,19 @@ def test_with_the_reward_as_judge_what_was_found_right_is_chosen():
 
     task = OneDigit(RunningSumConfig(num_terms=2))
     config = SearchConfig(n=24)
-    settings = {**SETTINGS, "max_new_tokens": 10, "generator": torch.Generator().manual_seed(0)}
-    figures = evaluate_search(model, TEXT, task, config, Sampler(), judge="reward", **settings)
+    options = DecodeOptions(max_new_tokens=10, generator=torch.Generator().manual_seed(0))
+    figures = evaluate_search(model, TEXT, task, config, options, judge="reward", **SETTINGS)
     assert figures["chosen_accuracy"] == figures["any_right_accuracy"] > figures["mean_accuracy"]
 
 
 def test_an_unknown_judge_is_an_error():
     with pytest.raises(ValueError, match="judge must be one of .'logprob', 'reward'., got 'vibes'"):
         evaluate_search(
-            tiny_model(), TEXT, TASK, SearchConfig(), Sampler(), judge="vibes", **SETTINGS
+            tiny_model(),
+            TEXT,
+            TASK,
+            SearchConfig(),
+            DecodeOptions(max_new_tokens=14),
+            judge="vibes",
+            **SETTINGS,
         )

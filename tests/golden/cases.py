@@ -30,6 +30,7 @@ from mtp.cli.main import main as command_line
 from mtp.config import RunConfig, load_run_config, to_run_config
 from mtp.hub.build import build_model, load_model
 from mtp.trainer import train
+from mtp.training.stage import RolloutsConfig
 
 ROOT = Path(__file__).parents[2]
 ARCHIVE = Path(__file__).with_name("old_run.tar.xz")
@@ -72,9 +73,9 @@ SMALL = [
     "head.intermediate_size=48",
     "stages.main.steps=0",
     "stages.head.steps=0",
-    "stages.joint.batch_size=16",
-    "stages.rl.num_prompts=4",
-    "stages.rl.group_size=4",
+    "stages.joint.examples.batch_size=16",
+    "stages.rl.rollouts.num_prompts=4",
+    "stages.rl.rollouts.group_size=4",
     "stages.rl.evaluate_every=0",
 ]
 RL_ALONE = [
@@ -84,7 +85,7 @@ RL_ALONE = [
     "evaluation.reference=start",
 ]
 RATES = [
-    f"stages.rl.{part}.{setting}"
+    f"stages.rl.optimizers.{part}.{setting}"
     for part in ("main", "head")
     for setting in ("algorithm=adamw", "lr=7e-4", "warmup_steps=0", "decay=constant")
 ]
@@ -116,7 +117,12 @@ def numbers_of_run(folder: Path, *overrides: str) -> Values:
 
 
 def steady(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in UNSTEADY}
+    """Without clocks, and with the names that metrics had when they were recorded."""
+    return {
+        name.replace("reference_kl_", "leash_"): value
+        for name, value in record.items()
+        if name not in UNSTEADY
+    }
 
 
 def old_run(folder: Path) -> Path:
@@ -142,7 +148,7 @@ def default(folder: Path) -> Values:
         "stages.joint.evaluate_every=2",
         "stages.joint.stop_every=2",
         "stages.rl.steps=2",
-        "stages.rl.num_prompts=4",
+        "stages.rl.rollouts.num_prompts=4",
     )
 
 
@@ -156,13 +162,12 @@ def algorithm(name: str) -> Callable[[Path], Values]:
     def run(folder: Path) -> Values:
         objective, overrides = "stages.rl.objective", list(RATES)
         if name in ESTIMATORS:
-            overrides.append(f"{objective}.leash.kind={ESTIMATORS[name]}")
-            overrides.append(f"{objective}.leash.reverse=true")
+            overrides.append(f"{objective}.reference_kl.kind={ESTIMATORS[name]}")
         overrides += [
             f"{objective}.policy.algorithm={name}",
             f"{objective}.policy.length=16",
             "stages.rl.advantage.kind=null",
-            "stages.rl.num_epochs=2",
+            "stages.rl.rollouts.num_epochs=2",
         ]
         clips = configured("run_dir=unused", *overrides).stages["rl"].objective.policy.clips()
         # GSPO's range is so narrow that a loss hardly shows it.
@@ -179,13 +184,13 @@ def rl_options(folder: Path) -> Values:
         folder,
         "decoding.top_k=12",
         "stages.rl.steps=2",
-        "stages.rl.num_prompts=2",
-        "stages.rl.drop_uninformative=true",
-        "stages.rl.max_rounds=3",
-        "stages.rl.num_minibatches=2",
+        "stages.rl.rollouts.num_prompts=2",
+        "stages.rl.rollouts.drop_uninformative=true",
+        "stages.rl.rollouts.max_rounds=3",
+        "stages.rl.rollouts.num_minibatches=2",
         "stages.rl.micro_batch_size=3",
-        "stages.rl.num_solved=4",
-        "stages.rl.recompute_old=true",
+        "stages.rl.rollouts.num_solved=4",
+        "stages.rl.rollouts.recompute_old=true",
         "stages.rl.channel_gradient=0.5",
         "stages.rl.channel_ramp_steps=2",
         "stages.rl.logits_detach=true",
@@ -197,13 +202,13 @@ def rl_options(folder: Path) -> Values:
         f"{objective}.main_ce.weight=0.1",
         f"{objective}.head_ce.weight=0.2",
         f"{objective}.head_kl.weight=0.3",
-        f"{objective}.leash.reverse=true",
+        f"{objective}.reference_kl.reverse=true",
         "stages.rl.reward.token_cost=0.01",
         "stages.rl.reward.format_cost=0.3",
         "stages.rl.reward.overlong_buffer=6",
         "stages.rl.reward.legibility_cost=0.05",
         *RATES,
-        "stages.rl.head.weight_decay=0.1",
+        "stages.rl.optimizers.head.weight_decay=0.1",
     )
 
 
@@ -226,7 +231,7 @@ def segments(folder: Path) -> Values:
         "stages.joint.steps=2",
         "stages.rl.steps=2",
         "stages.rl.micro_batch_size=5",
-        "stages.rl.num_solved=2",
+        "stages.rl.rollouts.num_solved=2",
         "stages.rl.objective.main_ce.weight=0.1",
         "stages.rl.objective.policy.algorithm=reinforce_pp",
         "stages.rl.advantage.kind=null",
@@ -253,7 +258,7 @@ def head(name: str) -> Callable[[Path], Values]:
             "evaluation.verified=true",
             "stages.joint.steps=3",
             "stages.joint.objective.head_kl.weight=0.5",
-            "stages.joint.num_anchors=4",
+            "stages.joint.examples.num_anchors=4",
             "stages.rl.steps=2",
             "stages.rl.objective.policy.algorithm=reinforce_pp",
             "stages.rl.advantage.kind=null",
@@ -380,7 +385,7 @@ def old_layout(folder: Path) -> Values:
         given = prompt_ids(text)
         values[part] = {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "slots": model.num_slots,
+            "slots": model.block_size,
             "logits": logits(model.eval(), given["input_ids"][0]),
             "modes of phases": [phase.mode for phase in text.phases.values()],
         }
@@ -410,16 +415,16 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
         "problems": config.evaluation.num_problems,
     }
     for name, stage in config.stages.items():
-        weights = {
-            stream: term.weight for stream, term in vars(stage.objective).items() if term.weight
-        }
+        # Supervised stages had these keys too, at their defaults.
+        rollouts = stage.rollouts if stage.kind == "rl" else RolloutsConfig(num_prompts=16)
+        weights = {stream: term.weight for stream, term in stage.objective.active().items()}
         settings[f"stage {name}"] = {
             "steps": stage.steps,
-            "rates": [stage.main.lr, stage.head.lr],
-            "algorithms": [stage.main.algorithm, stage.head.algorithm],
+            "rates": [stage.optimizer_of(part).lr for part in ("main", "head")],
+            "algorithms": [stage.optimizer_of(part).algorithm for part in ("main", "head")],
             "channel": stage.channel_gradient,
             "weights": sorted(weights.values()),
-            "prompts": [stage.num_prompts, stage.group_size],
+            "prompts": [rollouts.num_prompts, rollouts.group_size],
             "pass cost": stage.reward.pass_cost,
         }
     return settings
@@ -454,8 +459,8 @@ CASES: dict[str, Callable[[Path], Values]] = {
     "default": default,
     **{f"rl_{name}": algorithm(name) for name in ALGORITHMS},
     "rl_options": rl_options,
-    "rl_auxiliary_ce": slow_rollouts("rl_proof_auxiliary_ce"),
-    "rl_auxiliary_policy": slow_rollouts("rl_proof_auxiliary_policy"),
+    "rl_auxiliary_ce": slow_rollouts("rl_proof/auxiliary_ce"),
+    "rl_auxiliary_policy": slow_rollouts("rl_proof/auxiliary_policy"),
     "segments": segments,
     **{f"head_{name}": head(name) for name in HEADS if name != "eavesdrop"},
     "decode_greedy": greedy,

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import run_alone, tiny_model
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mtp.config import RunConfig
@@ -17,7 +18,7 @@ from mtp.hub.build import ModelConfig, generation_config, load_model
 from mtp.hub.export import export
 from mtp.hub.model_card import NUM_TRIED, base_model
 from mtp.modeling.phases import Phase
-from mtp.rollouts.prompt_format import PLAIN_TEMPLATE, TextFormat, character_tokenizer
+from mtp.rollouts.prompt_format import PLAIN_TEMPLATE, PromptFormat, character_tokenizer
 from mtp.rollouts.rollout import DecodingConfig
 from mtp.tasks.running_sum import RunningSumConfig
 from mtp.training.stage import StageConfig
@@ -44,10 +45,10 @@ STAGE = {
 SUMMARY = {"stages": [STAGE], "seed": 7, "seconds": 61.0, "export": "out"}
 
 
-def tiny_text(system_prompt: str | None = None) -> TextFormat:
+def tiny_text(system_prompt: str | None = None) -> PromptFormat:
     """A tokenizer of 18 tokens under the 23 of `tiny_model`."""
     tokenizer = character_tokenizer("0123456789+=;", ["<think>", "</think>"])
-    return TextFormat(tokenizer, PHASES, 4, system_prompt=system_prompt)
+    return PromptFormat(tokenizer, PHASES, 4, system_prompt=system_prompt)
 
 
 def tiny_config() -> RunConfig:
@@ -121,6 +122,7 @@ def test_the_trusting_door_decodes_the_same_tokens_where_mtp_is_not_importable(t
     cache.mkdir()
     script = f"""
 import json, torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 ids = torch.tensor({ids.tolist()})
 given = dict(input_ids=ids, attention_mask=(ids != 0).long(), max_new_tokens=20)
@@ -160,6 +162,7 @@ def test_the_trusting_door_searches_as_here_where_mtp_is_not_importable(tmp_path
         expected[method] = [out.sequences.tolist(), out.passes.tolist(), len(out.texts[0])]
     script = f"""
 import json, torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r}, trust_remote_code=True)
 got = {{}}
@@ -259,6 +262,44 @@ def test_config_and_generation_config_tell_both_doors_what_they_need(tmp_path):
         {"name": "thought", "mode": "fast", "opened_by": 2, **rest},
         {"name": "answer", "mode": "slow", "opened_by": 3, **rest},
     ]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_main_alone_is_a_stock_folder(tmp_path, family, tied):
+    model, text = tiny_model(family, tied=tied), tiny_text()
+    model.generation_config = generation_config(text, PHASES)
+    export(model, text, tmp_path / "out", SUMMARY, tiny_config(), "main")
+    assert not list((tmp_path / "out").glob("*.py"))
+    for file in (tmp_path / "out").glob("*.json"):
+        assert "mtp" not in file.read_text(), file.name
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as weights:
+        assert not [key for key in weights.keys() if "mtp_head" in key]  # noqa: SIM118
+    stock, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert type(stock).__module__.startswith("transformers.")
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        assert torch.equal(stock(ids).logits, model(ids).logits)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    message = [{"role": "user", "content": "1+2="}]
+    prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"]
+    assert prompt == text.prompt_ids("1+2=")
+    given = {"input_ids": torch.tensor([prompt]), "do_sample": False, "max_new_tokens": 8}
+    slow = model.generate(**given, mtp_mode="slow")
+    assert torch.equal(stock.generate(**given)[0, : slow.shape[1]], slow[0])
+
+
+def test_the_card_of_main_alone_runs_and_its_folder_is_replaced_by_any_format(tmp_path):
+    model, text = make(tmp_path / "out")
+    export(model, text, tmp_path / "out", SUMMARY, tiny_config(), "main")
+    card = (tmp_path / "out" / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    script = snippet.replace("path/to/this/folder", str(tmp_path / "out"))
+    assert "93+63+48=<think>" in run_alone(script, tmp_path)
+    assert "trust_remote_code" not in card and "custom_code" not in card
+    export(model, text, tmp_path / "out", SUMMARY, tiny_config())
+    assert (tmp_path / "out" / "modeling_mtp.py").is_file()
 
 
 @pytest.mark.parametrize("ending", ["", "\n", "\n\n", "{% if true %}{% endif %}\n", "  "])

@@ -131,7 +131,7 @@ def test_a_checkpoint_from_before_a_field_was_added_opens_with_its_default(tmp_p
     forget(folder, "recall", "shared_embeddings")
     for opened in (build_toy(folder)[0], load_model(folder)[0]):
         assert opened.mtp_settings == model.mtp_settings
-        assert opened.config.mtp == asdict(model.mtp_settings)
+        assert opened.config.mtp == model.mtp_settings.to_checkpoint()
         weights = dict(opened.named_parameters())
         assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
 
@@ -195,7 +195,7 @@ def test_a_new_parallel_head_begins_as_main_whatever_its_norm_does(scale):
     out = model.mtp_head.out_proj.weight
     assert torch.allclose(out, expected * torch.eye(32), rtol=1e-4)
     tokens = torch.tensor([[5, 6, 7, 8]])
-    rows = model.score(tokens, torch.arange(4), torch.zeros(4, 3, dtype=torch.int64))
+    rows = model.replay(tokens, torch.arange(4), torch.zeros(4, 3, dtype=torch.int64))
     main, head = rows.main_hidden[0], rows.head_hidden
     assert head is not None
     cosine = torch.nn.functional.cosine_similarity(head, main[:, None], dim=-1)

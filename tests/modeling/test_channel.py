@@ -5,11 +5,12 @@ import torch
 from helpers import CLOSE, EOS, HEADS, PAD, tiny_model
 
 from mtp.modeling.phases import PhasePlan
-from mtp.training.batch import collate_text
+from mtp.training.collate import collate_text
 from mtp.training.objectives import ObjectiveConfig
 from mtp.training.objectives.head_ce import HeadCE
 from mtp.training.objectives.main_ce import MainCE
-from mtp.training.objectives.scored import score_batch
+from mtp.training.objectives.scored import replay_batch
+from mtp.training.objectives.stream import StreamInputs
 
 PLAN = PhasePlan(keep=[4, 1], opened_by=[None, CLOSE], eos_ids=[EOS])
 BATCH = collate_text([([5, 6], [7, 8, 9, 10, CLOSE, 11, EOS]), ([3], [4, 5])], PLAN, 4, PAD)
@@ -17,10 +18,10 @@ BATCH = collate_text([([5, 6], [7, 8, 9, 10, CLOSE, 11, EOS]), ([3], [4, 5])], P
 
 def gradients(model, objective, channel_gradient):
     model.zero_grad()
-    scored = score_batch(
-        model, model, BATCH, channel_gradient=channel_gradient, use_head=objective.uses_head
+    scored = replay_batch(
+        model, BATCH, channel_gradient=channel_gradient, use_head=objective.uses_head
     )
-    terms = objective.terms(scored, BATCH, None, None)
+    terms = objective.terms(StreamInputs(scored, BATCH))
     sum(term.weight * term.total for term in terms.values()).backward()
     return {n: p.grad for n, p in model.named_parameters()}
 

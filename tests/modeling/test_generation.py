@@ -32,11 +32,11 @@ def test_slow_mode_is_transformers_generate(family, attention, plan):
 
 def plain_block(model, context, plan, phase):
     """One greedy block by the definition: no cache, one row, the head recomputed at every slot."""
-    hidden, taps = model.main_rows(torch.tensor([context]))
+    hidden, taps = model.main_hidden(torch.tensor([context]))
     block = [int((hidden[0, -1] @ model.lm_head.weight.T).argmax())]
-    for slot in range(model.num_slots - 1):
+    for slot in range(model.block_size - 1):
         rows = head_rows(model, taps, block)
-        block.append(int((rows[slot] @ model.head_output_weight().T).argmax()))
+        block.append(int((model.output_layers()[1].logits(rows[slot])).argmax()))
     kept = []
     for token in block[: plan.keep[phase]]:
         kept.append(token)
@@ -218,7 +218,7 @@ def test_attention_reads_one_length_of_a_static_cache():
     )
     ids, given = torch.tensor([[5, 6, 7], [8, 9, 10]]), {"mtp_mode": "fast", "max_new_tokens": 16}
     model.generate(ids, **given, cache_implementation="static")
-    assert len(spans) > 2 and set(spans) == {3 + 16 + 2 * model.num_slots}
+    assert len(spans) > 2 and set(spans) == {3 + 16 + 2 * model.block_size}
     spans.clear()
     model.generate(ids, **given)
     assert spans == sorted(set(spans))
@@ -228,7 +228,7 @@ def test_attention_reads_one_length_of_a_static_cache():
 
 def test_a_compiled_main_is_compiled_once_for_each_width_of_a_static_cache():
     model = tiny_model()
-    plan = PhasePlan([model.num_slots], [None])
+    plan = PhasePlan([model.block_size], [None])
     expected = run(model, RAGGED[:1], plan, max_new_tokens=48)
     counter = CompileCounter()
     model.model.forward = torch.compile(
@@ -245,38 +245,38 @@ def test_a_compiled_main_is_compiled_once_for_each_width_of_a_static_cache():
 def test_tokens_drawn_without_logits(mode, head, shared, plan, monkeypatch):
     model = tiny_model(type=head, shared_embeddings=shared)
     plan = {"fast": plan, "slow": plan.as_slow(), "verified": plan.as_verified(4)}[mode]
-    expected, greedy = (run(model, RAGGED, plan, kernels=impl) for impl in (None, "torch"))
+    expected, greedy = (run(model, RAGGED, plan, impl=impl) for impl in (None, "torch"))
     assert completions(greedy) == completions(expected)
     assert torch.allclose(greedy.logprobs, expected.logprobs, atol=1e-5)
     # A row's noise is its own: neither the implementation nor the other rows have a say in it.
-    out = run(model, RAGGED, plan, Sampler(), kernels="torch")
-    assert completions(out) == completions(run(model, RAGGED, plan, Sampler(), kernels="reference"))
-    alone = completions(run(model, RAGGED[:1], plan, Sampler(), kernels="torch"))
+    out = run(model, RAGGED, plan, Sampler(), impl="torch")
+    assert completions(out) == completions(run(model, RAGGED, plan, Sampler(), impl="reference"))
+    alone = completions(run(model, RAGGED[:1], plan, Sampler(), impl="torch"))
     assert completions(out)[0] == alone[0] != completions(expected)[0]
     monkeypatch.setattr("mtp.modeling.token_sampling.linear_sample", None)
-    assert completions(run(model, RAGGED, plan, kernels="auto")) == completions(expected)
+    assert completions(run(model, RAGGED, plan, impl="auto")) == completions(expected)
     with pytest.raises(ValueError, match="kernels=torch needs the package mtp_kernels"):
-        run(model, RAGGED, plan, kernels="torch")
+        run(model, RAGGED, plan, impl="torch")
 
 
 def test_auto_samples_without_logits_from_large_vocabularies_on_a_cpu(plan, monkeypatch):
     model = tiny_model()
     logits, kernels = (
-        completions(run(model, RAGGED, plan, Sampler(), kernels=impl)) for impl in (None, "torch")
+        completions(run(model, RAGGED, plan, Sampler(), impl=impl)) for impl in (None, "torch")
     )
     assert logits != kernels
-    assert completions(run(model, RAGGED, plan, Sampler(), kernels="auto")) == logits
+    assert completions(run(model, RAGGED, plan, Sampler(), impl="auto")) == logits
     monkeypatch.setattr("mtp.modeling.token_sampling.MANY_TOKENS", model.config.vocab_size)
-    assert completions(run(model, RAGGED, plan, Sampler(), kernels="auto")) == kernels
+    assert completions(run(model, RAGGED, plan, Sampler(), impl="auto")) == kernels
     verified = plan.as_verified(4)
     logits = completions(run(model, RAGGED, verified, Sampler()))
-    assert completions(run(model, RAGGED, verified, Sampler(), kernels="auto")) == logits
+    assert completions(run(model, RAGGED, verified, Sampler(), impl="auto")) == logits
 
 
 def test_kernels_do_not_draw_where_distributions_are_asked_for(plan, monkeypatch):
     model = tiny_model()
     monkeypatch.setattr("mtp.modeling.token_sampling.linear_sample", None)
-    run(model, RAGGED, PhasePlan([4], [None], min_probability=[0.5]), kernels="torch")
+    run(model, RAGGED, PhasePlan([4], [None], min_probability=[0.5]), impl="torch")
     for sampler in (Sampler(top_k=3), Sampler(top_p=0.9)):
-        run(model, RAGGED, plan, sampler, kernels="torch")
-    run(model, RAGGED, plan, process=lambda ids, scores: scores, kernels="torch")
+        run(model, RAGGED, plan, sampler, impl="torch")
+    run(model, RAGGED, plan, process=lambda ids, scores: scores, impl="torch")

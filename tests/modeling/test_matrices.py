@@ -8,9 +8,8 @@ from torch.nn.utils import parametrize
 
 from mtp.modeling.matrices import plain_matrix
 from mtp.modeling.phases import PhasePlan
-from mtp.rollouts.legibility import thought_nats
-from mtp.training.batch import collate_text
-from mtp.training.objectives.scored import score_batch
+from mtp.training.collate import collate_text
+from mtp.training.objectives.scored import replay_batch
 
 PROMPT = torch.tensor([[5, 6, 7, 9]])
 PHASES = [
@@ -187,6 +186,6 @@ def test_losses_and_references_refuse_it_too():
     batch = collate_text([([5, 6], [7, 8, 9, 10])], plan, 4, PAD)
     for use_head in (False, True):
         with pytest.raises(ValueError, match="the model's output layer must be a plain"):
-            score_batch(model, model, batch, channel_gradient=1.0, use_head=use_head)
-    with pytest.raises(ValueError, match="the reference's output layer must be a plain"):
-        thought_nats(None, None, model)
+            replay_batch(model, batch, channel_gradient=1.0, use_head=use_head)
+    with pytest.raises(ValueError, match="the model's output layer must be a plain"):
+        model.replay(batch.tokens)

@@ -8,6 +8,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mtp.modeling.attention import attend
 from mtp.modeling.decode import PassLoop, decode
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.phases import PhasePlan
 from mtp.modeling.records import pad
 from mtp.modeling.sampler import Sampler
@@ -38,9 +39,17 @@ def num_reads(monkeypatch, num_rows, mode, max_new_tokens, sampler):
     plan = PhasePlan([1 if mode == "slow" else 4], [None], verified=[mode == "verified"])
     with Reads() as reads:
         out = decode(
-            model, tokens, lengths, plan, sampler, max_new_tokens=max_new_tokens, pad_id=PAD,
-            generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
+            model,
+            tokens,
+            lengths,
+            plan,
+            DecodeOptions(
+                sampler=sampler,
+                max_new_tokens=max_new_tokens,
+                pad_id=PAD,
+                generator=torch.Generator().manual_seed(0),
+            ),
+        )
     return reads.count + len(lists), int(out.passes.max())
 
 
@@ -82,9 +91,14 @@ def test_autocast_casts_a_weight_once_and_not_at_every_pass(mode, head, kernels)
     for max_new_tokens in (8, 24):
         with torch.autocast("cpu", torch.bfloat16), keep_casts(model), Casts() as casts:
             decode(
-                model, tokens, lengths, plan, Sampler(), max_new_tokens=max_new_tokens, pad_id=PAD,
-                kernels=kernels,
-            )  # fmt: skip
+                model,
+                tokens,
+                lengths,
+                plan,
+                DecodeOptions(
+                    sampler=Sampler(), max_new_tokens=max_new_tokens, pad_id=PAD, impl=kernels
+                ),
+            )
         counts.append(sum(shape in shapes for shape in casts.shapes))
     assert 0 < counts[1] == counts[0]
     assert not any(weight.requires_grad for weight in model.model.parameters())
@@ -98,9 +112,12 @@ def test_the_cache_holds_what_autocast_reads(mode):
     plan = PhasePlan([4], [None], verified=[mode == "verified"])
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         loop = PassLoop(
-            model, tokens, lengths, [plan, plan], Sampler(temperature=0), 16, PAD,
-            None, None, None, 1,
-        )  # fmt: skip
+            model,
+            tokens,
+            lengths,
+            [plan, plan],
+            DecodeOptions(sampler=Sampler(temperature=0), max_new_tokens=16, pad_id=PAD),
+        )
         for _ in range(3):
             loop.run_pass()
     assert {states.dtype for states in loop.cache.states} == {torch.bfloat16}
@@ -109,16 +126,20 @@ def test_the_cache_holds_what_autocast_reads(mode):
 def test_the_cache_grows_to_what_a_text_may_take_and_no_further():
     model, capacities, goes_on = tiny_model(), [], True
     tokens, lengths = pad([[5, 6, 7, 8, 9]], PAD)
-    plan = PhasePlan([model.num_slots], [None])
+    plan = PhasePlan([model.block_size], [None])
     with torch.no_grad():
         loop = PassLoop(
-            model, tokens, lengths, [plan], Sampler(temperature=0), 40, PAD, None, None, None, 1
+            model,
+            tokens,
+            lengths,
+            [plan],
+            DecodeOptions(sampler=Sampler(temperature=0), max_new_tokens=40, pad_id=PAD),
         )
         while goes_on:
             _, goes_on = loop.run_pass()
             capacities.append(loop.cache.capacity)
     assert loop.cache.length > 40
-    assert sorted(set(capacities)) == [5, 10, 20, 40, 5 + 40 + 2 * model.num_slots]
+    assert sorted(set(capacities)) == [5, 10, 20, 40, 5 + 40 + 2 * model.block_size]
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -157,7 +178,11 @@ def test_rows_of_one_length_are_given_no_mask(attention, monkeypatch):
         given.clear()
         tokens, lengths = pad(prompts, PAD)
         out = decode(
-            model, tokens, lengths, plan, Sampler(temperature=0), max_new_tokens=6, pad_id=PAD
+            model,
+            tokens,
+            lengths,
+            plan,
+            DecodeOptions(sampler=Sampler(temperature=0), max_new_tokens=6, pad_id=PAD),
         )
         assert given == [len(prompts) == 2] * 6
         texts.append(out.tokens[:2])
@@ -176,5 +201,11 @@ def test_main_is_asked_for_taps_only_where_a_row_may_use_the_head(keep, monkeypa
     monkeypatch.setattr(type(model.model), "forward", noting)
     tokens, lengths = pad([[5, 6, 7]], PAD)
     plan = PhasePlan([keep], [None])
-    decode(model, tokens, lengths, plan, Sampler(temperature=0), max_new_tokens=6, pad_id=PAD)
+    decode(
+        model,
+        tokens,
+        lengths,
+        plan,
+        DecodeOptions(sampler=Sampler(temperature=0), max_new_tokens=6, pad_id=PAD),
+    )
     assert given == ([None] * 6 if keep == 1 else [model.mtp_taps] * 2)

@@ -9,12 +9,13 @@ from helpers import CLOSE, EOS, HEADS, PAD, completions, tiny_model
 
 from mtp.modeling.branches import Branch, BranchLoop, SearchConfig, SearchRequest
 from mtp.modeling.decode import decode
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.phases import PhasePlan
 from mtp.modeling.records import FORCED, pad
 from mtp.modeling.sampler import Sampler
 from mtp.modeling.search import choose, decoded, search
-from mtp.training.batch import collate_rollouts
-from mtp.training.objectives.scored import score_batch
+from mtp.training.collate import collate_rollouts
+from mtp.training.objectives.scored import replay_batch
 
 RAGGED = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [4, 4]]
 METHODS = {
@@ -28,19 +29,31 @@ PHASES = [
 ]
 
 
-def look(model, prompts, plan, config, sampler=None, seed=0, max_new_tokens=14, **options):
+def look(
+    model,
+    prompts,
+    plan,
+    config,
+    sampler=None,
+    seed=0,
+    max_new_tokens=14,
+    judge=None,
+    answer_of=None,
+    **options,
+):
     tokens, lengths = pad(prompts, PAD)
+    generator = torch.Generator().manual_seed(seed)
+    given = {"sampler": sampler or Sampler(), "max_new_tokens": max_new_tokens, "pad_id": PAD}
+    given |= {"generator": generator, **options}
     return search(
         model,
         tokens,
         lengths,
         plan,
-        sampler or Sampler(),
+        DecodeOptions(**given),
         config,
-        max_new_tokens=max_new_tokens,
-        pad_id=PAD,
-        generator=torch.Generator().manual_seed(seed),
-        **options,
+        judge=judge,
+        answer_of=answer_of,
     )
 
 
@@ -64,10 +77,10 @@ def test_every_text_has_the_log_probabilities_of_a_replay(method, mode, head, pl
     out = decoded(texts, PAD, torch.device("cpu"))
     rows = list(range(len(texts)))
     batch = collate_rollouts(prompts, out, torch.zeros(len(texts)), rows, 4, PAD)
-    scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+    scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
     main, head_stats = scored.main.stats(sampler), scored.head.stats(sampler)
-    assert torch.allclose(main.logprob, batch.main_sampled, atol=1e-4)
-    assert torch.allclose(head_stats.logprob, batch.head_sampled, atol=1e-4)
+    assert torch.allclose(main.logprob, batch.main.sampled, atol=1e-4)
+    assert torch.allclose(head_stats.logprob, batch.head.sampled, atol=1e-4)
     for branch in texts:
         text, slots = branch.text(), branch.whole("slots")
         assert not branch.is_open and branch.finished == (text[-1] == EOS)
@@ -101,17 +114,17 @@ def test_without_logits_the_copies_of_a_branch_differ_and_are_scored_as_a_replay
     method, mode, plan
 ):
     model, sampler = tiny_model(), Sampler(temperature=1.2)
-    found = look(model, RAGGED, plan_of(mode, plan), METHODS[method], sampler, kernels="torch")
+    found = look(model, RAGGED, plan_of(mode, plan), METHODS[method], sampler, impl="torch")
     texts = [branch for of_prompt in found.texts for branch in of_prompt]
     for of_prompt in found.texts:
         assert len({tuple(branch.text()) for branch in of_prompt}) > 1
     out = decoded(texts, PAD, torch.device("cpu"))
     rows, prompts = list(range(len(texts))), [RAGGED[branch.prompt] for branch in texts]
     batch = collate_rollouts(prompts, out, torch.zeros(len(texts)), rows, 4, PAD)
-    scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+    scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
     main, head_stats = scored.main.stats(sampler), scored.head.stats(sampler)
-    assert torch.allclose(main.logprob, batch.main_sampled, atol=1e-4)
-    assert torch.allclose(head_stats.logprob, batch.head_sampled, atol=1e-4)
+    assert torch.allclose(main.logprob, batch.main.sampled, atol=1e-4)
+    assert torch.allclose(head_stats.logprob, batch.head.sampled, atol=1e-4)
 
 
 @torch.no_grad()
@@ -120,10 +133,18 @@ def test_without_logits_the_branches_of_a_fork_follow_the_distribution(plan):
     model, prompt, number = tiny_model(), [5, 6, 7], 4000
     tokens, lengths = pad([prompt], PAD)
     request = SearchRequest(
-        model=model, prompts=tokens, prompt_lengths=lengths, plans=[plan.as_slow()],
-        sampler=Sampler(), max_new_tokens=4, pad_id=PAD,
-        generator=torch.Generator().manual_seed(0), kernels="torch",
-    )  # fmt: skip
+        model=model,
+        prompts=tokens,
+        prompt_lengths=lengths,
+        plans=[plan.as_slow()],
+        options=DecodeOptions(
+            sampler=Sampler(),
+            max_new_tokens=4,
+            pad_id=PAD,
+            generator=torch.Generator().manual_seed(0),
+            impl="torch",
+        ),
+    )
     loop = BranchLoop(request, request.roots(), 1)
     (first,) = loop.step()
     loop.fork([first], number)
@@ -194,9 +215,17 @@ def test_the_best_of_n_is_among_what_decoding_gives(mode, plan):
     found = look(tiny_model(), RAGGED, plan, SearchConfig(n=5), seed=3)
     tokens, lengths = pad(RAGGED, PAD)
     out = decode(
-        tiny_model(), tokens.repeat_interleave(5, 0), lengths.repeat_interleave(5), plan, Sampler(),
-        max_new_tokens=14, pad_id=PAD, generator=torch.Generator().manual_seed(3),
-    )  # fmt: skip
+        tiny_model(),
+        tokens.repeat_interleave(5, 0),
+        lengths.repeat_interleave(5),
+        plan,
+        DecodeOptions(
+            sampler=Sampler(),
+            max_new_tokens=14,
+            pad_id=PAD,
+            generator=torch.Generator().manual_seed(3),
+        ),
+    )
     rows = completions(out)
     for prompt, texts in enumerate(found.texts):
         written = rows[5 * prompt : 5 * prompt + 5]
@@ -273,7 +302,7 @@ def test_without_a_judge_the_likeliest_text_is_found(plan):
 
     best, likeliest = -math.inf, None
     for text in itertools.product([5, 6], repeat=6):
-        hidden, _ = model.main_rows(torch.tensor([[*prompt, *text]]))
+        hidden, _ = model.main_hidden(torch.tensor([[*prompt, *text]]))
         rows = sharp(None, hidden[0, 1:-1] @ model.lm_head.weight.T).log_softmax(-1)
         logprob = float(rows[range(6), list(text)].sum())
         if logprob > best:

@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtp.modeling.decode import decode
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.phases import Phase, PhasePlan
 from mtp.modeling.records import FORCED, pad
 from mtp.modeling.sampler import Sampler
 from mtp.modeling.segments import SegmentSettings, check_segments, decode_segments
-from mtp.training.batch import collate_rollouts
-from mtp.training.objectives.scored import score_batch
+from mtp.training.collate import collate_rollouts
+from mtp.training.objectives.scored import replay_batch
 
 THINK, ANSWER, SUMMARY, CLOSE = 2, 3, 4, 5
 SETTINGS = SegmentSettings(max_segments=3, recent_tokens=3, memory_tokens=8)
@@ -50,12 +51,14 @@ def run(model, prompts, plan, sampler=None, seed=0, options=SETTINGS, **others):
         tokens,
         lengths,
         plan,
-        sampler or Sampler(),
+        DecodeOptions(
+            sampler=sampler or Sampler(),
+            max_new_tokens=14,
+            pad_id=PAD,
+            generator=torch.Generator().manual_seed(seed),
+        ),
         options,
         Commands(),
-        max_new_tokens=14,
-        pad_id=PAD,
-        generator=torch.Generator().manual_seed(seed),
         **others,
     )
 
@@ -90,10 +93,10 @@ def test_replay_of_segments_gives_the_samplers_log_probabilities(
     check_contexts(out, prompts, plan, options, copies)
     advantages, rows = torch.zeros(len(out.prompts)), list(range(len(out.prompts)))
     batch = collate_rollouts(out.prompts, out.out, advantages, rows, 4, PAD)
-    scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+    scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
     main, head_ = scored.main.stats(sampler).logprob, scored.head.stats(sampler).logprob
-    assert torch.allclose(main, batch.main_sampled, atol=1e-4)
-    assert torch.allclose(head_, batch.head_sampled, atol=1e-4)
+    assert torch.allclose(main, batch.main.sampled, atol=1e-4)
+    assert torch.allclose(head_, batch.head.sampled, atol=1e-4)
     assert len(main) + len(head_) == int((out.out.slots >= 0).sum())
     total = out.out.logprobs.sum()
     assert torch.allclose(main.sum() + head_.sum(), total, atol=1e-3, rtol=1e-5)
@@ -178,9 +181,17 @@ def test_one_segment_is_the_pass_loop_itself():
     one = run(tiny_model(), PROMPTS, plan, options=SegmentSettings(max_segments=1))
     tokens, lengths = pad(PROMPTS, PAD)
     out = decode(
-        tiny_model(), tokens, lengths, plan.as_last_segment(), Sampler(), max_new_tokens=14,
-        pad_id=PAD, generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+        tiny_model(),
+        tokens,
+        lengths,
+        plan.as_last_segment(),
+        DecodeOptions(
+            sampler=Sampler(),
+            max_new_tokens=14,
+            pad_id=PAD,
+            generator=torch.Generator().manual_seed(0),
+        ),
+    )
     assert one.owners == [0, 1, 2] and one.prompts == PROMPTS
     for name, value in vars(out).items():
         assert torch.equal(value, getattr(one.out, name)), name

@@ -27,7 +27,7 @@ def opinionated(*args, **kwargs):
 @pytest.mark.parametrize("kernels", [None, "torch"])
 def test_greedy_verified_text_is_slow_text_in_fewer_passes(kernels, family, head, plan):
     model = opinionated(family, type=head)
-    verified = run(model, RAGGED, plan.as_verified(4), kernels=kernels)
+    verified = run(model, RAGGED, plan.as_verified(4), impl=kernels)
     slow = run(model, RAGGED, plan.as_slow())
     assert completions(verified) == completions(slow)
     assert torch.allclose(verified.logprobs, slow.logprobs, atol=1e-5)
@@ -56,11 +56,11 @@ def reference(model, prompt, plan, limit):
     for token in prompt:
         phase = plan.opened_by.index(token) if token in plan.opened_by else phase
     while len(context) - len(prompt) < limit and context[-1] != EOS:
-        hidden, taps = model.main_rows(torch.tensor([context]))
+        hidden, taps = model.main_hidden(torch.tensor([context]))
         block = [int((hidden[0, -1] @ model.lm_head.weight.T).argmax())]
-        for slot in range(model.num_slots - 1):
+        for slot in range(model.block_size - 1):
             rows = head_rows(model, taps, block)
-            logits = rows[slot] @ model.head_output_weight().T
+            logits = model.output_layers()[1].logits(rows[slot])
             if float(logits.softmax(-1).max()) < plan.min_probability[phase]:
                 break
             block.append(int(logits.argmax()))
@@ -170,7 +170,7 @@ def test_verified_samples_follow_mains_distribution(head, sampler, length, thres
     number, model = 4000, MODELS[head]
     plan = PhasePlan([4], [None], verified=[True], min_probability=[threshold])
     prompts = [[9, 6, 8]] * number
-    out = run(model, prompts, plan, sampler, max_new_tokens=length, kernels=kernels)
+    out = run(model, prompts, plan, sampler, max_new_tokens=length, impl=kernels)
     assert int((out.accepted > 0).sum()) > 300
     texts, log_p = torch.tensor([[9, 6, 8]]), torch.zeros(1)
     for _ in range(length):

@@ -1,4 +1,4 @@
-"""A comparison's arms: what its table means, and that each is the one difference it says."""
+"""A comparison: its means and intervals, and that a variant differs only where its name says."""
 
 import json
 import math
@@ -10,29 +10,31 @@ from hydra import compose, initialize_config_dir
 
 from mtp.cli.hydra import register_configs
 from mtp.config import to_run_config
+from mtp.reports import comparison, metrics
 from mtp.reports.comparison import aggregate, main, read_runs
+from mtp.reports.metrics import Metric, declare
 from mtp.trainer import train
 
 ROOT = Path(__file__).parents[2]
-ARMS = {
+VARIANTS = {
     "executed_closed": {"channel_gradient": 0.0},
     "leash_only": {"objective.policy.weight": 0.0},
-    "no_leash": {"objective.leash.weight": 0.0, "objective.preserve.weight": 0.0},
-    "main_leash": {"objective.leash.head_weight": 0.0},
+    "no_leash": {"objective.reference_kl.weight": 0.0, "objective.preserve.weight": 0.0},
+    "main_leash": {"objective.reference_kl.head_weight": 0.0},
     "auxiliary_ce": {
-        "rollout_mode": "slow",
+        "rollouts.mode": "slow",
         "objective.policy.head_weight": 0.0,
         "objective.head_ce.weight": 1.0,
         "objective.head_ce.on_rollouts": True,
     },
     "detach": {
-        "rollout_mode": "slow",
+        "rollouts.mode": "slow",
         "channel_gradient": 0.0,
         "objective.policy.head_weight": 0.0,
         "objective.head_ce.weight": 1.0,
         "objective.head_ce.on_rollouts": True,
     },
-    "auxiliary_policy": {"rollout_mode": "slow", "recompute_old": True},
+    "auxiliary_policy": {"rollouts.mode": "slow", "rollouts.recompute_old": True},
 }
 
 
@@ -52,12 +54,15 @@ def flat(settings: dict, prefix: str = "") -> dict:
     return out
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_an_arm_differs_from_the_executed_policy_in_what_it_is_named_for(arm):
-    base, other = config("rl_proof", "run_dir=x"), config(f"rl_proof_{arm}", "run_dir=x")
-    assert other.name == f"rl_proof/{arm}/1"
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_differs_from_the_executed_policy_in_what_it_is_named_for(variant):
+    base, other = (
+        config("rl_proof/executed_open", "run_dir=x"),
+        config(f"rl_proof/{variant}", "run_dir=x"),
+    )
+    assert other.name == f"rl_proof/{variant}/1"
     before, after = flat(asdict(base.stages["rl"])), flat(asdict(other.stages["rl"]))
-    assert {k: v for k, v in after.items() if before[k] != v} == ARMS[arm]
+    assert {k: v for k, v in after.items() if before[k] != v} == VARIANTS[variant]
     for key in ("model", "head", "task", "decoding", "evaluation", "seed"):
         assert getattr(base, key) == getattr(other, key), key
 
@@ -66,10 +71,10 @@ def write_run(folder: Path, name: str, seed: int, fast: float) -> None:
     home = folder / name
     home.mkdir(parents=True)
     (home / "config.yaml").write_text(f"name: proof/{name}\nseed: {seed}\n")
-    figures = {"name": "rl", "fast_accuracy": fast, "slow_accuracy": 1.0, "true_steps": 0.5}
-    figures |= {"empty_thought_accuracy": 0.0, "wrong_thought_accuracy": 0.0, "fast_passes": 8.0}
-    figures |= {"reference_nats_per_token": 0.2, "unigram_drift": None}
-    (home / "summary.json").write_text(json.dumps({"stages": [{"name": "main"}, figures]}))
+    last = {"name": "rl", "fast_accuracy": fast, "slow_accuracy": 1.0, "true_steps": 0.5}
+    last |= {"empty_thought_accuracy": 0.0, "wrong_thought_accuracy": 0.0, "fast_passes": 8.0}
+    last |= {"reference_nats_per_token": 0.2, "unigram_drift": None}
+    (home / "summary.json").write_text(json.dumps({"stages": [{"name": "main"}, last]}))
     record = {"stage": "rl", "step": 25, "global_step": 25, "eval/fast_accuracy": fast}
     (home / "metrics.jsonl").write_text(json.dumps(record) + "\n")
 
@@ -91,22 +96,40 @@ def test_means_and_intervals_over_seeds_by_hand(tmp_path, capsys):
     assert arms["closed"]["start_fast_accuracy"] == 0.2
     assert arms["closed"]["fast_accuracy"] == {"mean": 0.25, "low": None, "high": None}
     assert arms["open"]["fast_passes"] == 8.0
-    assert (tmp_path / "arms.png").stat().st_size > 0
+    assert (tmp_path / "variants.png").stat().st_size > 0
     assert (tmp_path / "frontier.png").stat().st_size > 0
     assert "95.0 ± 12.4 %" in capsys.readouterr().out
     assert aggregate(read_runs(tmp_path))["arms"] == arms, "its own summary is no run"
 
 
-def test_a_folder_without_arms_is_refused(tmp_path, capsys):
+def test_a_metric_declared_elsewhere_is_in_the_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "METRICS", dict(metrics.METRICS))
+    monkeypatch.setattr(comparison, "METRICS", metrics.METRICS)
+    write_run(tmp_path, "open/1", 1, 0.9)
+    path = tmp_path / "open" / "1" / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["stages"][-1]["mean_digits"] = 3.25
+    path.write_text(json.dumps(summary))
+    assert main([str(tmp_path)]) == 0
+    assert "3.25" not in capsys.readouterr().out
+    declare(Metric("mean_digits", "digits", better="lower", digits=2))
+    assert main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "3.25" in shown and "digits ↓" in shown
+    with pytest.raises(ValueError, match="mean_digits must be declared once"):
+        declare(Metric("mean_digits", "other"))
+
+
+def test_a_folder_without_variants_is_refused(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
-    assert "holds no run of an arm that has ended" in capsys.readouterr().err
+    assert "holds no run of a variant that has ended" in capsys.readouterr().err
     write_run(tmp_path, "a/1", 1, 0.5)
     write_run(tmp_path / "again", "a/1", 1, 0.5)
     with pytest.raises(ValueError, match="are both seed 1 of a; keep one of them"):
         read_runs(tmp_path)
 
 
-def test_arms_begin_where_the_start_of_their_seed_ended(tmp_path, monkeypatch):
+def test_variants_begin_where_the_start_of_their_seed_ended(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = [
         "evaluation.num_problems=8",
@@ -120,10 +143,14 @@ def test_arms_begin_where_the_start_of_their_seed_ended(tmp_path, monkeypatch):
         "seed=2",
     ]
     steps = ["stages.main.steps=2", "stages.head.steps=2", "stages.joint.steps=2"]
-    train(config("rl_proof_start", *small, *steps))
-    few = ["stages.rl.steps=2", "stages.rl.num_prompts=4", "stages.rl.group_size=4"]
-    for arm in ("rl_proof", "rl_proof_auxiliary_ce", "rl_proof_auxiliary_policy"):
-        summary = train(config(arm, *small, *few))
+    train(config("rl_proof/start", *small, *steps))
+    few = [
+        "stages.rl.steps=2",
+        "stages.rl.rollouts.num_prompts=4",
+        "stages.rl.rollouts.group_size=4",
+    ]
+    for arm in ("executed_open", "auxiliary_ce", "auxiliary_policy"):
+        summary = train(config(f"rl_proof/{arm}", *small, *few))
         assert summary["stages"][0]["reference_in_loss"] is False
     assert main(["runs/rl_proof"]) == 0
     arms = json.loads(Path("runs/rl_proof/summary.json").read_text())["arms"]

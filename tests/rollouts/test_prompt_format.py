@@ -9,15 +9,18 @@ from toy_text import CHAT, NO_SYSTEM, save_toy, toy_tokenizer
 
 from mtp.config import RunConfig
 from mtp.hub.build import ModelConfig, build_model, load_model, save_model
-from mtp.hub.export import _open_first_phase, check_replaceable, export
+from mtp.hub.export import check_replaceable, export
+from mtp.hub.formats.base import open_first_phase
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.phases import Phase
 from mtp.modeling.sampler import Sampler
-from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.rollouts.rollout import DecodingConfig, sample
 from mtp.tasks.base import Example
 from mtp.tasks.running_sum import RunningSumConfig
-from mtp.training.batch import collate_text
+from mtp.training.collate import collate_text
+from mtp.training.objectives.stream import StreamInputs
 
 PHASES = {
     "thought": Phase(mode="fast", opened_by="<think>"),
@@ -29,7 +32,7 @@ EOS, END = 1, 3
 
 
 def make_text(tokenizer=None, **given):
-    return TextFormat(tokenizer or toy_tokenizer(), PHASES, 4, **given)
+    return PromptFormat(tokenizer or toy_tokenizer(), PHASES, 4, **given)
 
 
 def built(folder, tokenizer, **decoding):
@@ -67,9 +70,13 @@ def test_a_rollout_stops_at_either_end_token(tmp_path):
     for end in (EOS, END):
         model.lm_head.weight.data.zero_()[end] = hidden  # the likeliest token after the prompt
         out = sample(
-            model, text, [Example("2+2=", "4")], text.plan("slow"), Sampler(temperature=0),
-            max_new_tokens=6, prefixes=[prefix],
-        )  # fmt: skip
+            model,
+            text,
+            [Example("2+2=", "4")],
+            text.plan("slow"),
+            DecodeOptions(sampler=Sampler(temperature=0), max_new_tokens=6),
+            prefixes=[prefix],
+        )
         assert out.completion(0) == [end]
         assert out.out.finished.tolist() == [True]
 
@@ -170,10 +177,10 @@ def test_a_tokenizer_without_an_end_token_is_named():
 def test_a_delimiter_may_not_end_a_text():
     phases = {**PHASES, "answer": Phase(opened_by="</s>")}
     with pytest.raises(ValueError, match=r"delimiter '</s>' must not be the token that ends"):
-        TextFormat(toy_tokenizer(), phases, 4)
+        PromptFormat(toy_tokenizer(), phases, 4)
     phases = {**PHASES, "answer": Phase(opened_by="<|end|>")}
     with pytest.raises(ValueError, match=r"decoding.phases.answer.opened_by must not"):
-        TextFormat(toy_tokenizer(), phases, 4, end_ids=[END])
+        PromptFormat(toy_tokenizer(), phases, 4, end_ids=[END])
 
 
 def test_a_chat_template_that_cannot_show_what_it_is_given_is_named():
@@ -195,7 +202,7 @@ def test_an_export_opens_the_thought_in_each_chat_template(tmp_path):
     tokenizer = toy_tokenizer(chat_template={"default": CHAT, "tool_use": tools})
     text = make_text(tokenizer)
     tokenizer.save_pretrained(tmp_path)
-    _open_first_phase(text, tmp_path)
+    open_first_phase(text, tmp_path)
     again = type(tokenizer).from_pretrained(tmp_path)
     messages = [{"role": "user", "content": "what"}]
     given = {"tokenize": False, "add_generation_prompt": True}
@@ -219,19 +226,19 @@ def test_an_export_with_two_chat_templates_is_known_as_one_and_replaced(tmp_path
 def test_a_batch_without_text_for_the_head_has_finite_zero_gradients(tmp_path):
     from mtp.training.objectives import ObjectiveConfig
     from mtp.training.objectives.head_ce import HeadCE
-    from mtp.training.objectives.scored import score_batch
+    from mtp.training.objectives.scored import replay_batch
 
     model, text = built(tmp_path, toy_tokenizer())
     samples = [text.example_ids(Example("2+2=", "4"))]
     batch = collate_text(samples, text.plan(), 4, text.pad_id)
-    assert len(batch.head_rows) == len(batch.anchors) == 0
+    assert len(batch.head) == len(batch.anchors) == 0
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for parameter in model.mtp_head.parameters():
         parameter.requires_grad_(True)
-    scored = score_batch(model, model, batch, channel_gradient=0.0, use_head=True)
+    scored = replay_batch(model, batch, channel_gradient=0.0, use_head=True)
     objective = ObjectiveConfig(head_ce=HeadCE(weight=1.0))
-    total = objective.terms(scored, batch, Sampler(), None)["head_ce"].total
+    total = objective.terms(StreamInputs(scored, batch))["head_ce"].total
     total.backward()
     assert float(total.detach()) == 0.0
     for name, parameter in model.mtp_head.named_parameters():

@@ -11,7 +11,7 @@ from mtp.hub.build import ModelConfig, build_model
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.phases import Phase
 from mtp.modeling.records import Decoded
-from mtp.rollouts.advantage import group_advantages
+from mtp.rollouts.advantage import GroupRewards, group_std
 from mtp.rollouts.legibility import (
     jensen_shannon,
     mean_nats_of_rollouts,
@@ -87,7 +87,8 @@ def test_no_shaping_term_makes_an_unsolved_group_teach():
     config = RewardConfig(pass_cost=0.1, format_cost=0.5)
     rewards = score(TASK, TEXT, written(WRONG, ENDLESS), config, max_new_tokens=12)
     assert rewards.total.std() > 0.1
-    assert group_advantages(rewards.total, rewards.outcomes, "group_std").tolist() == [[0.0, 0.0]]
+    given = GroupRewards(rewards.total, rewards.outcomes, rewards.total)
+    assert group_std(given).tolist() == [[0.0, 0.0]]
 
 
 def test_the_legibility_cost_is_the_mean_nats_of_a_rollouts_own_thought():

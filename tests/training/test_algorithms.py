@@ -12,40 +12,45 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mtp.rollouts.advantage import group_advantages
-from mtp.training.algorithms import ALGORITHMS
-from mtp.training.algorithms.ratio import importance_ratio
-from mtp.training.batch import RolloutBatch
+from mtp.rollouts.advantage import ADVANTAGES, GroupRewards, batch_std
+from mtp.training.algorithms import ALGORITHMS, RATIOS
+from mtp.training.batch import PolicyRows, RolloutBatch
 from mtp.training.objectives.policy import Policy
 from mtp.training.objectives.scored import RowStats
+from mtp.training.objectives.stream import StreamInputs
 
 MAIN, HEAD = [1.5, 0.5, 1.1], [2.0, 1.0, 0.9]
-ADVANTAGES = torch.tensor([1.0, -1.0])
+GIVEN = torch.tensor([1.0, -1.0])
 
 
 def batch(correction: float = 1.0) -> RolloutBatch:
     """The example; `correction` is p_old / p_sampled of every token."""
     ids = torch.tensor
     old = torch.full((3,), math.log(0.1))
-    sampled = old - math.log(correction)
+    of_rollouts = {
+        "rollouts": ids([0, 0, 1]),
+        "advantages": GIVEN[[0, 0, 1]],
+        "sampled": old - math.log(correction),
+        "old": old,
+    }
     return RolloutBatch(
         tokens=ids([[9, 1, 2, 3, 4], [9, 5, 6, 0, 0]]),
-        main_rows=ids([0, 3, 5]),
-        main_targets=ids([1, 4, 5]),
         anchors=ids([0, 5]),
         slot_inputs=ids([[1, 2], [5, 6]]),
-        head_rows=ids([0, 1, 2]),
-        head_targets=ids([2, 3, 6]),
-        head_slots=ids([1, 2, 1]),
-        head_positions=ids([1, 2, 6]),
-        main_rollouts=ids([0, 0, 1]),
-        main_advantages=ADVANTAGES[[0, 0, 1]],
-        main_sampled=sampled,
-        main_old=old,
-        head_rollouts=ids([0, 0, 1]),
-        head_advantages=ADVANTAGES[[0, 0, 1]],
-        head_sampled=sampled,
-        head_old=old,
+        main=PolicyRows(
+            positions=ids([0, 3, 5]),
+            slots=ids([0, 0, 0]),
+            targets=ids([1, 4, 5]),
+            outputs=ids([0, 3, 5]),
+            **of_rollouts,
+        ),
+        head=PolicyRows(
+            positions=ids([1, 2, 6]),
+            slots=ids([1, 2, 1]),
+            targets=ids([2, 3, 6]),
+            outputs=ids([0, 1, 2]),
+            **of_rollouts,
+        ),
     )
 
 
@@ -58,7 +63,7 @@ def run(policy: Policy, correction: float = 1.0):
         stats[name] = RowStats(leaf, torch.zeros(3))
         leaves[name] = leaf
     policy.validate("policy")
-    terms = policy.terms(SimpleNamespace(stats=lambda sampler: stats), example)  # type: ignore[arg-type]
+    terms = policy.terms(StreamInputs(SimpleNamespace(stats=lambda sampler: stats), example))
     counts = policy.counts(example)
     loss = sum(t.weight * t.total / counts[n] for n, t in terms.items())
     loss.backward()
@@ -156,7 +161,7 @@ def test_unknown_choices_name_their_key():
 def test_ratios_are_one_and_their_gradients_equal_on_policy(kind):
     logprob = torch.randn(6).requires_grad_(True)
     blocks, rollouts = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 0, 0, 1, 1, 1])
-    ratios = importance_ratio(logprob - logprob.detach(), kind, blocks, rollouts)
+    ratios = RATIOS.get(kind, "ratio")(logprob - logprob.detach(), blocks, rollouts)
     assert torch.equal(ratios, torch.ones(6))
     ratios.sum().backward()
     assert torch.equal(logprob.grad, torch.ones(6))
@@ -175,21 +180,22 @@ OUTCOMES = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
     ],
 )
 def test_group_advantages_by_hand(kind, first):
-    got = group_advantages(REWARDS, OUTCOMES, kind)
+    got = ADVANTAGES.get(kind, "kind")(GroupRewards(REWARDS, OUTCOMES, REWARDS))
     assert torch.allclose(got[0], torch.tensor(first), atol=1e-3)
     assert got[1].tolist() == [0.0] * 4, "a group in which nothing was solved teaches nothing"
 
 
 def test_advantages_over_the_batch_keep_a_group_whose_outcomes_agree():
     rewards = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
-    got = group_advantages(rewards, rewards, "batch_std")
+    got = batch_std(GroupRewards(rewards, rewards, rewards))
     assert torch.allclose(got, torch.tensor([[1.0, 1.0], [-1.0, -1.0]]), atol=1e-3)
     elsewhere = torch.cat([rewards, torch.ones(2, 2)])  # another process had a right group
-    got = group_advantages(rewards, rewards, "batch_std", elsewhere)
+    got = batch_std(GroupRewards(rewards, rewards, elsewhere))
     assert torch.allclose(got, (rewards - 3 / 4) / (3 / 16) ** 0.5, atol=1e-3)
 
 
 def test_every_algorithm_is_made_of_known_parts():
     for name in ALGORITHMS:
         Policy(algorithm=name, length=1).validate("policy")
-        group_advantages(REWARDS, OUTCOMES, ALGORITHMS[name].advantage)
+        rule = ALGORITHMS.get(name, "algorithm").advantage
+        assert rule(GroupRewards(REWARDS, OUTCOMES, REWARDS)).shape == REWARDS.shape

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from mtp.training.algorithms import ALGORITHMS
-from mtp.training.batch import RolloutBatch
+from mtp.training.batch import PolicyRows, RolloutBatch
 from mtp.training.objectives.policy import Policy
 from mtp.training.objectives.scored import RowStats
+from mtp.training.objectives.stream import StreamInputs
 
 pytest.importorskip("trl", reason="TRL is not installed; `pip install trl` compares with it")
 
@@ -31,24 +32,22 @@ def ours(algorithm: str, **settings) -> tuple[float, torch.Tensor]:
     tokens = torch.zeros(3, LONGEST + 1, dtype=torch.long)
     rows = torch.nn.functional.pad(MASK, (0, 1)).flatten().nonzero()[:, 0]
     none = torch.zeros(0, dtype=torch.long)
+    main = PolicyRows(
+        positions=rows,
+        slots=torch.zeros_like(rows),
+        targets=torch.zeros_like(rows),
+        outputs=rows,
+        rollouts=rows // (LONGEST + 1),
+        advantages=ADVANTAGES[:, None].expand_as(OLD)[MASK],
+        sampled=OLD[MASK],
+        old=OLD[MASK],
+    )
     batch = RolloutBatch(
         tokens=tokens,
-        main_rows=rows,
-        main_targets=torch.zeros_like(rows),
         anchors=none,
         slot_inputs=none[:, None],
-        head_rows=none,
-        head_targets=none,
-        head_slots=none,
-        head_positions=none,
-        main_rollouts=rows // (LONGEST + 1),
-        main_advantages=ADVANTAGES[:, None].expand_as(OLD)[MASK],
-        main_sampled=OLD[MASK],
-        main_old=OLD[MASK],
-        head_rollouts=none,
-        head_advantages=torch.zeros(0),
-        head_sampled=torch.zeros(0),
-        head_old=torch.zeros(0),
+        main=main,
+        head=main.take(none),
     )
 
     def emitter(values: torch.Tensor) -> RowStats:
@@ -56,7 +55,7 @@ def ours(algorithm: str, **settings) -> tuple[float, torch.Tensor]:
 
     stats = {"main": emitter(logprob[MASK]), "head": emitter(torch.zeros(0))}
     scored = SimpleNamespace(stats=lambda sampler: stats)
-    term = policy.terms(scored, batch)["policy_main"]  # type: ignore[arg-type]
+    term = policy.terms(StreamInputs(scored, batch))["policy_main"]
     loss = term.total / policy.counts(batch)["policy_main"]
     loss.backward()
     return loss.item(), logprob.grad
@@ -127,7 +126,7 @@ class _Lists(dict):
 def test_the_loss_and_its_gradient_are_trls(algorithm, settings):
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    preset = ALGORITHMS[algorithm]
+    preset = ALGORITHMS.get(algorithm, "algorithm")
     if algorithm == "gspo":
         settings |= {"epsilon_low": preset.clip_low, "epsilon_high": preset.clip_high}
     if algorithm == "cispo":

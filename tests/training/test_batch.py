@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mtp.modeling.phases import PhasePlan
 from mtp.modeling.records import Decoded
-from mtp.training.batch import collate_rollouts, collate_slow_rollouts, collate_text
+from mtp.training.collate import collate_rollouts, collate_slow_rollouts, collate_text
 
 
 def test_rollout_rows_by_hand():
@@ -20,30 +20,32 @@ def test_rollout_rows_by_hand():
     )
     batch = collate_rollouts([[5, 6]], out, torch.tensor([0.5]), [0], 3, PAD)
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 10, CLOSE, 11, EOS]]
-    assert batch.main_rows.tolist() == [1, 4, 6, 7]
-    assert batch.main_targets.tolist() == [7, 10, 11, EOS]
-    assert batch.main_sampled.tolist() == [-1, -4, -6, -7]
+    assert batch.main.positions.tolist() == [1, 4, 6, 7]
+    assert batch.main.targets.tolist() == [7, 10, 11, EOS]
+    assert batch.main.sampled.tolist() == [-1, -4, -6, -7]
     assert batch.anchors.tolist() == [1, 4]
     assert batch.slot_inputs.tolist() == [[7, 8], [10, CLOSE]]
-    assert batch.head_rows.tolist() == [0, 1, 2]
-    assert batch.head_targets.tolist() == [8, 9, CLOSE]
-    assert batch.head_slots.tolist() == [1, 2, 1]
-    assert batch.head_positions.tolist() == [2, 3, 5]
-    assert batch.head_sampled.tolist() == [-2, -3, -5]
-    assert batch.head_advantages.tolist() == [0.5] * 3
+    assert batch.head.outputs.tolist() == [0, 1, 2]
+    assert batch.head.targets.tolist() == [8, 9, CLOSE]
+    assert batch.head.slots.tolist() == [1, 2, 1]
+    assert batch.head.positions.tolist() == [2, 3, 5]
+    assert batch.head.anchors.tolist() == [1, 1, 4]
+    assert batch.main.outputs.tolist() == batch.main.anchors.tolist() == [1, 4, 6, 7]
+    assert batch.head.sampled.tolist() == [-2, -3, -5]
+    assert batch.head.advantages.tolist() == [0.5] * 3
 
 
 def test_supervised_rows_by_hand():
     # K = 2, prompt 5, completion 6 7 CLOSE 8 EOS: the head writes up to CLOSE, never behind it.
     plan = PhasePlan(keep=[3, 1], opened_by=[None, CLOSE], eos_ids=[EOS])
     batch = collate_text([([5], [6, 7, CLOSE, 8, EOS])], plan, 3, PAD)
-    assert batch.main_rows.tolist() == [0, 1, 2, 3, 4]
-    assert batch.main_targets.tolist() == [6, 7, CLOSE, 8, EOS]
+    assert batch.main.positions.tolist() == [0, 1, 2, 3, 4]
+    assert batch.main.targets.tolist() == [6, 7, CLOSE, 8, EOS]
     assert batch.anchors.tolist() == [0, 1]
     assert batch.slot_inputs.tolist() == [[6, 7], [7, CLOSE]]
-    assert batch.head_targets.tolist() == [7, CLOSE, CLOSE]
-    assert batch.head_slots.tolist() == [1, 2, 1]
-    assert batch.head_positions.tolist() == [1, 2, 2]
+    assert batch.head.targets.tolist() == [7, CLOSE, CLOSE]
+    assert batch.head.slots.tolist() == [1, 2, 1]
+    assert batch.head.positions.tolist() == [1, 2, 2]
 
 
 @settings(max_examples=100, deadline=None)
@@ -63,13 +65,15 @@ def test_every_supervised_row_predicts_the_token_that_follows_in_its_own_text(sa
     seeds = range(len(samples))
     batch = collate_text(samples, plan, 4, PAD, num_anchors=num_anchors, anchor_seeds=seeds)
     flat, time = batch.tokens.flatten(), batch.tokens.shape[1]
-    assert len(batch.main_rows) == sum(len(c) for _, c in samples)
-    assert torch.equal(flat[batch.main_rows + 1], batch.main_targets)
-    assert torch.equal(flat[batch.head_positions + 1], batch.head_targets)
+    assert len(batch.main) == sum(len(c) for _, c in samples)
+    assert torch.equal(flat[batch.main.positions + 1], batch.main.targets)
+    assert torch.equal(flat[batch.head.positions + 1], batch.head.targets)
     if num_anchors:
         per_row = torch.bincount(batch.anchors // time, minlength=len(samples))
         assert per_row.max() <= num_anchors
-    for row, position in zip(batch.head_rows.tolist(), batch.head_positions.tolist(), strict=True):
+    for row, position in zip(
+        batch.head.outputs.tolist(), batch.head.positions.tolist(), strict=True
+    ):
         anchor = int(batch.anchors[row // 3])
         sample, at = divmod(anchor, time)
         prompt, completion = samples[sample]
@@ -113,8 +117,8 @@ def test_the_anchors_of_a_slow_rollout_do_not_depend_on_the_batch():
         )
         width = batch.tokens.shape[1]
         found = {}
-        rows_of_text = batch.anchors[batch.head_rows // 3].tolist()
-        for row, rollout in zip(rows_of_text, batch.head_rollouts.tolist(), strict=True):
+        rows_of_text = batch.anchors[batch.head.outputs // 3].tolist()
+        for row, rollout in zip(rows_of_text, batch.head.rollouts.tolist(), strict=True):
             found.setdefault(rows[rollout], set()).add(row % width)
         return found
 

@@ -10,22 +10,24 @@ from helpers import EOS, GREEDY, HEADS, PAD, completions, config, records, run, 
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import mtp.trainer as trainer
+import mtp.stage_loop as stage_loop
 from mtp.evaluation.evaluate import acceptance_by_slot
 from mtp.evaluation.evaluate_search import evaluate_search
 from mtp.hub.build import load_model, start_from_main
 from mtp.modeling.branches import SearchConfig
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.phases import Phase, PhasePlan
-from mtp.modeling.sampler import Sampler
-from mtp.reports.tables import COLUMNS, cell, columns_of, print_table
-from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
+from mtp.reports.metrics import METRICS, measured
+from mtp.reports.tables import print_table
+from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.rollouts.rollout import DecodingConfig
 from mtp.tasks.continuation import ContinuationConfig
 from mtp.tasks.running_sum import RunningSum
 from mtp.trainer import train
-from mtp.training.batch import collate_slow_rollouts
+from mtp.training.collate import collate_slow_rollouts
 from mtp.training.objectives.head_ce import HeadCE
-from mtp.training.objectives.scored import score_batch
+from mtp.training.objectives.scored import replay_batch
+from mtp.training.objectives.stream import StreamInputs
 
 PLAN = PhasePlan(keep=[4], opened_by=[None], eos_ids=[EOS])
 DRAFT = [
@@ -40,16 +42,16 @@ DRAFT = [
     "stages.head.steps=0",
     "stages.joint.steps=0",
     "stages.rl.steps=2",
-    "stages.rl.rollout_mode=slow",
-    "stages.rl.group_size=1",
-    "stages.rl.num_minibatches=2",
-    "stages.rl.num_epochs=3",
-    "stages.rl.num_anchors=4",
+    "stages.rl.rollouts.mode=slow",
+    "stages.rl.rollouts.group_size=1",
+    "stages.rl.rollouts.num_minibatches=2",
+    "stages.rl.rollouts.num_epochs=3",
+    "stages.rl.rollouts.num_anchors=4",
     "stages.rl.train_main=false",
     "stages.rl.channel_gradient=0",
     "stages.rl.reward.pass_cost=0",
     "stages.rl.objective.policy.weight=0",
-    "stages.rl.objective.leash.weight=0",
+    "stages.rl.objective.reference_kl.weight=0",
     "stages.rl.objective.preserve.weight=0",
     "stages.rl.objective.head_ce.weight=1",
     "stages.rl.objective.head_ce.on_rollouts=true",
@@ -78,8 +80,8 @@ def test_a_head_that_learns_what_main_wrote_is_accepted_more_often():
             prompts, slow, advantages, rows, PLAN, 4, PAD, num_anchors=8,
             anchor_seed=step,
         )  # fmt: skip
-        scored = score_batch(model, model, batch, channel_gradient=0.0, use_head=True)
-        loss = objective.terms(scored, batch)["head_ce"].total / len(batch.head_rows)
+        scored = replay_batch(model, batch, channel_gradient=0.0, use_head=True)
+        loss = objective.terms(StreamInputs(scored, batch))["head_ce"].total / len(batch.head)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -102,7 +104,7 @@ def test_anchors_of_slow_rollouts_are_drawn_or_begin_blocks():
     time = every.tokens.shape[1]
     assert (drawn.anchors // time).bincount().tolist() == [3, 3]
     assert set(drawn.anchors.tolist()) < set(every.anchors.tolist())
-    assert torch.equal(drawn.main_rows, every.main_rows)
+    assert torch.equal(drawn.main.positions, every.main.positions)
     longest = int(out.lengths[0])
     assert blocks.anchors[blocks.anchors < time].tolist() == list(range(2, 1 + longest, 4))
 
@@ -129,9 +131,9 @@ def test_a_new_head_of_mains_width_proposes_mains_own_token_in_every_slot(dtype)
     start_from_main(model)
     model = model.to(dtype)
     ids = torch.tensor([[5, 9, 14, 7, 3]])
-    rows = model.score(ids, torch.arange(5), torch.zeros(5, 3, dtype=torch.long))
-    weight = model.head_output_weight()
-    main, head = rows.main_hidden[0] @ weight.T, rows.head_hidden @ weight.T
+    rows = model.replay(ids, torch.arange(5), torch.zeros(5, 3, dtype=torch.long))
+    output = rows.head_output
+    main, head = output.logits(rows.main_hidden[0]), output.logits(rows.head_hidden)
     assert torch.equal(head.argmax(-1), main.argmax(-1)[:, None].expand(5, 3))
     size = float(head.detach().float().std() / main.detach().float().std())
     assert 0.5 < size < 2, "as sure as main is"
@@ -154,10 +156,10 @@ def test_other_heads_stay_as_they_were_drawn(head):
         assert torch.equal(value, same.state_dict()[name]), name
 
 
-def plain_text(**given) -> TextFormat:
+def plain_text(**given) -> PromptFormat:
     tokenizer = character_tokenizer("ab", [])
     tokenizer.chat_template = "{% for message in messages %}b{{ message['content'] }}b{% endfor %}"
-    return TextFormat(tokenizer, {"text": Phase(mode="verified")}, 4, **given)
+    return PromptFormat(tokenizer, {"text": Phase(mode="verified")}, 4, **given)
 
 
 def test_prompts_are_given_as_they_are_without_the_template():
@@ -189,8 +191,8 @@ def test_a_run_trains_a_drafter_and_reports_verified_mode(tmp_path, unjudged, mo
         updates.append((sorted(optimizers), sum(len(batch.anchors) for batch in batches)))
         return original(fabric, model, optimizers, batches, *rest, **named)
 
-    original = trainer.update
-    monkeypatch.setattr(trainer, "update", counted)
+    original = stage_loop.update
+    monkeypatch.setattr(stage_loop, "update", counted)
     summary = train(config(tmp_path, *DRAFT))
     first, last = summary["stages"]
     assert [names for names, _ in updates[:2]] == [["main"]] * 2
@@ -220,32 +222,42 @@ def test_a_run_trains_a_drafter_and_reports_verified_mode(tmp_path, unjudged, mo
 
 
 def test_outcomes_that_nobody_judges_are_no_reward(tmp_path, unjudged):
-    for setting in ("objective.policy.weight=1", "drop_uninformative=true"):
+    for setting in ("objective.policy.weight=1", "rollouts.drop_uninformative=true"):
         with pytest.raises(ValueError, match=rf"stages.rl.{setting.partition('=')[0]} needs answ"):
-            train(config(tmp_path, *DRAFT, "stages.rl.group_size=2", f"stages.rl.{setting}"))
+            train(
+                config(tmp_path, *DRAFT, "stages.rl.rollouts.group_size=2", f"stages.rl.{setting}")
+            )
 
 
 def test_a_search_cannot_be_measured_without_right_answers():
     task, text, model = ContinuationConfig().build(), plain_text(), tiny_model()
-    given = {"mode": "fast", "judge": "logprob", "max_new_tokens": 4, "num_problems": 1}
+    given = {"mode": "fast", "judge": "logprob", "num_problems": 1}
     with pytest.raises(ValueError, match="task continuation has none; evaluate without --search"):
-        evaluate_search(model, text, task, SearchConfig(), Sampler(), batch_size=1, **given)
+        evaluate_search(
+            model,
+            text,
+            task,
+            SearchConfig(),
+            DecodeOptions(max_new_tokens=4),
+            batch_size=1,
+            **given,
+        )
 
 
-def test_a_table_has_the_columns_that_were_measured():
+def test_a_table_has_the_metrics_that_were_measured():
     stage = {"name": "a", "num_problems": 2, "seconds": 1.0, "slow_passes": 3.0}
-    stage |= {name: None for name in COLUMNS if name not in stage}
-    assert list(columns_of([stage])) == ["slow_passes", "seconds"]
+    stage |= {name: None for name in METRICS if name not in stage}
+    assert [metric.name for metric in measured("run", [stage])] == ["slow_passes", "seconds"]
     with_verified = stage | {
         "verified_passes": 40.0,
         "verified_tokens_per_pass": 2.345,
         "acceptance_by_slot": [0.5, 0.25],
     }
-    assert "acceptance_by_slot" in columns_of([stage, with_verified])
-    console = Console(file=io.StringIO(), width=300)
+    assert METRICS["acceptance_by_slot"] in measured("run", [stage, with_verified])
+    console = Console(file=io.StringIO(), width=100)
     print_table(
         console, {"stages": [stage, with_verified], "seed": 1, "seconds": 2.0, "export": "out"}
     )
     shown = console.file.getvalue()
     assert "0.50 0.25" in shown and "2.35" in shown and "40.0" in shown
-    assert cell("acceptance_by_slot", None) == "-"
+    assert "…" not in shown and METRICS["acceptance_by_slot"].cell(None) == "-"

@@ -11,7 +11,8 @@ from mtp.hub.build import ModelConfig
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.phases import Phase
 from mtp.modeling.segments import SegmentSettings
-from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
+from mtp.reports.loggers import FilesConfig, LoggerConfig
+from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.rollouts.rollout import DecodingConfig
 from mtp.tasks.base import Example, Task
 from mtp.tasks.rows import RowsConfig
@@ -22,13 +23,13 @@ from mtp.training.objectives import ObjectiveConfig
 from mtp.training.objectives.head_ce import HeadCE
 from mtp.training.objectives.main_ce import MainCE
 from mtp.training.runtime import FabricConfig
-from mtp.training.stage import StageConfig
+from mtp.training.stage import ExamplesConfig, RolloutsConfig, StageConfig
 
 PHASES = {
     "thought": Phase(mode="fast", opened_by="<think>"),
     "answer": Phase(mode="slow", opened_by="</think>"),
 }
-TEXT = TextFormat(toy_tokenizer(), PHASES, 4)
+TEXT = PromptFormat(toy_tokenizer(), PHASES, 4)
 MODEL = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=256))
 
 
@@ -51,6 +52,7 @@ def stages(**given):
     main = ObjectiveConfig(main_ce=MainCE(weight=1.0))
     both = ObjectiveConfig(main_ce=MainCE(weight=1.0), head_ce=HeadCE(weight=1.0))
     only = ObjectiveConfig(head_ce=HeadCE(weight=1.0))
+    given["examples"] = ExamplesConfig(batch_size=given.pop("batch_size", 4))
     return {
         "main": StageConfig(steps=2, train_head=False, objective=main, **given),
         "head": StageConfig(
@@ -150,7 +152,7 @@ def test_solved_examples_that_are_too_long_are_dropped_from_training_alone(tmp_p
     every = {task.example("train", i).prompt for i in range(task.size("train"))}
     assert train == every - {"3+3=", "7+7="}
     assert "256 tokens of a solved example" in caplog.text
-    config.stages = {"rl": StageConfig(kind="rl", steps=1)}
+    config.stages = {"rl": StageConfig(rollouts=RolloutsConfig(num_prompts=4), steps=1)}
     assert fit(task, config, MODEL, TEXT).size("train") == task.size("train")
 
 
@@ -218,7 +220,7 @@ def test_an_answer_that_the_tokenizer_cannot_give_is_refused(tmp_path):
 
     tokenizer = toy_tokenizer()
     tokenizer.backend_tokenizer.normalizer = Lowercase()
-    text = TextFormat(tokenizer, PHASES, 4)
+    text = PromptFormat(tokenizer, PHASES, 4)
     content = [{**row, "answer": "Four"} for row in rows(40)]
     with pytest.raises(ValueError, match="the answer of row .* reads 'Four' as 'four'"):
         checked(rows_task(tmp_path, content), run_config(), MODEL, text)
@@ -227,7 +229,7 @@ def test_an_answer_that_the_tokenizer_cannot_give_is_refused(tmp_path):
 
 
 def test_answers_are_read_back_only_where_the_tokenizer_may_lose_something():
-    alone = TextFormat(character_tokenizer("0123456789+=", ["<think>", "</think>"]), PHASES, 4)
+    alone = PromptFormat(character_tokenizer("0123456789+=", ["<think>", "</think>"]), PHASES, 4)
     assert FittedTask(Counted(), alone)._keeps_ascii and FittedTask(Counted(), TEXT)._keeps_ascii
 
 
@@ -246,7 +248,7 @@ def test_a_supervised_stage_of_the_head_needs_thoughts(tmp_path):
         checked(task, config, MODEL, TEXT)
     for name in ("head", "joint"):
         config.stages[name].steps = 0
-    config.stages["rl"] = StageConfig(kind="rl", steps=1)
+    config.stages["rl"] = StageConfig(rollouts=RolloutsConfig(num_prompts=4), steps=1)
     assert checked(task, config, MODEL, TEXT).size("train") == task.size("train")
 
 
@@ -267,9 +269,9 @@ def test_a_run_on_rows_of_which_few_have_thoughts(tmp_path):
     for stage in config.stages.values():
         stage.steps = 6
     config.evaluation.num_problems = 4
-    config.logger.log_every = 1
+    config.logger = LoggerConfig(log_every=1, sinks={"files": FilesConfig()})
     train(config)
-    from mtp.reports.logger import read_records
+    from mtp.reports.json_lines import read_records
 
     records = [r for r in read_records(folder / "metrics.jsonl") if r.get("stage") == "head"]
     counts = [r["num_tokens/head_ce"] for r in records if "num_tokens/head_ce" in r]

@@ -8,16 +8,18 @@ import torch
 from helpers import PAD, PLAN, SAMPLES, emitter, rollouts, tiny_model
 from lightning.fabric import Fabric
 
-from mtp.training.algorithms.algorithm import clipped
-from mtp.training.batch import collate_rollouts, collate_text
-from mtp.training.objectives import ObjectiveConfig
+from mtp.modeling.output_layer import OutputLayer
+from mtp.training.algorithms import PolicyTokens, clipped
+from mtp.training.collate import collate_rollouts, collate_text
+from mtp.training.objectives import ObjectiveConfig, ReferenceRows, StreamInputs
 from mtp.training.objectives.head_ce import HeadCE
 from mtp.training.objectives.head_kl import HeadKL
-from mtp.training.objectives.leash import Leash
 from mtp.training.objectives.main_ce import MainCE
 from mtp.training.objectives.policy import Policy
-from mtp.training.objectives.scored import score_batch
+from mtp.training.objectives.reference_kl import ReferenceKL
+from mtp.training.objectives.scored import replay_batch
 from mtp.training.optimizers import OptimizerConfig, build_optimizer, split_parameters
+from mtp.training.step_module import wrap
 from mtp.training.update import update
 
 
@@ -39,8 +41,8 @@ def test_cross_entropy_of_rows_by_hand():
 def test_kl_of_rows_by_hand():
     rows = emitter([[0.5, 0.5], [0.1, 0.9]], [0, 0])
     other = torch.tensor([[0.1, 0.9], [0.25, 0.75]]).log()
-    forward = rows.kl(other, torch.eye(2), torch.tensor([1, 0]), reverse=False)
-    reverse = rows.kl(other, torch.eye(2), torch.tensor([1, 0]), reverse=True)
+    forward = rows.kl(other, OutputLayer(torch.eye(2)), torch.tensor([1, 0]), reverse=False)
+    reverse = rows.kl(other, OutputLayer(torch.eye(2)), torch.tensor([1, 0]), reverse=True)
     assert torch.allclose(forward, torch.tensor([0.25 * math.log(0.5) + 0.75 * math.log(1.5), 0.0]))
     expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
     assert torch.allclose(reverse, torch.tensor([expected, 0.0]), atol=1e-6)
@@ -58,7 +60,18 @@ def test_kl_of_rows_by_hand():
 )
 def test_the_clipped_surrogate_by_hand(ratio, advantage, loss, has_gradient):
     logprob = torch.tensor([math.log(0.5 * ratio)], requires_grad=True)
-    gain = clipped((logprob - math.log(0.5)).exp(), logprob, torch.tensor([advantage]), 0.2, 0.28)
+    old = torch.tensor([math.log(0.5)])
+    gain = clipped(
+        PolicyTokens(
+            logprob,
+            old,
+            torch.zeros(1),
+            (logprob - old).exp(),
+            torch.tensor([advantage]),
+            0.2,
+            0.28,
+        )
+    )
     assert math.isclose(-gain.item(), loss, rel_tol=1e-5)
     gain.sum().backward()
     assert bool(logprob.grad.abs() > 1e-6) == has_gradient
@@ -70,8 +83,8 @@ def test_one_op_for_both_emitters_gives_what_two_give(channel_gradient):
     results = []
     for together in (True, False):
         model, batch = tiny_model(), collate_text(SAMPLES, PLAN, 4, PAD)
-        scored = score_batch(model, model, batch, channel_gradient=channel_gradient, use_head=True)
-        assert (scored.head.weight is scored.main.weight) == (channel_gradient == 1.0)
+        scored = replay_batch(model, batch, channel_gradient=channel_gradient, use_head=True)
+        assert (scored.head.output is scored.main.output) == (channel_gradient == 1.0)
         stats = (
             scored.stats()
             if together
@@ -88,12 +101,14 @@ def test_one_op_for_both_emitters_gives_what_two_give(channel_gradient):
 def test_head_slot_weights_weigh_loss_and_count():
     model = tiny_model()
     batch = collate_text(SAMPLES, PLAN, 4, PAD)
-    scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+    scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
     stream = HeadCE(weight=1.0, slot_weights=[1.0, 0.5, 0.0])
     nll = -scored.head.stats().logprob
-    by_slot = [nll[batch.head_slots == slot].sum() for slot in (1, 2, 3)]
-    counts = [int((batch.head_slots == slot).sum()) for slot in (1, 2, 3)]
-    assert torch.allclose(stream.terms(scored, batch)["head_ce"].total, by_slot[0] + by_slot[1] / 2)
+    by_slot = [nll[batch.head.slots == slot].sum() for slot in (1, 2, 3)]
+    counts = [int((batch.head.slots == slot).sum()) for slot in (1, 2, 3)]
+    assert torch.allclose(
+        stream.terms(StreamInputs(scored, batch))["head_ce"].total, by_slot[0] + by_slot[1] / 2
+    )
     assert stream.counts(batch)["head_ce"] == counts[0] + counts[1] / 2
     with pytest.raises(ValueError, match="slot_weights must have 3 entries"):
         HeadCE(slot_weights=[1.0]).counts(batch)
@@ -102,29 +117,31 @@ def test_head_slot_weights_weigh_loss_and_count():
 def test_head_kl_compares_with_mains_row_for_the_same_token():
     model = tiny_model()
     batch = collate_text(SAMPLES, PLAN, 4, PAD)
-    scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+    scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
     with torch.no_grad():
-        teacher = model(batch.tokens).logits.log_softmax(-1).flatten(0, 1)[batch.head_positions]
-    student = (scored.head.hidden @ scored.head.weight.T).log_softmax(-1)
+        teacher = model(batch.tokens).logits.log_softmax(-1).flatten(0, 1)[batch.head.positions]
+    student = scored.head.output.logits(scored.head.hidden).log_softmax(-1)
     expected = torch.nn.functional.kl_div(student, teacher, log_target=True, reduction="sum")
-    assert torch.allclose(HeadKL(weight=1).terms(scored, batch)["head_kl"].total, expected)
+    assert torch.allclose(
+        HeadKL(weight=1).terms(StreamInputs(scored, batch))["head_kl"].total, expected
+    )
     model.zero_grad()
-    scored.main.weight.grad = None
-    HeadKL(weight=1).terms(scored, batch)["head_kl"].total.backward()
+    model.lm_head.weight.grad = None
+    HeadKL(weight=1).terms(StreamInputs(scored, batch))["head_kl"].total.backward()
     assert model.mtp_head.out_proj.weight.grad.abs().sum() > 0
 
 
-def test_the_leash_is_zero_for_main_at_the_reference_and_not_for_the_head():
+def test_the_reference_kl_is_zero_for_main_at_the_reference_and_not_for_the_head():
     model = tiny_model()
     batch = collate_text(SAMPLES, PLAN, 4, PAD)
-    scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+    scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
     hidden = scored.flat_hidden.detach()
     for reverse in (True, False):
-        terms = Leash(weight=0.1, reverse=reverse).terms(
-            scored, batch, hidden, model.lm_head.weight
+        terms = ReferenceKL(weight=0.1, reverse=reverse).terms(
+            StreamInputs(scored, batch, reference=ReferenceRows(hidden, model.output_layers()[0]))
         )
-        assert abs(terms["leash_main"].total.item()) < 1e-4
-        assert terms["leash_head"].total.item() > 1.0
+        assert abs(terms["reference_kl_main"].total.item()) < 1e-4
+        assert terms["reference_kl_head"].total.item() > 1.0
 
 
 OBJECTIVES = {
@@ -133,7 +150,7 @@ OBJECTIVES = {
         head_ce=HeadCE(weight=0.7, slot_weights=[1.0, 0.8, 0.6]),
         head_kl=HeadKL(weight=0.3),
     ),
-    "rl": ObjectiveConfig(policy=Policy(weight=1.0), leash=Leash(weight=0.1)),
+    "rl": ObjectiveConfig(policy=Policy(weight=1.0), reference_kl=ReferenceKL(weight=0.1)),
 }
 
 
@@ -154,8 +171,7 @@ def test_an_update_does_not_depend_on_the_size_of_micro_batches(kind):
             batches = [
                 collate_text(samples[at : at + size], PLAN, 4, PAD) for at in range(0, 4, size)
             ]
-        wrapped = fabric.setup_module(model)
-        wrapped.mark_forward_method("score")
+        wrapped = wrap(fabric, model)
         parts = split_parameters(model)
         optimizers = {
             part: fabric.setup_optimizers(torch.optim.SGD(parts[part].values(), lr=0.1))
@@ -178,8 +194,7 @@ def test_main_and_head_are_clipped_apart():
     fabric = Fabric(accelerator="cpu", devices=1)
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())
-    wrapped = fabric.setup_module(model)
-    wrapped.mark_forward_method("score")
+    wrapped = wrap(fabric, model)
     parts = split_parameters(model)
     optimizers = {
         part: fabric.setup_optimizers(torch.optim.SGD(parts[part].values(), lr=1.0))
@@ -204,8 +219,7 @@ def test_a_policy_step_makes_rewarded_tokens_of_both_emitters_likelier():
     prompts, out, _ = rollouts(model)
     advantages = torch.tensor([1.0, 0.0, 0.0, 0.0])
     batch = collate_rollouts(prompts, out, advantages, [0, 1, 2, 3], 4, PAD)
-    wrapped = fabric.setup_module(model)
-    wrapped.mark_forward_method("score")
+    wrapped = wrap(fabric, model)
     parts = split_parameters(model)
     optimizers = {
         part: fabric.setup_optimizers(build_optimizer(parts[part], OptimizerConfig(lr=1e-3)))
@@ -216,8 +230,8 @@ def test_a_policy_step_makes_rewarded_tokens_of_both_emitters_likelier():
         clip_norms={"main": 1.0, "head": 1.0},
     )  # fmt: skip
     with torch.no_grad():
-        scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
-    main, head = batch.main_advantages > 0, batch.head_advantages > 0
+        scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
+    main, head = batch.main.advantages > 0, batch.head.advantages > 0
     assert main.any() and head.any()
-    assert (scored.main.stats().logprob[main] - batch.main_sampled[main]).mean() > 0
-    assert (scored.head.stats().logprob[head] - batch.head_sampled[head]).mean() > 0
+    assert (scored.main.stats().logprob[main] - batch.main.sampled[main]).mean() > 0
+    assert (scored.head.stats().logprob[head] - batch.head.sampled[head]).mean() > 0

@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtp.modeling.decode import decode
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.phases import PhasePlan
 from mtp.modeling.records import FORCED, Decoded, pad
 from mtp.modeling.sampler import Sampler
-from mtp.training.batch import collate_rollouts
+from mtp.training.collate import collate_rollouts
 from mtp.training.objectives.policy import Policy
-from mtp.training.objectives.scored import score_batch
+from mtp.training.objectives.scored import replay_batch
+from mtp.training.objectives.stream import StreamInputs
 
 MODELS = {
     (family, head, shared): tiny_model(family, type=head, shared_embeddings=shared)
@@ -59,22 +61,24 @@ def test_replay_gives_the_samplers_log_probabilities(which, prompts, mode, sampl
         tokens,
         lengths,
         plan,
-        sampler,
-        max_new_tokens=17,
-        pad_id=PAD,
-        generator=torch.Generator().manual_seed(seed),
-        kernels=kernels,
+        DecodeOptions(
+            sampler=sampler,
+            max_new_tokens=17,
+            pad_id=PAD,
+            generator=torch.Generator().manual_seed(seed),
+            impl=kernels,
+        ),
     )
     rows = list(range(len(prompts)))
     batch = collate_rollouts(prompts, out, torch.arange(len(prompts)).float(), rows, 4, PAD)
-    scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
+    scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
     main, head = scored.main.stats(sampler).logprob, scored.head.stats(sampler).logprob
     assert len(main) + len(head) == int((out.lengths - (out.slots == FORCED).sum(1)).sum())
     assert len(main) == int((out.slots == 0).sum())
     if mode in ("fast", "slow", "all fast", "sure"):
         assert len(main) == int(out.passes.sum())
-    assert torch.allclose(main, batch.main_sampled, atol=1e-4)
-    assert torch.allclose(head, batch.head_sampled, atol=1e-4)
+    assert torch.allclose(main, batch.main.sampled, atol=1e-4)
+    assert torch.allclose(head, batch.head.sampled, atol=1e-4)
     total = out.logprobs.sum()
     assert torch.allclose(main.sum() + head.sum(), total, atol=1e-3, rtol=1e-5)
 
@@ -85,15 +89,24 @@ def test_micro_batches_hold_the_same_rows_as_one_batch(head, plan):
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12], [4, 4]]
     tokens, lengths = pad(prompts, PAD)
     out = decode(
-        model, tokens, lengths, plan, Sampler(), max_new_tokens=20, pad_id=PAD,
-        generator=torch.Generator().manual_seed(3),
-    )  # fmt: skip
+        model,
+        tokens,
+        lengths,
+        plan,
+        DecodeOptions(
+            sampler=Sampler(),
+            max_new_tokens=20,
+            pad_id=PAD,
+            generator=torch.Generator().manual_seed(3),
+        ),
+    )
     advantages = torch.tensor([1.0, 2.0, 3.0, 4.0])
     whole = collate_rollouts(prompts, out, advantages, [0, 1, 2, 3], 4, PAD)
     parts = [collate_rollouts(prompts, out, advantages, rows, 4, PAD) for rows in ([0, 1], [2, 3])]
-    for name in ("main_targets", "head_targets", "head_slots", "main_advantages", "head_sampled"):
-        joined = torch.cat([getattr(part, name) for part in parts])
-        assert torch.equal(joined, getattr(whole, name)), name
+    for emitter in ("main", "head"):
+        for name in ("slots", "targets", "advantages", "sampled"):
+            joined = torch.cat([getattr(getattr(part, emitter), name) for part in parts])
+            assert torch.equal(joined, getattr(getattr(whole, emitter), name)), name
 
 
 @pytest.mark.parametrize("ratio", ["token", "block", "sequence", "rollout"])
@@ -102,9 +115,17 @@ def test_rollouts_that_say_the_same_share_a_text_and_count_apart(ratio, plan):
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12]]
     tokens, lengths = pad(prompts, PAD)
     out = decode(
-        model, tokens, lengths, plan, Sampler(), max_new_tokens=20, pad_id=PAD,
-        generator=torch.Generator().manual_seed(3),
-    )  # fmt: skip
+        model,
+        tokens,
+        lengths,
+        plan,
+        DecodeOptions(
+            sampler=Sampler(),
+            max_new_tokens=20,
+            pad_id=PAD,
+            generator=torch.Generator().manual_seed(3),
+        ),
+    )
     copies = torch.tensor([0, 1, 0, 2, 0, 1])
     out = Decoded(**{name: value[copies] for name, value in vars(out).items()})
     out.logprobs = out.logprobs - 0.1 * torch.arange(6.0)[:, None] * (out.slots >= 0)
@@ -118,8 +139,8 @@ def test_rollouts_that_say_the_same_share_a_text_and_count_apart(ratio, plan):
             batch = collate_rollouts(prompts, out, advantages, rows, 4, PAD)
             assert len(batch.tokens) == len({int(copies[row]) for row in rows})
             assert batch.num_rollouts == len(rows)
-            scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
-            terms = policy.terms(scored, batch)
+            scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
+            terms = policy.terms(StreamInputs(scored, batch))
             total = total + sum(term.weight * term.total for term in terms.values())
             counts = {name: counts[name] + n for name, n in policy.counts(batch).items()}
         return total, counts

@@ -1,4 +1,4 @@
-"""Streams beside the policy: leash estimators, supervised replay, slow rollouts, schedules."""
+"""Streams beside the policy: KL estimators, supervised replay, slow rollouts, schedules."""
 
 import math
 
@@ -7,18 +7,20 @@ import torch
 from helpers import PAD, PLAN, SAMPLES, emitter, rollouts, tiny_model
 
 from mtp.modeling.decode import decode
+from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.sampler import Sampler
-from mtp.training.batch import collate_rollouts, collate_slow_rollouts, collate_text
-from mtp.training.objectives import ObjectiveConfig
+from mtp.rollouts.reward import RewardConfig
+from mtp.training.collate import collate_rollouts, collate_slow_rollouts, collate_text
+from mtp.training.objectives import ObjectiveConfig, StreamInputs
 from mtp.training.objectives.head_ce import HeadCE
-from mtp.training.objectives.leash import Leash, estimate
 from mtp.training.objectives.main_ce import MainCE
 from mtp.training.objectives.policy import Policy
-from mtp.training.objectives.scored import score_batch
-from mtp.training.stage import StageConfig
+from mtp.training.objectives.reference_kl import ReferenceKL, estimate
+from mtp.training.objectives.scored import replay_batch
+from mtp.training.stage import ExamplesConfig, RolloutsConfig, StageConfig
 
 
-def test_estimators_of_the_leash_by_hand():
+def test_estimators_of_the_reference_kl_by_hand():
     policy, reference = emitter([[0.5, 0.5]], [0]), emitter([[0.25, 0.75]], [0])
     k1 = estimate("k1", policy, reference, Sampler())
     assert k1.item() == pytest.approx(math.log(2), rel=1e-5)
@@ -54,10 +56,8 @@ def test_k1_has_the_gradient_of_the_divergence_as_its_mean():
 
 def test_estimators_refuse_a_sampler_that_truncates():
     rows = emitter([[0.5, 0.5]], [0])
-    with pytest.raises(ValueError, match="leash.kind=k3 needs decoding.top_k=0"):
+    with pytest.raises(ValueError, match="reference_kl.kind=k3 needs decoding.top_k=0"):
         estimate("k3", rows, rows, Sampler(top_k=1))
-    with pytest.raises(ValueError, match="leash.kind=k1 estimates"):
-        Leash(kind="k1", reverse=False).validate("leash")
 
 
 def test_in_an_rl_step_solved_examples_are_for_the_supervised_streams_alone():
@@ -65,14 +65,14 @@ def test_in_an_rl_step_solved_examples_are_for_the_supervised_streams_alone():
         main_ce=MainCE(weight=1.0),
         head_ce=HeadCE(weight=1.0, on_rollouts=True),
         policy=Policy(weight=1.0),
-        leash=Leash(weight=0.1),
+        reference_kl=ReferenceKL(weight=0.1),
     )
     prompts, out, advantages = rollouts(tiny_model())
     sampled = collate_rollouts(prompts, out, advantages, [0, 1, 2, 3], 4, PAD)
     solved = collate_text(SAMPLES, PLAN, 4, PAD)
     assert set(objective.streams(solved, in_rl=True)) == {"main_ce"}
-    assert set(objective.streams(sampled, in_rl=True)) == {"head_ce", "policy", "leash"}
-    assert objective.counts(solved, in_rl=True) == {"main_ce": len(solved.main_rows)}
+    assert set(objective.streams(sampled, in_rl=True)) == {"head_ce", "policy", "reference_kl"}
+    assert objective.counts(solved, in_rl=True) == {"main_ce": len(solved.main.positions)}
     assert set(ObjectiveConfig(main_ce=MainCE(weight=1.0)).streams(solved, in_rl=False)) == {
         "main_ce"
     }
@@ -82,10 +82,10 @@ def test_logits_detach_keeps_the_heads_gradient_off_the_output_matrix_and_opens_
     for detach in (False, True):
         model = tiny_model()
         batch = collate_text(SAMPLES, PLAN, 4, PAD)
-        scored = score_batch(
-            model, model, batch, channel_gradient=1.0, use_head=True, logits_detach=detach
+        scored = replay_batch(
+            model, batch, channel_gradient=1.0, use_head=True, logits_detach=detach
         )
-        HeadCE(weight=1.0).terms(scored, batch)["head_ce"].total.backward()
+        HeadCE(weight=1.0).terms(StreamInputs(scored, batch))["head_ce"].total.backward()
         matrix = model.lm_head.weight.grad
         assert (matrix is None) == detach
         assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
@@ -98,29 +98,39 @@ def test_slow_rollouts_score_main_as_sampled_and_the_head_on_what_main_wrote():
         [torch.tensor(p) for p in prompts], batch_first=True, padding_value=PAD
     )
     out = decode(
-        model, tokens, torch.tensor([len(p) for p in prompts]), PLAN.as_slow(), Sampler(),
-        max_new_tokens=12, pad_id=PAD, generator=torch.Generator().manual_seed(1),
-    )  # fmt: skip
+        model,
+        tokens,
+        torch.tensor([len(p) for p in prompts]),
+        PLAN.as_slow(),
+        DecodeOptions(
+            sampler=Sampler(),
+            max_new_tokens=12,
+            pad_id=PAD,
+            generator=torch.Generator().manual_seed(1),
+        ),
+    )
     batch = collate_slow_rollouts(prompts, out, advantages, [2, 0], PLAN, 4, PAD)
-    assert len(batch.main_rows) == int(out.lengths[[2, 0]].sum())
-    scored = score_batch(model, model, batch, channel_gradient=1.0, use_head=True)
-    assert torch.allclose(scored.main.stats().logprob, batch.main_sampled, atol=1e-4)
+    assert len(batch.main) == int(out.lengths[[2, 0]].sum())
+    scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
+    assert torch.allclose(scored.main.stats().logprob, batch.main.sampled, atol=1e-4)
     # each head row carries main's log-probability of the same token of the flat text
-    of_row = dict(zip((batch.main_rows + 1).tolist(), batch.main_sampled.tolist(), strict=True))
-    expected = [of_row[i + 1] for i in batch.head_positions.tolist()]
-    assert batch.head_sampled.tolist() == pytest.approx(expected)
-    assert torch.equal(batch.tokens.flatten()[batch.head_positions + 1], batch.head_targets)
-    assert batch.main_advantages[batch.main_rollouts == 0].unique().tolist() == [0.5]
-    assert batch.head_advantages[batch.head_rollouts == 1].unique().tolist() == [1.0]
+    of_row = dict(
+        zip((batch.main.positions + 1).tolist(), batch.main.sampled.tolist(), strict=True)
+    )
+    expected = [of_row[i + 1] for i in batch.head.positions.tolist()]
+    assert batch.head.sampled.tolist() == pytest.approx(expected)
+    assert torch.equal(batch.tokens.flatten()[batch.head.positions + 1], batch.head.targets)
+    assert batch.main.advantages[batch.main.rollouts == 0].unique().tolist() == [0.5]
+    assert batch.head.advantages[batch.head.rollouts == 1].unique().tolist() == [1.0]
 
 
 def test_blocks_of_rollouts_hold_one_token_of_main_and_the_heads_after_it():
     prompts, out, advantages = rollouts(tiny_model())
     batch = collate_rollouts(prompts, out, advantages, [0, 1, 2, 3], 4, PAD)
-    assert len(batch.main_blocks.unique()) == len(batch.main_rows) == int(out.passes.sum())
-    assert set(batch.head_blocks.tolist()) <= set(batch.main_blocks.tolist())
-    gap = batch.head_positions - batch.head_blocks % batch.tokens.numel()
-    assert torch.equal(gap, batch.head_slots), "slot j lies j tokens behind its anchor"
+    assert len(batch.blocks(batch.main).unique()) == len(batch.main) == int(out.passes.sum())
+    assert set(batch.blocks(batch.head).tolist()) <= set(batch.blocks(batch.main).tolist())
+    gap = batch.head.positions - batch.blocks(batch.head) % batch.tokens.numel()
+    assert torch.equal(gap, batch.head.slots), "slot j lies j tokens behind its anchor"
 
 
 def test_the_channel_opens_evenly():
@@ -134,28 +144,62 @@ def test_the_channel_opens_evenly():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_rounds": 2}, "stages.x.max_rounds=2 .*drop_uninformative=true"),
-        ({"rollout_mode": "odd"}, "stages.x.rollout_mode must be fast or slow"),
-        ({"group_size": 1}, "stages.x.group_size must be at least 2, got 1: an advantage compares"),
+        ({"max_rounds": 2}, "stages.x.rollouts.max_rounds=2 .*drop_uninformative=true"),
+        ({"mode": "odd"}, "stages.x.rollouts.mode must be fast or slow"),
         (
-            {"group_size": 0, "objective": ObjectiveConfig(main_ce=MainCE(weight=1.0))},
-            "stages.x.group_size must be at least 1, got 0$",
-        ),
-        ({"num_epochs": 0}, "stages.x.num_epochs must be at least 1, got 0"),
-        ({"num_solved": 4}, "stages.x.num_solved=4 examples are read by no stream"),
-        (
-            {"objective": ObjectiveConfig(policy=Policy(weight=1.0), main_ce=MainCE(weight=1.0))},
-            "set stages.x.num_solved to",
+            {"group_size": 1},
+            "stages.x.rollouts.group_size must be at least 2, got 1: an advantage compares",
         ),
         (
-            {"kind": "supervised", "objective": ObjectiveConfig(leash=Leash(weight=1, kind="k3"))},
-            "stages.x.objective.leash.kind=k3 estimates from rollouts",
+            {"group_size": 0},
+            "stages.x.rollouts.group_size must be at least 1, got 0$",
+        ),
+        ({"num_epochs": 0}, "stages.x.rollouts.num_epochs must be at least 1, got 0"),
+        ({"num_solved": 4}, "stages.x.rollouts.num_solved=4 examples are read by no stream"),
+        (
+            {"num_prompts": 3, "num_minibatches": 2},
+            "stages.x.rollouts.num_minibatches must divide stages.x.rollouts.num_prompts=3, got 2",
         ),
     ],
 )
-def test_settings_that_contradict_each_other_name_their_keys(settings, message):
-    stage = StageConfig(
-        **{"kind": "rl", "objective": ObjectiveConfig(policy=Policy(weight=1.0)), **settings}
-    )
+def test_rollouts_that_contradict_each_other_name_their_keys(settings, message):
+    policy = ObjectiveConfig(policy=Policy(weight=1.0))
+    stage = StageConfig(rollouts=RolloutsConfig(**{"num_prompts": 4} | settings), objective=policy)
     with pytest.raises(ValueError, match=message):
         stage.validate("x")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"examples": ExamplesConfig()}, "either .*examples.batch_size or .* above 0, got neither"),
+        ({"rollouts": RolloutsConfig(num_prompts=4)}, "stages.x must have either .*, got both"),
+        (
+            {"rollouts": RolloutsConfig(mode="slow")},
+            "stages.x.rollouts.mode must be left at 'fast'",
+        ),
+        (
+            {"reward": RewardConfig(pass_cost=0.1)},
+            "stages.x.reward.pass_cost must be left at 0.0 in a stage that is sup",
+        ),
+        (
+            {"objective": ObjectiveConfig(reference_kl=ReferenceKL(weight=1, kind="k3"))},
+            "stages.x.objective.reference_kl reads rollouts, got a stage of solved examples",
+        ),
+        (
+            {
+                "examples": ExamplesConfig(),
+                "rollouts": RolloutsConfig(num_prompts=4),
+                "objective": ObjectiveConfig(head_ce=HeadCE(weight=1.0)),
+            },
+            "set stages.x.rollouts.num_solved to",
+        ),
+    ],
+)
+def test_a_stage_has_examples_or_rollouts_and_no_key_of_the_other(settings, message):
+    given = {
+        "examples": ExamplesConfig(batch_size=4),
+        "objective": ObjectiveConfig(head_ce=HeadCE(weight=1)),
+    }
+    with pytest.raises(ValueError, match=message):
+        StageConfig(**given | settings).validate("x")

@@ -1,6 +1,11 @@
-"""What a policy-gradient algorithm is: an advantage rule, a ratio, a surrogate and a normaliser.
+"""A policy-gradient algorithm: four functions and a clip range.
 
-Everything is packed: one row a token, whoever emitted it. R rows.
+advantage: rewards of groups -> an advantage per rollout (`mtp.rollouts.advantage`).
+ratio: log-probability differences -> importance ratios (`ratio.py`).
+surrogate: tokens of one emitter -> what to maximize, per token (this file, `cispo.py`).
+normalizer: tokens of one emitter -> what their sum is divided by (`normalizer.py`).
+
+Everything is packed: one row per token, whoever sampled it. R rows.
 """
 
 from collections.abc import Callable
@@ -9,37 +14,55 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ADVANTAGES = ("group_std", "group_mean", "leave_one_out", "batch_std")
-"""Rules of `mtp.rollouts.advantage`."""
-RATIOS = ("token", "block", "sequence", "rollout")
-"""Rules of `mtp.training.algorithms.ratio`."""
-NORMALIZERS = ("tokens", "sequences", "rollouts", "length")
-"""What a sum over an emitter's tokens is divided by: the number of its tokens; each rollout's by
-the number of the emitter's tokens in it, then by the number of such rollouts; the number of
-rollouts; the number of rollouts times a fixed length."""
-
-Surrogate = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]
-"""(ratio [R], log-probability [R], advantage [R], clip_low, clip_high) -> what to maximize [R]."""
+from ...rollouts.advantage import Advantage, group_std
+from .normalizer import Normalizer, per_token
+from .ratio import Ratio, token
 
 
-def clipped(
-    ratio: Tensor, logprob: Tensor, advantages: Tensor, clip_low: float, clip_high: float
-) -> Tensor:
+@dataclass(frozen=True)
+class PolicyTokens:
+    """Tokens of one emitter, as a surrogate reads them."""
+
+    logprob: Tensor
+    """[R] float32 log-probability under the policy, in nats, with gradient."""
+    old: Tensor
+    """[R] float32 log-probability that ratios are taken to, in nats."""
+    entropy: Tensor
+    """[R] float32 entropy of the policy's distribution, in nats, without gradient."""
+    ratio: Tensor
+    """[R] float32 importance ratio by the algorithm's rule, with gradient."""
+    advantage: Tensor
+    """[R] float32 advantage of the token's rollout."""
+    clip_low: float
+    """Lower end of the clip range: ratios from 1 - clip_low."""
+    clip_high: float
+    """Upper end of the clip range: ratios to 1 + clip_high."""
+
+    @property
+    def clipped_ratio(self) -> Tensor:
+        """[R] the ratio within the clip range."""
+        return self.ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+
+
+Surrogate = Callable[[PolicyTokens], Tensor]
+"""Tokens -> [R] what to maximize."""
+
+
+def clipped(tokens: PolicyTokens) -> Tensor:
     """PPO's pessimistic bound, `min(r A, clip(r, 1 - low, 1 + high) A)` (arXiv 1707.06347).
 
     A token whose ratio has left the range on the side that its advantage favours gives no gradient.
     """
-    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return torch.minimum(ratio * advantages, bounded * advantages)
+    return torch.minimum(tokens.ratio * tokens.advantage, tokens.clipped_ratio * tokens.advantage)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """A named choice of the four, with its clip range."""
+    """A choice of the four, with its clip range."""
 
-    advantage: str = "group_std"
-    ratio: str = "token"
+    advantage: Advantage = group_std
+    ratio: Ratio = token
     surrogate: Surrogate = clipped
-    normalizer: str = "tokens"
+    normalizer: Normalizer = per_token
     clip_low: float = 0.2
     clip_high: float = 0.2

@@ -7,14 +7,12 @@ The bound from below is left open (`clip_low` 1), and a ratio counts at most fiv
 
 from torch import Tensor
 
-from .algorithm import Algorithm
+from .algorithm import Algorithm, PolicyTokens
 
 
-def weighted_logprob(
-    ratio: Tensor, logprob: Tensor, advantages: Tensor, clip_low: float, clip_high: float
-) -> Tensor:
+def weighted_logprob(tokens: PolicyTokens) -> Tensor:
     """The surrogate above: gradient reaches every token through its log-probability."""
-    return ratio.detach().clamp(1 - clip_low, 1 + clip_high) * advantages * logprob
+    return tokens.clipped_ratio.detach() * tokens.advantage * tokens.logprob
 
 
 CISPO = Algorithm(surrogate=weighted_logprob, clip_low=1.0, clip_high=4.0)

@@ -5,6 +5,8 @@ the stage: `drop_uninformative` with `max_rounds` is dynamic sampling, `reward.o
 soft punishment of overlong rollouts.
 """
 
+from ...rollouts.advantage import group_std
 from .algorithm import Algorithm
+from .normalizer import per_token
 
-DAPO = Algorithm(advantage="group_std", normalizer="tokens", clip_high=0.28)
+DAPO = Algorithm(advantage=group_std, normalizer=per_token, clip_high=0.28)

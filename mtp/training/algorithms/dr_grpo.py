@@ -3,6 +3,8 @@
 Both bias GRPO: towards questions whose rewards nearly agree, and towards long wrong answers.
 """
 
+from ...rollouts.advantage import group_mean
 from .algorithm import Algorithm
+from .normalizer import per_length
 
-DR_GRPO = Algorithm(advantage="group_mean", normalizer="length")
+DR_GRPO = Algorithm(advantage=group_mean, normalizer=per_length)

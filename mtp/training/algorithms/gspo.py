@@ -4,5 +4,7 @@ A mean of log-ratios is close to 0, hence the narrow range.
 """
 
 from .algorithm import Algorithm
+from .normalizer import per_sequence
+from .ratio import sequence
 
-GSPO = Algorithm(ratio="sequence", normalizer="sequences", clip_low=3e-4, clip_high=4e-4)
+GSPO = Algorithm(ratio=sequence, normalizer=per_sequence, clip_low=3e-4, clip_high=4e-4)

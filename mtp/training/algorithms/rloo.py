@@ -3,6 +3,9 @@
 The action is the rollout: one ratio for all of its tokens, which are summed and not averaged.
 """
 
+from ...rollouts.advantage import leave_one_out
 from .algorithm import Algorithm
+from .normalizer import per_rollout
+from .ratio import rollout
 
-RLOO = Algorithm(advantage="leave_one_out", ratio="rollout", normalizer="rollouts")
+RLOO = Algorithm(advantage=leave_one_out, ratio=rollout, normalizer=per_rollout)

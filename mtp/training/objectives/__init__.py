@@ -1,22 +1,34 @@
 """The objective: a weighted sum of per-token streams, each over its own global token count."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
-from ...modeling.sampler import Sampler
+from ...registry import Registry
 from ..batch import RolloutBatch, TextBatch
 from .head_ce import HeadCE
 from .head_kl import HeadKL
-from .leash import Leash
 from .main_ce import MainCE
 from .policy import Policy
 from .preserve import Preserve
-from .scored import Scored, score_batch
-from .stream import Term
+from .reference_kl import ReferenceKL
+from .scored import Scored, replay_batch
+from .stream import ReferenceRows, Stream, StreamInputs, Term
 
-__all__ = ["ObjectiveConfig", "Scored", "Term", "score_batch", "scores_head"]
+__all__ = [
+    "STREAMS",
+    "ObjectiveConfig",
+    "ReferenceRows",
+    "Scored",
+    "Stream",
+    "StreamInputs",
+    "Term",
+    "replay_batch",
+    "scores_head",
+]
 
-Stream = MainCE | HeadCE | HeadKL | Policy | Leash | Preserve
+STREAMS: Registry[type[Stream]] = Registry()
+"""Classes of the streams in `ObjectiveConfig.extra`, which code outside the package adds to."""
 
 
 @dataclass(kw_only=True)
@@ -27,97 +39,81 @@ class ObjectiveConfig:
     head_ce: HeadCE = field(default_factory=HeadCE)
     head_kl: HeadKL = field(default_factory=HeadKL)
     policy: Policy = field(default_factory=Policy)
-    leash: Leash = field(default_factory=Leash)
+    reference_kl: ReferenceKL = field(default_factory=ReferenceKL)
     preserve: Preserve = field(default_factory=Preserve)
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Settings of streams that code outside the package has added to `STREAMS`, by name."""
+
+    def all_streams(self) -> dict[str, Stream]:
+        """Every stream by its name."""
+        named = {name: stream for name, stream in vars(self).items() if name != "extra"}
+        return named | {name: _outside_stream(name, given) for name, given in self.extra.items()}
 
     def active(self) -> dict[str, Stream]:
         """Streams with a weight."""
-        return {name: stream for name, stream in vars(self).items() if stream.weight}
+        return {name: stream for name, stream in self.all_streams().items() if stream.weight}
+
+    def validate(self, key: str) -> None:
+        """Raises ValueError naming the key of an impossible value."""
+        for name in self.extra:
+            STREAMS.check(name, f"{key}.extra")
+        for name, stream in self.all_streams().items():
+            stream.validate(f"{key}.{name}")
 
     def streams(self, batch: TextBatch, in_rl: bool) -> dict[str, Stream]:
         """Active streams that read a batch.
 
-        In an RL step (`in_rl`) solved examples are read by the two supervised streams, unless these
-        are set `on_rollouts`, and rollouts by all others. A supervised step has one kind of batch.
+        In an RL step (`in_rl`) solved examples are read by the streams that read `solved`, and
+        rollouts by all others. A supervised step has one kind of batch, which all read.
         """
-        if not in_rl:
-            return self.active()
         is_solved = not isinstance(batch, RolloutBatch)
         return {
             name: stream
             for name, stream in self.active().items()
-            if is_solved == (isinstance(stream, MainCE | HeadCE) and not stream.on_rollouts)
+            if not in_rl or is_solved == (stream.reads == "solved")
         }
 
     @property
     def reads_solved(self) -> bool:
         """True if, in an RL stage, some stream reads solved examples."""
-        return any(s.weight and not s.on_rollouts for s in (self.main_ce, self.head_ce))
+        return any(stream.reads == "solved" for stream in self.active().values())
 
     @property
     def uses_head(self) -> bool:
         """True if some stream scores the head's tokens."""
-        return scores_head(self.active())
+        return scores_head(self.active().values())
 
-    @property
-    def uses_reference(self) -> bool:
-        """True if some stream compares with a frozen reference."""
-        return bool(self.active().keys() & {"leash", "preserve"})
+    def reference_users(self) -> list[str]:
+        """Active streams that compare with a frozen reference."""
+        return [name for name, stream in self.active().items() if stream.needs_reference]
 
     def counts(self, batch: TextBatch, in_rl: bool = False) -> dict[str, float]:
         """Tokens of every active stream in one micro-batch, of those that read it."""
         out: dict[str, float] = {}
         for stream in self.streams(batch, in_rl).values():
-            if isinstance(stream, Policy):
-                out |= stream.counts(rollouts_of(batch))
-            else:
-                out |= stream.counts(batch)
+            out |= stream.counts(batch)
         return out
 
-    def terms(
-        self,
-        scored: Scored,
-        batch: TextBatch,
-        sampler: Sampler,
-        reference: tuple | None,
-        in_rl: bool = False,
-    ) -> dict[str, Term]:
-        """Every stream that reads one micro-batch.
-
-        reference: (hidden rows [B * T, D], output matrix [V, D]) of the frozen reference; the
-        leash and the preservation read it.
-        """
+    def terms(self, inputs: StreamInputs, in_rl: bool = False) -> dict[str, Term]:
+        """Every stream that reads one micro-batch."""
         out: dict[str, Term] = {}
-        for name, stream in self.streams(batch, in_rl).items():
-            if isinstance(stream, Policy):
-                out |= stream.terms(scored, rollouts_of(batch), sampler)
-            elif isinstance(stream, Leash | Preserve):
-                if reference is None:
-                    raise ValueError(f"objective.{name} needs a reference model, got none")
-                hidden, weight = reference
-                out |= stream.terms(scored, batch, hidden, weight, sampler)
-            else:
-                terms = stream.terms(scored, batch)
-                if in_rl and isinstance(stream, MainCE | HeadCE):
-                    terms = {k: replace(t, metrics=prefixed(t.metrics)) for k, t in terms.items()}
-                out |= terms
+        for stream in self.streams(inputs.batch, in_rl).values():
+            prefix = stream.metrics_prefix if in_rl else ""
+            for name, term in stream.terms(inputs).items():
+                metrics = {f"{prefix}{metric}": value for metric, value in term.metrics.items()}
+                out[name] = replace(term, metrics=metrics)
         return out
 
 
-def prefixed(metrics: dict) -> dict:
-    """Metrics of a supervised stream in an RL step, told apart from those of the rollouts."""
-    return {f"supervised/{name}": value for name, value in metrics.items()}
+def _outside_stream(name: str, settings: dict[str, Any]) -> Stream:
+    """A stream of `extra`. Raises ValueError naming a key that it does not have."""
+    cls = STREAMS.get(name, "objective.extra")
+    for key in settings:
+        if key not in {f.name for f in fields(cls)}:
+            raise ValueError(f"unknown key objective.extra.{name}.{key}; {cls.__name__} has none")
+    return cls(**settings)
 
 
-def scores_head(streams: Iterable[str]) -> bool:
-    """True if one of the named streams scores the head's tokens."""
-    return bool(set(streams) - {"main_ce", "preserve"})
-
-
-def rollouts_of(batch: TextBatch) -> RolloutBatch:
-    """The batch, which must be one of rollouts."""
-    if not isinstance(batch, RolloutBatch):
-        raise ValueError(
-            "objective.policy needs rollouts: set the stage's kind to rl, got a supervised stage"
-        )
-    return batch
+def scores_head(streams: Iterable[Stream]) -> bool:
+    """True if one of the streams scores the head's tokens."""
+    return any(stream.scores_head for stream in streams)

@@ -7,42 +7,38 @@ from torch import Tensor
 
 from ...bounds import bounded
 from ..batch import TextBatch
-from .scored import Scored
-from .stream import Term, mean_of
+from .stream import StreamInputs, SupervisedStream, Term, mean_of
 
 
 @dataclass(kw_only=True)
-class HeadCE:
+class HeadCE(SupervisedStream):
     """`head_ce`"""
 
-    weight: float = bounded(0.0, at_least=0)
-    on_rollouts: bool = False
-    """In an RL stage: score the policy's own rollouts. False: solved examples that are mixed into
-    the step, `num_solved` of them."""
     slot_weights: list[float] = bounded([], at_least=0)
     """Weight of slots 1..K; empty weighs all alike. The sum is divided by the weights' sum."""
 
     def _weights(self, batch: TextBatch) -> Tensor:
+        slots = batch.head.slots
         if not self.slot_weights:
-            return torch.ones_like(batch.head_slots, dtype=torch.float32)
+            return torch.ones_like(slots, dtype=torch.float32)
         num_head_slots = batch.slot_inputs.shape[1]
         if len(self.slot_weights) != num_head_slots:
             raise ValueError(
                 f"head_ce.slot_weights must have {num_head_slots} entries, one per head slot, got "
                 f"{len(self.slot_weights)}; leave it empty to weigh all alike"
             )
-        weights = torch.tensor(self.slot_weights, device=batch.head_slots.device)
-        return weights[batch.head_slots - 1]
+        return torch.tensor(self.slot_weights, device=slots.device)[slots - 1]
 
     def counts(self, batch: TextBatch) -> dict[str, float]:
         """Tokens of the head, weighted."""
         return {"head_ce": float(self._weights(batch).sum())}
 
-    def terms(self, scored: Scored, batch: TextBatch) -> dict[str, Term]:
+    def terms(self, inputs: StreamInputs) -> dict[str, Term]:
         """Weighted sum of -log p over the head's tokens."""
-        out = scored.head.cross_entropy(self._weights(batch))
-        correct = out.argmax == batch.head_targets
+        batch = inputs.batch
+        out = inputs.scored.head.cross_entropy(self._weights(batch))
+        correct = out.argmax == batch.head.targets
         metrics = {"head/accuracy": mean_of(correct), "head/entropy": mean_of(out.entropy)}
         for slot in range(1, batch.slot_inputs.shape[1] + 1):
-            metrics[f"head/accuracy_{slot}"] = mean_of(correct[batch.head_slots == slot])
+            metrics[f"head/accuracy_{slot}"] = mean_of(correct[batch.head.slots == slot])
         return {"head_ce": Term(out.loss, self.weight, metrics)}

@@ -1,35 +1,30 @@
-"""Distillation: the head's distribution drawn to main's own for the same token.
+"""Distillation: the head's distribution trained towards main's own for the same token.
 
-Teacher rows are main's at the position of the flat text that predicts the slot's token; no gradient
-flows into them.
+The divergence is KL(main || head), which covers main's mass. Teacher rows are main's at the
+position of the flat text that predicts the slot's token; no gradient flows into them.
 """
 
 from dataclasses import dataclass
 
-from ...bounds import bounded
 from ..batch import TextBatch
-from .scored import Scored
-from .stream import Term
+from .stream import Stream, StreamInputs, Term
 
 
 @dataclass(kw_only=True)
-class HeadKL:
+class HeadKL(Stream):
     """`head_kl`"""
-
-    weight: float = bounded(0.0, at_least=0)
-    reverse: bool = False
-    """False: KL(main || head), which covers main's mass. True: KL(head || main), seeks its mode."""
 
     def counts(self, batch: TextBatch) -> dict[str, float]:
         """Tokens of the head."""
-        return {"head_kl": len(batch.head_rows)}
+        return {"head_kl": len(batch.head)}
 
-    def terms(self, scored: Scored, batch: TextBatch) -> dict[str, Term]:
+    def terms(self, inputs: StreamInputs) -> dict[str, Term]:
         """Sum of the divergence over the head's tokens, in nats."""
+        scored = inputs.scored
         kl = scored.head.kl(
             scored.flat_hidden.detach(),
-            scored.main.weight.detach(),
-            batch.head_positions,
-            reverse=self.reverse,
+            scored.main.output.detach(),
+            inputs.batch.head.positions,
+            reverse=False,
         )
         return {"head_kl": Term(kl.sum(), self.weight, {})}

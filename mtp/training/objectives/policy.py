@@ -9,35 +9,31 @@ the truncated importance weight of Yao et al. 2025 ("Your efficient RL framework
 off-policy RL training"), for samplers whose log-probabilities differ from replay's.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...bounds import bounded
-from ...modeling.sampler import Sampler
-from ..algorithms import ALGORITHMS
-from ..algorithms.algorithm import NORMALIZERS, RATIOS, Algorithm
-from ..algorithms.ratio import importance_ratio, segment_sum
-from ..batch import RolloutBatch
-from .scored import PLAIN, Scored
-from .stream import Term, max_of, mean_of
+from ..algorithms import ALGORITHMS, NORMALIZERS, RATIOS, Algorithm, Division, PolicyTokens
+from ..batch import PolicyRows, RolloutBatch, TextBatch
+from .stream import Reads, Stream, StreamInputs, Term, max_of, mean_of, rollouts_of
 
 
 @dataclass(kw_only=True)
-class Policy:
+class Policy(Stream):
     """`policy`"""
 
     weight: float = bounded(0.0, at_least=0)
-    """Of main's tokens."""
+    """Weight of main's tokens."""
     head_weight: float = bounded(1.0, at_least=0)
-    """Of the head's tokens, times `weight`."""
+    """Weight of the head's tokens, times `weight`."""
     algorithm: str = "dapo"
     """grpo, dapo, dr_grpo, rloo, gspo, cispo or reinforce_pp; sets whatever below is null."""
     ratio: str | None = None
     """`token`, `block`, `sequence` (GSPO's) or `rollout`; see `algorithms/ratio.py`."""
     normalizer: str | None = None
-    """`tokens`, `sequences`, `rollouts` or `length`; see `algorithms/algorithm.py`."""
+    """`tokens`, `sequences`, `rollouts` or `length`; see `algorithms/normalizer.py`."""
     length: int = bounded(0, at_least=0)
     """Tokens, for the normaliser `length`; decoding.max_new_tokens is the usual choice."""
     clip_low: float | None = bounded(None, at_least=0)
@@ -51,103 +47,98 @@ class Policy:
     Has an effect where `stages.*.recompute_old` takes p_old from replay."""
 
     @property
-    def preset(self) -> Algorithm:
-        """The algorithm that was named."""
-        return ALGORITHMS[self.algorithm]
+    def reads(self) -> Reads:
+        return "rollouts"
 
     def validate(self, key: str) -> None:
         """Raises ValueError naming the key of an impossible value."""
-        for name, known in (
-            ("algorithm", list(ALGORITHMS)),
-            ("ratio", [None, *RATIOS]),
-            ("normalizer", [None, *NORMALIZERS]),
-        ):
-            if getattr(self, name) not in known:
-                shown = ", ".join("null" if value is None else value for value in known)
-                raise ValueError(
-                    f"{key}.{name} must be one of {shown}, got {getattr(self, name)!r}"
-                )
-        if self._normalizer == "length" and self.length < 1:
+        ALGORITHMS.check(self.algorithm, f"{key}.algorithm")
+        RATIOS.check(self.ratio, f"{key}.ratio", optional=True)
+        NORMALIZERS.check(self.normalizer, f"{key}.normalizer", optional=True)
+        if self.rules().normalizer.needs_length and self.length < 1:
             raise ValueError(
                 f"{key}.length must be the number of tokens that a rollout's sum is divided by, "
                 f"got {self.length}; set it to the value of decoding.max_new_tokens"
             )
 
-    @property
-    def _normalizer(self) -> str:
-        return self.normalizer or self.preset.normalizer
+    def rules(self) -> Algorithm:
+        """The named algorithm, with what the config sets in its place."""
+        algorithm = ALGORITHMS.get(self.algorithm, "algorithm")
+        if self.ratio is not None:
+            algorithm = replace(algorithm, ratio=RATIOS.get(self.ratio, "ratio"))
+        if self.normalizer is not None:
+            normalizer = NORMALIZERS.get(self.normalizer, "normalizer")
+            algorithm = replace(algorithm, normalizer=normalizer)
+        if self.clip_low is not None:
+            algorithm = replace(algorithm, clip_low=self.clip_low)
+        if self.clip_high is not None:
+            algorithm = replace(algorithm, clip_high=self.clip_high)
+        return algorithm
 
     def clips(self) -> dict[str, tuple[float, float]]:
         """(low, high) by emitter."""
-        low = self.preset.clip_low if self.clip_low is None else self.clip_low
-        high = self.preset.clip_high if self.clip_high is None else self.clip_high
+        rules = self.rules()
         return {
-            "main": (low, high),
+            "main": (rules.clip_low, rules.clip_high),
             "head": (
-                low if self.head_clip_low is None else self.head_clip_low,
-                high if self.head_clip_high is None else self.head_clip_high,
+                rules.clip_low if self.head_clip_low is None else self.head_clip_low,
+                rules.clip_high if self.head_clip_high is None else self.head_clip_high,
             ),
         }
 
-    def counts(self, batch: RolloutBatch) -> dict[str, float]:
+    def counts(self, batch: TextBatch) -> dict[str, float]:
         """What each emitter's sum is divided by, over all micro-batches."""
-        rollouts = {"main": batch.main_rollouts, "head": batch.head_rollouts}
-        return {f"policy_{name}": self._count(ids, batch) for name, ids in rollouts.items()}
+        batch = rollouts_of(batch)
+        return {
+            "policy_main": self._division(batch, batch.main).count,
+            "policy_head": self._division(batch, batch.head).count,
+        }
 
-    def _count(self, rollouts: Tensor, batch: RolloutBatch) -> float:
-        if self._normalizer == "tokens":
-            return len(rollouts)
-        if self._normalizer == "sequences":
-            return len(rollouts.unique())
-        return batch.num_rollouts * (self.length if self._normalizer == "length" else 1)
+    def _division(self, batch: RolloutBatch, rows: PolicyRows) -> Division:
+        return self.rules().normalizer.divide(rows, batch.num_rollouts, self.length)
 
-    def terms(
-        self, scored: Scored, batch: RolloutBatch, sampler: Sampler = PLAIN
-    ) -> dict[str, Term]:
+    def terms(self, inputs: StreamInputs) -> dict[str, Term]:
         """Surrogate of each emitter, under the distribution that the rollouts came from."""
-        stats = scored.stats(sampler)
-        old = {"main": batch.main_old, "head": batch.head_old}
-        sampled = {"main": batch.main_sampled, "head": batch.head_sampled}
-        advantages = {"main": batch.main_advantages, "head": batch.head_advantages}
-        rollouts = {"main": batch.main_rollouts, "head": batch.head_rollouts}
+        batch = rollouts_of(inputs.batch)
+        rules, clips, stats = self.rules(), self.clips(), inputs.scored.stats(inputs.sampler)
+        emitters = {"main": batch.main, "head": batch.head}
         weights = {"main": self.weight, "head": self.weight * self.head_weight}
-        num_main = len(batch.main_rows)
-        ratios = importance_ratio(
-            torch.cat([stats[name].logprob - old[name] for name in ("main", "head")]),
-            self.ratio or self.preset.ratio,
-            torch.cat([batch.main_blocks, batch.head_blocks]),
-            torch.cat([batch.main_rollouts, batch.head_rollouts]),
-        )
-        ratio = {"main": ratios[:num_main], "head": ratios[num_main:]}
+        ratios = rules.ratio(
+            torch.cat([stats[name].logprob - rows.old for name, rows in emitters.items()]),
+            torch.cat([batch.blocks(rows) for rows in emitters.values()]),
+            torch.cat([rows.rollouts for rows in emitters.values()]),
+        ).split([len(rows) for rows in emitters.values()])
         terms = {}
-        for name, (low, high) in self.clips().items():
-            logprob = stats[name].logprob
-            gain = self.preset.surrogate(ratio[name], logprob, advantages[name], low, high)
+        for (name, rows), ratio in zip(emitters.items(), ratios, strict=True):
+            low, high = clips[name]
+            logprob, entropy = stats[name]
+            tokens = PolicyTokens(logprob, rows.old, entropy, ratio, rows.advantages, low, high)
+            gain = rules.surrogate(tokens)
             if self.correction_cap:
-                gain = gain * (old[name] - sampled[name]).exp().clamp(max=self.correction_cap)
-            if self._normalizer == "sequences":
-                gain = gain / segment_sum(torch.ones_like(gain), rollouts[name])
-            metrics, maxima = _metrics(
-                name, ratio[name], advantages[name], logprob - sampled[name], low, high
-            )
-            metrics[f"{name}/entropy"] = mean_of(stats[name].entropy)
+                gain = gain * (rows.old - rows.sampled).exp().clamp(max=self.correction_cap)
+            gain = gain / self._division(batch, rows).divisors
+            metrics, maxima = _metrics(name, tokens, logprob - rows.sampled)
             terms[f"policy_{name}"] = Term(-gain.sum(), weights[name], metrics, maxima)
         return terms
 
 
 @torch.no_grad()
 def _metrics(
-    name: str, ratio: Tensor, advantages: Tensor, difference: Tensor, low: float, high: float
+    name: str, tokens: PolicyTokens, difference: Tensor
 ) -> tuple[dict[str, tuple[Tensor, int]], dict[str, Tensor]]:
-    """How far the policy is from the sampler, and how many tokens the clip holds back."""
-    is_low = (ratio < 1 - low) & (advantages < 0)
-    is_high = (ratio > 1 + high) & (advantages > 0)
+    """How far the policy is from the sampler, and how many tokens the clip holds back.
+
+    difference: [R] log p - log p_sampled.
+    """
+    is_low = (tokens.ratio < 1 - tokens.clip_low) & (tokens.advantage < 0)
+    is_high = (tokens.ratio > 1 + tokens.clip_high) & (tokens.advantage > 0)
     metrics = {
         f"{name}/clip_ratio": mean_of(is_low | is_high),
         f"{name}/clip_ratio_low": mean_of(is_low),
         f"{name}/clip_ratio_high": mean_of(is_high),
         f"{name}/sampling_logp_difference": mean_of(difference.abs()),
         f"{name}/importance_sampling_ratio": mean_of(difference.exp()),
+        f"{name}/entropy": mean_of(tokens.entropy),
     }
     maxima = {
         f"{name}/sampling_logp_difference_max": max_of(difference.abs()),

@@ -2,49 +2,41 @@
 
 In fast rollouts main samples one token of a block, so nothing else in the objective says what it
 would have written at the positions that the head filled. Slow mode reads just those. This stream is
-the KL of main to a frozen reference at all positions of the flat text, whoever wrote their tokens.
+KL(reference || main), with a frozen reference, at all positions of the flat text, whoever wrote
+their tokens.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from ...bounds import bounded
-from ...modeling.sampler import Sampler
 from ..batch import TextBatch
-from .scored import PLAIN, Emitter, Scored
-from .stream import Term, mean_of
+from .scored import OutputRows
+from .stream import Stream, StreamInputs, Term, mean_of
 
 
 @dataclass(kw_only=True)
-class Preserve:
+class Preserve(Stream):
     """`preserve`"""
 
-    weight: float = bounded(0.0, at_least=0)
-    reverse: bool = False
-    """False: KL(reference || main). True: KL(main || reference)."""
+    scores_head: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = True
 
     def counts(self, batch: TextBatch) -> dict[str, float]:
         """Written tokens of both emitters."""
-        return {"preserve": len(batch.main_rows) + len(batch.head_positions)}
+        return {"preserve": len(batch.main) + len(batch.head)}
 
-    def terms(
-        self,
-        scored: Scored,
-        batch: TextBatch,
-        reference_hidden: Tensor,
-        reference_weight: Tensor,
-        sampler: Sampler = PLAIN,
-    ) -> dict[str, Term]:
-        """Sum of the divergence over the written tokens, in nats; see `Leash.terms`.
+    def terms(self, inputs: StreamInputs) -> dict[str, Term]:
+        """Sum of the divergence over the written tokens, in nats.
 
         The distributions are those of temperature 1, whatever the sampler is.
         """
-        rows = torch.cat([batch.main_rows, batch.head_positions])
+        scored, batch, reference = inputs.scored, inputs.batch, inputs.reference_rows()
+        rows = torch.cat([batch.main.positions, batch.head.positions])
         main = scored.main
-        everywhere = Emitter(
-            scored.flat_hidden[rows], main.weight, batch.tokens.flatten()[rows + 1], main.impl
+        everywhere = OutputRows(
+            scored.flat_hidden[rows], main.output, batch.tokens.flatten()[rows + 1], main.impl
         )
-        kl = everywhere.kl(reference_hidden, reference_weight, rows, reverse=self.reverse)
+        kl = everywhere.kl(reference.hidden, reference.output, rows, reverse=False)
         return {"preserve": Term(kl.sum(), self.weight, {"preserve/kl": mean_of(kl.detach())})}

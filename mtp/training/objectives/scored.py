@@ -1,6 +1,6 @@
 """What every stream reads: the scored rows of a batch under the model being trained.
 
-Hidden rows and output matrices, from which each stream takes what it needs: log-probability and
+Hidden rows and output layers, from which each stream takes what it needs: log-probability and
 entropy of given tokens, or a divergence from other rows. Results are cached, so that two streams
 that need the same numbers share one computation.
 """
@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from mtp_kernels import LinearLoss, linear_kl, linear_logprob, linear_loss
 from torch import Tensor
+from torch.nn.functional import kl_div
 
-from ...modeling.matrices import plain_matrix
+from ...modeling.output_layer import OutputLayer
 from ...modeling.sampler import Sampler
 from ..batch import TextBatch
 
@@ -29,15 +30,15 @@ class RowStats(NamedTuple):
 
 
 @dataclass
-class Emitter:
-    """Rows of one emitter, whose logits, `hidden @ weight.T`, are not made."""
+class OutputRows:
+    """Hidden rows of one emitter, whose logits, `output.logits(hidden)`, are not made."""
 
     hidden: Tensor
-    """[R, E]"""
-    weight: Tensor
-    """[V, E]"""
+    """[R, E] hidden rows."""
+    output: OutputLayer
+    """The emitter's output layer."""
     targets: Tensor
-    """[R]"""
+    """[R] int64 token ids."""
     impl: str = "auto"
     """Implementation of `mtp_kernels` ops."""
 
@@ -52,9 +53,10 @@ class Emitter:
                 self._stats[key] = self._truncated_stats(sampler)
             else:
                 out = linear_logprob(
-                    self.hidden,
-                    self.weight,
+                    self.output.rows(self.hidden),
+                    self.output.weight,
                     self.targets,
+                    **self.output.options,
                     temperature=sampler.temperature or 1.0,
                     impl=self.impl,
                 )
@@ -71,7 +73,7 @@ class Emitter:
 
     def _truncated_stats(self, sampler: Sampler) -> RowStats:
         """Top-k and top-p need all logits of a row: which tokens are left depends on them all."""
-        log_probs = sampler.log_probs(self.hidden @ self.weight.T)
+        log_probs = sampler.log_probs(self.output.logits(self.hidden))
         with torch.no_grad():
             entropy = -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1)
         return RowStats(log_probs.gather(-1, self.targets[:, None])[:, 0], entropy)
@@ -84,20 +86,33 @@ class Emitter:
         if row_weight is None:
             row_weight = torch.ones_like(self.targets, dtype=torch.float32)
         return linear_loss(
-            self.hidden, self.weight, self.targets, row_weight=row_weight, impl=self.impl
+            self.output.rows(self.hidden),
+            self.output.weight,
+            self.targets,
+            **self.output.options,
+            row_weight=row_weight,
+            impl=self.impl,
         )
 
-    def kl(self, hidden: Tensor, weight: Tensor, rows: Tensor, *, reverse: bool) -> Tensor:
+    def kl(self, hidden: Tensor, output: OutputLayer, rows: Tensor, *, reverse: bool) -> Tensor:
         """[R] nats: KL(other || this) of each row, or KL(this || other) if `reverse`.
 
-        Row i is compared with row `rows[i]` of `hidden` [., D] through `weight` [V, D].
+        Row i is compared with row `rows[i]` of `hidden` [., D] under the layer `output`.
         """
+        if self.output.softcap != output.softcap:
+            # The op has one softcap for both distributions.
+            mine = PLAIN.log_probs(self.output.logits(self.hidden))
+            other = PLAIN.log_probs(output.logits(hidden[rows]))
+            p, q = (mine, other) if reverse else (other, mine)
+            return kl_div(q, p, log_target=True, reduction="none").sum(-1)
         direction = "reverse" if reverse else "forward"
         return linear_kl(
-            self.hidden,
-            self.weight,
-            hidden,
-            weight,
+            self.output.rows(self.hidden),
+            self.output.weight,
+            output.rows(hidden),
+            output.weight,
+            **self.output.options,
+            teacher_bias=output.bias,
             index=rows,
             direction=direction,
             impl=self.impl,
@@ -108,24 +123,25 @@ class Emitter:
 class Scored:
     """A batch after one parallel forward."""
 
-    main: Emitter
-    head: Emitter
-    """Zero rows where the stage has no head."""
+    main: OutputRows
+    """Main's tokens."""
+    head: OutputRows
+    """The head's tokens; none where no stream scores the head."""
     flat_hidden: Tensor
     """[B * T, D] every row of main, for streams that compare the head with it."""
 
     def stats(self, sampler: Sampler = PLAIN) -> dict[str, RowStats]:
-        """Statistics of `main` and of `head`, as `Emitter.stats` gives them.
+        """Statistics of `main` and of `head`, as `OutputRows.stats` gives them.
 
-        Where both read one output matrix, one op serves both: each would make, cast and add up a
+        Where both use one output layer, one op serves both: each would make, cast and add up a
         gradient of the whole matrix.
         """
         main, head = self.main, self.head
-        shared = head.weight is main.weight and len(head.targets) and not sampler.truncates
+        shared = head.output is main.output and len(head.targets) and not sampler.truncates
         if shared and not main.has_stats(sampler):
-            both = Emitter(
+            both = OutputRows(
                 torch.cat([main.hidden, head.hidden]),
-                main.weight,
+                main.output,
                 torch.cat([main.targets, head.targets]),
                 main.impl,
             ).stats(sampler)
@@ -136,9 +152,8 @@ class Scored:
         return {"main": main.stats(sampler), "head": head.stats(sampler)}
 
 
-def score_batch(
+def replay_batch(
     model: Any,
-    parts: Any,
     batch: TextBatch,
     *,
     channel_gradient: float,
@@ -150,11 +165,10 @@ def score_batch(
 
     Args:
         model: what runs the forward (wrapped by Fabric, or the bare model).
-        parts: the bare model, whose matrices are read.
         batch: text and rows.
         channel_gradient: scale of the head's gradient on main's parameters.
         use_head: False skips the head and its rows.
-        logits_detach: True keeps the head's gradient off an output matrix shared with main.
+        logits_detach: True keeps the head's gradient off an output layer shared with main.
         impl: implementation of `mtp_kernels` ops.
     """
     if use_head:
@@ -164,20 +178,16 @@ def score_batch(
             # scored, so that its gradient is zero and not missing.
             anchors = anchors.new_zeros(1)
             slot_inputs = batch.tokens[:1, :1].expand(1, slot_inputs.shape[1])
-        rows = model.score(batch.tokens, anchors, slot_inputs, channel_gradient)
-        head_hidden = rows.head_hidden.flatten(0, 1)[batch.head_rows]
-        head_targets = batch.head_targets
+        rows = model.replay(
+            batch.tokens, anchors, slot_inputs, channel_gradient, logits_detach=logits_detach
+        )
+        head_hidden = rows.head_hidden.flatten(0, 1)[batch.head.outputs]
+        head_targets = batch.head.targets
     else:
-        rows = model.score(batch.tokens)
-        head_hidden = rows.main_hidden.new_zeros(0, parts.head_output_weight().shape[1])
-        head_targets = batch.head_targets[:0]
+        rows = model.replay(batch.tokens)
+        head_hidden = rows.main_hidden.new_zeros(0, rows.head_output.weight.shape[1])
+        head_targets = batch.head.targets[:0]
     flat = rows.main_hidden.flatten(0, 1)
-    main = Emitter(
-        flat[batch.main_rows],
-        plain_matrix(parts.get_output_embeddings(), "the model's output layer"),
-        batch.main_targets,
-        impl,
-    )
-    head_weight = parts.head_output_weight(0.0 if logits_detach else channel_gradient)
-    head = Emitter(head_hidden, head_weight, head_targets, impl)
+    main = OutputRows(flat[batch.main.outputs], rows.main_output, batch.main.targets, impl)
+    head = OutputRows(head_hidden, rows.head_output, head_targets, impl)
     return Scored(main, head, flat)

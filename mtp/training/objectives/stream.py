@@ -1,9 +1,54 @@
-"""What a stream of the objective gives."""
+"""A stream of the objective: what every one of them is given, gives back, and says of itself.
+
+Another stream is one file: a dataclass that derives from `Stream`, and a line that names it,
+`STREAMS.add("my_stream", MyStream)`. A run sets it by `stages.*.objective.extra.my_stream.weight`.
+"""
 
 from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+from ...bounds import bounded
+from ...modeling.output_layer import OutputLayer
+from ...modeling.sampler import Sampler
+from ..batch import RolloutBatch, TextBatch
+from .scored import Scored
+
+Reads = Literal["text", "solved", "rollouts"]
+"""Batches that a stream reads. `text`: those that its stage trains on, rollouts in an RL step.
+`solved`: solved examples, also where they are mixed into an RL step. `rollouts`: rollouts only."""
+
+
+@dataclass
+class ReferenceRows:
+    """The frozen reference over the same text, without gradient."""
+
+    hidden: Tensor
+    """[B * T, D] hidden rows of its main."""
+    output: OutputLayer
+    """Its output layer."""
+
+
+@dataclass
+class StreamInputs:
+    """One micro-batch after its forward."""
+
+    scored: Scored
+    """Rows of the batch under the model being trained."""
+    batch: TextBatch
+    """Text and rows."""
+    sampler: Sampler = field(default_factory=Sampler)
+    """The distribution that rollouts were sampled from."""
+    reference: ReferenceRows | None = None
+    """Rows of the frozen reference; there if the stream `needs_reference`."""
+
+    def reference_rows(self) -> ReferenceRows:
+        """The reference's rows. Raises ValueError if there are none."""
+        if self.reference is None:
+            raise ValueError("the objective needs a reference model, got none")
+        return self.reference
 
 
 @dataclass
@@ -13,10 +58,64 @@ class Term:
     total: Tensor
     """Sum over the stream's tokens, with gradient; divided by the stream's global count later."""
     weight: float
+    """Weight of the term in the loss."""
     metrics: dict[str, tuple[Tensor, int]]
     """Name -> (sum, count), to be added over micro-batches and processes before dividing."""
     maxima: dict[str, Tensor] = field(default_factory=dict)
     """Name -> largest value, of which the largest over micro-batches and processes is taken."""
+
+
+@dataclass(kw_only=True)
+class Stream:
+    """A weighted sum of per-token losses."""
+
+    scores_head: ClassVar[bool] = True
+    """True if it scores the head's tokens."""
+    needs_reference: ClassVar[bool] = False
+    """True if it compares with a frozen reference."""
+    metrics_prefix: ClassVar[str] = ""
+    """Put before the names of its metrics in an RL step."""
+
+    weight: float = bounded(0.0, at_least=0)
+    """Weight of the stream in the loss; 0: it is not computed."""
+
+    @property
+    def reads(self) -> Reads:
+        """Batches that it reads."""
+        return "text"
+
+    def validate(self, key: str) -> None:
+        """Raises ValueError naming the key of an impossible value."""
+
+    def counts(self, batch: TextBatch) -> dict[str, float]:
+        """Tokens of each of its terms in one micro-batch, by the names of `terms`."""
+        raise NotImplementedError
+
+    def terms(self, inputs: StreamInputs) -> dict[str, Term]:
+        """The terms of one micro-batch, by names that no other stream uses."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class SupervisedStream(Stream):
+    """A stream that reads solved examples, or rollouts as if they were."""
+
+    metrics_prefix: ClassVar[str] = "supervised/"
+
+    on_rollouts: bool = False
+    """In an RL stage: score the policy's own rollouts. False: solved examples that are mixed into
+    the step, `num_solved` of them."""
+
+    @property
+    def reads(self) -> Reads:
+        return "rollouts" if self.on_rollouts else "solved"
+
+
+def rollouts_of(batch: TextBatch) -> RolloutBatch:
+    """The batch, which must be one of rollouts."""
+    if not isinstance(batch, RolloutBatch):
+        raise ValueError("objective.policy reads rollouts, got a batch of solved examples")
+    return batch
 
 
 def mean_of(values: Tensor) -> tuple[Tensor, int]:

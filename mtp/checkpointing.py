@@ -1,0 +1,53 @@
+"""A checkpoint of a run, and the signals after which a run ends with one."""
+
+import signal
+from dataclasses import asdict
+from typing import Any
+
+from .hub.checkpoint import save_checkpoint
+from .run import Run
+from .training.runtime import over_processes
+
+
+class Interrupted(Exception):
+    """The run was asked to stop by a signal and has saved a checkpoint."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.signal = number
+
+
+def save_run(run: Run, optimizers: dict[str, Any], is_best: bool = False) -> None:
+    """Write a checkpoint with everything that the run needs to continue."""
+    if not run.fabric.is_global_zero:
+        return
+    state = {
+        "model": run.model.state_dict(),
+        "optimizers": {part: o.state_dict() for part, o in optimizers.items()},
+        "progress": asdict(run.progress),
+        "log": run.log.states(),
+        "settings": run.settings,
+    }
+    save_checkpoint(run.folder / "checkpoints", run.progress.global_step, state, is_best)
+
+
+def stop_signal(run: Run) -> int | None:
+    """The signal by which any process was asked to stop, so that all stop after the same step."""
+    mine = run.stop.signal
+    flags = {"signal": float(mine or 0), "requeue": float(mine == signal.SIGUSR2)}
+    asked = over_processes(run.fabric, flags, "max")
+    return signal.SIGUSR2 if asked["requeue"] else int(asked["signal"]) or None
+
+
+def stop_if_asked(run: Run, where: str) -> None:
+    """Raise Interrupted if a signal came; the run's last checkpoint is then of this moment."""
+    asked = stop_signal(run)
+    if asked is not None:
+        raise interrupted(run, where, asked)
+
+
+def interrupted(run: Run, where: str, number: int) -> Interrupted:
+    """The exception that ends a run at a signal."""
+    return Interrupted(
+        f"stopped {where}; use resume=true to continue from {run.folder}/checkpoints", number
+    )

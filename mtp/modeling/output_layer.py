@@ -1,0 +1,90 @@
+"""The output layer of an emitter: what turns its hidden rows into logits.
+
+    logits = softcap * tanh((scale * hidden @ weight.T + bias) / softcap)
+
+The model returns it beside hidden rows. Whoever samples or scores uses `logits`, or hands `rows`,
+`weight` and `options` to an op of `mtp_kernels`, which makes no logits.
+
+Ships with checkpoints: imports torch and siblings only.
+
+Shapes: V vocabulary, E width of the emitter's hidden rows.
+"""
+
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from .cache import in_autocast_dtype
+from .matrices import plain_matrix
+
+
+class OutputOptions(TypedDict):
+    """Arguments of an op of `mtp_kernels` beside the rows and the matrix."""
+
+    bias: Tensor | None
+    softcap: float | None
+
+
+class OutputLayer:
+    """Matrix, scale, bias and softcap of an output layer.
+
+    A plain class: two emitters that share a layer share the object, and Fabric, which converts the
+    tensors of what a forward returns, leaves the matrix as it is.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        scale: float = 1.0,
+        softcap: float | None = None,
+    ):
+        """weight: [V, E]; bias: [V], added to the logits; scale: multiplies `hidden @ weight.T`;
+        softcap: bound of the logits' size, None for none.
+        """
+        self.weight, self.bias, self.scale, self.softcap = weight, bias, scale, softcap
+
+    @classmethod
+    def from_module(cls, module: Any, name: str) -> "OutputLayer":
+        """The layer that a module computes.
+
+        Raises ValueError, by the `name` that a reader knows the module by, if it does anything that
+        its weight does not say (`matrices.py`).
+        """
+        return cls(plain_matrix(module, name))
+
+    @property
+    def options(self) -> OutputOptions:
+        """Keyword arguments of an op of `mtp_kernels` that is given `rows(hidden)` and `weight`."""
+        return {"bias": self.bias, "softcap": self.softcap}
+
+    def rows(self, hidden: Tensor) -> Tensor:
+        """Hidden rows [..., E] with the scale in them."""
+        return hidden if self.scale == 1.0 else hidden * self.scale
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., E] hidden rows -> [..., V] logits."""
+        logits = self.rows(hidden) @ self.weight.T
+        if self.bias is not None:
+            logits = logits + self.bias
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def replaced(self, weight: Tensor, bias: Tensor | None) -> "OutputLayer":
+        """The same layer with other tensors."""
+        return OutputLayer(weight, bias, self.scale, self.softcap)
+
+    def detach(self) -> "OutputLayer":
+        """The same layer without gradient."""
+        return self.replaced(
+            self.weight.detach(), None if self.bias is None else self.bias.detach()
+        )
+
+    def in_autocast_dtype(self) -> "OutputLayer":
+        """The same layer in the dtype that autocast would cast it to; itself without autocast."""
+        weight = in_autocast_dtype(self.weight)
+        if weight is self.weight:
+            return self
+        return self.replaced(weight, None if self.bias is None else in_autocast_dtype(self.bias))

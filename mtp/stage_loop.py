@@ -1,0 +1,158 @@
+"""A stage: its steps, its evaluations and checkpoints, and the model that it leaves."""
+
+import time
+from typing import Any
+
+from .checkpointing import interrupted, save_run, stop_signal
+from .files import save_atomically
+from .hub.build import save_model
+from .reference import frozen_for_stage
+from .reports.progress import StageProgress
+from .run import Run, StageRun
+from .stage_evaluation import evaluate_stage, has_learned, interim_evaluation
+from .steps import step_batches
+from .training.optimizers import build_optimizer, set_lr, split_parameters
+from .training.stage import StageConfig
+from .training.step_module import wrap
+from .training.update import update
+
+
+def run_stage(
+    run: Run, name: str, config: StageConfig, optimizer_states: dict[str, Any] | None
+) -> None:
+    """Take the steps of a stage that are left, evaluate it and save its model.
+
+    optimizer_states: those of a checkpoint within the stage, by emitter; else empty or None.
+    """
+    stage = begin_stage(run, name, config, optimizer_states or {})
+    if not run.progress.is_trained:
+        train_stage(run, stage)
+        run.progress.is_trained = True
+        save_run(run, {})
+    end_stage(run, stage)
+
+
+def begin_stage(
+    run: Run, name: str, config: StageConfig, optimizer_states: dict[str, Any]
+) -> StageRun:
+    """Make the stage's parameters trainable, wrap the model and build what trains it."""
+    parameters = split_parameters(run.model)
+    trained = {"main": config.train_main, "head": config.train_head}
+    for part, is_trained in trained.items():
+        for parameter in parameters[part].values():
+            parameter.requires_grad_(is_trained)
+    if config.gradient_checkpointing:
+        run.model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        run.model.activation_checkpointing_disable()
+    built = {
+        part: build_optimizer(parameters[part], config.optimizer_of(part))
+        for part, is_trained in trained.items()
+        if is_trained
+    }
+    module = wrap(run.fabric, run.model)
+    optimizers: dict[str, Any] = {part: run.fabric.setup_optimizers(o) for part, o in built.items()}
+    for part, optimizer_state in optimizer_states.items():
+        optimizers[part].load_state_dict(optimizer_state)
+    reference = None if run.progress.is_trained else frozen_for_stage(run, name)
+    return StageRun(name, config, module, optimizers, reference)
+
+
+def train_stage(run: Run, stage: StageRun) -> None:
+    """Train one stage from where it stands."""
+    config, progress, name = stage.config, run.progress, stage.name
+    run.model.train()
+    began = saved = time.monotonic()
+    done_before = progress.stage_seconds
+    first_step = progress.step
+    with StageProgress(name, config.steps, progress.step, run.console) as bar:
+        for step in range(progress.step, config.steps):
+            if has_learned(run, stage):
+                run.console.print(
+                    f"{name}: fast accuracy reached {config.stop_accuracy:g}, step {step}"
+                )
+                break
+            for part, optimizer in stage.optimizers.items():
+                set_lr(optimizer, config.optimizer_of(part).lr_at(step, config.steps))
+            step_began = time.monotonic()
+            run.seed_globals(name, "globals", step)
+            minibatches, metrics = step_batches(run, stage, step)
+            updates = [
+                update(
+                    run.fabric,
+                    stage.module,
+                    stage.optimizers,
+                    batches,
+                    config.objective,
+                    clip_norms={p: config.optimizer_of(p).clip_norm for p in stage.optimizers},
+                    channel_gradient=config.channel_gradient_at(step),
+                    logits_detach=config.logits_detach,
+                    sampler=run.config.decoding.sampler() if config.kind == "rl" else None,
+                    reference=stage.reference,
+                    check_gradients=step == first_step,
+                    impl=run.config.kernels,
+                )
+                for batches in minibatches
+            ]
+            metrics |= over_updates(updates)
+            metrics["step_time"] = time.monotonic() - step_began
+            metrics["tokens_per_second"] = metrics.pop("num_text_tokens") / metrics["step_time"]
+            progress.step, progress.global_step = step + 1, progress.global_step + 1
+            progress.stage_seconds = done_before + time.monotonic() - began
+            is_last = step + 1 == config.steps
+            if is_last or (step + 1) % run.config.logger.log_every == 0:
+                run.log.metrics(name, step + 1, progress.global_step, metrics)
+            is_best = False
+            if config.evaluate_every and (step + 1) % config.evaluate_every == 0 and not is_last:
+                is_best = interim_evaluation(run, stage)
+            bar.step(step + 1, headline(metrics, progress.points, name))
+            progress.stage_seconds = done_before + time.monotonic() - began
+            is_due = time.monotonic() - saved > 60 * run.config.checkpoint_minutes
+            asked = stop_signal(run)
+            if asked is not None or is_best or (is_due and not is_last):
+                save_run(run, stage.optimizers, is_best)
+                saved = time.monotonic()
+            if asked is not None:
+                raise interrupted(
+                    run, f"in stage {name} after step {step + 1} of {config.steps}", asked
+                )
+    progress.stage_seconds = done_before + time.monotonic() - began
+
+
+def over_updates(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics of a step's optimizer updates: means, and maxima of what is a maximum."""
+    merged = {}
+    for key in dict.fromkeys(key for metrics in updates for key in metrics):
+        values = [metrics[key] for metrics in updates if key in metrics]
+        merged[key] = max(values) if key.endswith("_max") else sum(values) / len(values)
+    return merged
+
+
+def headline(
+    metrics: dict[str, Any], points: list[dict[str, Any]], stage: str
+) -> dict[str, float | None]:
+    """The figures that the progress bar shows."""
+    last: dict[str, Any] = next((p for p in reversed(points) if p["stage"] == stage), {})
+    return {
+        "loss": metrics.get("loss"),
+        "reward": metrics.get("reward"),
+        "passes": metrics.get("passes"),
+        "true": metrics.get("true_steps"),
+        "slow": last.get("slow_accuracy"),
+        "fast": last.get("fast_accuracy"),
+        "tok/s": round(metrics["tokens_per_second"]),
+    }
+
+
+def end_stage(run: Run, stage: StageRun) -> None:
+    """Save the model as the stage leaves it, evaluate it, and go on to the next stage."""
+    progress, name = run.progress, stage.name
+    if run.fabric.is_global_zero:
+        save_atomically(
+            run.stage_folder(name), lambda folder: save_model(run.model, run.text, folder)
+        )
+    run.fabric.barrier()
+    evaluate_stage(run, stage)
+    progress.stage, progress.step, progress.stage_seconds = progress.stage + 1, 0, 0.0
+    progress.is_trained, progress.best_accuracy = False, 0.0
+    save_run(run, {})

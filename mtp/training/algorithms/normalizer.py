@@ -1,0 +1,65 @@
+"""Normalisers: what the sum over an emitter's tokens is divided by.
+
+Example, two rollouts of which the first has three tokens of the emitter and the second one:
+
+    per_token      (a + b + c + d) / 4
+    per_sequence   ((a + b + c) / 3 + d) / 2
+    per_rollout    (a + b + c + d) / 2
+    per_length     (a + b + c + d) / (2 * length)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...registry import Registry
+from ..batch import PolicyRows
+from .ratio import group_sum
+
+
+@dataclass(frozen=True)
+class Division:
+    """How the sum of one emitter's tokens in one micro-batch is divided."""
+
+    divisors: Tensor
+    """[R] float32 what each token is divided by before the sum."""
+    count: float
+    """Share of this micro-batch in what the sum is divided by: counts are added up over all
+    micro-batches and processes."""
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """A rule of division."""
+
+    divide: Callable[[PolicyRows, int, int], Division]
+    """(tokens of one emitter, number of rollouts in the micro-batch, `policy.length`)."""
+    needs_length: bool = False
+    """True if `policy.length` must be set."""
+
+
+def _ones(rows: PolicyRows) -> Tensor:
+    return torch.ones_like(rows.old)
+
+
+def _sequence(rows: PolicyRows, num_rollouts: int, length: int) -> Division:
+    return Division(group_sum(_ones(rows), rows.rollouts), len(rows.rollouts.unique()))
+
+
+per_token = Normalizer(lambda rows, num_rollouts, length: Division(_ones(rows), len(rows)))
+"""The number of the emitter's tokens."""
+per_sequence = Normalizer(_sequence)
+"""Each rollout's tokens by their number, then by the number of rollouts that have such tokens."""
+per_rollout = Normalizer(lambda rows, num_rollouts, length: Division(_ones(rows), num_rollouts))
+"""The number of rollouts."""
+per_length = Normalizer(
+    lambda rows, num_rollouts, length: Division(_ones(rows), num_rollouts * length),
+    needs_length=True,
+)
+"""The number of rollouts times a fixed length."""
+
+NORMALIZERS: Registry[Normalizer] = Registry(
+    tokens=per_token, sequences=per_sequence, rollouts=per_rollout, length=per_length
+)

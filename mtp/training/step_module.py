@@ -1,0 +1,114 @@
+"""The one module that Fabric wraps: replay and objective in its forward, all else in `call`.
+
+All weights are read within its forward: those of hidden layers by their own forwards, output
+matrices by the losses and by decoding. Hence a strategy that gathers sharded weights in a forward,
+or that prepares gradients there, needs no special case.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from ..modeling.sampler import Sampler
+from .batch import TextBatch
+from .objectives import ObjectiveConfig, ReferenceRows, StreamInputs, Term, scores_head
+from .objectives.scored import replay_batch
+
+T = TypeVar("T")
+
+
+class Sealed(Generic[T]):
+    """An argument or a result that Fabric hands over as it is.
+
+    In collections and dataclasses it would cast the tensors that it finds to its precision.
+    """
+
+    def __init__(self, content: T):
+        self.content = content
+
+
+@dataclass
+class Step:
+    """One micro-batch and what its loss depends on."""
+
+    batch: TextBatch
+    """Text and rows."""
+    objective: ObjectiveConfig
+    """Streams and weights."""
+    counts: dict[str, float]
+    """Count of each stream over all micro-batches and processes."""
+    in_rl: bool = False
+    """True in an RL step, whose solved examples only some streams read."""
+    channel_gradient: float = 1.0
+    """Scale of the head's gradient on main."""
+    logits_detach: bool = False
+    """True keeps the head's gradient off an output matrix shared with main."""
+    sampler: Sampler = field(default_factory=Sampler)
+    """The distribution that rollouts were sampled from."""
+    reference: Any = None
+    """Frozen model that streams compare with; None if none of them does."""
+    impl: str = "auto"
+    """Implementation of `mtp_kernels` ops."""
+
+
+class StepModule(nn.Module):
+    """The model, and the loss of a micro-batch as its forward."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, sealed: Sealed[Step]) -> tuple[Tensor, Sealed[dict[str, Term]]]:
+        """The loss [] of one micro-batch, and its terms by name, without gradient."""
+        step = sealed.content
+        streams = step.objective.streams(step.batch, step.in_rl).values()
+        scored = replay_batch(
+            self.model,
+            step.batch,
+            channel_gradient=step.channel_gradient,
+            use_head=scores_head(streams),
+            logits_detach=step.logits_detach,
+            impl=step.impl,
+        )
+        rows = None
+        if step.reference is not None and any(stream.needs_reference for stream in streams):
+            rows = reference_rows(step.reference, step.batch)
+        inputs = StreamInputs(scored, step.batch, step.sampler, rows)
+        terms = step.objective.terms(inputs, step.in_rl)
+        weighted = [t.weight * t.total / max(step.counts[n], 1.0) for n, t in terms.items()]
+        loss = torch.stack(weighted).sum()
+        return loss, Sealed({n: replace(t, total=t.total.detach()) for n, t in terms.items()})
+
+    def call(self, sealed: Sealed[Callable[[Any], None]]) -> None:
+        """Calls a function of the model, see `within`."""
+        sealed.content(self.model)
+
+
+@torch.no_grad()
+def reference_rows(reference: Any, batch: TextBatch) -> ReferenceRows:
+    """Rows of the frozen reference over a batch's text."""
+    rows = reference.replay(batch.tokens)
+    return ReferenceRows(rows.main_hidden.flatten(0, 1), rows.main_output)
+
+
+def wrap(fabric: Fabric, model: Any) -> Any:
+    """The model in a `StepModule` as Fabric wraps it, by the parameters that require a gradient."""
+    module = fabric.setup_module(StepModule(model))
+    module.mark_forward_method("call")
+    return module
+
+
+def within(module: Any, function: Callable[[Any], T]) -> T:
+    """`function(model)` inside the wrapped module and in its precision, without gradients.
+
+    For whatever reads weights and is no training step: decoding, evaluation, a replay before the
+    update. All processes call it together.
+    """
+    results: list[T] = []
+    with torch.no_grad():
+        module.call(Sealed(lambda model: results.append(function(model))))
+    return results[0]
