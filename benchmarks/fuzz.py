@@ -443,7 +443,7 @@ def option(draw: Draw, world: World) -> Case:
     arguments, name = draw.choice(cases)
     names = [name, name.removeprefix("--").replace("-", "_") if name != "-- " else name]
     files = {"file": b"mine", "other/mine": b"mine"}
-    return Case("mtp.cli", arguments, names, files, {"run": "."})
+    return Case("mtp.cli.main", arguments, names, files, {"run": "."})
 
 
 def folder(draw: Draw, world: World) -> Case:
@@ -461,14 +461,14 @@ def folder(draw: Draw, world: World) -> Case:
         broken = [b"\xff\xfe" + draw.randbytes(30), b"[1, 2]", b"seed: [", b"\t- x: {", b"", b"3"]
         broken += [config + f"{word(draw)}: 1\n".encode(), config.replace(b"seed: 1", b"seed: x")]
         broken += [config.replace(b"kind: rl", f"kind: {word(draw)}".encode())]
-        return Case("mtp.cli", command, [text], {path: draw.choice(broken)}, {text: "."})
+        return Case("mtp.cli.main", command, [text], {path: draw.choice(broken)}, {text: "."})
     if draw.random() < 0.3:
         files, removed = broken_model(draw, world, text)
-        return Case("mtp.cli", ["generate", text, "1+2="], [text], files, {text: "export"}, removed)
+        return Case("mtp.cli.main", ["generate", text, "1+2="], [text], files, {text: "export"}, removed)
     files, removed = broken_model(draw, world, f"{text}/stages/rl")
     if f"{text}/stages/rl/config.json" in removed:  # the stage before it is taken
         files, removed = {f"{text}/stages/rl/config.json": b"{"}, []
-    return Case("mtp.cli", command, [text], files, {text: "."}, removed)
+    return Case("mtp.cli.main", command, [text], files, {text: "."}, removed)
 
 
 KINDS: dict[str, list[Callable[[Draw, World], Case]]] = {
