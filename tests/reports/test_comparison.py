@@ -18,9 +18,9 @@ from mtp.trainer import train
 ROOT = Path(__file__).parents[2]
 VARIANTS = {
     "executed_closed": {"channel_gradient": 0.0},
-    "leash_only": {"objective.policy.weight": 0.0},
-    "no_leash": {"objective.reference_kl.weight": 0.0, "objective.preserve.weight": 0.0},
-    "main_leash": {"objective.reference_kl.head_weight": 0.0},
+    "reference_kl_only": {"objective.policy.weight": 0.0},
+    "no_reference_kl": {"objective.reference_kl.weight": 0.0, "objective.preserve.weight": 0.0},
+    "main_reference_kl": {"objective.reference_kl.head_weight": 0.0},
     "auxiliary_ce": {
         "rollouts.mode": "slow",
         "objective.policy.head_weight": 0.0,
