@@ -203,12 +203,12 @@ def without_seconds(card: str) -> list[str]:
 
 def plan_of(kill: int, seed: int, seconds: float) -> tuple[str, Any]:
     """How a run dies: at a named moment's call, or after a time in seconds."""
-    draw = random.Random(f"{seed}/{kill}")
+    rng = random.Random(f"{seed}/{kill}")
     if kill % 3 == 2:
-        return "random time", draw.uniform(0.1, seconds)
+        return "random time", rng.uniform(0.1, seconds)
     moment = list(MOMENTS)[(kill - kill // 3) % len(MOMENTS)]
     module, name, most = MOMENTS[moment]
-    return moment, (module, name, draw.randint(1, most), draw.random() < 0.5)
+    return moment, (module, name, rng.randint(1, most), rng.random() < 0.5)
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ from .modeling.records import Decoded
 from .rollouts.advantage import informative
 from .rollouts.reward import Rewards, score
 from .rollouts.rollout import Rollouts, sample
-from .run import Run, StageRun, draw
+from .run import Run, StageRun, next_examples
 from .training.runtime import over_processes
 from .training.stage import RolloutsConfig
 from .training.step_module import within
@@ -43,16 +43,16 @@ def sample_groups(run: Run, stage: StageRun, step: int) -> Groups:
     seconds = 0.0
     share = config.num_prompts // run.fabric.world_size
     for number in range(config.max_rounds):
-        examples = draw(run, config.num_prompts)
+        examples = next_examples(run, config.num_prompts)
         purpose = (stage.name, step, number) if number else (stage.name, step)
         began = time.monotonic()
         part = within(
             stage.module,
             partial(
                 sample,
-                fmt=run.text,
+                fmt=run.fmt,
                 examples=examples,
-                plan=run.text.plan(config.mode),
+                plan=run.fmt.plan(config.mode),
                 options=DecodeOptions(
                     sampler=run.config.decoding.sampler(),
                     max_new_tokens=run.config.decoding.max_new_tokens,
@@ -64,24 +64,24 @@ def sample_groups(run: Run, stage: StageRun, step: int) -> Groups:
         )
         seconds += time.monotonic() - began
         parts.append(part)
-        judged = score(
+        scored = score(
             run.task,
-            run.text,
+            run.fmt,
             part,
             stage.config.reward,
             max_new_tokens=run.config.decoding.max_new_tokens,
             reference=stage.reference,
         )
-        rewards.append(judged)
+        rewards.append(scored)
         num_informative = sum(int(informative(r.outcomes).sum()) for r in rewards)
         is_short = {"short": float(num_informative < share)}
         if not over_processes(run.fabric, is_short, "sum")["short"]:
             break
-    judged = join_rewards(rewards)
-    used = list(range(len(judged.outcomes)))
+    scored = join_rewards(rewards)
+    used = list(range(len(scored.outcomes)))
     if config.drop_uninformative:
-        used = choose(run, config, informative(judged.outcomes))[:share]
-    return Groups(join_rollouts(parts), judged, used, seconds)
+        used = choose(run, config, informative(scored.outcomes))[:share]
+    return Groups(join_rollouts(parts), scored, used, seconds)
 
 
 def choose(run: Run, config: RolloutsConfig, is_informative: torch.Tensor) -> list[int]:

@@ -83,7 +83,7 @@ def save_start(run: Run) -> None:
     if START in (*names, evaluation_reference(config)) and run.fabric.is_global_zero:
         save_atomically(
             folder_of(config, run.folder, START),
-            lambda folder: save_model(run.model, run.text, folder),
+            lambda folder: save_model(run.model, run.fmt, folder),
         )
     run.fabric.barrier()
 
@@ -112,8 +112,8 @@ def load_frozen(run: Run, name: str) -> Any:
     """The model, without gradients. Raises ValueError if its vocabulary is not the run's."""
     folder = folder_of(run.config, run.folder, name)
     with reading(f"the reference {name} ({folder})"):
-        model, text = load_model(folder, run.config.model.torch_dtype())
-    if text.tokenizer.get_vocab() != run.text.tokenizer.get_vocab():  # type: ignore[attr-defined]
+        model, fmt = load_model(folder, run.config.model.torch_dtype())
+    if fmt.tokenizer.get_vocab() != run.fmt.tokenizer.get_vocab():  # type: ignore[attr-defined]
         raise ValueError(
             f"the reference {name} has another vocabulary than the model; a divergence compares "
             "the same tokens"

@@ -59,7 +59,7 @@ class Run:
     model: Any
     came_with_head: bool
     """True if the head was in the checkpoint that the run began from."""
-    text: PromptFormat
+    fmt: PromptFormat
     log: Log
     """Sinks of the run; none in processes other than the first."""
     progress: Progress
@@ -104,7 +104,7 @@ class StageRun:
     """Frozen model that loss and reward compare with; None where they compare with none."""
 
 
-def draw(run: Run, number: int) -> list[Example]:
+def next_examples(run: Run, number: int) -> list[Example]:
     """The next `number` training examples, of which this process takes its share."""
     config, progress = run.config, run.progress
     rank, world = run.fabric.global_rank, run.fabric.world_size

@@ -27,7 +27,7 @@ def has_learned(run: Run, stage: StageRun) -> bool:
         stage.module,
         lambda model: fast_accuracy(
             model,
-            run.text,
+            run.fmt,
             examples,
             run.task,
             config.decoding,
@@ -56,7 +56,7 @@ def interim_evaluation(run: Run, stage: StageRun) -> bool:
         stage.module,
         lambda model: evaluate(
             model,
-            run.text,
+            run.fmt,
             run.task,
             run.config.decoding,
             num_problems=run.config.evaluation.num_interim_problems,
@@ -84,7 +84,7 @@ def evaluate_stage(run: Run, stage: StageRun) -> None:
         stage.module,
         lambda model: evaluate(
             model,
-            run.text,
+            run.fmt,
             run.task,
             config.decoding,
             num_problems=config.evaluation.num_problems,
@@ -113,7 +113,7 @@ def evaluate_stage(run: Run, stage: StageRun) -> None:
 def log_completions(run: Run, name: str, shown: list[Rollouts]) -> list[dict[str, Any]]:
     """A few completions of an evaluation into the log."""
     number = run.config.evaluation.num_samples
-    rows = completions_rows(shown, run.task, run.text, number, name)
+    rows = completions_rows(shown, run.task, run.fmt, number, name)
     run.log.table("completions", rows, run.progress.global_step)
     return rows
 

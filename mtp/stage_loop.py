@@ -149,7 +149,7 @@ def end_stage(run: Run, stage: StageRun) -> None:
     progress, name = run.progress, stage.name
     if run.fabric.is_global_zero:
         save_atomically(
-            run.stage_folder(name), lambda folder: save_model(run.model, run.text, folder)
+            run.stage_folder(name), lambda folder: save_model(run.model, run.fmt, folder)
         )
     run.fabric.barrier()
     evaluate_stage(run, stage)

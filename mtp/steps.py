@@ -11,7 +11,7 @@ from .rollouts.advantage import GroupRewards, informative
 from .rollouts.legibility import true_step_share, unigram_drift
 from .rollouts.reward import Rewards
 from .rollouts.rollout import Rollouts
-from .run import Run, StageRun, draw
+from .run import Run, StageRun, next_examples
 from .training.batch import RolloutBatch, TextBatch
 from .training.collate import collate_rollouts, collate_slow_rollouts, collate_text
 from .training.objectives.scored import RowStats, replay_batch
@@ -54,14 +54,14 @@ def solved_batches(
 
     purpose: what anchors are sampled for, by which their seeds differ.
     """
-    text = run.text
-    samples = [s for example in draw(run, number) for s in text.example_segments(example)]
+    fmt = run.fmt
+    samples = [s for example in next_examples(run, number) for s in fmt.example_segments(example)]
     batches = [
         collate_text(
             [samples[i] for i in chosen],
-            text.plan("fast"),
-            text.block_size,
-            text.pad_id,
+            fmt.plan("fast"),
+            fmt.block_size,
+            fmt.pad_id,
             num_anchors=anchors.num_anchors,
             block_anchors=anchors.block_anchors,
             anchor_seeds=[run.seed_of(purpose, "anchors", step, i) for i in chosen],
@@ -142,16 +142,16 @@ def collate(
 
     anchor_seed: samples the anchors of slow rollouts where `num_anchors` limits them.
     """
-    text, config, rollouts = run.text, stage.config.rollouts, groups.rollouts
+    fmt, config, rollouts = run.fmt, stage.config.rollouts, groups.rollouts
     if config.mode == "slow":
         batch = collate_slow_rollouts(
             rollouts.prompts,
             rollouts.out,
             advantages.flatten(),
             segments,
-            plan=text.plan("fast"),
-            block_size=text.block_size,
-            pad_id=text.pad_id,
+            plan=fmt.plan("fast"),
+            block_size=fmt.block_size,
+            pad_id=fmt.pad_id,
             owners=rollouts.owners,
             num_anchors=config.num_anchors,
             block_anchors=config.block_anchors,
@@ -163,8 +163,8 @@ def collate(
             rollouts.out,
             advantages.flatten(),
             segments,
-            block_size=text.block_size,
-            pad_id=text.pad_id,
+            block_size=fmt.block_size,
+            pad_id=fmt.pad_id,
             owners=rollouts.owners,
         )
     batch = batch.to(run.fabric.device)
@@ -198,13 +198,13 @@ def rollout_metrics(
     """What all that was sampled measures, the groups that are left out included."""
     rollouts, rewards, limit = groups.rollouts, groups.rewards, run.config.decoding.max_new_tokens
     cut = 1 - rollouts.out.finished[rollouts.last].float().mean()
-    if cut == 1 and run.task.judges:
+    if cut == 1 and run.task.has_verifier:
         run.console.print(
             f"[yellow]warning: all {len(rollouts)} rollouts of step {step + 1} were cut at "
             f"decoding.max_new_tokens={limit}; none can be right"
         )
     lengths = rollouts.total(rollouts.out.lengths)
-    metrics = reward_metrics(rewards, advantages) if run.task.judges else {}
+    metrics = reward_metrics(rewards, advantages) if run.task.has_verifier else {}
     metrics |= {
         "groups/sampled": len(rewards.outcomes),
         "groups/informative": int(informative(rewards.outcomes).sum()),
@@ -215,14 +215,14 @@ def rollout_metrics(
         "rollout_time": groups.seconds,
         "num_text_tokens": float(lengths.sum()) + sum(map(len, rollouts.prompts)),
     }
-    if run.text.segments.max_segments > 1:
+    if run.fmt.segments.max_segments > 1:
         metrics |= segment_metrics(rollouts)
     for term, values in rewards.terms.items():
         metrics[f"reward/{term}"] = float(values.mean())
-    true = true_step_share([rollouts], run.task, run.text)
+    true = true_step_share([rollouts], run.task, run.fmt)
     if true is not None:
         metrics["true_steps"] = true
-    drift = unigram_drift([rollouts], run.text)
+    drift = unigram_drift([rollouts], run.fmt)
     if drift is not None:
         metrics["unigram_drift"] = drift
     return metrics

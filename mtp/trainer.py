@@ -94,14 +94,14 @@ def run_stages(
     seed_everything(config.seed, verbose=False)
     task = config.task.build()
     check_disjoint(task)
-    check_judged(config, task)
-    model, text = build_model(config.model, config.head, config.decoding, task)
+    check_outcomes(config, task)
+    model, fmt = build_model(config.model, config.head, config.decoding, task)
     task = checked_task(
         task,
         config.decoding,
         config.active_stages(),
         model,
-        text,
+        fmt,
         config.evaluation.num_problems,
     )
     model.to(fabric.device)
@@ -128,7 +128,7 @@ def run_stages(
             task,
             model,
             came_with_head,
-            text,
+            fmt,
             log,
             progress,
             stop,
@@ -205,7 +205,7 @@ def finish(run: Run) -> dict[str, Any]:
     if progress.changed:
         summary["changed_on_resume"] = progress.changed
     if run.fabric.is_global_zero:
-        export(run.model, run.text, folder / "export", summary, run.config)
+        export(run.model, run.fmt, folder / "export", summary, run.config)
         save_atomically(folder / "curves.png", lambda file: save_curves(progress.points, file))
         for name in ("export", "curves.png"):
             run.log.artifact(folder / name)
@@ -216,7 +216,7 @@ def finish(run: Run) -> dict[str, Any]:
     return summary
 
 
-def check_judged(config: RunConfig, task: Task) -> None:
+def check_outcomes(config: RunConfig, task: Task) -> None:
     """Raise ValueError if a stage learns from outcomes of a task that judges no answers."""
     for name, stage in config.active_stages().items():
         key = f"stages.{name}"
@@ -226,7 +226,7 @@ def check_judged(config: RunConfig, task: Task) -> None:
             f"{key}.rollouts.drop_uninformative": stage.rollouts.drop_uninformative,
         }
         for setting, value in uses.items():
-            if value and not task.judges:
+            if value and not task.has_verifier:
                 raise ValueError(
                     f"{setting} needs answers that are right or wrong, which task {task.name} does "
                     f"not have, got {value}; set it to 0 or choose another task"

@@ -167,7 +167,7 @@ def test_a_stage_ends_early_only_if_all_processes_say_so(monkeypatch, tmp_path, 
     progress = SimpleNamespace(step=1, position=0)
     run = SimpleNamespace(
         fabric=fabric, config=settings, progress=progress, task=settings.task.build(),
-        model=None, text=None,
+        model=None, fmt=None,
     )  # fmt: skip
     monkeypatch.setattr(trainer, "fast_accuracy", lambda *given: 0.75)
     assert trainer.has_learned(run, settings.stages["joint"]) is ends

@@ -78,8 +78,8 @@ class Opened:
 
         dtype = None if self.config is None else self.config.model.torch_dtype()
         with reading(str(self.folder)):
-            model, text = load_model(self.folder, dtype)
-        return model.to(device).eval(), text
+            model, fmt = load_model(self.folder, dtype)
+        return model.to(device).eval(), fmt
 
 
 def open_run(folder: Path, stage: str | None) -> Opened:
@@ -146,7 +146,7 @@ class Writer:
 
     console: "Console"
     model: Any
-    text: "PromptFormat"
+    fmt: "PromptFormat"
     mode: str
     write: "Callable[[list[int], str], list[int]]"
     """(prompt ids, mode) -> completion ids, shown as they come."""
@@ -171,36 +171,36 @@ def open_writer(arguments: argparse.Namespace) -> Writer:
     from .streaming_search import write_found
 
     device = choose_device(arguments.device)
-    model, text = opened.load(device)
+    model, fmt = opened.load(device)
     limit = arguments.max_new_tokens
     if limit is None and opened.config is not None:
         limit = opened.config.decoding.max_new_tokens
     if limit is None:
         limit = model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     if arguments.max_segments is not None:
-        text.segments = replace(text.segments, max_segments=arguments.max_segments)
-        check_segments(text.segments, text.phases, "decoding")
+        fmt.segments = replace(fmt.segments, max_segments=arguments.max_segments)
+        check_segments(fmt.segments, fmt.phases, "decoding")
     seed = DEFAULT_SEED if arguments.seed is None else arguments.seed
     generator = torch.Generator(device=device).manual_seed(seed)
     options = DecodeOptions(sampler=sampler, max_new_tokens=limit, generator=generator)
     console = make_console()
 
     def write(prompt: list[int], mode: str) -> list[int]:
-        plan = text.plan(mode)
+        plan = fmt.plan(mode)
         if arguments.max_thought_tokens is not None:
             plan.max_tokens[0] = arguments.max_thought_tokens
         if config is not None:
-            return write_found(console, model, text, prompt, plan, options, config, mode=mode)
-        return write_live(console, model, text, prompt, plan, options, mode=mode)
+            return write_found(console, model, fmt, prompt, plan, options, config, mode=mode)
+        return write_live(console, model, fmt, prompt, plan, options, mode=mode)
 
-    return Writer(console, model, text, mode, write)
+    return Writer(console, model, fmt, mode, write)
 
 
 def generate(arguments: argparse.Namespace) -> None:
     """`mtp generate`."""
     writer = open_writer(arguments)
-    writer.text.check_prompt(arguments.prompt)
-    prompt = writer.text.prompt_ids(arguments.prompt)
+    writer.fmt.check_prompt(arguments.prompt)
+    prompt = writer.fmt.prompt_ids(arguments.prompt)
     style = "dim" if writer.console.is_terminal else ""
     writer.console.print(arguments.prompt, end=" ", style=style)
     writer.write(prompt, writer.mode)
@@ -225,10 +225,10 @@ def chat(arguments: argparse.Namespace) -> None:
     converse(
         said(),
         console,
-        writer.text,
+        writer.fmt,
         writer.write,
         mode=writer.mode,
-        check=writer.text.check_prompt,
+        check=writer.fmt.check_prompt,
     )
 
 
@@ -251,8 +251,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from ..training.examples import fit_task
 
     device = choose_device(arguments.device)
-    model, text = opened.load(device)
-    task = fit_task(config.task.build(), config.decoding, config.active_stages(), model, text)
+    model, fmt = opened.load(device)
+    task = fit_task(config.task.build(), config.decoding, config.active_stages(), model, fmt)
     source = folder_of(config, arguments.folder, evaluation_reference(config))
     reference = None
     if (source / "config.json").is_file():
@@ -260,7 +260,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             reference = load_model(source, config.model.torch_dtype())[0].to(device).eval()
     metrics, _ = measure(
         model,
-        text,
+        fmt,
         task,
         config.decoding,
         num_problems=number or config.evaluation.num_problems,
@@ -296,7 +296,7 @@ def evaluate_search(
 
     device = choose_device(arguments.device)
     seed = DEFAULT_SEED if arguments.seed is None else arguments.seed
-    model, text = opened.load(device)
+    model, fmt = opened.load(device)
     options = DecodeOptions(
         sampler=sampler,
         max_new_tokens=run.decoding.max_new_tokens,
@@ -305,12 +305,12 @@ def evaluate_search(
     )
     metrics = measure(
         model,
-        text,
-        fit_task(run.task.build(), run.decoding, run.active_stages(), model, text),
+        fmt,
+        fit_task(run.task.build(), run.decoding, run.active_stages(), model, fmt),
         config,
         options,
         mode=mode,
-        judge=arguments.judge or "logprob",
+        scorer=arguments.scorer or "logprob",
         num_problems=num_problems,
         batch_size=run.evaluation.batch_size,
     )
@@ -344,8 +344,8 @@ def export(arguments: argparse.Namespace) -> None:
         summary["stages"] = [stage for stage in summary["stages"] if stage["name"] in so_far]
     except (KeyError, TypeError, IndexError):
         raise ValueError(f"{measured} is not the summary of a run; remove it") from None
-    model, text = opened.load("cpu")
-    write(model, text, arguments.out, summary, config, arguments.format)
+    model, fmt = opened.load("cpu")
+    write(model, fmt, arguments.out, summary, config, arguments.format)
     print(f"exported {opened.folder} to {arguments.out}")
 
 
@@ -398,9 +398,9 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--json", action="store_true", help="print the metrics as summary.json has them"
     )
-    add_search_options(sub, "judge", "mode", "temperature", "top_k", "top_p", "seed")
+    add_search_options(sub, "scorer", "mode", "temperature", "top_k", "top_p", "seed")
     sub.add_argument(
-        "--judge",
+        "--scorer",
         choices=["logprob", "reward"],
         help="of texts and branches: their mean log-probability (the default), or whether the "
         "task finds their answer right",

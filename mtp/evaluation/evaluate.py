@@ -76,7 +76,7 @@ def accuracy(
     answer_of: completion ids -> the final answer, None if there is none. The share is None for a
     task that judges no answers.
     """
-    if not task.judges:
+    if not task.has_verifier:
         return None
     right = total = 0.0
     for batch in batches:
@@ -189,7 +189,7 @@ def evaluate(
                 ),
             }
     figures |= {"empty_thought_accuracy": None, "wrong_thought_accuracy": None}
-    if controls and task.judges and fmt.closer is not None:
+    if controls and task.has_verifier and fmt.closer is not None:
         empty = [fmt.thought_ids("") for _ in examples]
         given = completions("slow", empty)
         figures["empty_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text)

@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
-from ..modeling.branches import Branch, Judge, SearchConfig
+from ..modeling.branches import Branch, Scorer, SearchConfig
 from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.records import pad
 from ..modeling.search import search
@@ -12,7 +12,7 @@ from ..rollouts.prompt_format import PromptFormat
 from ..tasks.base import Example, Task
 from .evaluate import held_out
 
-JUDGES = ("logprob", "reward")
+SCORERS = ("logprob", "reward")
 
 
 def is_right(task: Task, fmt: PromptFormat, example: Example, branch: Branch) -> bool:
@@ -21,13 +21,13 @@ def is_right(task: Task, fmt: PromptFormat, example: Example, branch: Branch) ->
     return answer is not None and task.outcome(example, answer) > 0
 
 
-def outcome_judge(task: Task, fmt: PromptFormat, examples: list[Example]) -> Judge:
+def outcome_scorer(task: Task, fmt: PromptFormat, examples: list[Example]) -> Scorer:
     """1.0 for a branch whose final answer is right, 0.0 for others: `examples` by prompt."""
 
-    def judge(branches: list[Branch]) -> list[float]:
+    def scorer(branches: list[Branch]) -> list[float]:
         return [float(is_right(task, fmt, examples[b.prompt], b)) for b in branches]
 
-    return judge
+    return scorer
 
 
 def evaluate_search(
@@ -38,7 +38,7 @@ def evaluate_search(
     options: DecodeOptions,
     *,
     mode: str,
-    judge: str,
+    scorer: str,
     num_problems: int,
     batch_size: int,
 ) -> dict[str, Any]:
@@ -58,13 +58,13 @@ def evaluate_search(
 
     Raises ValueError for settings that no search can follow, and for a task without right answers.
     """
-    if not task.judges:
+    if not task.has_verifier:
         raise ValueError(
             f"a search is measured by its right answers, and task {task.name} has none; evaluate "
             "without --search"
         )
-    if judge not in JUDGES:
-        raise ValueError(f"judge must be one of {list(JUDGES)}, got {judge!r}")
+    if scorer not in SCORERS:
+        raise ValueError(f"scorer must be one of {list(SCORERS)}, got {scorer!r}")
     examples = held_out(task, num_problems)
     rows = {"best_of_n": config.n, "beam": config.n * config.expand, "mcts": config.expand}
     step = max(1, batch_size // rows.get(config.method, 1))
@@ -80,7 +80,7 @@ def evaluate_search(
             fmt.plan(mode),
             replace(options, pad_id=fmt.pad_id),
             config,
-            judge=outcome_judge(task, fmt, asked) if judge == "reward" else None,
+            scorer=outcome_scorer(task, fmt, asked) if scorer == "reward" else None,
             answer_of=fmt.answer_text,
         )
         for row, (example, texts) in enumerate(zip(asked, found.texts, strict=True)):

@@ -108,7 +108,7 @@ def build_model(
     else:
         with reading(f"model.source={config.source!r}"):
             model, tokenizer = _from_source(config, head)
-    text = PromptFormat(
+    fmt = PromptFormat(
         tokenizer,
         decoding.phases,
         head.num_slots + 1,
@@ -117,13 +117,13 @@ def build_model(
         chat_template=decoding.chat_template,
         end_ids=end_ids(model.generation_config),
     )
-    model.generation_config = generation_config(text, decoding.phases)
+    model.generation_config = generation_config(fmt, decoding.phases)
     if not has_head(config):
         start_from_main(model)
     model.to(config.torch_dtype())
     named = f"model.config of family {config.family}"
     check_slow_mode(model, named if config.source is None else f"model.source={config.source!r}")
-    return model, text
+    return model, fmt
 
 
 @torch.no_grad()
@@ -337,12 +337,12 @@ def check_same_head(head: HeadConfig, saved: HeadConfig, num_layers: int, what: 
         )
 
 
-def generation_config(text: PromptFormat, phases: dict[str, Phase]) -> GenerationConfig:
+def generation_config(fmt: PromptFormat, phases: dict[str, Phase]) -> GenerationConfig:
     """What `generate` needs to know of the phases, saved beside the weights."""
-    eos = text.eos_ids if len(text.eos_ids) > 1 else text.eos_id
-    out: Any = GenerationConfig(eos_token_id=eos, pad_token_id=text.pad_id)
-    out.mtp_phases = phases_to_json(phases, text.delimiter_id)
-    out.mtp_segments = asdict(text.segments)
+    eos = fmt.eos_ids if len(fmt.eos_ids) > 1 else fmt.eos_id
+    out: Any = GenerationConfig(eos_token_id=eos, pad_token_id=fmt.pad_id)
+    out.mtp_phases = phases_to_json(phases, fmt.delimiter_id)
+    out.mtp_segments = asdict(fmt.segments)
     return out
 
 
@@ -390,10 +390,10 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Pro
     )
 
 
-def save_model(model: Any, text: PromptFormat, folder: Path) -> None:
+def save_model(model: Any, fmt: PromptFormat, folder: Path) -> None:
     """Weights, config, generation config and tokenizer, in Hugging Face's layout."""
-    model.generation_config.mtp_system_prompt = text.system_prompt
-    model.generation_config.mtp_chat_template = text.chat_template
+    model.generation_config.mtp_system_prompt = fmt.system_prompt
+    model.generation_config.mtp_chat_template = fmt.chat_template
     with quiet():
         model.save_pretrained(folder)
-    text.tokenizer.save_pretrained(folder)
+    fmt.tokenizer.save_pretrained(folder)

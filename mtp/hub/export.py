@@ -19,7 +19,7 @@ TEMPLATES = "additional_chat_templates"
 
 def export(
     model: Any,
-    text: PromptFormat,
+    fmt: PromptFormat,
     folder: Path,
     summary: dict[str, Any],
     config: Any,
@@ -29,7 +29,7 @@ def export(
 
     Args:
         model: an mtp model of one of `modeling_mtp.FAMILIES`.
-        text: its tokenizer, phases and system prompt.
+        fmt: its tokenizer, phases and system prompt.
         folder: made with its parents if it is missing.
         summary: content of `summary.json`; `stages` may be empty where nothing was measured.
         config: the run's `RunConfig`.
@@ -44,8 +44,8 @@ def export(
     check_replaceable(folder)
 
     def write(path: Path) -> None:
-        found.write(model, text, path, config)
-        write_card(found, model, text, path, summary, config)
+        found.write(model, fmt, path, config)
+        write_card(found, model, fmt, path, summary, config)
 
     save_atomically(folder, write)
 
@@ -53,13 +53,13 @@ def export(
 def write_card(
     format: Format,
     model: Any,
-    text: PromptFormat,
+    fmt: PromptFormat,
     folder: Path,
     summary: dict[str, Any],
     config: Any,
 ) -> None:
     """Write the model card."""
-    (folder / CARD).write_text(format.card(model, text, summary, config))
+    (folder / CARD).write_text(format.card(model, fmt, summary, config))
 
 
 def check_replaceable(folder: Path) -> None:

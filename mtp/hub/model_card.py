@@ -22,14 +22,14 @@ NUM_TRIED = 8
 """Held-out problems among which the example is chosen."""
 
 
-def model_card(model: Any, text: PromptFormat, summary: dict[str, Any], config: Any) -> str:
+def model_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: Any) -> str:
     """README.md of main with its head: how to open it, metrics, provenance, limits."""
     counts = _parameters(model)
-    modes = {mode: [n for n, p in text.phases.items() if p.mode == mode] for mode in PHASE_MODES}
+    modes = {mode: [n for n, p in fmt.phases.items() if p.mode == mode] for mode in PHASE_MODES}
     verified = modes["verified"]
     checked = f" In a verified phase ({_listed(verified)}) main checks them." if verified else ""
     slots = model.block_size
-    prompt, wrong = sample_prompt(model, text, config)
+    prompt, wrong = sample_prompt(model, fmt, config)
     caveat = [
         f"This prompt is the best of {NUM_TRIED} that were tried, and the answer of "
         f"{_listed(wrong)} mode to it is wrong."
@@ -48,9 +48,9 @@ def model_card(model: Any, text: PromptFormat, summary: dict[str, Any], config: 
         "## Use",
         "Main alone, with nothing but transformers. The loading report lists the head's weights "
         "(`mtp_head.*`) as unexpected: they are ignored.",
-        _snippet(text, prompt, head=False),
+        _snippet(fmt, prompt, head=False),
         "Main with its head. The code is in this folder, so no other package is needed.",
-        _snippet(text, prompt, head=True),
+        _snippet(fmt, prompt, head=True),
         *caveat,
         "`fast` decodes each phase in its own mode, `slow` all of them one token per pass, "
         "`verified` gives main's own text in fewer passes: the head proposes and main decides. "
@@ -58,18 +58,18 @@ def model_card(model: Any, text: PromptFormat, summary: dict[str, Any], config: 
         '`model.search(**given, config={"method": "best_of_n", "n": 8}, do_sample=True)` looks for '
         "the likeliest of several texts; `beam` and `mcts` are the other methods, and `judge`, a "
         "function of the branches, ranks them by anything else.",
-        *_segments(text),
+        *_segments(fmt),
         "## Measured",
         _table(summary),
         "## Provenance",
-        _provenance(text, config),
+        _provenance(fmt, config),
         "## Limitations",
         "\n".join([*UNVERIFIED, *_limitations(config), *GENERATE]),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def main_card(model: Any, text: PromptFormat, summary: dict[str, Any], config: Any) -> str:
+def main_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: Any) -> str:
     """README.md of main without its head: how to open it, metrics, provenance, limits."""
     parts = [
         _front_matter(config),
@@ -80,13 +80,13 @@ def main_card(model: Any, text: PromptFormat, summary: dict[str, Any], config: A
         "not in this folder: this model writes one token per pass, as in the slow mode of the "
         "whole.",
         "## Use",
-        _snippet(text, config, head=False),
+        _snippet(fmt, config, head=False),
         "## Measured",
         "Slow accuracy and slow passes are those of this folder; fast and verified mode need the "
         "head.",
         _table(summary),
         "## Provenance",
-        _provenance(text, config),
+        _provenance(fmt, config),
         "## Limitations",
         "\n".join(_limitations(config)),
     ]
@@ -115,21 +115,21 @@ def _listed(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names) or "none here"
 
 
-def _snippet(text: PromptFormat, prompt: str, *, head: bool) -> str:
+def _snippet(fmt: PromptFormat, prompt: str, *, head: bool) -> str:
     """Python that loads the folder through one door and answers a prompt."""
-    if not text.uses_template:
-        tokenizer: Any = text.tokenizer
-        shown, special = prompt + (text.opener or ""), ""
-        if not text.leading_ids or tokenizer.encode(shown) != text.prompt_ids(prompt):
+    if not fmt.uses_template:
+        tokenizer: Any = fmt.tokenizer
+        shown, special = prompt + (fmt.opener or ""), ""
+        if not fmt.leading_ids or tokenizer.encode(shown) != fmt.prompt_ids(prompt):
             shown, special = (
-                tokenizer.decode(text.leading_ids) + shown,
+                tokenizer.decode(fmt.leading_ids) + shown,
                 ", add_special_tokens=False",
             )
         inputs = [f'inputs = tokenizer({json.dumps(shown)}, return_tensors="pt"{special})']
     else:
         messages = [{"role": "user", "content": prompt}]
-        if text.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": text.system_prompt})
+        if fmt.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": fmt.system_prompt})
         inputs = [
             f"messages = {json.dumps(messages, ensure_ascii=False)}",
             "inputs = tokenizer.apply_chat_template(",
@@ -159,9 +159,9 @@ def _snippet(text: PromptFormat, prompt: str, *, head: bool) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-def _segments(text: PromptFormat) -> list[str]:
+def _segments(fmt: PromptFormat) -> list[str]:
     """How to write text in segments; nothing for a model that writes one."""
-    settings = text.segments
+    settings = fmt.segments
     if settings.max_segments == 1:
         return []
     return [
@@ -174,7 +174,7 @@ def _segments(text: PromptFormat) -> list[str]:
     ]
 
 
-def sample_prompt(model: Any, text: PromptFormat, config: Any) -> tuple[str, list[str]]:
+def sample_prompt(model: Any, fmt: PromptFormat, config: Any) -> tuple[str, list[str]]:
     """A held-out prompt for the card, and the modes that answer it wrong.
 
     It is the first of a few prompts that every mode answers right, else the first that most do.
@@ -185,12 +185,12 @@ def sample_prompt(model: Any, text: PromptFormat, config: Any) -> tuple[str, lis
     except (ImportError, OSError, ValueError):  # its data may not be where the export is made
         return "Hello", []
     wrong: list[list[str]] = [[] for _ in examples]
-    for mode in MODES if task.judges else ():
+    for mode in MODES if task.has_verifier else ():
         (batch,) = decode_all(
-            model, text, examples, mode, config.decoding, NUM_TRIED, impl=config.kernels
+            model, fmt, examples, mode, config.decoding, NUM_TRIED, impl=config.kernels
         )
         for row, example in enumerate(examples):
-            answer = text.answer_text(batch.completion(row))
+            answer = fmt.answer_text(batch.completion(row))
             if answer is None or not task.outcome(example, answer):
                 wrong[row].append(mode)
     best = min(range(len(examples)), key=lambda row: len(wrong[row]))
@@ -234,14 +234,14 @@ def _explained(metric: Metric) -> str:
     return f"- {metric.title[0].upper()}{metric.title[1:]}: {metric.meaning}{better}."
 
 
-def _provenance(text: PromptFormat, config: Any) -> str:
+def _provenance(fmt: PromptFormat, config: Any) -> str:
     base, _, licence = base_model(config.model)
     versions = [_released(package) for package in ("mtp-eavesdrop", "torch", "transformers")]
     head = ", ".join(f"{key} {value}" for key, value in sorted(vars(config.head).items()))
     task = ", ".join(f"{key} {value}" for key, value in sorted(vars(config.task).items()))
     phases = ", ".join(
         f"{name} ({p.mode}{f', opened by `{p.opened_by}`' if p.opened_by else ''})"
-        for name, p in text.phases.items()
+        for name, p in fmt.phases.items()
     )
     lines = [
         f"- Base model: {base}; licence: {licence or 'not recorded'}",

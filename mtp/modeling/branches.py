@@ -68,9 +68,9 @@ class Branch:
         """Passes of main that the whole text took."""
         self.num_tokens: int = len(self.tokens) + (0 if before is None else before.num_tokens)
         """Of the whole text."""
-        self.num_drawn: int = 0 if before is None else before.num_drawn
+        self.num_sampled: int = 0 if before is None else before.num_sampled
         """Tokens of the whole text that were drawn, not forced."""
-        self.num_drawn += sum(slot != FORCED for slot in self.slots)
+        self.num_sampled += sum(slot != FORCED for slot in self.slots)
         self.logprob: float = sum(self.logprobs) + (0.0 if before is None else before.logprob)
         """Of the whole text, in nats."""
 
@@ -91,7 +91,7 @@ class Branch:
         return [value for branch in self.path() for value in getattr(branch, name)]
 
 
-Judge = Callable[[list[Branch]], Sequence[float]]
+Scorer = Callable[[list[Branch]], Sequence[float]]
 """Scores of branches, the higher the better: a reward of ended ones, a value of open ones."""
 AnswerOf = Callable[[list[int]], Hashable | None]
 """Token ids of an output -> its final answer, None if it has none."""
@@ -120,7 +120,7 @@ class SearchConfig:
     """`mcts` scores the text that a simulation comes to at its end. False: what it has after one
     new pass, so the judge must be able to judge open branches."""
 
-    def check(self, sampler: Sampler, judge: Judge | None, answer_of: AnswerOf | None) -> None:
+    def check(self, sampler: Sampler, scorer: Scorer | None, answer_of: AnswerOf | None) -> None:
         """Raises ValueError naming the key of a setting that no search can follow."""
         if self.method not in METHODS:
             raise ValueError(f"search.method must be one of {list(METHODS)}, got {self.method!r}")
@@ -137,9 +137,9 @@ class SearchConfig:
             raise ValueError(f"search.exploration must be 0 or above, got {self.exploration}")
         if not self.rollouts and self.method != "mcts":
             raise ValueError(f"search.rollouts=False is of method mcts, got {self.method}")
-        if not self.rollouts and judge is None:
+        if not self.rollouts and scorer is None:
             raise ValueError(
-                "search.rollouts=False needs a judge of open branches; give one, or keep rollouts"
+                "search.rollouts=False needs a scorer of open branches; give one, or keep rollouts"
             )
         if self.choose == "majority" and answer_of is None:
             raise ValueError(
@@ -337,21 +337,21 @@ def padded(rows: list[list[Any]], fill: Any) -> list[list[Any]]:
     return [row + [fill] * (longest - len(row)) for row in rows]
 
 
-def give_scores(config: SearchConfig, judge: Judge | None, branches: list[Branch]) -> None:
+def give_scores(config: SearchConfig, scorer: Scorer | None, branches: list[Branch]) -> None:
     """Write each branch's `score`.
 
-    Raises ValueError if the judge does not give a finite number for every branch.
+    Raises ValueError if the scorer does not give a finite number for every branch.
     """
-    if judge is None:
+    if scorer is None:
         for branch in branches:
-            branch.score = branch.logprob / max(1, branch.num_drawn) ** config.length_penalty
+            branch.score = branch.logprob / max(1, branch.num_sampled) ** config.length_penalty
         return
-    scores = [float(score) for score in judge(branches)]
+    scores = [float(score) for score in scorer(branches)]
     if len(scores) != len(branches):
         raise ValueError(
-            f"the judge must give a score for each of {len(branches)} branches, got {len(scores)}"
+            f"the scorer must give a score for each of {len(branches)} branches, got {len(scores)}"
         )
     for branch, score in zip(branches, scores, strict=True):
         if not math.isfinite(score):
-            raise ValueError(f"the judge must give finite scores, got {score} for {branch.text()}")
+            raise ValueError(f"the scorer must give finite scores, got {score} for {branch.text()}")
         branch.score = score

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .branches import Branch, BranchLoop, Judge, Parts, SearchConfig, SearchRequest, give_scores
+from .branches import Branch, BranchLoop, Parts, Scorer, SearchConfig, SearchRequest, give_scores
 
 
 @dataclass(eq=False)
@@ -93,7 +93,7 @@ class Tree:
 
 
 @torch.no_grad()
-def mcts(request: SearchRequest, config: SearchConfig, judge: Judge | None) -> list[list[Branch]]:
+def mcts(request: SearchRequest, config: SearchConfig, scorer: Scorer | None) -> list[list[Branch]]:
     """The ended texts that the simulations came to, of each prompt.
 
     The trees of a batch grow side by side, one simulation of each at a time. Where the judge scores
@@ -112,7 +112,7 @@ def mcts(request: SearchRequest, config: SearchConfig, judge: Judge | None) -> l
             for tree, is_last in zip(growing, last, strict=True)
         ]
         grow(request, config, parts, paths, [config.rollouts or is_last for is_last in last])
-        give_scores(config, judge, [path[-1].branch for path in paths])
+        give_scores(config, scorer, [path[-1].branch for path in paths])
         for tree, path in zip(growing, paths, strict=True):
             tree.back_up(path)
     return [tree.ended for tree in trees]

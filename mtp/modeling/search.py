@@ -27,7 +27,7 @@ from .branches import (
     AnswerOf,
     Branch,
     BranchLoop,
-    Judge,
+    Scorer,
     SearchConfig,
     SearchRequest,
     give_scores,
@@ -67,7 +67,7 @@ def search(
     options: DecodeOptions,
     config: SearchConfig,
     *,
-    judge: Judge | None = None,
+    scorer: Scorer | None = None,
     answer_of: AnswerOf | None = None,
 ) -> Searched:
     """Look for the best continuation of each prompt.
@@ -88,7 +88,7 @@ def search(
     Raises ValueError, before any pass, for settings that cannot be followed, and later for scores
     that are no finite numbers.
     """
-    config.check(options.sampler, judge, answer_of)
+    config.check(options.sampler, scorer, answer_of)
     plans = [plan] * len(prompts) if isinstance(plan, PhasePlan) else list(plan)
     request = SearchRequest(
         model=model,
@@ -99,7 +99,7 @@ def search(
     )
     request.check()
     method = {"best_of_n": best_of_n, "beam": beam, "mcts": mcts}[config.method]
-    found = [sorted(texts, key=rank) for texts in method(request, config, judge)]
+    found = [sorted(texts, key=rank) for texts in method(request, config, scorer)]
     chosen = [choose(texts, config, answer_of) for texts in found]
     return Searched(
         chosen=chosen,
@@ -122,7 +122,7 @@ def read_config(values: dict[str, Any]) -> SearchConfig:
 
 @torch.no_grad()
 def best_of_n(
-    request: SearchRequest, config: SearchConfig, judge: Judge | None
+    request: SearchRequest, config: SearchConfig, scorer: Scorer | None
 ) -> list[list[Branch]]:
     """n sampled texts of each prompt, which is read once for all of them."""
     loop = BranchLoop(request, request.roots(), config.n)
@@ -134,12 +134,12 @@ def best_of_n(
             if not branch.is_open:
                 found[branch.prompt].append(branch)
         goes_on = any(branch.is_open for branch in grown)
-    give_scores(config, judge, [branch for texts in found for branch in texts])
+    give_scores(config, scorer, [branch for texts in found for branch in texts])
     return found
 
 
 @torch.no_grad()
-def beam(request: SearchRequest, config: SearchConfig, judge: Judge | None) -> list[list[Branch]]:
+def beam(request: SearchRequest, config: SearchConfig, scorer: Scorer | None) -> list[list[Branch]]:
     """The n branches of each prompt that stay when all have ended.
 
     After every pass a beam keeps the n best of what its branches grew into and of its texts that
@@ -156,7 +156,7 @@ def beam(request: SearchRequest, config: SearchConfig, judge: Judge | None) -> l
             if text not in known[branch.prompt]:
                 known[branch.prompt][text] = branch
                 new.append(branch)
-        give_scores(config, judge, new)
+        give_scores(config, scorer, new)
         beams = [sorted(branches.values(), key=rank)[: config.n] for branches in known]
         growing = [branch for branches in beams for branch in branches if branch.is_open]
         if not growing:
@@ -236,7 +236,7 @@ class MTPSearchMixin(MTPGenerationMixin):
         *,
         config: SearchConfig | dict[str, Any],
         mtp_mode: str | Sequence[str] | None = None,
-        judge: Judge | None = None,
+        scorer: Scorer | None = None,
         answer_of: AnswerOf | None = None,
         mtp_k: int | None = None,
         max_thought_tokens: int | None = None,
@@ -273,7 +273,7 @@ class MTPSearchMixin(MTPGenerationMixin):
             request.plans,
             request.options,
             config,
-            judge=judge,
+            scorer=scorer,
             answer_of=answer_of,
         )
         out = found.out

@@ -53,7 +53,7 @@ class Task(ABC):
     """What errors and reports call it."""
     right_at: float = 1.0
     """An answer is right if its score is at least this."""
-    judges: bool = True
+    has_verifier: bool = True
     """False where no answer is right or wrong: accuracies are null then, and outcomes 0."""
     is_listed: bool = False
     """True where all examples are in memory: they are checked, and counted, before a run begins."""

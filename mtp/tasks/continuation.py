@@ -58,7 +58,7 @@ class Continuation(Task):
     """See the module."""
 
     name = "continuation"
-    judges = False
+    has_verifier = False
 
     def __init__(self, config: ContinuationConfig):
         self.config = config
@@ -95,11 +95,11 @@ class Continuation(Task):
     def example(self, split: Split, index: int) -> Example:
         """A stretch; its `answer` is how the block goes on, for supervised stages."""
         config = self.config
-        draw = random.Random(f"{config.seed}/{split}/{index}")
+        rng = random.Random(f"{config.seed}/{split}/{index}")
         for _ in range(_MAX_DRAWS):
-            block = draw.choice(self.blocks[split])
-            size = draw.randint(config.min_characters, config.max_characters)
-            start = begin(block, draw.randint(0, len(block) - size))
+            block = rng.choice(self.blocks[split])
+            size = rng.randint(config.min_characters, config.max_characters)
+            start = begin(block, rng.randint(0, len(block) - size))
             end = cut(block, start, size)
             prompt = block[start:end].strip()
             if prompt and (split == "train" or prompt not in self._train_text):

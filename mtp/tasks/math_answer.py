@@ -18,7 +18,7 @@ import weakref
 _START = "ready"
 
 
-class MathJudge:
+class MathVerifier:
     """Compares answers; starts its worker when first asked."""
 
     def __init__(self, seconds: int = 5):

@@ -34,7 +34,7 @@ from types import FrameType
 from typing import Any
 
 from .base import Example, same_text
-from .math_answer import MathJudge
+from .math_answer import MathVerifier
 
 Reward = Callable[[Example, str], float]
 """(example, final answer) -> score."""
@@ -62,8 +62,8 @@ def load_reward(path: str, style: str = "auto", seconds: float = 10.0) -> Reward
     if path == "exact":
         return exact
     if path == "math":
-        judge = MathJudge()
-        return lambda example, answer: judge(example.answer, answer)
+        verifier = MathVerifier()
+        return lambda example, answer: verifier(example.answer, answer)
     function = import_function(path)
     style = detect_style(function, path) if style == "auto" else style
     adapter = {"trl": _trl, "verl": _verl, "reasoning_gym": _reasoning_gym}[style]

@@ -58,9 +58,9 @@ class RunningSum(Task):
 
     def example(self, split: Split, index: int) -> Example:
         config = self.config
-        draw = random.Random(f"{config.seed}/{split}/{index}")
+        rng = random.Random(f"{config.seed}/{split}/{index}")
         while True:
-            terms = [draw.randint(config.low, config.high) for _ in range(config.num_terms)]
+            terms = [rng.randint(config.low, config.high) for _ in range(config.num_terms)]
             prompt = "+".join(map(str, terms)) + "="
             bucket = hashlib.sha256(prompt.encode()).digest()[0] % _TEST_SHARE
             if (bucket == 0) == (split == "test"):

@@ -137,9 +137,9 @@ def test_a_reward_that_hangs_is_worth_nothing_and_is_reported_once(caplog):
                 continue
         return 1.0
 
-    judge = limited(reward, "rewards:slow", 0.05)
+    verifier = limited(reward, "rewards:slow", 0.05)
     with caplog.at_level(logging.WARNING):
-        assert [judge(EXAMPLE, answer) for answer in ("loop", "loop", "60")] == [0.0, 0.0, 1.0]
+        assert [verifier(EXAMPLE, answer) for answer in ("loop", "loop", "60")] == [0.0, 0.0, 1.0]
     assert len(caplog.records) == 1
     assert "rewards:slow took over task.reward_seconds=0.05" in caplog.text
     with pytest.raises(ValueError, match="task.reward_seconds must be above 0"):

@@ -41,10 +41,10 @@ async def waits(completions, answer):
     return [float(c == a) for c, a in zip(completions, answer)]
 async def sleeps(answer, entry):
     await asyncio.sleep(60)
-class Judge:
+class Verifier:
     async def __call__(self, solution_str, ground_truth):
         return {"score": float(solution_str == ground_truth)}
-judge = Judge()
+verifier = Verifier()
 def exits(answer, entry):
     sys.exit(0)
 def interrupts(answer, entry):
@@ -171,7 +171,7 @@ def test_right_at_sets_the_bar(tmp_path, rewards):
 def test_an_async_reward_is_awaited(tmp_path, rewards):
     reward = load_reward("rewards_for_test:waits")
     assert (reward(EXAMPLE, "2"), reward(EXAMPLE, "3")) == (1.0, 0.0)
-    reward = load_reward("rewards_for_test:judge")
+    reward = load_reward("rewards_for_test:verifier")
     assert (reward(EXAMPLE, "2"), reward(EXAMPLE, "3")) == (1.0, 0.0)
 
 

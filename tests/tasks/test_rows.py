@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mtp.tasks.base import Example, Task, check_disjoint, fingerprint
-from mtp.tasks.math_answer import MathJudge
+from mtp.tasks.math_answer import MathVerifier
 from mtp.tasks.rows import RowsConfig, in_test_share, to_example
 
 
@@ -309,8 +309,8 @@ def test_parquet_columns_that_are_there_twice_or_hold_short_floats(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def judge():
-    return MathJudge(seconds=2)
+def verifier():
+    return MathVerifier(seconds=2)
 
 
 @pytest.mark.parametrize(
@@ -326,18 +326,18 @@ def judge():
         ("(1,2)", "(2,1)", 0.0),
     ],
 )
-def test_math_equality(judge, gold, answer, right):
-    assert judge(gold, answer) == right
+def test_math_equality(verifier, gold, answer, right):
+    assert verifier(gold, answer) == right
 
 
-def test_math_that_does_not_end_is_wrong_and_the_judge_goes_on(judge):
-    assert judge("12", "9**9**9") == 0.0
-    assert judge("12", "24/2") == 1.0
+def test_math_that_does_not_end_is_wrong_and_the_verifier_continues(verifier):
+    assert verifier("12", "9**9**9") == 0.0
+    assert verifier("12", "24/2") == 1.0
 
 
-def test_gold_answers_that_are_no_mathematics(judge):
+def test_gold_answers_that_are_no_mathematics(verifier):
     with pytest.raises(ValueError, match="gold answer must be a mathematical expression.*got ''"):
-        judge("", "1")
+        verifier("", "1")
 
 
 def test_the_math_reward(tmp_path):

@@ -59,14 +59,14 @@ def edit_json(path: Path, *, drop: tuple[str, ...] = (), **values: Any) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def open_first_phase(text: PromptFormat, folder: Path) -> None:
+def open_first_phase(fmt: PromptFormat, folder: Path) -> None:
     """Make the generation prompts of the chat templates end with the first phase's delimiter.
 
     A tokenizer may have several: one for tools lies in a folder of its own.
     """
-    if text.opener is None or not text.uses_template:
+    if fmt.opener is None or not fmt.uses_template:
         return
-    tokenizer: Any = text.tokenizer
+    tokenizer: Any = fmt.tokenizer
     question = [{"role": "user", "content": "?"}]
     for template in [folder / "chat_template.jinja", *sorted(folder.glob("*/*.jinja"))]:
         if not template.is_file():
@@ -79,8 +79,8 @@ def open_first_phase(text: PromptFormat, folder: Path) -> None:
             )
         except (TemplateError, TypeError, ValueError):
             prompt = ""  # a template for tools may not do without any
-        if not prompt.rstrip().endswith(text.opener):
-            opener = json.dumps(text.opener, ensure_ascii=False)
+        if not prompt.rstrip().endswith(fmt.opener):
+            opener = json.dumps(fmt.opener, ensure_ascii=False)
             template.write_text(f"{source}{{{{ {opener} if add_generation_prompt else '' }}}}")
 
 

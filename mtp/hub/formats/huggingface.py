@@ -23,9 +23,9 @@ MODELING = Path(modeling_mtp.__file__)
 """File that transformers imports to open main with its head."""
 
 
-def write(model: Any, text: PromptFormat, folder: Path, config: Any) -> None:
+def write(model: Any, fmt: PromptFormat, folder: Path, config: Any) -> None:
     """Write weights, configs, tokenizer and code."""
-    save_model(model, text, folder)
+    save_model(model, fmt, folder)
     edit_json(
         folder / "config.json",
         architectures=[stock_class(model).__name__],
@@ -33,6 +33,6 @@ def write(model: Any, text: PromptFormat, folder: Path, config: Any) -> None:
     )
     limit = config.decoding.max_new_tokens
     edit_json(folder / "generation_config.json", max_new_tokens=limit)
-    open_first_phase(text, folder)
+    open_first_phase(fmt, folder)
     for file in [MODELING, *map(Path, get_relative_import_files(MODELING))]:
         shutil.copyfile(file, folder / file.name)
