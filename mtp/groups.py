@@ -1,7 +1,7 @@
 """Groups of rollouts that a policy learns from: sampled until enough of them are informative.
 
 A group whose raw outcomes all agree has no advantage: its replay would cost as much as another's
-and teach nothing. DAPO's dynamic sampling (Yu et al. 2025) leaves such groups out and samples on.
+and teach nothing. DAPO's dynamic sampling (Yu et al. 2025) leaves such groups out and samples more.
 """
 
 import time
@@ -23,20 +23,20 @@ from .training.step_module import within
 
 @dataclass
 class Groups:
-    """What one step sampled, and which groups of it are used."""
+    """The groups that one step sampled, and the indices of those that it uses."""
 
     rollouts: Rollouts
-    """All of it: P prompts times G completions."""
+    """All rollouts: P prompts times G completions."""
     rewards: Rewards
     """[P, G]"""
     used: list[int]
     """Indices of the groups that are replayed, at most the stage's share of this process."""
     seconds: float
-    """Spent on sampling, without judging."""
+    """Seconds of sampling, without scoring."""
 
 
 def sample_groups(run: Run, stage: StageRun, step: int) -> Groups:
-    """Sample and judge rollouts, in rounds, and choose the groups to learn from."""
+    """Sample and score rollouts, in rounds, and choose the groups to learn from."""
     config = stage.config.rollouts
     parts: list[Rollouts] = []
     rewards: list[Rewards] = []
@@ -85,10 +85,10 @@ def sample_groups(run: Run, stage: StageRun, step: int) -> Groups:
 
 
 def choose(run: Run, config: RolloutsConfig, is_informative: torch.Tensor) -> list[int]:
-    """Informative groups; none at all if no process has any.
+    """Informative groups; empty if no process has any.
 
-    A process that has fewer than it takes optimizer steps adds groups without advantage, so that
-    all processes take the same steps.
+    A process with fewer informative groups than its number of optimizer steps adds groups without
+    advantage, so that all processes take the same number of steps.
     """
     chosen: list[int] = is_informative.nonzero()[:, 0].tolist()
     if not over_processes(run.fabric, {"chosen": float(len(chosen))}, "sum")["chosen"]:

@@ -1,4 +1,4 @@
-"""Evaluations within a stage and at its end, into log, curves and summary."""
+"""Evaluations within a stage and at its end, written to the log, the curves and the summary."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from .training.step_module import within
 
 
 def has_learned(run: Run, stage: StageRun) -> bool:
-    """Whether a stage may end before its last step, see `StageConfig.stop_accuracy`."""
+    """True if a stage may end before its last step, see `StageConfig.stop_accuracy`."""
     progress, config = run.progress, run.config
     limit = stage.config.stop_accuracy
     if not (limit and progress.step) or progress.step % stage.config.stop_every:
@@ -35,7 +35,7 @@ def has_learned(run: Run, stage: StageRun) -> bool:
             config.kernels,
         ),
     )
-    # All processes stop together, whatever the rounding of each.
+    # All processes stop together, even if rounding differs between them.
     return over_processes(run.fabric, {"reached": reached or 0.0}, "max")["reached"] >= limit
 
 
@@ -77,7 +77,7 @@ def interim_evaluation(run: Run, stage: StageRun) -> bool:
 
 
 def evaluate_stage(run: Run, stage: StageRun) -> None:
-    """Evaluate on all held-out problems and note the stage's summary."""
+    """Evaluate on all held-out problems and record the stage's summary."""
     config, progress, name = run.config, run.progress, stage.name
     reference = frozen_for_evaluation(run)
     figures, shown = within(
@@ -111,7 +111,7 @@ def evaluate_stage(run: Run, stage: StageRun) -> None:
 
 
 def log_completions(run: Run, name: str, shown: list[Rollouts]) -> list[dict[str, Any]]:
-    """A few completions of an evaluation into the log."""
+    """Write a few completions of an evaluation to the log."""
     number = run.config.evaluation.num_samples
     rows = completions_rows(shown, run.task, run.fmt, number, name)
     run.log.table("completions", rows, run.progress.global_step)
@@ -119,12 +119,12 @@ def log_completions(run: Run, name: str, shown: list[Rollouts]) -> list[dict[str
 
 
 def record(run: Run, name: str, figures: dict[str, Any]) -> None:
-    """An evaluation into the log and the curves."""
+    """Write an evaluation to the log and the curves."""
     progress = run.progress
     point = {k: v for k, v in figures.items() if v is not None and k != "num_problems"}
     at = {"stage": name, "step": progress.step, "global_step": progress.global_step}
     if progress.points and at.items() <= progress.points[-1].items():
-        progress.points.pop()  # a stage's last evaluation stands for one within it at the same step
+        progress.points.pop()  # a stage's last evaluation replaces one within it at the same step
     progress.points.append(at | point)
     tagged = {f"eval/{k}": v for k, v in point.items()}
     run.log.metrics(name, progress.step, progress.global_step, tagged)

@@ -1,7 +1,7 @@
 """A run: its stages one after the other, evaluated, checkpointed, exported.
 
-Randomness of a step is derived from (seed, stage, step), and data from a running position, so that
-a run that was stopped and resumed gives the very numbers of one that was not.
+Randomness of a step is derived from (seed, stage, step), and data from a running position. Hence a
+run that was stopped and resumed gives exactly the same numbers as an uninterrupted one.
 """
 
 import json
@@ -41,10 +41,10 @@ __all__ = ["Interrupted", "train"]
 
 
 def train(config: RunConfig) -> dict[str, Any]:
-    """Run all stages and return what `summary.json` holds.
+    """Run all stages and return the content of `summary.json`.
 
-    A run that is resumed continues with the weights of its checkpoint; one that has ended returns
-    its summary again and changes nothing.
+    A resumed run continues with the weights of its checkpoint; one that has ended returns its
+    summary again and changes nothing.
 
     Raises:
         ValueError: for impossible settings, naming the key.
@@ -79,7 +79,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 def run_stages(
     config: RunConfig, fabric: Fabric, folder: RunFolder, checkpoint: str | None
 ) -> dict[str, Any]:
-    """The stages from the first, or from where a checkpoint stands, then the export."""
+    """The stages from the first, or from a checkpoint's, then the export."""
     console = make_console(quiet=not fabric.is_global_zero)
     settings = settings_of(config, fabric)
     progress, state = Progress(), None
@@ -88,7 +88,7 @@ def run_stages(
         progress = Progress(**state["progress"])
         if has_ended(config, folder.path, progress):
             summary = json.loads((folder.path / "summary.json").read_text())
-            console.print(f"{folder.path} has ended; overwrite=true runs it again")
+            console.print(f"{folder.path} has ended; use overwrite=true to run it again")
             print_table(console, summary)
             return summary
     seed_everything(config.seed, verbose=False)
@@ -154,7 +154,7 @@ def run_stages(
 
 
 def has_ended(config: RunConfig, folder: Path, progress: Progress) -> bool:
-    """True if the run has nothing left to do: all stages, the export and the summary are there."""
+    """True if the run is complete: all stages, the export and the summary exist."""
     return (
         progress.stage == len(config.active_stages())
         and (folder / "summary.json").is_file()
@@ -163,13 +163,13 @@ def has_ended(config: RunConfig, folder: Path, progress: Progress) -> bool:
 
 
 def load_weights(model: Any, weights: dict[str, torch.Tensor], checkpoint: str | None) -> None:
-    """Give the model the weights of a checkpoint. Raises ValueError if they do not fit."""
+    """Load the weights of a checkpoint into the model. Raises ValueError if they do not fit."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(
             f"the weights of {checkpoint} do not fit the model: {str(error).splitlines()[-1]}; "
-            "has model.source changed since the run began?"
+            "set model.source to the model that the run began with"
         ) from None
 
 
@@ -210,14 +210,14 @@ def finish(run: Run) -> dict[str, Any]:
         for name in ("export", "curves.png"):
             run.log.artifact(folder / name)
         run.log.finish()
-        # Last: a summary says that the run has ended.
+        # Last, since a summary marks the run as ended.
         save_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         print_table(run.console, summary)
     return summary
 
 
 def check_outcomes(config: RunConfig, task: Task) -> None:
-    """Raise ValueError if a stage learns from outcomes of a task that judges no answers."""
+    """Raise ValueError if a stage learns from outcomes of a task without a verifier."""
     for name, stage in config.active_stages().items():
         key = f"stages.{name}"
         uses = {

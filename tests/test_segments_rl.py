@@ -313,7 +313,7 @@ def test_generate_segments_refuses_what_cannot_be_done_before_any_pass(monkeypat
     given = {"tokenizer": TEXT.tokenizer, "max_new_tokens": 9}
     with pytest.raises(ValueError, match="mtp_segments.max_segments must be at least 1, got 0"):
         model.generate_segments(ids, max_segments=0, **given)
-    with pytest.raises(ValueError, match="takes no streamer"):
+    with pytest.raises(ValueError, match="does not support streamer"):
         model.generate_segments(ids, streamer=object(), **given)
     no_summary = {name: PHASES[name] for name in ("thought", "answer")}
     model.generation_config = generation_config(

@@ -16,13 +16,15 @@ SCORERS = ("logprob", "reward")
 
 
 def is_right(task: Task, fmt: PromptFormat, example: Example, branch: Branch) -> bool:
-    """Whether a text's final answer is right; one without an answer is wrong."""
+    """True if a text's final answer is right; False without an answer."""
     answer = fmt.answer_text(branch.text())
     return answer is not None and task.outcome(example, answer) > 0
 
 
 def outcome_scorer(task: Task, fmt: PromptFormat, examples: list[Example]) -> Scorer:
-    """1.0 for a branch whose final answer is right, 0.0 for others: `examples` by prompt."""
+    """A scoring function: 1.0 for a branch whose final answer is right, else 0.0. `examples` by
+    prompt.
+    """
 
     def scorer(branches: list[Branch]) -> list[float]:
         return [float(is_right(task, fmt, examples[b.prompt], b)) for b in branches]
@@ -42,26 +44,26 @@ def evaluate_search(
     num_problems: int,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Figures over held-out problems: shares of problems, and means per problem.
+    """Metrics over held-out problems: shares of problems, and means per problem.
 
     Args:
         model: an mtp model.
         fmt: tokens and phases.
-        task: held-out problems and their judge.
+        task: held-out problems and their verifier.
         config: the search; `majority` is over final answers.
-        options: as in `decode`; rows are padded as `fmt` has it.
+        options: as in `decode`; rows are padded with the id of `fmt`.
         mode: as `PromptFormat.plan` takes it.
-        judge: `logprob`, or `reward`: the task's own outcome. A search that may ask for the outcome
-            says what a checker of answers is worth; it is no measure of a model without one.
-        num_problems: at most so many held-out problems.
-        batch_size: rows decoded at once, at most, where a problem does not take more by itself.
+        scorer: `logprob`, or `reward`: the task's own outcome. A search that ranks by the outcome
+            measures the value of a verifier, not of a model without one.
+        num_problems: maximum number of held-out problems.
+        batch_size: maximum number of rows decoded at once, unless one problem takes more.
 
-    Raises ValueError for settings that no search can follow, and for a task without right answers.
+    Raises ValueError for settings that no search can follow, and for a task without a verifier.
     """
     if not task.has_verifier:
         raise ValueError(
-            f"a search is measured by its right answers, and task {task.name} has none; evaluate "
-            "without --search"
+            f"a search is evaluated by a verifier, and task {task.name} has none; evaluate without "
+            "--search"
         )
     if scorer not in SCORERS:
         raise ValueError(f"scorer must be one of {list(SCORERS)}, got {scorer!r}")

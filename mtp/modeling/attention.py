@@ -1,13 +1,12 @@
 """Attention of a pass: a few queries of each row over its cached keys.
 
-Where several query heads share a key head, transformers' SDPA copies the cache for each of them if
-a mask is given and there is more than one query. Here the queries of such heads are put one behind
-the other instead: the same products, of the cache as it is.
+Where several query heads share a key head, transformers' SDPA copies the cache for each query head
+if it is given a mask and more than one query. Here the queries of such heads are concatenated
+instead: the products are the same, and the cache is read as it is.
 
-A model that attends by `sdpa` does so by `attend`, registered with transformers as
-`sdpa_of_blocks`: transformers' own function, except where a pass asks for the above. The choice is
-an argument of each forward and no setting is changed for it, so passes, `generate` and training may
-run side by side in threads.
+A model whose attention is `sdpa` uses `attend`, registered with transformers as `sdpa_of_blocks`:
+it is transformers' own function unless a pass sets `in_pass`. The choice is an argument of each
+forward and changes no setting, so passes, `generate` and training may run side by side in threads.
 
 Ships with checkpoints: imports torch and transformers only.
 
@@ -23,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "sdpa_of_blocks"
-"""Of the implementation, among those of transformers."""
+"""Name of the implementation among those of transformers."""
 
 
 def attend(
@@ -43,7 +42,7 @@ def attend(
     """
     rows, heads, num, width = query.shape
     if not in_pass or attention_mask is None or num in (1, key.shape[2]):
-        # One token, or a prompt of which nothing is cached: as transformers, to the last bit.
+        # One token, or a prompt with nothing cached: identical to transformers, to the last bit.
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

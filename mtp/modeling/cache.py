@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:
-    """A tensor as autocast would cast it for a product, so that it need not at every pass."""
+    """A tensor as autocast would cast it for a product, so that no pass has to cast it again."""
     if not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
@@ -31,7 +31,7 @@ class BlockCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Rotated keys are wider than autocast's products; they need not be cast at every pass.
+        # Rotated keys are wider than autocast's products; casting them here saves a cast per pass.
         key_states, value_states = in_autocast_dtype(key_states), in_autocast_dtype(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -62,16 +62,16 @@ class BlockCacheLayer(CacheLayerMixin):
 
 
 class BlockCache(Cache):
-    """A cache whose index is the token's position, so that rows may grow at different rates.
+    """A cache indexed by token position, so that rows may grow at different rates.
 
-    Rows are padded on the right. A padded position is overwritten by the row's next block before
-    any query can reach it, so the mask is simply: key position <= query position. To drop tokens
-    is to move a row's start back.
+    Rows are padded on the right. A row's next block overwrites its padded positions before any
+    query can reach them, so the mask is simply: key position <= query position. Tokens are dropped
+    by moving a row's start back.
 
-    `most` are the positions that a text may take. A dynamic cache doubles when it is full, up to
-    these, and attention reads what is written. A static one holds them all from the beginning and
-    attention reads them all, most under the mask: more work, for one memory address and one shape
-    throughout, as compiled forwards and CUDA graphs want.
+    `most` is the number of positions that a text may take. A dynamic cache doubles when it is full,
+    up to this number, and attention reads the written part. A static cache holds all positions from
+    the beginning and attention reads all of them, most of them masked. This is more work, but
+    memory address and shape never change, as compiled forwards and CUDA graphs need.
     """
 
     def __init__(self, num_layers: int, num_rows: int, most: int, is_static: bool = False):
@@ -79,8 +79,8 @@ class BlockCache(Cache):
         self.capacity = most if is_static else 0
         self.length = 0
         self.positions = torch.empty(0, 0)
-        self.is_even = False  # every row that counts ends where the cache does
-        self.chosen: Tensor | None = None  # rows that are kept, if they have not been copied yet
+        self.is_even = False  # every active row ends at the end of the cache
+        self.chosen: Tensor | None = None  # selected rows, if they have not been copied yet
         super().__init__(layers=[BlockCacheLayer(self) for _ in range(num_layers)])
 
     @property
@@ -89,11 +89,11 @@ class BlockCache(Cache):
         return self.capacity if self.is_static else self.length
 
     def place(self, positions: Tensor, length: int, is_even: bool) -> Tensor | None:
-        """Say where the next forward writes: positions [B, L], the last of them `length` - 1.
+        """Set the positions [B, L] that the next forward writes, the last of them `length` - 1.
 
-        is_even: every row that counts is written there, as a single row always is; what another row
-        writes is never read. Returns the attention mask [B, 1, L, span], True where a query may
-        look; None for one token or the whole text of each of such rows, for which a dynamic cache
+        is_even: every active row ends at `length`, as a single row always does; inactive rows may
+        write anything. Returns the attention mask [B, 1, L, span], True where a query may attend.
+        Returns None for one token, or the whole text, of each of such rows: a dynamic cache then
         needs no mask but the causal one.
         """
         self.positions, self.length = positions, length
@@ -110,9 +110,9 @@ class BlockCache(Cache):
         return keys <= positions[:, None, :, None]
 
     def select(self, rows: Tensor) -> None:
-        """Go on with the given rows, some of which may be the same.
+        """Continue with the given rows, which may repeat.
 
-        They are copied at the next `place`, so choosing twice copies once.
+        Rows are copied at the next `place`, so selecting twice copies once.
         """
         self.num_rows = len(rows)
         self.chosen = rows if self.chosen is None else self.chosen[rows]
@@ -120,7 +120,7 @@ class BlockCache(Cache):
     def part(self, rows: Tensor, start: Tensor, width: int) -> Tensor:
         """Keys and values of `width` positions from `start` [R] on, of the given rows [R].
 
-        Returns [R, width, numbers], those of all layers in a row.
+        Returns [R, width, numbers], with all layers concatenated.
         """
         rows = rows if self.chosen is None else self.chosen[rows]
         where = start[:, None] + torch.arange(width, device=start.device)
@@ -129,16 +129,18 @@ class BlockCache(Cache):
 
     @property
     def states(self) -> list[Any]:
-        """[B, heads, capacity, width] each layer's keys, then its values."""
+        """Each layer's keys, then its values, [B, heads, capacity, width] each."""
         return [states for layer in self.layers for states in (layer.keys, layer.values)]
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """(heads, width) of the keys and of the values of each layer, once they are there."""
+        """(heads, width) of the keys and of the values of each layer, once they exist."""
         return [(states.shape[1], states.shape[3]) for states in self.states]
 
     def load(self, parts: Tensor, shapes: list[tuple[int, int]]) -> None:
-        """Hold what `part` of a cache of these shapes gave, from position 0 on: [R, T, numbers]."""
+        """Write the result of `part` of a cache of these shapes from position 0 on: [R, T,
+        numbers].
+        """
         self.num_rows, self.capacity, self.chosen = len(parts), parts.shape[1], None
         sizes = [heads * width for heads, width in shapes]
         states = [

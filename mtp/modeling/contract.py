@@ -1,8 +1,8 @@
 """The contract between main and the pass loop: checked before anything trains or decodes.
 
 The pass loop gives main one mask (attend to every earlier token) and multiplies its last hidden
-rows by the output matrix. A main that does anything else would be sampled from one distribution
-and trained on another, so it is refused.
+rows by the output matrix. If main did anything else, it would sample from one distribution and
+train on another, so such a main is refused.
 
 Ships with checkpoints: imports torch, transformers and its sibling only.
 """
@@ -22,7 +22,7 @@ OUTPUT_FIELDS = {
     "logit_scale": 1.0,
     "lm_head_multiplier": 1.0,
 }
-"""Fields of a config that change the logits, and the value of each that does not."""
+"""Fields of a config that change the logits, each with the value that leaves them unchanged."""
 
 VARIABLE_ROPE = ("dynamic", "longrope")
 """Kinds of rotary embedding whose frequencies depend on the length of the text."""
@@ -74,7 +74,7 @@ def _check_layers(config: PretrainedConfig) -> None:
             "choose a base model without such layers, or turn them off in its config "
             "(use_sliding_window=false, layer_types=null) if no text is longer than the window"
         )
-    # A config that has no such field of its own ignores one that was put there.
+    # A config class without such a field ignores one that was added to it.
     reads_types = types is not None and "layer_types" in type(config).__dataclass_fields__
     for name in ("sliding_window", "attention_chunk_size"):
         value, used = getattr(config, name, None), getattr(config, "use_sliding_window", True)

@@ -61,7 +61,7 @@ def test_every_field_of_transformers_is_classified():
     assert set(OPTIONS) <= fields | arguments | others | {"trust_remote_code"}
 
 
-@pytest.mark.parametrize("name", [n for n, o in OPTIONS.items() if o.kind is not Kind.HONOURED])
+@pytest.mark.parametrize("name", [n for n, o in OPTIONS.items() if o.kind is not Kind.SUPPORTED])
 def test_what_asks_for_nothing_is_accepted_and_the_rest_honoured_or_refused(name, monkeypatch):
     model, option = make(), OPTIONS[name]
     plain = written(model, max_new_tokens=4)
@@ -305,7 +305,7 @@ def test_processors_that_cannot_know_their_row_are_refused(monkeypatch):
     monkeypatch.setattr(type(model), "main_states", None)
     by_row = PrefixConstrainedLogitsProcessor(lambda row, ids: [5], 1)
     for processor in (by_row, EncoderNoRepeatNGramLogitsProcessor(2, PROMPT)):
-        with pytest.raises(ValueError, match="tells rows by their number"):
+        with pytest.raises(ValueError, match="identifies rows by their number"):
             written(model, PROMPT.repeat(2, 1), logits_processor=[processor])
     mark = SynthIDTextWatermarkLogitsProcessor(3, [1, 2], 16, 0, 8, torch.device("cpu"))
     with pytest.raises(ValueError, match="counts on one call a token"):
@@ -315,8 +315,8 @@ def test_processors_that_cannot_know_their_row_are_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"inputs_embeds": torch.zeros(1, 4, 32)}, "does not take .'inputs_embeds'."),
-        ({"position_ids": torch.arange(4)[None]}, "does not take .'position_ids'."),
+        ({"inputs_embeds": torch.zeros(1, 4, 32)}, "does not support .'inputs_embeds'."),
+        ({"position_ids": torch.arange(4)[None]}, "does not support .'position_ids'."),
         ({"inputs": PROMPT}, "input_ids must be left out beside inputs"),
         ({"input_ids": PROMPT[0]}, r"input_ids must be token ids .* got torch.int64 \[4\]"),
         (
