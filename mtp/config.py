@@ -204,7 +204,7 @@ def to_run_config(config: DictConfig) -> RunConfig:
     unknown = unknown_keys(run)
     if unknown:
         raise ValueError(
-            f"unknown key {unknown[0]}; mtp has no such field, so remove the leading +"
+            f"unknown key {unknown[0]}; mtp has no such field, so it cannot be added with +"
         )
     run.validate()
     return run

@@ -36,8 +36,12 @@ def raiser(error: BaseException):
         (KeyboardInterrupt(), 130, ""),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, ""),
         (OSError(errno.ENOSPC, "No space left", "a/b"), 2, "error: a/b: No space left\n"),
-        (MemoryError(), 2, "error: the memory is not enough (MemoryError); lower batch_size, "),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "error: the memory is not enough"),
+        (MemoryError(), 2, "error: there is not enough memory (MemoryError); lower batch_size, "),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried"),
+            2,
+            "error: there is not enough memory",
+        ),
         (ModuleNotFoundError("no", name="wandb.x"), 2, "error: the package wandb is not installed"),
     ],
 )

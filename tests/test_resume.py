@@ -91,7 +91,7 @@ def test_a_run_that_has_ended_is_resumed_without_a_change(ended, copy, capsys):
     summary = train(config(copy, "resume=true"))
     assert content(copy) == before
     assert summary == json.loads((copy / "summary.json").read_text())
-    assert "has ended; overwrite=true runs it again" in capsys.readouterr().out
+    assert "has ended; use overwrite=true to run it again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("lost", ["summary.json", "export"])

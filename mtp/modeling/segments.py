@@ -66,8 +66,8 @@ def check_segments(
         raise ValueError(
             f"{key}.max_segments={settings.max_segments} needs closed_by in one phase of "
             f"{of_phases}, neither the first nor the last, got it in "
-            f"{', '.join(closing) or 'none'}; for example summary: {{mode: slow, opened_by: <summary>, "
-            "closed_by: </summary>}"
+            f"{', '.join(closing) or 'none'}; for example summary: {{mode: slow, "
+            "opened_by: <summary>, closed_by: </summary>}"
         )
     for name in (names[0], closing[0]):
         if phases[name].opened_by is None:

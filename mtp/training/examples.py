@@ -1,10 +1,10 @@
 """A task's examples as a run can use them: short enough, and free of delimiters.
 
-A run's data is checked here, before anything trains: all rows that a task lists, the test problems
-of others, and each further problem as it is drawn. What would be read wrongly is refused, naming
-the row. What is too long for the model is dropped and counted.
+A run's data is checked here before anything trains: all rows of a task with a list, the test
+problems of others, and each further problem as it is used. Data that would be misread is refused,
+with an error that names the row. Problems that are too long for the model are dropped and counted.
 
-An index gives the same example at every call, so a position stays all the state that the data has.
+An index gives the same example at every call, so a position is the whole state of the data.
 """
 
 import logging
@@ -19,10 +19,10 @@ from .stage import StageConfig
 
 _log = logging.getLogger(__name__)
 _NUM_CHECKED = 256
-"""Training problems of a task without a list that are looked at before a run begins."""
+"""Number of training problems of a task without a list that are checked before a run begins."""
 _NUM_PROBES = 64
 _STRIDE = 7919
-"""From a problem that is too long to the next candidate; a prime."""
+"""Distance from a problem that is too long to the next candidate; a prime."""
 
 
 class FittedTask(Task):
@@ -36,13 +36,13 @@ class FittedTask(Task):
         prompt_limit: int | None = None,
         text_limit: int | None = None,
     ):
-        """Nothing is looked at before it is asked for.
+        """Nothing is checked until it is used.
 
         Args:
             task: the problems.
-            fmt: how they are read.
-            prompt_limit: most tokens of a prompt; None: no limit.
-            text_limit: most tokens of a solved training example; None: no limit.
+            fmt: tokens and phases.
+            prompt_limit: maximum number of tokens of a prompt; None: no limit.
+            text_limit: maximum number of tokens of a solved training example; None: no limit.
         """
         self.task, self.fmt = task, fmt
         self.name, self.right_at, self.has_verifier = task.name, task.right_at, task.has_verifier
@@ -61,7 +61,7 @@ class FittedTask(Task):
     def example(self, split: Split, index: int) -> Example:
         """Raises ValueError if it cannot be read, or if nearly all problems are too long.
 
-        A task without a list gives the next problem that fits in place of one that is too long.
+        A task without a list replaces a problem that is too long by the next one that fits.
         """
         if self._lists(split):
             return self._list(split)[index]
@@ -129,20 +129,20 @@ class FittedTask(Task):
         limit = self.prompt_limit
         if limit is None:
             return False
-        told = self.fmt.is_longer(prompt, limit)
-        return len(self.fmt.prompt_ids(prompt)) > limit if told is None else told
+        longer = self.fmt.is_longer(prompt, limit)
+        return len(self.fmt.prompt_ids(prompt)) > limit if longer is None else longer
 
     def _text_is_too_long(self, example: Example) -> bool:
         assert self.text_limit is not None
         solution = (example.thought or "") + example.answer
-        told = self.fmt.is_longer(example.prompt, self.text_limit, solution)
-        if told is False or (told and self.fmt.segments.max_segments == 1):
-            return told
+        longer = self.fmt.is_longer(example.prompt, self.text_limit, solution)
+        if longer is False or (longer and self.fmt.segments.max_segments == 1):
+            return longer
         segments = self.fmt.example_segments(example)
         return max(len(p) + len(c) for p, c in segments) > self.text_limit
 
     def _check_answer(self, example: Example, where: str) -> None:
-        """Raises ValueError if the gold answer, as a completion would hold it, is not right."""
+        """Raises ValueError if the gold answer is wrong once it is read from a completion."""
         if not self.has_verifier or (self._keeps_ascii and example.answer.isascii()):
             return
         back = self.fmt.read_back(example.answer)
@@ -197,9 +197,9 @@ def checked_task(
     fmt: PromptFormat,
     num_test: int,
 ) -> FittedTask:
-    """The task as a run's model can read it, looked at before anything trains.
+    """The task as a run's model can read it, checked before anything trains.
 
-    num_test: test problems that a run looks at, of a task without an end of them.
+    num_test: number of test problems to check, of a task with unlimited problems.
 
     Raises ValueError naming the row that cannot be read, or the supervised stage whose head would
     have nothing to learn: no example has a token that the head writes.
@@ -223,7 +223,7 @@ def _has_head_rows(example: Example, fmt: PromptFormat) -> bool:
 
 
 def _check_heads(task: FittedTask, stages: dict[str, StageConfig]) -> None:
-    """Raises ValueError for a supervised stage of the head: no example has a token of the head."""
+    """Raises ValueError for a supervised stage of the head without a token of the head."""
     phases = [name for name, phase in task.fmt.phases.items() if phase.mode != "slow"]
     for name, stage in stages.items():
         streams = [n for n, stream in stage.objective.active().items() if stream.scores_head]

@@ -1,6 +1,6 @@
 """Policy-gradient algorithms by name, for `stages.*.objective.policy.algorithm`.
 
-Another one is a file that ends in `ALGORITHMS.add("my_name", Algorithm(...))`.
+A new algorithm is a file that ends in `ALGORITHMS.add("my_name", Algorithm(...))`.
 """
 
 from ...registry import Registry
