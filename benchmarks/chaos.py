@@ -88,7 +88,7 @@ def compose(folder: Path) -> Any:
 
 def die_at(module: str, name: str, call: int, inside: bool) -> None:
     """Let this process kill itself at the given call of a function: before it, or after its work
-    and before its caller goes on.
+    and before its caller continues.
     """
     import importlib
 
@@ -149,7 +149,7 @@ def wait(pid: int, seconds: float | None = None) -> int:
 
 
 def stage_of(folder: Path) -> str:
-    """The stage in which a run died, by what it has written."""
+    """The stage in which a run died, by the files that it has written."""
     path = folder / "metrics.jsonl"
     if (folder / "summary.json").is_file():
         return "end"
@@ -162,7 +162,7 @@ def stage_of(folder: Path) -> str:
 
 
 def without_clocks(node: Any) -> Any:
-    """The same without what clocks say."""
+    """The node without its clocks."""
     if isinstance(node, dict):
         return {k: without_clocks(v) for k, v in node.items() if k not in CLOCKS}
     return [without_clocks(v) for v in node] if isinstance(node, list) else node
@@ -202,7 +202,7 @@ def without_seconds(card: str) -> list[str]:
 
 
 def plan_of(kill: int, seed: int, seconds: float) -> tuple[str, Any]:
-    """How a run dies: at a named moment's call, or after a time in seconds."""
+    """A planned death: at a named moment's call, or after a time in seconds."""
     rng = random.Random(f"{seed}/{kill}")
     if kill % 3 == 2:
         return "random time", rng.uniform(0.1, seconds)

@@ -11,7 +11,7 @@ run in forks of one process, because a fresh interpreter would spend seconds on 
     tracebacks     cases that ended in a traceback, or were killed
     half_written   cases that left, changed or removed a file
 
-What is neither is printed as `unnamed` (the line names nothing) or `taken` (the command went on).
+Other cases are printed as `unnamed` (the line names nothing) or `taken` (the command continued).
 """
 
 import argparse
@@ -68,7 +68,7 @@ class Case:
     names: list[str]
     """The line must hold one of these."""
     files: dict[str, bytes] = field(default_factory=dict)
-    """By path within the case's folder."""
+    """Content by path within the case's folder."""
     runs: dict[str, str] = field(default_factory=dict)
     """Folders of the finished run to copy, by the path of the copy."""
     removed: list[str] = field(default_factory=list)
@@ -77,14 +77,14 @@ class Case:
 
 @dataclass
 class World:
-    """What cases are made from."""
+    """Material of the cases."""
 
     home: Path
     """Holds `run`, a finished run."""
     numbers: list[tuple[str, Any, dict[str, float]]]
     """Key, value and bounds of every number of the default config."""
     keys: list[str]
-    """Every key that holds a value."""
+    """All keys that hold a value."""
 
     def content(self, path: str) -> bytes:
         """A file of the finished run."""
@@ -92,7 +92,7 @@ class World:
 
 
 def word(rng: Rng) -> str:
-    """A word that nothing is called."""
+    """A word that names nothing."""
     return "zq" + "".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 8)))
 
 
@@ -546,7 +546,7 @@ def execute(program: str, arguments: list[str], home: Path, log: Path) -> int:
 
 
 def inside(program: str, arguments: list[str], home: Path, log: Path) -> int:
-    """What the fork does."""
+    """The work of the fork."""
     code: Any = 1
     try:
         os.chdir(home)

@@ -52,7 +52,7 @@ def interim_evaluation(run: Run, stage: StageRun) -> bool:
 
     Returns True if its accuracy, in fast mode if the head is trained, is the stage's best so far.
     """
-    figures, shown = within(
+    metrics, shown = within(
         stage.module,
         lambda model: evaluate(
             model,
@@ -67,9 +67,9 @@ def interim_evaluation(run: Run, stage: StageRun) -> bool:
             impl=run.config.kernels,
         ),
     )
-    record(run, stage.name, figures)
+    record(run, stage.name, metrics)
     log_completions(run, stage.name, shown)
-    reached = figures["slow_accuracy" if figures["fast_accuracy"] is None else "fast_accuracy"]
+    reached = metrics["slow_accuracy" if metrics["fast_accuracy"] is None else "fast_accuracy"]
     if reached is None or reached <= run.progress.best_accuracy:
         return False
     run.progress.best_accuracy = reached
@@ -80,7 +80,7 @@ def evaluate_stage(run: Run, stage: StageRun) -> None:
     """Evaluate on all held-out problems and record the stage's summary."""
     config, progress, name = run.config, run.progress, stage.name
     reference = frozen_for_evaluation(run)
-    figures, shown = within(
+    metrics, shown = within(
         stage.module,
         lambda model: evaluate(
             model,
@@ -95,12 +95,12 @@ def evaluate_stage(run: Run, stage: StageRun) -> None:
             impl=config.kernels,
         ),
     )
-    record(run, name, figures)
+    record(run, name, metrics)
     in_loss = reference_in_loss(config, name)
     progress.summaries.append(
         {
             "name": name,
-            **figures,
+            **metrics,
             "reference_in_loss": in_loss,
             "steps": progress.step,
             "seconds": round(progress.stage_seconds, 1),
@@ -118,10 +118,10 @@ def log_completions(run: Run, name: str, shown: list[Rollouts]) -> list[dict[str
     return rows
 
 
-def record(run: Run, name: str, figures: dict[str, Any]) -> None:
+def record(run: Run, name: str, metrics: dict[str, Any]) -> None:
     """Write an evaluation to the log and the curves."""
     progress = run.progress
-    point = {k: v for k, v in figures.items() if v is not None and k != "num_problems"}
+    point = {k: v for k, v in metrics.items() if v is not None and k != "num_problems"}
     at = {"stage": name, "step": progress.step, "global_step": progress.global_step}
     if progress.points and at.items() <= progress.points[-1].items():
         progress.points.pop()  # a stage's last evaluation replaces one within it at the same step

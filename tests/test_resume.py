@@ -133,10 +133,10 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch):
     original, accuracies = stage_evaluation.evaluate, iter([0.25, 0.75, 0.5])
 
     def graded(*args, **kwargs):
-        figures, shown = original(*args, **kwargs)
+        metrics, shown = original(*args, **kwargs)
         if not kwargs.get("controls", True) and kwargs["use_head"]:
-            figures["fast_accuracy"] = next(accuracies)
-        return figures, shown
+            metrics["fast_accuracy"] = next(accuracies)
+        return metrics, shown
 
     monkeypatch.setattr(stage_evaluation, "evaluate", graded)
     overrides = ["stages.joint.evaluate_every=0", "stages.rl.evaluate_every=1"]

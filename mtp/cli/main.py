@@ -34,19 +34,19 @@ if TYPE_CHECKING:
     from ..rollouts.prompt_format import PromptFormat
 
 DEFAULT_MAX_NEW_TOKENS = 256
-"""Where neither the command line nor the folder says."""
+"""Limit if neither the command line nor the folder sets one."""
 
 
 @dataclass
 class Opened:
-    """A model that a command works on."""
+    """A model that a command uses."""
 
     folder: Path
-    """Of the weights."""
+    """Folder of the weights."""
     stage: str | None
-    """That left the model; None for an exported folder."""
+    """Stage that saved the model; None for an exported folder."""
     config: "RunConfig | None"
-    """Of the run; None for an exported folder."""
+    """Config of the run; None for an exported folder."""
 
     @property
     def head_is_trained(self) -> bool:
@@ -56,7 +56,7 @@ class Opened:
         )
 
     def choose_mode(self, mode: str | None) -> str:
-        """The mode asked for, else fast where the head is trained and slow where it is not.
+        """The given mode, else fast if the head is trained and slow if it is not.
 
         Raises ValueError for fast mode with an untrained head.
         """
@@ -72,7 +72,7 @@ class Opened:
         return names[: names.index(self.stage) + 1]
 
     def load(self, device: str) -> tuple[Any, "PromptFormat"]:
-        """The model on a device, ready to decode, and its text format."""
+        """The model on a device, ready to decode, and its prompt format."""
         from ..errors import reading
         from ..hub.build import load_model
 
@@ -83,7 +83,7 @@ class Opened:
 
 
 def open_run(folder: Path, stage: str | None) -> Opened:
-    """A run's model: as the given stage left it, or the last stage that has ended.
+    """A run's model: at the end of the given stage, or of the last stage that has ended.
 
     Raises ValueError if the folder is no run or holds no such model.
     """
@@ -113,7 +113,7 @@ def open_run(folder: Path, stage: str | None) -> Opened:
 
 
 def open_model(folder: Path, stage: str | None) -> Opened:
-    """The model of a run, or the one that an exported folder holds."""
+    """The model of a run, or that of an exported folder."""
     if (folder / "config.yaml").is_file() or not folder.is_dir():
         return open_run(folder, stage)
     if not (folder / "config.json").is_file():
@@ -121,7 +121,7 @@ def open_model(folder: Path, stage: str | None) -> Opened:
             f"{folder} is neither a run (no config.yaml) nor an exported model (no config.json)"
         )
     if stage is not None:
-        raise ValueError(f"--stage chooses among the stages of a run, but {folder} is one model")
+        raise ValueError(f"--stage selects a stage of a run, but {folder} is one model")
     from ..errors import read_json
 
     config = read_json(folder / "config.json")
@@ -131,7 +131,7 @@ def open_model(folder: Path, stage: str | None) -> Opened:
 
 
 def choose_device(name: str) -> str:
-    """`auto` is a GPU if there is one. Raises ValueError for one that is not there."""
+    """`auto` is a GPU if there is one. Raises ValueError for a missing device."""
     import torch
 
     has_gpu = torch.cuda.is_available()
@@ -142,14 +142,14 @@ def choose_device(name: str) -> str:
 
 @dataclass
 class Writer:
-    """A model that is ready to write, as `mtp generate` and `mtp chat` were asked to."""
+    """A model that is ready to write, with the options of `mtp generate` or `mtp chat`."""
 
     console: "Console"
     model: Any
     fmt: "PromptFormat"
     mode: str
     write: "Callable[[list[int], str], list[int]]"
-    """(prompt ids, mode) -> completion ids, shown as they come."""
+    """(prompt ids, mode) -> completion ids, shown as they are sampled."""
 
 
 def open_writer(arguments: argparse.Namespace) -> Writer:
@@ -350,7 +350,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says how a prompt that begins with a minus sign is given."""
+    """Adds a hint to the error of a prompt that begins with a minus sign."""
 
     given: "list[str]" = []
 

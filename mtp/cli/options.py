@@ -1,6 +1,6 @@
-"""Options of the command `mtp` that say how text is drawn and searched for.
+"""Options of the command `mtp` for sampling and search.
 
-Heavy imports wait until a command runs, as in `cli.py`.
+Heavy imports wait until a command runs, as in `main.py`.
 """
 
 import argparse
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..modeling.sampler import Sampler
 
 DEFAULT_SEED = 1
-"""Of sampling."""
+"""Seed of sampling."""
 
 
 BOUNDS: "dict[str, dict[str, float]]" = {
@@ -28,7 +28,7 @@ BOUNDS: "dict[str, dict[str, float]]" = {
     "n": {"at_least": 1},
     "expand": {"at_least": 1},
 }
-"""Of the options that hold a number, as `bounds` takes them."""
+"""Bounds of the options that hold a number, as `bounds` takes them."""
 
 
 def check_options(arguments: argparse.Namespace) -> None:
@@ -40,7 +40,7 @@ def check_options(arguments: argparse.Namespace) -> None:
 
 
 def add_sampling_options(sub: argparse.ArgumentParser) -> None:
-    """How tokens are drawn."""
+    """Options of sampling."""
     sub.add_argument(
         "--mode",
         choices=["fast", "slow", "verified"],
@@ -74,7 +74,7 @@ def add_writing_options(sub: argparse.ArgumentParser) -> None:
 
 
 def add_search_options(sub: argparse.ArgumentParser, *of_search: str) -> None:
-    """Options of a search; those of the command that make sense with one only are `of_search`."""
+    """Options of a search; `of_search` are the command's own options that need a search."""
     sub.set_defaults(of_search=("n", "expand", "choose", *of_search))
     sub.add_argument(
         "--search",
@@ -86,7 +86,10 @@ def add_search_options(sub: argparse.ArgumentParser, *of_search: str) -> None:
         "--n", type=int, metavar="N", help="texts, branches of the beam, or simulations; default: 8"
     )
     sub.add_argument(
-        "--expand", type=int, metavar="E", help="blocks drawn of a pass (beam, mcts); default: 4"
+        "--expand",
+        type=int,
+        metavar="E",
+        help="blocks sampled from each pass (beam, mcts); default: 4",
     )
     sub.add_argument(
         "--choose",
@@ -96,9 +99,9 @@ def add_search_options(sub: argparse.ArgumentParser, *of_search: str) -> None:
 
 
 def search_config(arguments: argparse.Namespace) -> "SearchConfig | None":
-    """The search that a command was asked for, None without one.
+    """Settings of the search, None without --search.
 
-    Raises ValueError for options that make sense with a search only.
+    Raises ValueError for options that require --search.
     """
     names = getattr(arguments, "of_search", ())
     given = {name: getattr(arguments, name) for name in names}
@@ -114,7 +117,7 @@ def search_config(arguments: argparse.Namespace) -> "SearchConfig | None":
 
 
 def make_sampler(arguments: argparse.Namespace, config: "SearchConfig | None") -> "Sampler":
-    """The sampler that a command was asked for. Raises ValueError if its search cannot use it."""
+    """The sampler of the options. Raises ValueError if the search cannot use it."""
     from ..modeling.sampler import Sampler
 
     names = ("temperature", "top_k", "top_p")

@@ -13,7 +13,7 @@ from ..bounds import bounded
 from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.records import Decoded
 from ..modeling.sampler import Sampler
-from ..rollouts.legibility import reference_figures, true_step_share, unigram_drift
+from ..rollouts.legibility import reference_metrics, true_step_share, unigram_drift
 from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import DecodingConfig, Rollouts, sample
 from ..tasks.base import Example, Task
@@ -160,7 +160,7 @@ def evaluate(
 
     slow = completions("slow")
     shown = slow
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "slow_accuracy": accuracy(slow, task, fmt.answer_text),
         "fast_accuracy": None,
         "slow_passes": passes(slow),
@@ -169,43 +169,43 @@ def evaluate(
     }
     if use_head:
         shown = fast = completions("fast")
-        figures |= {
+        metrics |= {
             "fast_accuracy": accuracy(fast, task, fmt.answer_text),
             "fast_passes": passes(fast),
             "fast_tokens_per_pass": tokens_per_pass(fast),
         }
     if verified:
         names = ("verified_passes", "verified_tokens_per_pass", "acceptance_by_slot")
-        figures |= dict.fromkeys(names)
+        metrics |= dict.fromkeys(names)
         if use_head:
             drafted = fast
             if fmt.plan("verified") != fmt.plan("fast"):
                 drafted = completions("verified")
-            figures |= {
+            metrics |= {
                 "verified_passes": passes(drafted),
                 "verified_tokens_per_pass": tokens_per_pass(drafted),
                 "acceptance_by_slot": acceptance_by_slot(
                     [b.out for b in drafted], fmt.block_size - 1
                 ),
             }
-    figures |= {"empty_thought_accuracy": None, "wrong_thought_accuracy": None}
+    metrics |= {"empty_thought_accuracy": None, "wrong_thought_accuracy": None}
     if controls and task.has_verifier and fmt.closer is not None:
         empty = [fmt.thought_ids("") for _ in examples]
         given = completions("slow", empty)
-        figures["empty_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text)
+        metrics["empty_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text)
         wrong = wrong_thoughts(examples, slow, task, fmt)
         if wrong is not None:
             given = completions("slow", wrong)
-            figures["wrong_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text)
-    figures["true_steps"] = true_step_share(shown, task, fmt)
-    figures["unigram_drift"] = unigram_drift(shown, fmt)
-    figures["reference_nats_per_token"] = None
+            metrics["wrong_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text)
+    metrics["true_steps"] = true_step_share(shown, task, fmt)
+    metrics["unigram_drift"] = unigram_drift(shown, fmt)
+    metrics["reference_nats_per_token"] = None
     if reference is not None:
-        figures |= reference_figures(shown, fmt, reference, fmt.block_size if use_head else 1)
+        metrics |= reference_metrics(shown, fmt, reference, fmt.block_size if use_head else 1)
     if fmt.segments.max_segments > 1:
-        figures["segments"] = sum(len(b.prompts) for b in shown) / num_problems
-    figures["num_problems"] = num_problems
-    return figures, shown
+        metrics["segments"] = sum(len(b.prompts) for b in shown) / num_problems
+    metrics["num_problems"] = num_problems
+    return metrics, shown
 
 
 def wrong_thoughts(

@@ -93,5 +93,5 @@ def evaluate_search(
             sums["search_texts"] += len(texts)
         sums["search_passes"] += float(found.passes.sum())
         sums["search_tokens_read"] += float(found.tokens_read.sum())
-    figures: dict[str, Any] = {name: total / len(examples) for name, total in sums.items()}
-    return figures | {"num_problems": len(examples)}
+    metrics: dict[str, Any] = {name: total / len(examples) for name, total in sums.items()}
+    return metrics | {"num_problems": len(examples)}

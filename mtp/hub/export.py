@@ -1,7 +1,7 @@
-"""Exports: a model as a folder that others open, in one of the formats of `mtp.hub.formats`.
+"""Exports: a model as a folder in one of the formats of `mtp.hub.formats`.
 
-A folder is written under a temporary name and moved, so it is never half there. An earlier export
-is replaced as a whole, and nothing else is.
+A folder is written under a temporary name and moved, so it is never incomplete. An earlier export
+is replaced as a whole; no other folder is replaced.
 """
 
 from pathlib import Path
@@ -31,12 +31,12 @@ def export(
         model: an mtp model of one of `modeling_mtp.FAMILIES`.
         fmt: its tokenizer, phases and system prompt.
         folder: made with its parents if it is missing.
-        summary: content of `summary.json`; `stages` may be empty where nothing was measured.
+        summary: content of `summary.json`; `stages` may be empty if nothing was measured.
         config: the run's `RunConfig`.
         format: name of a registered format.
 
     Raises:
-        ValueError: if `folder` is a file or holds something that no export wrote, or if there is no
+        ValueError: if `folder` is a file or holds files that no export wrote, or if there is no
             such format.
     """
     found = find_format(format)
@@ -81,7 +81,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    """True for a folder with a card of ours, or with the code that earlier versions wrote."""
+    """True for a folder with a card of mtp, or with the code that earlier versions wrote."""
     if (folder / MODELING.name).is_file():
         return True
     card = folder / CARD

@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, how to load it, what was measured, and its limits."""
+"""The model card of an export: description, loading, metrics and limits."""
 
 import json
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +15,7 @@ from .build import ModelConfig, source_folder
 
 CARD = "README.md"
 TAG = "mtp-eavesdrop"
-"""Tag of every card, by which an export is recognised."""
+"""Tag of every card, which identifies an export."""
 MODES = ("fast", "slow")
 """Modes of the card's example; plain `generate` on main writes the text of `slow`."""
 NUM_TRIED = 8
@@ -56,8 +56,8 @@ def model_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: A
         "`verified` gives main's own text in fewer passes: the head proposes and main decides. "
         "Without `mtp_mode`, `generate` is the stock one on main. "
         '`model.search(**given, config={"method": "best_of_n", "n": 8}, do_sample=True)` looks for '
-        "the likeliest of several texts; `beam` and `mcts` are the other methods, and `judge`, a "
-        "function of the branches, ranks them by anything else.",
+        "the likeliest of several texts; `beam` and `mcts` are the other methods, and `scorer`, a "
+        "function of the branches, ranks them by another score.",
         *_segments(fmt),
         "## Measured",
         _table(summary),
@@ -94,7 +94,7 @@ def main_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: An
 
 
 def _front_matter(config: Any, *tags: str) -> str:
-    """What the Hub reads of a card."""
+    """Metadata of a card for the Hub."""
     _, hub_id, licence = base_model(config.model)
     meta = ["library_name: transformers", "pipeline_tag: text-generation"]
     meta += [f"license: {licence}"] if licence else []
@@ -116,7 +116,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _snippet(fmt: PromptFormat, prompt: str, *, head: bool) -> str:
-    """Python that loads the folder through one door and answers a prompt."""
+    """Python that loads the folder, with or without its head, and answers a prompt."""
     if not fmt.uses_template:
         tokenizer: Any = fmt.tokenizer
         shown, special = prompt + (fmt.opener or ""), ""
@@ -160,13 +160,13 @@ def _snippet(fmt: PromptFormat, prompt: str, *, head: bool) -> str:
 
 
 def _segments(fmt: PromptFormat) -> list[str]:
-    """How to write text in segments; nothing for a model that writes one."""
+    """Instructions to write text in segments; empty for a model that writes one segment."""
     settings = fmt.segments
     if settings.max_segments == 1:
         return []
     return [
         f"It was trained to think in up to {settings.max_segments} segments: a summary edits a "
-        f"memory file of at most {settings.memory_tokens} tokens, and thinking goes on with the "
+        f"memory file of at most {settings.memory_tokens} tokens, and thinking continues with the "
         f"prompt, that file and the last {settings.recent_tokens} tokens of the thought.",
         "```python\nsegments = model.generate_segments(**given, tokenizer=tokenizer)\n"
         "print(tokenizer.decode(segments.out.completion(-1)))  # the last, with the answer\n"
@@ -182,7 +182,11 @@ def sample_prompt(model: Any, fmt: PromptFormat, config: Any) -> tuple[str, list
     try:
         task = config.task.build()
         examples = held_out(task, NUM_TRIED)
-    except (ImportError, OSError, ValueError):  # its data may not be where the export is made
+    except (
+        ImportError,
+        OSError,
+        ValueError,
+    ):  # its data may be missing on the machine of the export
         return "Hello", []
     wrong: list[list[str]] = [[] for _ in examples]
     for mode in MODES if task.has_verifier else ():
@@ -198,7 +202,7 @@ def sample_prompt(model: Any, fmt: PromptFormat, config: Any) -> tuple[str, list
 
 
 def _table(summary: dict[str, Any]) -> str:
-    """The metrics in Markdown, one row a stage, and what they mean."""
+    """The metrics in Markdown, one row per stage, and their meaning."""
     stages = summary["stages"]
     if not stages:
         return "Nothing was measured: the run had not ended when this was exported."
@@ -217,9 +221,9 @@ def _table(summary: dict[str, Any]) -> str:
 
 
 def _released(package: str) -> str:
-    """The package and the version that was released, such as "torch 2.13.0".
+    """The package and its released version, such as "torch 2.13.0".
 
-    Its build (`+cu130`, `+cpu`) is left out: no other machine can be asked to install it, and some
+    Its build (`+cu130`, `+cpu`) is left out: other machines may be unable to install it, and some
     indexes do not record it.
     """
     try:
@@ -229,7 +233,7 @@ def _released(package: str) -> str:
 
 
 def _explained(metric: Metric) -> str:
-    """A list item that says what a metric means."""
+    """A list item that explains a metric."""
     better = f"; {metric.better} is better" if metric.better else ""
     return f"- {metric.title[0].upper()}{metric.title[1:]}: {metric.meaning}{better}."
 
@@ -268,11 +272,11 @@ UNVERIFIED = [
     "how often each is right.",
 ]
 GENERATE = [
-    "- With `mtp_mode`, `generate` takes `max_new_tokens`, `max_length`, `do_sample`, "
+    "- With `mtp_mode`, `generate` supports `max_new_tokens`, `max_length`, `do_sample`, "
     "`temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`, `stop_strings`, "
     "`return_dict_in_generate`, `logits_processor`, `stopping_criteria`, `streamer`, "
     "`num_return_sequences`, `cache_implementation` (dynamic or static), `mtp_k`, "
-    "`max_thought_tokens` and the options that transformers does with logits processors; "
+    "`max_thought_tokens` and the options that transformers implements by logits processors; "
     "any other option is an error.",
 ]
 
@@ -289,9 +293,9 @@ def _limitations(config: Any) -> list[str]:
 
 
 def base_model(config: ModelConfig) -> tuple[str, str | None, str | None]:
-    """What main was before training: its name, its hub id and its licence, None where unknown.
+    """Main before training: its name, its hub id and its licence, None where unknown.
 
-    Only what is on this machine is read: the header of a GGUF file, or the model card.
+    Only files of this machine are read: the header of a GGUF file, or the model card.
     """
     if config.source is None:
         return f"none ({config.family} trained from scratch)", None, None

@@ -281,11 +281,11 @@ def check_processors(processors: Sequence[Any], num_rows: int) -> None:
         names = {cls.__name__ for cls in type(processor).__mro__}
         if names & set(KEEPS_STATE):
             raise ValueError(
-                f"logits_processor {type(processor).__name__} counts on one call a token, and a "
-                "pass asks about several; call generate with mtp_mode='stock'"
+                f"logits_processor {type(processor).__name__} relies on one call per token, and "
+                "a pass samples several; call generate with mtp_mode='stock'"
             )
         if num_rows > 1 and names & set(KEEPS_ROWS):
             raise ValueError(
-                f"logits_processor {type(processor).__name__} tells rows by their number, and a "
-                f"pass gives it some of {num_rows}; decode one sequence at a time"
+                f"logits_processor {type(processor).__name__} identifies rows by number, and "
+                f"a pass gives it some of {num_rows}; decode one sequence at a time"
             )

@@ -1,4 +1,4 @@
-"""What a person sees of a run on a terminal: the table, and a few completions."""
+"""Output of a run on a terminal: the table, and a few completions."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from .metrics import measured
 
 
 def print_table(console: Console, summary: dict[str, Any]) -> None:
-    """The metrics of a run: a row each, a column a stage."""
+    """The metrics of a run: one row each, one column per stage."""
     stages = summary["stages"]
     title = f"{stages[-1]['num_problems']} held-out problems, greedy, seed {summary['seed']}"
     print_metrics(console, title, "run", {stage["name"]: stage for stage in stages})
@@ -36,7 +36,7 @@ def print_metrics(
 
 
 def is_right(task: Task, example: Example, answer: str | None) -> bool | None:
-    """Whether a completion's answer is right; None for a task that judges no answers."""
+    """True if a completion's answer is right; None for a task without a verifier."""
     return bool(answer is not None and task.outcome(example, answer)) if task.has_verifier else None
 
 
@@ -46,9 +46,9 @@ MARKS = {True: "[green]right[/green] ", False: "[red]wrong[/red] ", None: ""}
 def completions_rows(
     batches: list[Rollouts], task: Task, fmt: PromptFormat, number: int, stage: str
 ) -> list[dict[str, Any]]:
-    """A few completions: each pass's tokens divided by `|`, each segment beginning a new line.
+    """A few completions: each pass's tokens separated by `|`, each segment beginning a new line.
 
-    Where text is written in segments, `segments` tells of each and `memory` is the file in the end.
+    If text is written in segments, `segments` describes each and `memory` is the last memory file.
     """
     rows: list[dict[str, Any]] = []
     for batch in batches:
@@ -77,7 +77,7 @@ def completions_rows(
 
 
 def segment_row(batch: Rollouts, segment: int, fmt: PromptFormat) -> dict[str, str]:
-    """One segment: what it was given, what it wrote, why it ended, the memory file after it."""
+    """One segment: its context, its text, why it ended, and the memory file after it."""
     return {
         "context": str(fmt.tokenizer.decode(batch.prompts[segment])),
         "completion": passes_text(batch, segment, fmt),
@@ -87,7 +87,7 @@ def segment_row(batch: Rollouts, segment: int, fmt: PromptFormat) -> dict[str, s
 
 
 def passes_text(batch: Rollouts, segment: int, fmt: PromptFormat) -> str:
-    """What one segment wrote, each pass's tokens divided by `|`."""
+    """Text of one segment, each pass's tokens separated by `|`."""
     ids, slots = batch.out.completion(segment), batch.out.slots[segment].tolist()
     return "".join(
         ("|" if slot == 0 and i else "") + str(fmt.tokenizer.decode([token]))

@@ -63,7 +63,7 @@ def thought_nats(batch: Rollouts, fmt: PromptFormat, reference: Any) -> ThoughtN
     return ThoughtNats(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def reference_figures(
+def reference_metrics(
     batches: list[Rollouts], fmt: PromptFormat, reference: Any, block_size: int
 ) -> dict[str, float | None]:
     """Mean nats per thought token, over all and by slot; None where there are no tokens.
@@ -76,10 +76,10 @@ def reference_figures(
         count = sum(len(values) for values in chosen)
         return sum(float(values.sum()) for values in chosen) / count if count else None
 
-    figures = {"reference_nats_per_token": mean([m.nats for m in measured])}
+    metrics = {"reference_nats_per_token": mean([m.nats for m in measured])}
     for slot in range(block_size):
-        figures[f"reference_nats_slot_{slot}"] = mean([m.nats[m.slots == slot] for m in measured])
-    return figures
+        metrics[f"reference_nats_slot_{slot}"] = mean([m.nats[m.slots == slot] for m in measured])
+    return metrics
 
 
 def mean_nats_of_rollouts(batch: Rollouts, fmt: PromptFormat, reference: Any) -> Tensor:

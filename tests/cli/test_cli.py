@@ -79,7 +79,7 @@ def figures_of(run: Path, stage: str) -> dict:
     """What the trainer's evaluation of a stage gives."""
     config = load_run_config(run / "config.yaml")
     model, text = load_model(run / "stages" / stage)
-    figures, _ = evaluate(
+    metrics, _ = evaluate(
         model,
         text,
         config.task.build(),
@@ -89,7 +89,7 @@ def figures_of(run: Path, stage: str) -> dict:
         use_head=stage == "head",
         reference=load_model(run / "stages" / "main")[0],
     )
-    return figures
+    return metrics
 
 
 def greedy(run: Path, stage: str, prompt: str, mode: str, limit: int) -> tuple[list, list, int]:

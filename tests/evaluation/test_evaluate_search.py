@@ -48,7 +48,7 @@ def test_figures_are_shares_of_problems(monkeypatch):
 
     monkeypatch.setattr(module, "search", search)
     config = SearchConfig(n=3)
-    figures = evaluate_search(
+    metrics = evaluate_search(
         tiny_model(),
         TEXT,
         TASK,
@@ -57,7 +57,7 @@ def test_figures_are_shares_of_problems(monkeypatch):
         scorer="logprob",
         **SETTINGS,
     )
-    assert figures == {
+    assert metrics == {
         "chosen_accuracy": 3 / 5,
         "any_right_accuracy": 4 / 5,
         "mean_accuracy": (0 + 1 + 2 + 3 + 4) / 4 / 5,
@@ -90,8 +90,8 @@ def test_with_the_reward_as_scorer_what_was_found_right_is_chosen():
     task = OneDigit(RunningSumConfig(num_terms=2))
     config = SearchConfig(n=24)
     options = DecodeOptions(max_new_tokens=10, generator=torch.Generator().manual_seed(0))
-    figures = evaluate_search(model, TEXT, task, config, options, scorer="reward", **SETTINGS)
-    assert figures["chosen_accuracy"] == figures["any_right_accuracy"] > figures["mean_accuracy"]
+    metrics = evaluate_search(model, TEXT, task, config, options, scorer="reward", **SETTINGS)
+    assert metrics["chosen_accuracy"] == metrics["any_right_accuracy"] > metrics["mean_accuracy"]
 
 
 def test_an_unknown_scorer_is_an_error():

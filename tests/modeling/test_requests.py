@@ -305,7 +305,7 @@ def test_processors_that_cannot_know_their_row_are_refused(monkeypatch):
     monkeypatch.setattr(type(model), "main_states", None)
     by_row = PrefixConstrainedLogitsProcessor(lambda row, ids: [5], 1)
     for processor in (by_row, EncoderNoRepeatNGramLogitsProcessor(2, PROMPT)):
-        with pytest.raises(ValueError, match="identifies rows by their number"):
+        with pytest.raises(ValueError, match="identifies rows by number"):
             written(model, PROMPT.repeat(2, 1), logits_processor=[processor])
     mark = SynthIDTextWatermarkLogitsProcessor(3, [1, 2], 16, 0, 8, torch.device("cpu"))
     with pytest.raises(ValueError, match="counts on one call a token"):

@@ -15,7 +15,7 @@ from mtp.rollouts.advantage import GroupRewards, group_std
 from mtp.rollouts.legibility import (
     jensen_shannon,
     mean_nats_of_rollouts,
-    reference_figures,
+    reference_metrics,
     thought_nats,
     unigram_drift,
 )
@@ -111,10 +111,10 @@ def test_reference_figures_by_slot_add_up_to_the_mean():
     measured = thought_nats(batch, TEXT, MODEL)
     assert measured.rollouts.tolist() == [0, 0, 0, 1, 1]
     assert measured.slots.tolist() == [0, 1, 2, 0, 1]
-    figures = reference_figures([batch], TEXT, MODEL, 3)
-    by_slot = [figures[f"reference_nats_slot_{slot}"] for slot in range(3)]
+    metrics = reference_metrics([batch], TEXT, MODEL, 3)
+    by_slot = [metrics[f"reference_nats_slot_{slot}"] for slot in range(3)]
     mean = (2 * by_slot[0] + 2 * by_slot[1] + by_slot[2]) / 5
-    assert figures["reference_nats_per_token"] == pytest.approx(mean, rel=1e-5)
+    assert metrics["reference_nats_per_token"] == pytest.approx(mean, rel=1e-5)
     assert len(mean_nats_of_rollouts(batch, TEXT, MODEL)) == 2
 
 

@@ -126,7 +126,9 @@ def test_reasoning_gym_style(rewards):
 
 def test_an_explicit_style_overrules_the_names(rewards):
     assert detect_style(rewards.trl, "trl") == "trl"
-    with pytest.raises(ValueError, match="cannot tell the style of .*:unclear .*task.reward_style"):
+    with pytest.raises(
+        ValueError, match="cannot determine the style of .*:unclear .*task.reward_style"
+    ):
         load_reward("rewards_for_test:unclear")
     reward = load_reward("rewards_for_test:unclear_but_named", "reasoning_gym")
     assert reward(EXAMPLE, "2") == 1.0 and reward(EXAMPLE, "3") == 0.0

@@ -1,6 +1,6 @@
-"""Export formats: how a model becomes the files of an export's folder.
+"""Export formats: functions that write the files of an export's folder.
 
-A format is a file with a function that writes the folder and one that gives its model card:
+A format is a file with a function that writes the folder and one that returns its model card:
 
     register_format("mine", Format(write, card))
 
@@ -20,9 +20,9 @@ from ...rollouts.prompt_format import PromptFormat
 from ..model_card import model_card
 
 Write = Callable[[Any, PromptFormat, Path, Any], None]
-"""(model, text format, folder that may be missing, the run's `RunConfig`): writes the folder."""
+"""(model, prompt format, folder that may be missing, the run's `RunConfig`): writes the folder."""
 Card = Callable[[Any, PromptFormat, dict[str, Any], Any], str]
-"""(model, text format, content of `summary.json`, `RunConfig`) -> the text of README.md."""
+"""(model, prompt format, content of `summary.json`, `RunConfig`) -> the text of README.md."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ FORMATS: dict[str, Format] = {}
 
 
 def register_format(name: str, format: Format) -> None:
-    """Make a format known to `mtp export --format`. Raises ValueError if the name is taken."""
+    """Add a format to `mtp export --format`. Raises ValueError if the name is taken."""
     if FORMATS.setdefault(name, format) != format:
         raise ValueError(f"a format must have a name of its own, got {name!r}; choose another name")
 
@@ -62,7 +62,7 @@ def edit_json(path: Path, *, drop: tuple[str, ...] = (), **values: Any) -> None:
 def open_first_phase(fmt: PromptFormat, folder: Path) -> None:
     """Make the generation prompts of the chat templates end with the first phase's delimiter.
 
-    A tokenizer may have several: one for tools lies in a folder of its own.
+    A tokenizer may have several templates: one for tools is in a separate folder.
     """
     if fmt.opener is None or not fmt.uses_template:
         return
@@ -85,7 +85,7 @@ def open_first_phase(fmt: PromptFormat, folder: Path) -> None:
 
 
 def stock_class(model: Any) -> type:
-    """The class of transformers that main alone has."""
+    """The class of transformers for main alone."""
     from transformers import PreTrainedModel
 
     from ...modeling.modeling_mtp import MTPMixin

@@ -2,7 +2,7 @@
 
 Plain `AutoModelForCausalLM.from_pretrained(folder)` opens main as the stock class of its family and
 ignores the head's weights. With `trust_remote_code=True` it opens main with its head, from the
-modeling files beside the weights: `mtp` need not be installed.
+modeling files next to the weights: `mtp` need not be installed.
 
 The chat template is that of the tokenizer with one addition: a generation prompt ends with the
 delimiter that opens the first phase, as it did in training.

@@ -12,7 +12,7 @@ from ..pretrained import quiet
 from .base import edit_json, open_first_phase, stock_class
 
 HEAD = "mtp_head."
-"""Beginning of the names of the head's weights."""
+"""Prefix of the names of the head's weights."""
 
 
 def write(model: Any, fmt: PromptFormat, folder: Path, config: Any) -> None:
