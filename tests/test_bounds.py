@@ -21,7 +21,7 @@ def parts(hint: object) -> list[object]:
 
 
 def declared(cls: type, key: str = "") -> dict[str, set[str]]:
-    """By key, the bounds that each numeric field below a dataclass declares."""
+    """Bounds that each numeric field below a dataclass declares, by key."""
     found = {}
     hints = typing.get_type_hints(cls)
     for entry in fields(cls):

@@ -1,4 +1,4 @@
-"""How commands end: exit codes, one line, and quietly for Ctrl-C, closed streams and pipes."""
+"""The end of a command: exit codes, one line, and quietly for Ctrl-C, closed streams and pipes."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""What a resumed run holds, what it refuses, and what a crash or damage leaves of its files."""
+"""Resuming a run: its content, its refusals, and its files after a crash or damage."""
 
 import json
 import os
@@ -442,7 +442,7 @@ def test_a_replaced_folder_is_always_there(tmp_path):
 
 
 def test_a_folder_whose_replacement_was_cut_short_is_put_back(tmp_path, monkeypatch):
-    """Where names cannot be exchanged in one step, a crash between two renames is mended."""
+    """If names cannot be exchanged in one step, a crash between two renames is repaired."""
     import mtp.files as files
 
     monkeypatch.setattr(files, "_exchange", lambda a, b: False)

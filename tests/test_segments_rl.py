@@ -42,7 +42,7 @@ TASK = RunningSumConfig().build()
 
 
 def make_text(alphabet="1=;", phases=PHASES, segments=SEGMENTS):
-    """By default a tokenizer of the 23 tokens that `tiny_model` knows."""
+    """A prompt format, by default with a tokenizer of the 23 tokens that `tiny_model` knows."""
     tokenizer = character_tokenizer(alphabet + ALPHABET, MARKS)
     return PromptFormat(tokenizer, phases, 4, segments=segments)
 
@@ -342,7 +342,7 @@ def prompt_of_segments(folder):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of a few steps whose thoughts are told in segments."""
+    """A run of a few steps whose thoughts are written in segments."""
     folder = tmp_path_factory.mktemp("segments") / "run"
     overrides = [
         "decoding=segments",

@@ -372,54 +372,64 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(
-        prog="mtp", description="Use a main LLM and its eavesdropping head that train.py trained."
+        prog="mtp", description="Use a main LLM and its eavesdropping head, trained by train.py."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str, folder: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         sub.set_defaults(run=run)
         sub.add_argument("folder", type=Path, metavar="FOLDER", help=folder)
         return sub
 
-    a_run = "a run's folder, such as runs/default"
-    sub = command("generate", generate, "write text with a model", f"{a_run}, or an exported one")
+    a_run = "folder of a run, such as runs/default"
+    sub = command("generate", generate, "write text with a model", f"{a_run}, or of an export")
     sub.add_argument("prompt", metavar="PROMPT", help="the user's message, such as 37+85+46=")
     add_search_options(sub)
     writers = [sub]
-    sub = command("chat", chat, "talk with a model", f"{a_run}, or an exported one")
+    sub = command("chat", chat, "talk with a model", f"{a_run}, or of an export")
     writers.append(sub)
     for sub in writers:
         add_writing_options(sub)
     sub = command("evaluate", evaluate, "measure a run's model on held-out problems", a_run)
     sub.add_argument(
-        "--num-problems", type=int, metavar="N", help="default: the run's evaluation.num_problems"
+        "--num-problems",
+        type=int,
+        metavar="N",
+        help="number of held-out problems; default: the run's evaluation.num_problems",
     )
     sub.add_argument(
-        "--json", action="store_true", help="print the metrics as summary.json has them"
+        "--json", action="store_true", help="print the metrics in the format of summary.json"
     )
     add_search_options(sub, "scorer", "mode", "temperature", "top_k", "top_p", "seed")
     sub.add_argument(
         "--scorer",
         choices=["logprob", "reward"],
-        help="of texts and branches: their mean log-probability (the default), or whether the "
-        "task finds their answer right",
+        help="score of texts and branches: their mean log-probability (default), or the reward of "
+        "the task, 1 for a right answer",
     )
     add_sampling_options(sub)
     sub = command("export", export, "write a run's model as a Hugging Face folder", a_run)
-    sub.add_argument("out", type=Path, metavar="OUT", help="folder to make; an export is replaced")
+    sub.add_argument(
+        "out", type=Path, metavar="OUT", help="folder to write; an earlier export is replaced"
+    )
     sub.add_argument(
         "--format",
         default="huggingface",
         metavar="NAME",
-        help="huggingface (main with its head, the default) or main (main alone, for any tool)",
+        help="huggingface: main with its head (default); main: main alone, for any tool",
     )
     for name, sub in commands.choices.items():
         sub.add_argument(
-            "--stage", metavar="NAME", help="the model as this stage left it, not the last"
+            "--stage", metavar="NAME", help="stage whose model is used; default: the last"
         )
         if name != "export":
-            sub.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+            sub.add_argument(
+                "--device",
+                choices=["auto", "cpu", "cuda"],
+                default="auto",
+                help="default: a GPU if there is one",
+            )
     return parser
 
 

@@ -44,16 +44,26 @@ def add_sampling_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--mode",
         choices=["fast", "slow", "verified"],
-        help="fast: each phase in its own mode, fast phases keep all tokens of a pass (the default "
-        "where the head is trained); slow: one token a pass; verified: main's own text, the head "
-        "proposes and main decides",
+        help="decoding mode: fast runs each phase in its own mode, and fast phases keep all tokens "
+        "of a pass (default if the head is trained); slow gives one token per pass (default "
+        "otherwise); verified gives main's own text: the head drafts and main verifies",
     )
     sub.add_argument(
-        "--temperature", type=float, metavar="T", help="0: greedy (the default); of a search: 1"
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="sampling temperature, 0: greedy; default: 0, with --search 1",
     )
-    sub.add_argument("--top-k", type=int, metavar="K", help="default: all tokens")
-    sub.add_argument("--top-p", type=float, metavar="P", help="default: all tokens")
-    sub.add_argument("--seed", type=int, help=f"of sampling; default: {DEFAULT_SEED}")
+    sub.add_argument(
+        "--top-k", type=int, metavar="K", help="sample from the K likeliest tokens; default: all"
+    )
+    sub.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample from the likeliest tokens with total probability P; default: all",
+    )
+    sub.add_argument("--seed", type=int, help=f"seed of sampling; default: {DEFAULT_SEED}")
 
 
 def add_writing_options(sub: argparse.ArgumentParser) -> None:
@@ -63,13 +73,19 @@ def add_writing_options(sub: argparse.ArgumentParser) -> None:
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help="of each segment; default: what the model was trained with",
+        help="maximum number of new tokens, per segment; default: as the model was trained",
     )
     sub.add_argument(
-        "--max-thought-tokens", type=int, metavar="N", help="close the first phase after N tokens"
+        "--max-thought-tokens",
+        type=int,
+        metavar="N",
+        help="close the thought, the first phase, after N tokens",
     )
     sub.add_argument(
-        "--max-segments", type=int, metavar="N", help="default: what the model was trained with"
+        "--max-segments",
+        type=int,
+        metavar="N",
+        help="maximum number of segments; default: as the model was trained",
     )
 
 
@@ -79,22 +95,22 @@ def add_search_options(sub: argparse.ArgumentParser, *of_search: str) -> None:
     sub.add_argument(
         "--search",
         choices=["best_of_n", "beam", "mcts"],
-        help="sample several texts, keep a beam of branches at pass boundaries, or grow a tree of "
-        "passes",
+        help="search for the best text: sample several texts, keep a beam of branches at pass "
+        "boundaries, or grow a tree of passes",
     )
     sub.add_argument(
-        "--n", type=int, metavar="N", help="texts, branches of the beam, or simulations; default: 8"
+        "--n", type=int, metavar="N", help="number of texts, branches or simulations; default: 8"
     )
     sub.add_argument(
         "--expand",
         type=int,
         metavar="E",
-        help="blocks sampled from each pass (beam, mcts); default: 4",
+        help="number of blocks sampled from each pass (beam, mcts); default: 4",
     )
     sub.add_argument(
         "--choose",
         choices=["score", "majority"],
-        help="take the best text (the default), or the most frequent final answer",
+        help="choose the text with the best score (default), or the most frequent final answer",
     )
 
 

@@ -1,4 +1,4 @@
-"""The command `mtp`: what it prints, and one line and exit code 2 where it cannot go on."""
+"""The command `mtp`: its output, and one line and exit code 2 for a mistake."""
 
 import io
 import json
@@ -76,7 +76,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def figures_of(run: Path, stage: str) -> dict:
-    """What the trainer's evaluation of a stage gives."""
+    """The metrics that the trainer's evaluation of a stage gives."""
     config = load_run_config(run / "config.yaml")
     model, text = load_model(run / "stages" / stage)
     metrics, _ = evaluate(

@@ -1,4 +1,4 @@
-"""What a search is worth on held-out problems: figures of texts that are known in advance."""
+"""Evaluation of a search on held-out problems: metrics of texts that are known in advance."""
 
 from types import SimpleNamespace
 

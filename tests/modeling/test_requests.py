@@ -1,4 +1,4 @@
-"""Options of `generate` with `mtp_mode`: each is honoured or refused by name, none passed over."""
+"""Options of `generate` with `mtp_mode`: each is supported or refused by name, none ignored."""
 
 import inspect
 
@@ -222,7 +222,7 @@ def test_the_mode_of_the_generation_config_is_the_default(tmp_path):
 def test_arguments_of_a_mode_are_refused_without_one(name):
     value = torch.Generator() if name == "generator" else 1
     for mode in (None, "stock"):
-        with pytest.raises(ValueError, match=f"{name} must be left out without an mtp_mode"):
+        with pytest.raises(ValueError, match=f"{name} must be left out if mtp_mode is"):
             make().generate(PROMPT, mtp_mode=mode, **{name: value})
 
 
@@ -317,7 +317,7 @@ def test_processors_that_cannot_know_their_row_are_refused(monkeypatch):
     [
         ({"inputs_embeds": torch.zeros(1, 4, 32)}, "does not support .'inputs_embeds'."),
         ({"position_ids": torch.arange(4)[None]}, "does not support .'position_ids'."),
-        ({"inputs": PROMPT}, "input_ids must be left out beside inputs"),
+        ({"inputs": PROMPT}, "input_ids must be left out if inputs is given"),
         ({"input_ids": PROMPT[0]}, r"input_ids must be token ids .* got torch.int64 \[4\]"),
         (
             {"attention_mask": torch.ones(1, 5)},

@@ -252,7 +252,7 @@ PLANTED = [5, 6, 6, 5, 6, 5, 5, 6]
 
 
 def planted_reward(branches):
-    """What a branch has of the planted text, less what stands behind its first mistake."""
+    """Length of the correct beginning of a branch, less the tokens after its first mistake."""
     out = []
     for branch in branches:
         pairs = zip(branch.text(), PLANTED, strict=False)
@@ -441,7 +441,7 @@ def test_search_takes_what_generate_takes():
         ({"method": "beam", "expand": 1}, "search.expand must be at least 2, got 1"),
         ({"method": "mcts", "exploration": -1.0}, "search.exploration must be 0 or above"),
         ({"method": "mcts", "rollouts": False}, "needs a scorer of open branches"),
-        ({"method": "beam", "rollouts": False}, "is of method mcts, got beam"),
+        ({"method": "beam", "rollouts": False}, "requires search.method=mcts, got beam"),
         ({"choose": "majority"}, "needs answer_of"),
         ({"width": 3}, "must not hold .'width'."),
         ({"do_sample": False}, "sampling must be on; got temperature=0"),
