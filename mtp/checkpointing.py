@@ -1,8 +1,10 @@
 """Checkpoints of a run, and the signals that end a run with one."""
 
 import signal
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+
+from torch.optim import Optimizer
 
 from .hub.checkpoint import save_checkpoint
 from .run import Run
@@ -17,7 +19,7 @@ class Interrupted(Exception):
         self.signal = number
 
 
-def save_run(run: Run, optimizers: dict[str, Any], is_best: bool = False) -> None:
+def save_run(run: Run, optimizers: Mapping[str, Optimizer], is_best: bool = False) -> None:
     """Write a checkpoint with everything that the run needs to continue."""
     if not run.fabric.is_global_zero:
         return

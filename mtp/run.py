@@ -98,7 +98,7 @@ class StageRun:
     """Its settings."""
     module: Any
     """The run's model as `step_module.wrap` gives it, with the stage's parameters trainable."""
-    optimizers: dict[str, Any]
+    optimizers: dict[str, torch.optim.Optimizer]
     """Optimizers by emitter; an emitter that is not trained has none."""
     reference: Any
     """Frozen model that loss and reward compare with; None if neither compares."""

@@ -162,7 +162,9 @@ def has_ended(config: RunConfig, folder: Path, progress: Progress) -> bool:
     )
 
 
-def load_weights(model: Any, weights: dict[str, torch.Tensor], checkpoint: str | None) -> None:
+def load_weights(
+    model: torch.nn.Module, weights: dict[str, torch.Tensor], checkpoint: str | None
+) -> None:
     """Load the weights of a checkpoint into the model. Raises ValueError if they do not fit."""
     try:
         model.load_state_dict(weights)

@@ -95,7 +95,7 @@ class NotFinite(ValueError):
 
 
 @contextmanager
-def naming_what_is_not_finite(model: Any, where: Callable[[], str]) -> Iterator[None]:
+def naming_what_is_not_finite(model: torch.nn.Module, where: Callable[[], str]) -> Iterator[None]:
     """Add place and weight to an error that numbers which are not finite cause.
 
     Libraries report only that a distribution cannot be sampled from. Raises `NotFinite`; any other
@@ -115,7 +115,7 @@ def naming_what_is_not_finite(model: Any, where: Callable[[], str]) -> Iterator[
         raise NotFinite(f"{where()}: {cause}; {remedy}") from error
 
 
-def weight_that_is_not_finite(model: Any) -> str | None:
+def weight_that_is_not_finite(model: torch.nn.Module) -> str | None:
     """Name of the first weight that holds NaN or infinity; None if there is none."""
     try:
         for name, parameter in model.named_parameters():

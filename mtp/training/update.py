@@ -34,7 +34,7 @@ def global_counts(
 def update(
     fabric: Fabric,
     module: Any,
-    optimizers: Mapping[str, Any],
+    optimizers: Mapping[str, torch.optim.Optimizer],
     batches: list[TextBatch],
     objective: ObjectiveConfig,
     *,
