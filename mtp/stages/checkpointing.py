@@ -4,9 +4,9 @@ import signal
 from dataclasses import asdict
 from typing import Any
 
-from .hub.checkpoint import save_checkpoint
-from .run import Run
-from .training.runtime import over_processes
+from ..hub.checkpoint import save_checkpoint
+from ..run import Run
+from ..training.runtime import over_processes
 
 
 class Interrupted(Exception):
