@@ -194,7 +194,10 @@ class KernelTokenSampler:
             )
             return "auto" if pays and linear_sample is not None else None
         if linear_sample is None:
-            raise ValueError(f"impl={impl} needs the package mtp_kernels, which is missing")
+            raise ValueError(
+                f"impl={impl} (key kernels of a run) needs the package mtp_kernels, "
+                "which is missing; install it or use auto"
+            )
         return impl
 
     def __call__(
