@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from mtp.cli.help import help_text
-from mtp.process import quiet_imports, run_command
+from mtp.common.process import quiet_imports, run_command
 
 if __name__ == "__main__":
     quiet_imports()

@@ -54,15 +54,15 @@ OVERRIDES = [
 ]
 CLOCKS = {"step_time", "rollout_time", "tokens_per_second", "seconds"}
 MOMENTS = {
-    "step": ("mtp.stage_loop", "step_batches", 18),
-    "update": ("mtp.stage_loop", "update", 18),
+    "step": ("mtp.stages.loop", "step_batches", 18),
+    "update": ("mtp.stages.loop", "update", 18),
     "rollout": ("mtp.groups", "sample", 4),
-    "evaluation": ("mtp.stage_evaluation", "evaluate", 6),
+    "evaluation": ("mtp.stages.evaluation", "evaluate", 6),
     "checkpoint written": ("mtp.hub.checkpoint", "write_state", 24),
-    "checkpoint moved": ("mtp.files", "_settle", 40),
+    "checkpoint moved": ("mtp.common.files", "_settle", 40),
     "old checkpoint removed": ("mtp.hub.checkpoint", "checkpoints", 24),
-    "stage saved": ("mtp.stage_loop", "save_model", 4),
-    "end of stage": ("mtp.stage_loop", "end_stage", 4),
+    "stage saved": ("mtp.stages.loop", "save_model", 4),
+    "end of stage": ("mtp.stages.loop", "end_stage", 4),
     "metrics": ("mtp.reports.json_lines", "JsonLines.append", 60),
     "export": ("mtp.trainer", "export", 1),
     "export written": ("mtp.hub.export", "write_card", 1),

@@ -607,8 +607,8 @@ def make_world(home: Path) -> World:
     import mtp.cli.streaming_search
     import mtp.evaluation.evaluate_search
     import mtp.trainer
-    from mtp.bounds import numbers
     from mtp.cli.hydra import register_configs
+    from mtp.common.bounds import numbers
     from mtp.config import to_run_config
 
     torch.set_num_threads(1)

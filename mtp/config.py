@@ -13,9 +13,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from .bounds import bounded, check_numbers
+from .common.bounds import bounded, check_numbers
+from .common.files import save_text
 from .evaluation.evaluate import EvaluationConfig
-from .files import save_text
 from .hub.build import ModelConfig
 from .hub.run_folder import check_name
 from .modeling.heads import HeadConfig

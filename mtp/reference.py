@@ -7,9 +7,9 @@ A metric that training optimizes is no independent measure, so the two should be
 from pathlib import Path
 from typing import Any
 
+from .common.errors import reading
+from .common.files import save_atomically
 from .config import RunConfig
-from .errors import reading
-from .files import save_atomically
 from .hub.build import load_model, save_model
 from .run import Run
 

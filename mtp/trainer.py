@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric, seed_everything
 
-from .checkpointing import Interrupted, stop_if_asked
+from .common.files import save_atomically, save_text
 from .config import RunConfig
-from .dry_run import dry_config, estimate
-from .files import save_atomically, save_text
 from .hub.build import build_model, has_head
 from .hub.export import export
 from .hub.run_folder import RunFolder, claim
@@ -26,7 +24,9 @@ from .reports.loggers import Log, LoggedRun
 from .reports.progress import make_console
 from .reports.tables import print_table
 from .run import Progress, Run, read_start, settings_of, write_start
-from .stage_loop import run_stage
+from .stages.checkpointing import Interrupted, stop_if_asked
+from .stages.dry_run import dry_config, estimate
+from .stages.loop import run_stage
 from .tasks.base import Task, check_disjoint
 from .training.examples import checked_task
 from .training.optimizers import split_parameters

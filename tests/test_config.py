@@ -12,8 +12,8 @@ from hydra.errors import MissingConfigException
 from omegaconf import open_dict
 
 from mtp.cli.hydra import job_folder, register_configs
+from mtp.common.errors import one_line
 from mtp.config import to_run_config
-from mtp.errors import one_line
 from mtp.hub.build import build_model
 from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 

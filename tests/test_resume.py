@@ -16,10 +16,10 @@ import pytest
 import torch
 from helpers import ROOT, TINY, config, records
 
-import mtp.stage_evaluation as stage_evaluation
-import mtp.stage_loop as stage_loop
+import mtp.stages.evaluation as stage_evaluation
+import mtp.stages.loop as stage_loop
 import mtp.trainer as trainer
-from mtp.files import save_atomically
+from mtp.common.files import save_atomically
 from mtp.hub.checkpoint import checkpoints, damage_of, read_state, write_state
 from mtp.hub.run_folder import RunFolder, changed_settings
 from mtp.reports.json_lines import read_records
@@ -443,7 +443,7 @@ def test_a_replaced_folder_is_always_there(tmp_path):
 
 def test_a_folder_whose_replacement_was_cut_short_is_put_back(tmp_path, monkeypatch):
     """If names cannot be exchanged in one step, a crash between two renames is repaired."""
-    import mtp.files as files
+    import mtp.common.files as files
 
     monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     target = tmp_path / "out"

@@ -17,9 +17,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from ..common.errors import in_quotes, one_line
+from ..common.files import save_text
 from ..config import RunConfig
-from ..errors import in_quotes, one_line
-from ..files import save_text
 from ..reports.loggers import SINKS
 from ..tasks import TASK_CONFIGS
 

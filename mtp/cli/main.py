@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..process import quiet_imports, run_command
+from ..common.process import quiet_imports, run_command
 from .options import (
     DEFAULT_SEED,
     add_sampling_options,
@@ -73,7 +73,7 @@ class Opened:
 
     def load(self, device: str) -> tuple[Any, "PromptFormat"]:
         """The model on a device, ready to decode, and its prompt format."""
-        from ..errors import reading
+        from ..common.errors import reading
         from ..hub.build import load_model
 
         dtype = None if self.config is None else self.config.model.torch_dtype()
@@ -122,7 +122,7 @@ def open_model(folder: Path, stage: str | None) -> Opened:
         )
     if stage is not None:
         raise ValueError(f"--stage selects a stage of a run, but {folder} is one model")
-    from ..errors import read_json
+    from ..common.errors import read_json
 
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or "mtp" not in config:
@@ -242,7 +242,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if search is not None:
         evaluate_search(arguments, opened, search, number or config.evaluation.num_problems)
         return
-    from ..errors import reading
+    from ..common.errors import reading
     from ..evaluation.evaluate import evaluate as measure
     from ..hub.build import load_model
     from ..reference import evaluation_reference, folder_of
@@ -328,7 +328,7 @@ def export(arguments: argparse.Namespace) -> None:
     opened = open_run(arguments.folder, arguments.stage)
     config = opened.config
     assert config is not None
-    from ..errors import read_json
+    from ..common.errors import read_json
     from ..hub.export import check_replaceable
     from ..hub.export import export as write
     from ..hub.formats import find_format

@@ -6,7 +6,7 @@ Heavy imports wait until a command runs, as in `main.py`.
 import argparse
 from typing import TYPE_CHECKING
 
-from ..bounds import check_number
+from ..common.bounds import check_number
 
 if TYPE_CHECKING:
     from ..modeling.branches import SearchConfig

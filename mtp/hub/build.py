@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GgufConfig, PretrainedConfig
 
-from ..errors import reading
+from ..common.errors import reading
 from ..modeling.contract import check_slow_mode
 from ..modeling.heads import HeadConfig
 from ..modeling.memory import ALPHABET

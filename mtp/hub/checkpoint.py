@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import TEMPORARY, _link, _remove, save_atomically
+from ..common.files import TEMPORARY, _link, _remove, save_atomically
 
 FORMAT = "mtp-checkpoint-1"
 SUFFIX = ".safetensors"

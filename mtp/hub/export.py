@@ -7,7 +7,7 @@ is replaced as a whole; no other folder is replaced.
 from pathlib import Path
 from typing import Any
 
-from ..files import save_atomically
+from ..common.files import save_atomically
 from ..rollouts.prompt_format import PromptFormat
 from .formats import FORMATS, Format, find_format
 from .formats.huggingface import MODELING

@@ -71,6 +71,8 @@ def model_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: A
 
 def main_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: Any) -> str:
     """README.md of main without its head: how to open it, metrics, provenance, limits."""
+    prompt, wrong = sample_prompt(model, fmt, config)
+    caveat = [f"The answer to this prompt, the best of {NUM_TRIED} that were tried, is wrong."]
     parts = [
         _front_matter(config),
         f"# {config.name}: main of a language model with an eavesdropping head",
@@ -80,7 +82,8 @@ def main_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: An
         "not in this folder: this model writes one token per pass, as in the slow mode of the "
         "whole.",
         "## Use",
-        _snippet(fmt, config, head=False),
+        _snippet(fmt, prompt, head=False),
+        *(caveat if "slow" in wrong else []),
         "## Measured",
         "Slow accuracy and slow passes are those of this folder; fast and verified mode need the "
         "head.",

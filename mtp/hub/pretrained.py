@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers import logging as hf_logging
 
-from ..errors import one_line
+from ..common.errors import one_line
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import socket
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..files import remove_temporary, save_text
+from ..common.files import remove_temporary, save_text
 from ..reports.loggers import SINKS
 from .checkpoint import choose_checkpoint
 from .export import check_replaceable

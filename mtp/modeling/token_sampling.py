@@ -195,7 +195,8 @@ class KernelTokenSampler:
             return "auto" if pays and linear_sample is not None else None
         if linear_sample is None:
             raise ValueError(
-                f"impl={impl} needs the package mtp_kernels; install it or set impl=None"
+                f"impl={impl} (key kernels of a run) needs the package mtp_kernels, "
+                "which is missing; install it or use auto"
             )
         return impl
 

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ..files import save_text
+from ..common.files import save_text
 
 _log = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import read_json
-from ..files import save_text
-from ..process import run_command
+from ..common.errors import read_json
+from ..common.files import save_text
+from ..common.process import run_command
 from .interval import interval
 from .metrics import Metric, measured, metrics_of
 from .progress import make_console

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..registry import Registry
+from ..common.registry import Registry
 
 EPSILON = 1e-4
 """Added to a standard deviation before dividing by it."""

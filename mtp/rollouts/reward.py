@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bounds import bounded
+from ..common.bounds import bounded
 from ..tasks.base import Task
 from .legibility import mean_nats_of_rollouts
 from .prompt_format import PromptFormat

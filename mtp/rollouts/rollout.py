@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..bounds import bounded
+from ..common.bounds import bounded
 from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.memory import Memory
 from ..modeling.phases import Phase, PhasePlan, check_phases

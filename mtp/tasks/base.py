@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from ..bounds import bounded
+from ..common.bounds import bounded
 
 Split = Literal["train", "test"]
 

@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..bounds import bounded
+from ..common.bounds import bounded
 from .base import Example, Split, Task, TaskConfig, read_utf8
 
 _MAX_DRAWS = 1000

@@ -19,7 +19,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from ..bounds import bounded
+import numpy
+
+from ..common.bounds import bounded
 from .base import Example, Split, Task, TaskConfig, fingerprint, read_utf8
 from .reward_functions import load_reward
 
@@ -253,7 +255,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parquet(path: Path, key: str) -> list[dict[str, Any]]:
-    import numpy
     import pyarrow
     from pyarrow import parquet
 
@@ -269,11 +270,19 @@ def _parquet(path: Path, key: str) -> list[dict[str, Any]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{key}={path} must hold UTF-8 text: {error}; convert the file") from None
     for column in table.schema:
-        if column.type == pyarrow.float32():  # 0.1, which as a double is 0.10000000149
+        if str(column.type) in NARROW_FLOATS:
             for row in rows:
-                value = row[column.name]
-                row[column.name] = None if value is None else float(str(numpy.float32(value)))
+                row[column.name] = shortest(row[column.name], NARROW_FLOATS[str(column.type)])
     return rows
+
+
+NARROW_FLOATS = {"float": "float32", "halffloat": "float16"}
+"""Arrow's names of the floats that are narrower than Python's, and NumPy's."""
+
+
+def shortest(value: float | None, dtype: str) -> float | None:
+    """The float with the fewest digits that `dtype` rounds to `value`: 0.1, not 0.10000000149."""
+    return None if value is None else float(str(numpy.dtype(dtype).type(value)))
 
 
 def _datasets(path: Path, source: str, subset: str | None, split: str, key: str) -> Any:
@@ -282,9 +291,10 @@ def _datasets(path: Path, source: str, subset: str | None, split: str, key: str)
     saved = path / "dataset_dict.json", path / "state.json"
     try:
         if not any(file.is_file() for file in saved):
-            return datasets.load_dataset(source, subset, split=split)
+            return _with_short_floats(datasets.load_dataset(source, subset, split=split))
         loaded = datasets.load_from_disk(str(path))
-        return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        chosen = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        return _with_short_floats(chosen)
     except Exception as error:  # datasets raises any kind of error, by loader
         first = (str(error).splitlines() or [""])[0]
         raise ValueError(
@@ -292,3 +302,22 @@ def _datasets(path: Path, source: str, subset: str | None, split: str, key: str)
             f"{split!r}: {type(error).__name__}: {first}; give a .jsonl or .parquet file, a folder "
             "or a hub id, and task.subset, task.train_split, task.test_split where it has them"
         ) from error
+
+
+def _with_short_floats(rows: Any) -> Any:
+    """A dataset whose narrow floats come with the digits that were written, converted on access."""
+    narrow = {
+        name: feature.dtype
+        for name, feature in rows.features.items()
+        if getattr(feature, "dtype", None) in NARROW_FLOATS.values()
+    }
+    if not narrow:
+        return rows
+
+    def shortened(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return batch | {
+            name: [shortest(value, dtype) for value in batch[name]]
+            for name, dtype in narrow.items()
+        }
+
+    return rows.with_transform(shortened)

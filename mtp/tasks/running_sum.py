@@ -9,7 +9,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from ..bounds import bounded
+from ..common.bounds import bounded
 from .base import Example, Split, Task, TaskConfig
 
 _STEP = re.compile(r"(\d+)\+(\d+)=(\d+)")

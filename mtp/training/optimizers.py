@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..bounds import bounded
+from ..common.bounds import bounded
 
 BETAS = (0.9, 0.95)
 """AdamW's betas, as in most runs of language models."""

@@ -18,7 +18,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from ..bounds import bounded
+from ..common.bounds import bounded
 
 
 @dataclass(kw_only=True)

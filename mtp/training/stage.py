@@ -6,7 +6,7 @@ set determines the kind of the stage.
 
 from dataclasses import dataclass, field
 
-from ..bounds import bounded
+from ..common.bounds import bounded
 from ..rollouts.advantage import ADVANTAGES, Advantage, AdvantageConfig
 from ..rollouts.reward import RewardConfig
 from .objectives import ObjectiveConfig

@@ -9,7 +9,7 @@ from helpers import tiny_model
 from toy import HEAD, PHASES, SIZES, build_toy, save_toy
 from transformers import GemmaConfig, GemmaForCausalLM, OlmoConfig, OlmoForCausalLM
 
-from mtp.errors import one_line
+from mtp.common.errors import one_line
 from mtp.hub.build import ModelConfig, build_model, load_model, save_model, start_from_main
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.modeling_mtp import MTPMixin

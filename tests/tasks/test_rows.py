@@ -308,6 +308,22 @@ def test_parquet_columns_that_are_there_twice_or_hold_short_floats(tmp_path):
     assert (found["0"], found["1"], found["2"]) == ("0.1", "2.5", "6")
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_narrow_floats_of_a_dataset_and_of_parquet_keep_their_digits(tmp_path, dtype):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"prompt": datasets.Value("string"), "answer": datasets.Value(dtype)}
+    )
+    rows = [{"prompt": str(i), "answer": 0.1 if i else 2.5} for i in range(40)]
+    dataset = datasets.Dataset.from_list(rows, features=features)
+    dataset.save_to_disk(tmp_path / "saved")
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    for name in ("saved", "rows.parquet"):
+        task = RowsConfig(source=str(tmp_path / name), num_test=99).build()
+        found = {e.prompt: e.answer for e in every(task, "train") + every(task, "test")}
+        assert (found["0"], found["1"]) == ("2.5", "0.1"), name
+
+
 @pytest.fixture(scope="module")
 def verifier():
     return MathVerifier(seconds=2)

@@ -10,7 +10,7 @@ from helpers import EOS, GREEDY, HEADS, PAD, completions, config, records, run, 
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import mtp.stage_loop as stage_loop
+import mtp.stages.loop as stage_loop
 from mtp.evaluation.evaluate import acceptance_by_slot
 from mtp.evaluation.evaluate_search import evaluate_search
 from mtp.hub.build import load_model, start_from_main

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ...bounds import bounded
+from ...common.bounds import bounded
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...files import save_atomically
+from ...common.files import save_atomically
 from ..json_lines import JsonLines, read_records
 from .base import LoggedRun, Sink, SinkConfig
 

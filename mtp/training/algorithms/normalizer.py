@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...registry import Registry
+from ...common.registry import Registry
 from ..batch import PolicyRows
 from .ratio import group_sum
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from ...registry import Registry
+from ...common.registry import Registry
 from ..batch import RolloutBatch, TextBatch
 from .head_ce import HeadCE
 from .head_kl import HeadKL

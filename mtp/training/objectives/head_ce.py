@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...bounds import bounded
+from ...common.bounds import bounded
 from ..batch import TextBatch
 from .stream import StreamInputs, SupervisedStream, Term, mean_of
 

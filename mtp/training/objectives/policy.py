@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...bounds import bounded
+from ...common.bounds import bounded
 from ..algorithms import ALGORITHMS, NORMALIZERS, RATIOS, Algorithm, Division, PolicyTokens
 from ..batch import PolicyRows, RolloutBatch, TextBatch
 from .stream import Reads, Stream, StreamInputs, Term, max_of, mean_of, rollouts_of

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...bounds import bounded
+from ...common.bounds import bounded
 from ...modeling.sampler import Sampler
 from ..batch import TextBatch
 from .scored import OutputRows

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ...bounds import bounded
+from ...common.bounds import bounded
 from ...modeling.output_layer import OutputLayer
 from ...modeling.sampler import Sampler
 from ..batch import RolloutBatch, TextBatch

@@ -3,18 +3,18 @@
 import time
 from typing import Any
 
+from ..common.files import save_atomically
+from ..hub.build import save_model
+from ..reference import frozen_for_stage
+from ..reports.progress import StageProgress
+from ..run import Run, StageRun
+from ..steps import step_batches
+from ..training.optimizers import build_optimizer, set_lr, split_parameters
+from ..training.stage import StageConfig
+from ..training.step_module import wrap
+from ..training.update import update
 from .checkpointing import interrupted, save_run, stop_signal
-from .files import save_atomically
-from .hub.build import save_model
-from .reference import frozen_for_stage
-from .reports.progress import StageProgress
-from .run import Run, StageRun
-from .stage_evaluation import evaluate_stage, has_learned, interim_evaluation
-from .steps import step_batches
-from .training.optimizers import build_optimizer, set_lr, split_parameters
-from .training.stage import StageConfig
-from .training.step_module import wrap
-from .training.update import update
+from .evaluation import evaluate_stage, has_learned, interim_evaluation
 
 
 def run_stage(

@@ -6,9 +6,9 @@ from dataclasses import asdict
 
 from torch.optim import Optimizer
 
-from .hub.checkpoint import save_checkpoint
-from .run import Run
-from .training.runtime import over_processes
+from ..hub.checkpoint import save_checkpoint
+from ..run import Run
+from ..training.runtime import over_processes
 
 
 class Interrupted(Exception):

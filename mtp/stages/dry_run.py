@@ -4,9 +4,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from .config import RunConfig
-from .reports.json_lines import read_records
-from .reports.loggers import FilesConfig
+from ..config import RunConfig
+from ..reports.json_lines import read_records
+from ..reports.loggers import FilesConfig
 
 DRY_STEPS = 3
 """Steps of each stage in a dry run."""

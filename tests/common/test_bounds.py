@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass, make_dataclass
 import pytest
 from test_config import mistake, run_config
 
-from mtp.bounds import BOUNDS, bounded, check_numbers, join, numbers
+from mtp.common.bounds import BOUNDS, bounded, check_numbers, join, numbers
 from mtp.config import RunConfig
 from mtp.tasks import TASK_CONFIGS
 

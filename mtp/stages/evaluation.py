@@ -2,18 +2,21 @@
 
 from typing import Any
 
-from .evaluation.evaluate import evaluate, fast_accuracy
-from .reference import frozen_for_evaluation, reference_in_loss
-from .reports.tables import completions_rows, print_completions
-from .rollouts.rollout import Rollouts
-from .run import Run, StageRun
-from .tasks.base import training_index
-from .training.runtime import over_processes
-from .training.step_module import within
+from ..evaluation.evaluate import evaluate, fast_accuracy
+from ..reference import frozen_for_evaluation, reference_in_loss
+from ..reports.tables import completions_rows, print_completions
+from ..rollouts.rollout import Rollouts
+from ..run import Run, StageRun
+from ..tasks.base import training_index
+from ..training.runtime import over_processes
+from ..training.step_module import within
 
 
 def has_learned(run: Run, stage: StageRun) -> bool:
-    """True if a stage may end before its last step, see `StageConfig.stop_accuracy`."""
+    """True if a stage may end before its last step, see `StageConfig.stop_accuracy`.
+
+    Processes that round differently may disagree: the stage ends once all of them agree.
+    """
     progress, config = run.progress, run.config
     limit = stage.config.stop_accuracy
     if not (limit and progress.step) or progress.step % stage.config.stop_every:
@@ -35,8 +38,7 @@ def has_learned(run: Run, stage: StageRun) -> bool:
             config.kernels,
         ),
     )
-    # All processes stop together, even if rounding differs between them.
-    return over_processes(run.fabric, {"reached": reached or 0.0}, "max")["reached"] >= limit
+    return over_processes(run.fabric, {"reached": reached or 0.0}, "min")["reached"] >= limit
 
 
 def head_is_trained(run: Run) -> bool:
