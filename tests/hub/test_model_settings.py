@@ -153,7 +153,7 @@ def test_another_head_than_the_checkpoints_is_refused_with_the_difference(tmp_pa
     ("mtp", "message"),
     [
         ({"num_slots": 3, "colour": 1, "smell": 2}, r"does not know \(colour, smell\); open the"),
-        ("eavesdrop", "must be a head's settings by name, got 'eavesdrop'"),
+        ("eavesdrop", "must be a mapping of a head's settings, got 'eavesdrop'"),
         ({"num_slots": 0}, "head.num_slots must be .* got 0"),
     ],
 )

@@ -308,7 +308,7 @@ def test_processors_that_cannot_know_their_row_are_refused(monkeypatch):
         with pytest.raises(ValueError, match="identifies rows by number"):
             written(model, PROMPT.repeat(2, 1), logits_processor=[processor])
     mark = SynthIDTextWatermarkLogitsProcessor(3, [1, 2], 16, 0, 8, torch.device("cpu"))
-    with pytest.raises(ValueError, match="counts on one call a token"):
+    with pytest.raises(ValueError, match="relies on one call per token"):
         written(model, logits_processor=[mark])
 
 
