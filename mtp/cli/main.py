@@ -148,6 +148,8 @@ class Writer:
     model: Any
     fmt: "PromptFormat"
     mode: str
+    check_length: "Callable[[list[int]], None]"
+    """Raises ValueError for prompt ids that leave too few positions for the new tokens."""
     write: "Callable[[list[int], str], list[int]]"
     """(prompt ids, mode) -> completion ids, shown as they are sampled."""
 
@@ -185,6 +187,15 @@ def open_writer(arguments: argparse.Namespace) -> Writer:
     options = DecodeOptions(sampler=sampler, max_new_tokens=limit, generator=generator)
     console = make_console()
 
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    def check_length(prompt: list[int]) -> None:
+        if positions is not None and len(prompt) + limit > positions:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and {limit} new ones must fit in the model's "
+                f"{positions} positions; shorten the prompt or lower --max-new-tokens"
+            )
+
     def write(prompt: list[int], mode: str) -> list[int]:
         plan = fmt.plan(mode)
         if arguments.max_thought_tokens is not None:
@@ -193,7 +204,7 @@ def open_writer(arguments: argparse.Namespace) -> Writer:
             return write_found(console, model, fmt, prompt, plan, options, config, mode=mode)
         return write_live(console, model, fmt, prompt, plan, options, mode=mode)
 
-    return Writer(console, model, fmt, mode, write)
+    return Writer(console, model, fmt, mode, check_length, write)
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -201,6 +212,7 @@ def generate(arguments: argparse.Namespace) -> None:
     writer = open_writer(arguments)
     writer.fmt.check_prompt(arguments.prompt)
     prompt = writer.fmt.prompt_ids(arguments.prompt)
+    writer.check_length(prompt)
     style = "dim" if writer.console.is_terminal else ""
     writer.console.print(arguments.prompt, end=" ", style=style)
     writer.write(prompt, writer.mode)
@@ -229,6 +241,7 @@ def chat(arguments: argparse.Namespace) -> None:
         writer.write,
         mode=writer.mode,
         check=writer.fmt.check_prompt,
+        check_length=writer.check_length,
     )
 
 

@@ -155,6 +155,7 @@ def converse(
     *,
     mode: str,
     check: Callable[[str], None],
+    check_length: Callable[[list[int]], None],
 ) -> None:
     """A conversation: each line is a message, or a command (`HELP`).
 
@@ -165,6 +166,7 @@ def converse(
         write: completes a prompt, (ids, mode) -> completion ids.
         mode: mode at the beginning.
         check: raises ValueError for a message that the model cannot read.
+        check_length: raises ValueError for a prompt that is too long for the model.
     """
     messages: list[dict[str, str]] = []
     for line in map(str.strip, lines):
@@ -183,7 +185,13 @@ def converse(
             except ValueError as error:
                 console.print(f"error: {error}", style="red")
                 continue
-            messages.append({"role": "user", "content": line})
-            ids = write(fmt.conversation_ids(messages), mode)
+            said = [*messages, {"role": "user", "content": line}]
+            prompt = fmt.conversation_ids(said)
+            try:
+                check_length(prompt)
+            except ValueError as error:
+                console.print(f"error: {error}, or type /new", style="red")
+                continue
+            ids = write(prompt, mode)
             answer = fmt.answer_text(ids)
-            messages.append({"role": "assistant", "content": answer or ""})
+            messages = [*said, {"role": "assistant", "content": answer or ""}]
