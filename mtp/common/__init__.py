@@ -1,1 +1,1 @@
-"""What every other folder may import: errors, bounds of numbers, files, exit codes, registries."""
+"""Shared by every other folder: errors, bounds of numbers, files, exit codes, registries."""

@@ -226,7 +226,7 @@ def test_numbers_become_text_as_they_are_written(value, text):
     "value", [float("nan"), float("inf"), Decimal("NaN"), Decimal("-Infinity")]
 )
 def test_numbers_that_are_none_are_refused(value):
-    message = "task.answer_column must hold finite numbers, got .* in row 3 of r; mend"
+    message = "task.answer_column must hold finite numbers, got .* in row 3 of r; correct or drop"
     with pytest.raises(ValueError, match=message):
         to_example({"prompt": "p", "answer": value}, RowsConfig(), "row 3 of r")
 

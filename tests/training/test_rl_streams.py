@@ -187,7 +187,7 @@ def test_rollouts_that_contradict_each_other_name_their_keys(settings, message):
                 "rollouts": RolloutsConfig(num_prompts=4),
                 "objective": ObjectiveConfig(head_ce=HeadCE(weight=1.0)),
             },
-            "set stages.x.rollouts.num_solved to",
+            "set stages.x.rollouts.num_solved above 0",
         ),
     ],
 )
