@@ -52,13 +52,7 @@ def choices(conf: Path) -> str:
     """Every group of conf/ with its options, each with its file's description."""
     found = {path.name for path in conf.iterdir() if path.is_dir()}
     groups = [group for group in GROUPS if group in found] + sorted(found - set(GROUPS))
-    options = {
-        group: {
-            path.relative_to(conf / group).with_suffix("").as_posix(): about(path)
-            for path in sorted((conf / group).rglob("*.yaml"))
-        }
-        for group in groups
-    }
+    options = {group: described(conf / group) for group in groups}
     column = 4 + max(len(name) for group in options.values() for name in group) + 2
     lines = []
     for group, names in options.items():
@@ -72,6 +66,12 @@ def choices(conf: Path) -> str:
                 break_on_hyphens=False,
             )
     return "\n".join(lines)
+
+
+def described(folder: Path) -> dict[str, str]:
+    """The options of a group with their descriptions, those in folders of their own last."""
+    files = sorted(folder.rglob("*.yaml"), key=lambda path: (path.parent != folder, path))
+    return {path.relative_to(folder).with_suffix("").as_posix(): about(path) for path in files}
 
 
 def about(path: Path) -> str:
