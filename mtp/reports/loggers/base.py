@@ -32,7 +32,7 @@ class LoggerConfig:
     """Steps between two records of training metrics."""
     thought_tokens: int = bounded(32768, at_least=0, at_most=100_000_000)
     """Tokens of the rollouts that `thoughts.jsonl` keeps of the evaluation that ends a stage, for
-    the report (about 100 bytes per token). An evaluation within a stage keeps an eighth. 0: none.
+    the report (about 150 bytes per token). An evaluation within a stage keeps an eighth. 0: none.
     """
     sinks: dict[str, SinkConfig] = field(default_factory=lambda: {"files": SINKS["files"].config()})
     """Settings of each sink by its name, see `register_sink`. The files are always among them
