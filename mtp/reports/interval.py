@@ -119,7 +119,7 @@ def _correlation(both: int, only_first: int, only_second: int, neither: int) -> 
     margins *= only_first + neither
     if margins == 0:
         return 0.0
-    product = both * neither - only_first * only_second
+    product: float = both * neither - only_first * only_second
     total = both + only_first + only_second + neither
     if product > 0:
         product = max(product - total / 2, 0)

@@ -129,9 +129,9 @@ def group_by_seed(jobs: list[Job]) -> list[Group]:
                 Group(
                     overrides=dict(shared),
                     seeds=[job.overrides["seed"] for job in found],
-                    mean={name: i and i.center for name, i in intervals.items()},
-                    low={name: i and i.low for name, i in intervals.items()},
-                    high={name: i and i.high for name, i in intervals.items()},
+                    mean={name: i.center if i else None for name, i in intervals.items()},
+                    low={name: i.low if i else None for name, i in intervals.items()},
+                    high={name: i.high if i else None for name, i in intervals.items()},
                 )
             )
     return groups

@@ -6,6 +6,9 @@ const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
 const SYMBOLS = { slow: "square", fast: "circle", verified: "diamond" };
 const MANY = 14; // series from which a legend would be larger than the plot
 
+/** A mode's marker; open where the colours begin again. */
+const symbol = (mode, i) => SYMBOLS[mode] + (i >= COLOURS.length ? "-open" : "");
+
 const colour = (i) => COLOURS[i % COLOURS.length];
 const inPercent = (values) => values.map((v) => (v === null || v === undefined ? null : 100 * v));
 const STEPS = "optimizer steps, all stages";
@@ -46,19 +49,28 @@ function paretoFront(points) {
   return sorted.filter((p) => p.accuracy > best && (best = p.accuracy, true));
 }
 
-const finalPoints = (run) => {
-  const last = new Map(run.points.map((p) => [`${p.stage}/${p.mode}`, p]));
-  const stage = run.stages.at(-1)?.name;
-  return several ? [...last.values()].filter((p) => p.stage === stage) : [...last.values()];
-};
+const GROUPS = [...new Set(DATA.runs.map((run) => run.group))];
+const isGrouped = DATA.groups.length > 0;
+
+/** Colour and legend of a run: runs that differ by seed alone share theirs. `seen` names traces. */
+function looks(run, number, name, seen) {
+  const label = isGrouped ? run.group + name.slice(run.name.length) : name;
+  const index = isGrouped ? GROUPS.indexOf(run.group) : number;
+  const isFirst = !seen.has(label);
+  seen.add(label);
+  return { index, legend: { name: label, legendgroup: label, showlegend: isFirst } };
+}
 
 function frontierFigure() {
   const traces = [];
+  const seen = new Set();
   const all = [];
   DATA.runs.forEach((run, number) => {
-    const points = finalPoints(run);
+    const stage = run.stages.at(-1)?.name;
+    const points = several ? run.finals.filter((p) => p.stage === stage) : run.finals;
     all.push(...points);
-    const groups = several ? [[run.name, points, number]] : [];
+    const { index, legend } = looks(run, number, run.name, seen);
+    const groups = several ? [[run.name, points, index]] : [];
     if (!several) {
       run.stages.forEach((stage, i) => {
         groups.push([stage.name, points.filter((p) => p.stage === stage.name), i]);
@@ -68,18 +80,19 @@ function frontierFigure() {
       if (!mine.length) continue;
       traces.push({
         name,
+        ...(several ? legend : {}),
         x: mine.map((p) => p.passes),
         y: inPercent(mine.map((p) => p.accuracy)),
         error_y: errors(mine),
         text: mine.map((p) => `${name}, ${p.mode}`),
         mode: "markers",
-        marker: { color: colour(i), size: 9, symbol: mine.map((p) => SYMBOLS[p.mode]) },
+        marker: { color: colour(i), size: 9, symbol: mine.map((p) => symbol(p.mode, i)) },
         hovertemplate: "%{text}<br>%{x:.1f} passes, %{y:.1f} %<extra></extra>",
       });
     }
   });
   if (!all.length) return null;
-  const front = paretoFront(all.filter((p) => p.passes));
+  const front = paretoFront(all);
   traces.push({
     name: "Pareto front",
     x: front.map((p) => p.passes),
@@ -100,18 +113,23 @@ function frontierFigure() {
 
 function accuracyFigure() {
   const traces = [];
+  const seen = new Set();
+  const modes = ["slow", "fast"].filter((mode) =>
+    DATA.runs.some((run) => run.points.some((p) => p.mode === mode)),
+  );
   DATA.runs.forEach((run, number) => {
-    Object.keys(SYMBOLS).forEach((mode, i) => {
+    modes.forEach((mode, i) => {
       const points = run.points.filter((p) => p.mode === mode);
       if (!points.length) return;
+      const { index, legend } = looks(run, number, `${run.name}, ${mode}`, seen);
       traces.push({
-        name: several ? `${run.name}, ${mode}` : mode,
+        ...(several ? legend : { name: mode }),
         x: points.map((p) => p.step),
         y: inPercent(points.map((p) => p.accuracy)),
         error_y: several ? undefined : errors(points),
         mode: "lines+markers",
-        marker: { symbol: SYMBOLS[mode], size: 6 },
-        line: { color: colour(several ? number : i), dash: DASHES[several ? i : 0] },
+        marker: { symbol: symbol(mode, several ? index : 0), size: 6 },
+        line: { color: colour(several ? index : i), dash: DASHES[several ? i : 0] },
       });
     });
   });
@@ -150,18 +168,20 @@ const stageNames = () =>
 
 function curveFigure(chart) {
   const traces = [];
+  const seen = new Set();
   DATA.runs.forEach((run, number) => {
     chart.metrics.forEach((name, i) => {
       const curve = run.curves[name];
       if (!curve) return;
       const label = name.replace("eval/", "held-out ").replaceAll("_", " ");
       const few = name.startsWith("eval/") || curve[0].length < 3;
+      const { index, legend } = looks(run, number, `${run.name}, ${label}`, seen);
       traces.push({
-        name: several ? `${run.name}, ${label}` : label,
+        ...(several ? legend : { name: label }),
         x: curve[0],
         y: chart.share ? inPercent(curve[1]) : curve[1],
         mode: few ? "lines+markers" : "lines",
-        line: { color: colour(several ? number : i), dash: DASHES[i % DASHES.length], width: 1.7 },
+        line: { color: colour(several ? index : i), dash: DASHES[i % DASHES.length], width: 1.7 },
       });
     });
   });
@@ -236,7 +256,17 @@ function timesFigure() {
   };
 }
 
-function layoutOf(figure) {
+/** Rows of the legend below a plot of some width. */
+function legendRows(figure, width) {
+  const names = figure.traces.filter((t) => t.showlegend !== false).map((t) => t.name.length);
+  if (names.length < 2 || names.length > MANY) return 0;
+  return Math.ceil(names.length / Math.max(1, Math.floor(width / (6.5 * Math.max(...names) + 60))));
+}
+
+const INNER_HEIGHT = 240;
+
+function layoutOf(figure, width) {
+  const rows = legendRows(figure, width);
   const style = getComputedStyle(document.documentElement);
   const ink = style.getPropertyValue("--ink").trim();
   const line = style.getPropertyValue("--line").trim();
@@ -248,11 +278,12 @@ function layoutOf(figure) {
     font: { color: ink, size: 12, family: "system-ui, sans-serif" },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
-    margin: { l: 56, r: 12, t: 20, b: 44 },
+    height: INNER_HEIGHT + 20 + 52 + 21 * rows,
+    margin: { l: 56, r: 12, t: 20, b: 52 + 21 * rows },
     xaxis: axis(figure.x),
     yaxis: axis(figure.y),
-    showlegend: figure.traces.length > 1 && figure.traces.length <= MANY,
-    legend: { orientation: "h", y: -0.22, font: { size: 11 } },
+    showlegend: rows > 0,
+    legend: { orientation: "h", y: -50 / INNER_HEIGHT, yanchor: "top", font: { size: 11 } },
     hovermode: "closest",
     barmode: figure.barmode,
     shapes: figure.shapes,
@@ -262,7 +293,7 @@ function layoutOf(figure) {
 
 function draw(box) {
   const options = { responsive: true, displaylogo: false, displayModeBar: false };
-  Plotly.react(box, box.figure.traces, layoutOf(box.figure), options);
+  Plotly.react(box, box.figure.traces, layoutOf(box.figure, box.clientWidth - 70), options);
   box.drawn = true;
 }
 

@@ -48,6 +48,8 @@ def page_data(runs: list[Run], title: str) -> Page:
                 "stages": stage_rows(run),
                 "curves": curves(run, MAX_POINTS // len(runs)),
                 "points": evaluation_points(run),
+                "finals": final_points(run),
+                "group": group_name(run),
                 "times": step_times(run),
                 "slots": slot_means([r for r in rollouts if r["run"] == number], stage_rows(run)),
             }
@@ -94,7 +96,7 @@ def evaluated(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluation_points(run: Run) -> list[dict[str, Any]]:
-    """Accuracy and passes of each evaluation and mode, with Wilson's interval where it is known."""
+    """Accuracy of each evaluation and mode, with Wilson's interval where it is known."""
     numbers = {
         (row["global_step"], row["stage"], row["mode"]): len(row["right"]) for row in run.outcomes
     }
@@ -104,13 +106,11 @@ def evaluation_points(run: Run) -> list[dict[str, Any]]:
     for record in run.records:
         metrics = evaluated(record)
         for mode in MODES:
-            passes = metrics.get(f"{mode}_passes")
-            # Verified mode has the text of slow mode, in fewer passes.
-            share = metrics.get("slow_accuracy" if mode == "verified" else f"{mode}_accuracy")
-            if share is None or passes is None:
+            share = metrics.get(f"{mode}_accuracy")
+            if share is None:
                 continue
             step, stage = record["global_step"], record["stage"]
-            number = numbers.get((step, stage, "slow" if mode == "verified" else mode))
+            number = numbers.get((step, stage, mode))
             if number is None and step == last[stage]:
                 number = ended.get(stage)
             found = share_interval(round(share * number), number) if number else None
@@ -121,10 +121,23 @@ def evaluation_points(run: Run) -> list[dict[str, Any]]:
                 "accuracy": share,
                 "low": found and found.low,
                 "high": found and found.high,
-                "passes": passes,
-                "problems": number,
             }
     return list(points.values())
+
+
+def final_points(run: Run) -> list[dict[str, Any]]:
+    """Accuracy and passes of each stage and mode where both are known."""
+    points = []
+    for row in stage_rows(run):
+        for mode in MODES:
+            # Verified mode has the text of slow mode, in fewer passes.
+            name = "slow_accuracy" if mode == "verified" else f"{mode}_accuracy"
+            share, passes = row.get(name), row.get(f"{mode}_passes")
+            if share is not None and passes:
+                low, high = row["intervals"].get(name, (None, None))
+                about = {"stage": row["name"], "mode": mode, "accuracy": share, "passes": passes}
+                points.append(about | {"low": low, "high": high})
+    return points
 
 
 def curves(run: Run, max_points: int) -> dict[str, list[list[Any]]]:
@@ -168,17 +181,22 @@ def step_times(run: Run) -> list[dict[str, Any]]:
     ]
 
 
+def group_name(run: Run) -> str:
+    """What runs that differ by seed alone have in common."""
+    shared = [f"{key}={value}" for key, value in run.overrides.items() if key != "seed"]
+    variant = PurePosixPath(run.name).parent.as_posix()
+    return ", ".join(shared if variant == "." else [variant, *shared]) or "all seeds"
+
+
 def seed_groups(runs: list[Run]) -> list[dict[str, Any]]:
     """Runs that have ended and differ by seed alone: mean and interval of each metric."""
-    members: dict[tuple[Any, ...], list[tuple[Run, dict[str, Any]]]] = defaultdict(list)
+    members: dict[tuple[str, str], list[tuple[Run, dict[str, Any]]]] = defaultdict(list)
     for run in runs:
         rows = stage_rows(run)
         if run.status == "ended" and rows and "seed" in run.overrides:
-            shared = tuple((k, v) for k, v in run.overrides.items() if k != "seed")
-            variant = PurePosixPath(run.name).parent.as_posix()
-            members[(shared, variant, rows[-1]["name"])].append((run, rows[-1]))
+            members[group_name(run), rows[-1]["name"]].append((run, rows[-1]))
     groups = []
-    for (shared, variant, stage), found in members.items():
+    for (name, stage), found in members.items():
         if len(found) < 2:
             continue
         metrics = {}
@@ -187,9 +205,8 @@ def seed_groups(runs: list[Run]) -> list[dict[str, Any]]:
             if all(isinstance(value, int | float) for value in values):
                 interval = mean_interval(values, metric.bounds)
                 metrics[metric.name] = interval and [interval.center, interval.low, interval.high]
-        name = variant if variant != "." else ", ".join(f"{k}={v}" for k, v in shared)
         seeds = [run.overrides["seed"] for run, _ in found]
-        groups.append({"name": name or "all", "stage": stage, "seeds": seeds, "metrics": metrics})
+        groups.append({"name": name, "stage": stage, "seeds": seeds, "metrics": metrics})
     return groups
 
 

@@ -13,15 +13,8 @@ from ..json_lines import parse_records
 DESCRIPTIONS = ("config.yaml", "run.yaml")
 """Files that describe a run: those of `runs/` and those of `docs/results`."""
 NOT_COMPARED = (
-    "name",
-    "run_dir",
-    "resume",
-    "overwrite",
-    "dry_run",
-    "logger",
-    "fabric",
-    "experiment",
-)
+    "name", "run_dir", "resume", "overwrite", "dry_run", "logger", "fabric", "experiment", "commit",
+)  # fmt: skip
 """Settings that do not say how two runs differ."""
 MAX_SETTINGS = 6
 """Settings that a table of runs shows at most."""
