@@ -213,14 +213,16 @@ def seed_groups(runs: list[Run]) -> list[dict[str, Any]]:
 def pairs(runs: list[Run]) -> list[dict[str, Any]]:
     """Comparisons of two evaluations on the same problems: the last ones of each run and mode.
 
-    Of a single run, the evaluations that ended its stages.
+    Of a single run, the evaluations that ended its stages. Two differ in one thing: the run, the
+    stage or the mode.
     """
     entries = []
     for number, run in enumerate(runs):
         ended = [row for row in run.outcomes if row.get("ends_stage")]
         if len(runs) > 1 and ended:
             ended = [row for row in ended if row["stage"] == ended[-1]["stage"]]
-        latest = {(row["stage"], row["mode"]): row for row in ended}
+        # Verified mode has the text of slow mode.
+        latest = {(row["stage"], row["mode"]): row for row in ended if row["mode"] != "verified"}
         for (stage, mode), row in latest.items():
             entries.append((number, stage, mode, row))
     chosen = list(combinations(entries, 2))
@@ -228,7 +230,9 @@ def pairs(runs: list[Run]) -> list[dict[str, Any]]:
         chosen = [(entries[0], other) for other in entries[1:]]
     found = []
     for one, two in chosen:
-        if one[3]["problems"] == two[3]["problems"]:
+        num_differing = sum(a != b for a, b in zip(one[:3], two[:3], strict=True))
+        same_problems = one[3]["problems"] == two[3]["problems"]
+        if same_problems and (num_differing == 1 or one[0] != two[0] and one[2] == two[2]):
             result = asdict(paired_comparison(one[3]["right"], two[3]["right"]))
             found.append({"first": one[:3], "second": two[:3], **result})
     return found

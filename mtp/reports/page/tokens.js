@@ -1,7 +1,8 @@
 "use strict";
 // One rollout as text: tokens coloured by who wrote them, passes in boxes, steps checked.
 
-const CHUNK = 400; // tokens of a long phase that the browser lays out as one part
+const CHUNK = 200; // tokens of a long phase that the browser lays out as one part
+const AT_ONCE = 600; // tokens that are made at once; the others follow after the paint
 
 const emitterOf = (rollout, at) => {
   const slot = (rollout.slots ?? [])[at] ?? 0;
@@ -85,12 +86,15 @@ function rolloutPane(rollout, label, onToken) {
     pane.append(el("p", { class: "wrong-at" }, mistakeText(rollout), " ", show));
   }
   pane.append(tokens);
-  const spans = fillTokens(tokens, rollout);
+  const filling = new Filling(tokens, rollout);
+  const { spans } = filling;
+  const last = rollout.tokens.length - 1;
   let current = -1;
 
   function select(at, focus) {
     spans[current]?.classList.remove("current");
-    current = Math.max(0, Math.min(at, spans.length - 1));
+    current = Math.max(0, Math.min(at, last));
+    filling.until(current + 1);
     spans[current].classList.add("current");
     if (focus) {
       tokens.focus({ preventScroll: true });
@@ -118,65 +122,110 @@ function rolloutPane(rollout, label, onToken) {
       ArrowDown: rollout.passes[Math.min(pass + 1, rollout.passes.length - 1)],
       ArrowUp: rollout.passes[Math.max(pass - 1, 0)],
       Home: 0,
-      End: spans.length - 1,
+      End: last,
       m: rollout.mistake?.token,
     }[event.key];
     if (target === undefined) return;
     event.preventDefault();
     select(target, true);
   });
-  pane.colour = (name) => colourTokens(tokens, spans, rollout, name);
-  pane.select = select;
+  pane.colour = (name) => filling.colour(name);
+  filling.begin();
   return pane;
 }
 
-/** Fill an element with the tokens; returns their elements. */
-function fillTokens(parent, rollout) {
-  const count = rollout.tokens.length;
-  const starts = (list) => new Map(list.map((item) => [item[0] ?? item.start, item]));
-  const phases = starts(rollout.phases);
-  const segments = new Map(rollout.segments.map((segment) => [segment.start, segment]));
-  const passes = new Map(rollout.passes.map((start, n) => [start, n]));
-  const marks = stepMarks(rollout);
-  const spans = [];
-  let memory = "";
-  let home = parent;
-  let phase = parent;
-  let pass = parent;
-  for (let at = 0; at < count; at++) {
-    if (segments.has(at)) {
-      const segment = segments.get(at);
-      if (rollout.segments.length > 1) parent.append(segmentHead(rollout, segment, memory));
-      memory = segment.memory;
+/** Fills an element with the tokens of a rollout, the first ones at once. */
+class Filling {
+  constructor(parent, rollout) {
+    this.parent = parent;
+    this.rollout = rollout;
+    this.phases = new Map(rollout.phases.map((phase) => [phase[0], phase]));
+    this.segments = new Map(rollout.segments.map((segment) => [segment.start, segment]));
+    this.passes = new Map(rollout.passes.map((start, number) => [start, number]));
+    this.marks = stepMarks(rollout);
+    this.spans = [];
+    this.memory = "";
+    this.home = this.phase = this.pass = parent;
+    this.filled = 0;
+    this.shade = null;
+  }
+
+  begin() {
+    this.until(AT_ONCE);
+    const next = () => {
+      if (this.spans.length === this.rollout.tokens.length || !this.parent.isConnected) return;
+      this.until(this.spans.length + AT_ONCE);
+      setTimeout(next, 0);
+    };
+    requestAnimationFrame(() => setTimeout(next, 0));
+  }
+
+  /** Make the elements of the tokens before `end`. */
+  until(end) {
+    const count = this.rollout.tokens.length;
+    const from = this.spans.length;
+    for (let at = from; at < Math.min(end, count); at++) this.add(at);
+    if (this.shade) this.colourFrom(from);
+    const isComplete = from < count && this.spans.length === count;
+    if (isComplete && this.rollout.segments.length > 1) {
+      this.parent.append(memoryBox(this.rollout, this.memory));
     }
-    if (phases.has(at)) {
-      const [, name, mode] = phases.get(at);
-      phase = el("div", { class: `phase ${mode}` }, el("span", { class: "name" }, `${name}, ${mode}`));
-      parent.append(phase);
-      home = phase;
-      home.filled = 0;
+  }
+
+  add(at) {
+    const { rollout, parent } = this;
+    if (this.segments.has(at)) {
+      const segment = this.segments.get(at);
+      if (rollout.segments.length > 1) parent.append(segmentHead(rollout, segment, this.memory));
+      this.memory = segment.memory;
     }
-    if (passes.has(at)) {
-      if (home.filled >= CHUNK || (home === phase && count > 2 * CHUNK)) {
-        home = el("div", { class: "chunk" });
-        home.filled = 0;
-        phase.append(home);
+    if (this.phases.has(at)) {
+      const [, name, mode] = this.phases.get(at);
+      const head = el("span", { class: "name" }, `${name}, ${mode}`);
+      this.phase = el("div", { class: `phase ${mode}` }, head);
+      this.isSlow = mode === "slow";
+      parent.append(this.phase);
+      this.home = this.phase;
+      this.filled = 0;
+    }
+    if (this.passes.has(at)) {
+      const isLong = rollout.tokens.length > 2 * CHUNK;
+      if (isLong && (this.home === this.phase || this.filled >= CHUNK)) {
+        this.home = el("div", { class: "chunk" });
+        this.filled = 0;
+        this.phase.append(this.home);
       }
-      const shownNumber = phase.classList.contains("slow") ? null : String(passes.get(at) + 1);
-      pass = el("span", { class: "pass", "data-n": shownNumber });
-      home.append(pass);
+      this.pass = document.createElement("span");
+      this.pass.className = "pass";
+      if (!this.isSlow) this.pass.dataset.n = this.passes.get(at) + 1;
+      this.home.append(this.pass);
     }
     const token = rollout.tokens[at];
     const span = document.createElement("span");
-    span.className = `t ${emitterOf(rollout, at)}${marks[at] ?? ""}`;
+    span.className = `t ${emitterOf(rollout, at)}${this.marks[at] ?? ""}`;
     span.dataset.at = at;
     span.textContent = token === "" ? "·" : token.replaceAll("\n", "⏎\n");
-    pass.append(span);
-    spans.push(span);
-    home.filled += 1;
+    this.pass.append(span);
+    this.spans.push(span);
+    this.filled += 1;
   }
-  if (rollout.segments.length > 1) parent.append(memoryBox(rollout, memory));
-  return spans;
+
+  colour(name) {
+    this.name = name;
+    this.shade = SHADES[name];
+    this.parent.classList.toggle("by-value", Boolean(this.shade));
+    if (this.shade) this.colourFrom(0);
+  }
+
+  colourFrom(from) {
+    const values = this.rollout[this.name] ?? [];
+    for (let at = from; at < this.spans.length; at++) {
+      const value = values[at];
+      const isKnown = value !== null && value !== undefined;
+      const shade = isKnown ? (0.75 * this.shade(value)).toFixed(2) : "0";
+      this.spans[at].style.setProperty("--v", shade);
+    }
+  }
 }
 
 /** Classes of the tokens of steps: false ones, their ends, the first mistake. */
@@ -229,18 +278,6 @@ const SHADES = {
   main: (v) => Math.min(1, -v / 5),
   reference: (v) => Math.min(1, -v / 5),
 };
-
-function colourTokens(parent, spans, rollout, name) {
-  const shade = SHADES[name];
-  parent.classList.toggle("by-value", Boolean(shade));
-  if (!shade) return;
-  const values = rollout[name] ?? [];
-  spans.forEach((span, at) => {
-    const value = values[at];
-    const known = value !== null && value !== undefined;
-    span.style.setProperty("--v", known ? (0.75 * shade(value)).toFixed(2) : "0");
-  });
-}
 
 /** What is known of a token. */
 function tokenDetails(rollout, at, label) {
