@@ -65,7 +65,7 @@ class Metric:
     def cell(self, value: Value, ends: tuple[float, float] | None = None) -> str:
         """A value as tables show it, with the ends of its interval where it has one.
 
-        `95.0 ± 1.2 %`, or `99.5 (98.1 to 100.0) %` where the value is not in the middle.
+        `95.0 ± 1.2 %`, or `99.5 (98.1–100.0) %` where the value is not in the middle.
         """
         if value is None:
             return "-"
@@ -76,7 +76,7 @@ class Metric:
             below, above = (self._number(abs(end - value)) for end in ends)
             interval = f" ± {above}"
             if below != above:
-                interval = f" ({self._number(ends[0])} to {self._number(ends[1])})"
+                interval = f" ({self._number(ends[0])}–{self._number(ends[1])})"
         return self._number(value) + interval + (" %" if self.unit == "%" else "")
 
     def _number(self, value: float) -> str:

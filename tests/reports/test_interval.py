@@ -42,7 +42,7 @@ def test_a_mean_of_shares_is_cut_at_its_bounds_and_other_means_are_not():
 def test_a_cell_shows_uneven_ends():
     metric = METRICS["fast_accuracy"]
     assert metric.cell(0.95, (0.93, 0.97)) == "95.0 ± 2.0 %"
-    assert metric.cell(0.995, (0.981, 1.0)) == "99.5 (98.1 to 100.0) %"
+    assert metric.cell(0.995, (0.981, 1.0)) == "99.5 (98.1–100.0) %"
 
 
 def test_a_paired_comparison_is_that_worked_by_hand():

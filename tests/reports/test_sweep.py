@@ -74,7 +74,7 @@ def test_the_table_lists_jobs_groups_and_what_failed(sweep, capsys):
     assert report(sweep, make_console()) == 1
     shown = capsys.readouterr().out
     assert "4 of 6 jobs done" in shown
-    assert "93.0 (84.0 to 100.0) %" in shown and "3 seeds" in shown
+    assert "93.0 (84.0–100.0) %" in shown and "3 seeds" in shown
     assert "failed: lr=9,seed=1: RuntimeError: out of [memory]\n" in shown
     assert "unfinished: lr=8,seed=1\n" in shown
     with (sweep / "sweep.csv").open() as file:
