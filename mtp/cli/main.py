@@ -1,4 +1,4 @@
-"""The command `mtp`: write text with a trained model, talk with it, evaluate it, export it.
+"""The command `mtp`: write text with a trained model, talk with it, evaluate it, export it, report.
 
 Errors are one line on standard error and exit code 2. Heavy imports wait until a command runs, so
 `--help` answers at once.
@@ -22,6 +22,7 @@ from .options import (
     make_sampler,
     search_config,
 )
+from .report import add_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -443,6 +444,7 @@ def make_parser() -> argparse.ArgumentParser:
                 default="auto",
                 help="default: a GPU if there is one",
             )
+    add_report(commands)
     return parser
 
 

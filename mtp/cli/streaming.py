@@ -15,6 +15,7 @@ from ..modeling.phases import MODES, PhasePlan
 from ..modeling.records import FORCED, Block
 from ..modeling.segments import decode_segments
 from ..rollouts.prompt_format import PromptFormat
+from ..rollouts.tokenization import TextPieces
 
 STYLES = {
     "main": "not dim bold yellow",
@@ -30,30 +31,6 @@ def emitter(slot: int, accepted: int) -> str:
     if slot == FORCED:
         return "forced"
     return "head" if slot else "accepted" if accepted else "main"
-
-
-class TextPieces:
-    """The text that each token adds. Bytes of an unfinished character come with its last one."""
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.read = self.shown = 0
-
-    def add(self, token: int) -> str:
-        """The text that one more token adds."""
-        self.ids.append(token)
-        piece = self.pending()
-        if piece.endswith("�"):
-            return ""
-        # The tokens before are decoded with it, since some tokenizers drop a text's first space.
-        self.read, self.shown = self.shown, len(self.ids)
-        return piece
-
-    def pending(self) -> str:
-        """Text of the tokens that have not been shown."""
-        before = self.tokenizer.decode(self.ids[self.read : self.shown])
-        return str(self.tokenizer.decode(self.ids[self.read :]))[len(before) :]
 
 
 @dataclass

@@ -129,8 +129,8 @@ def evaluate(
     reference: Any = None,
     verified: bool = False,
     impl: str | None = None,
-) -> tuple[dict[str, Any], list[Rollouts]]:
-    """All metrics of one evaluation, named as in summary.json, and its completions.
+) -> tuple[dict[str, Any], dict[str, list[Rollouts]]]:
+    """All metrics of one evaluation, named as in summary.json, and the completions by mode.
 
     Args:
         model: an mtp model.
@@ -159,7 +159,7 @@ def evaluate(
         return decode_all(model, fmt, examples, mode, decoding, batch_size, prefixes, impl=impl)
 
     slow = completions("slow")
-    shown = slow
+    decoded, shown = {"slow": slow}, slow
     metrics: dict[str, Any] = {
         "slow_accuracy": accuracy(slow, task, fmt.answer_text),
         "fast_accuracy": None,
@@ -168,7 +168,7 @@ def evaluate(
         "fast_tokens_per_pass": None,
     }
     if use_head:
-        shown = fast = completions("fast")
+        decoded["fast"] = shown = fast = completions("fast")
         metrics |= {
             "fast_accuracy": accuracy(fast, task, fmt.answer_text),
             "fast_passes": passes(fast),
@@ -180,7 +180,7 @@ def evaluate(
         if use_head:
             drafted = fast
             if fmt.plan("verified") != fmt.plan("fast"):
-                drafted = completions("verified")
+                decoded["verified"] = drafted = completions("verified")
             metrics |= {
                 "verified_passes": passes(drafted),
                 "verified_tokens_per_pass": tokens_per_pass(drafted),
@@ -205,7 +205,7 @@ def evaluate(
     if fmt.segments.max_segments > 1:
         metrics["segments"] = sum(len(b.prompts) for b in shown) / num_problems
     metrics["num_problems"] = num_problems
-    return metrics, shown
+    return metrics, decoded
 
 
 def wrong_thoughts(

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .interval import interval
+from .interval import mean_interval
 from .json_lines import read_records
 from .metrics import METRICS, Metric, measured, metrics_of
 from .metrics import Table as TableName
@@ -111,8 +111,9 @@ def aggregate(runs: list[VariantRun]) -> dict[str, Any]:
             values = [run.metrics.get(metric.name) for run in mine]
             if any(isinstance(value, list) for value in values):
                 continue
-            over_seeds = _interval if metric in with_interval else _mean
-            variants[variant][metric.name] = over_seeds(values)
+            variants[variant][metric.name] = (
+                _interval(values, metric) if metric in with_interval else _mean(values)
+            )
     return {ON_DISK: variants}
 
 
@@ -122,14 +123,14 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def _interval(values: list[float | None]) -> dict[str, float | None]:
+def _interval(values: list[float | None], metric: Metric) -> dict[str, float | None]:
     """Mean and the ends of its interval; no ends for a single run."""
     if len(values) < 2:
         return {"mean": values[0], "low": None, "high": None}
-    center, half = interval(values)
-    if center is None or half is None:
+    found = mean_interval(values, metric.bounds)
+    if found is None:
         return {"mean": None, "low": None, "high": None}
-    return {"mean": center, "low": center - half, "high": center + half}
+    return {"mean": found.center, "low": found.low, "high": found.high}
 
 
 def mean_of(value: Any) -> float | None:
@@ -217,7 +218,7 @@ def save_frontier(runs: list[VariantRun], summary: dict[str, Any], path: Path) -
 
 def print_variants(console: Console, summary: dict[str, Any]) -> None:
     """One row per variant."""
-    title = "held-out metrics by variant: means over seeds, ± half the 95 % interval"
+    title = "held-out metrics by variant: means over seeds, 95 % intervals (Student's t)"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("variant", no_wrap=True)
     metrics = shown_metrics(summary, "comparison")
@@ -235,7 +236,7 @@ def variant_cell(metric: Metric, value: Any) -> str:
     """A mean as the table shows it, with its interval if it has one."""
     if not isinstance(value, dict) or value["low"] is None:
         return metric.cell(mean_of(value))
-    return metric.cell(value["mean"], value["high"] - value["mean"])
+    return metric.cell(value["mean"], (value["low"], value["high"]))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ return it from an evaluation under a new name and declare it:
 Left out: metrics of a training step (loss, reward), which only the log and the progress bar show.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,8 @@ sweep; the table of a comparison, there with the interval over seeds; the plot o
 legibility; the table of `mtp evaluate --search`."""
 
 Value = float | list[float] | None
+COUNTED = ("%", "passes", "tokens", "texts", "seconds", "nats", "bits", "tokens/pass")
+"""Units whose values are never below 0."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,26 @@ class Metric:
         """Name in words, for plots."""
         return self.name.replace("_", " ")
 
-    def cell(self, value: Value, half_width: float | None = None) -> str:
-        """A value as tables show it, with half the width of its interval if it has one."""
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Values that the metric can have: 0 to 1 for a share, at least 0 for what is counted."""
+        return 0.0 if self.unit in COUNTED else -math.inf, 1.0 if self.unit == "%" else math.inf
+
+    def cell(self, value: Value, ends: tuple[float, float] | None = None) -> str:
+        """A value as tables show it, with the ends of its interval where it has one.
+
+        `95.0 ± 1.2 %`, or `99.5 (98.1–100.0) %` where the value is not in the middle.
+        """
         if value is None:
             return "-"
         if isinstance(value, list):
             return " ".join(self._number(one) for one in value)
-        interval = "" if half_width is None else f" ± {self._number(half_width)}"
+        interval = ""
+        if ends is not None:
+            below, above = (self._number(abs(end - value)) for end in ends)
+            interval = f" ± {above}"
+            if below != above:
+                interval = f" ({self._number(ends[0])}–{self._number(ends[1])})"
         return self._number(value) + interval + (" %" if self.unit == "%" else "")
 
     def _number(self, value: float) -> str:

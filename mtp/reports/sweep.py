@@ -2,7 +2,7 @@
 
 A job writes its overrides, and its error if it fails, to `job.json` of its folder; its metrics are
 those of the last stage in `summary.json`. Jobs that differ by `seed` alone are a group, with the
-mean of each metric and its 95 % interval by Student's t: mean ± t(n - 1) * s / sqrt(n).
+mean of each metric and its 95 % interval by Student's t (`interval.py`).
 
 Left out: tests between groups, and an interval if only one job has ended.
 """
@@ -23,8 +23,8 @@ from rich.table import Table
 from ..common.errors import read_json
 from ..common.files import save_text
 from ..common.process import run_command
-from .interval import interval
-from .metrics import Metric, measured, metrics_of
+from .interval import mean_interval
+from .metrics import METRICS, Metric, measured, metrics_of
 from .progress import make_console
 
 
@@ -55,9 +55,11 @@ class Group:
     """Overrides of all its jobs, without the seed."""
     seeds: list[str]
     mean: dict[str, float | None]
-    half_width: dict[str, float | None]
-    """Half the width of the 95 % interval around the mean. None, like the mean, if some job lacks
-    the metric."""
+    """Mean by metric; None, like its interval, if some job lacks the metric."""
+    low: dict[str, float | None]
+    """Lower end of the 95 % interval of the mean."""
+    high: dict[str, float | None]
+    """Upper end."""
 
 
 def read_jobs(folder: Path) -> list[Job]:
@@ -119,13 +121,17 @@ def group_by_seed(jobs: list[Job]) -> list[Group]:
     for shared, found in members.items():
         if len(found) > 1:
             names = dict.fromkeys(name for job in found for name in job.metrics)
-            intervals = {name: interval([job.metrics.get(name) for job in found]) for name in names}
+            intervals = {
+                name: mean_interval([job.metrics.get(name) for job in found], METRICS[name].bounds)
+                for name in names
+            }
             groups.append(
                 Group(
                     overrides=dict(shared),
                     seeds=[job.overrides["seed"] for job in found],
-                    mean={name: center for name, (center, _) in intervals.items()},
-                    half_width={name: half for name, (_, half) in intervals.items()},
+                    mean={name: i.center if i else None for name, i in intervals.items()},
+                    low={name: i.low if i else None for name, i in intervals.items()},
+                    high={name: i.high if i else None for name, i in intervals.items()},
                 )
             )
     return groups
@@ -180,7 +186,7 @@ def print_jobs(console: Console, folder: Path, jobs: list[Job], groups: list[Gro
             table.add_row(*map(escape, named), "", *(mean_cell(m, group) for m in metrics))
         console.print(table)
         if groups:
-            console.print("± is half the 95 % interval of the mean over the seeds")
+            console.print("±: 95 % interval of the mean over the seeds, by Student's t")
     for job in jobs:
         if job.status != "done":
             console.print(f"{job.status}: {escape(job.folder)}" + _colon(job.error))
@@ -191,8 +197,10 @@ def _colon(text: str | None) -> str:
 
 
 def mean_cell(metric: Metric, group: Group) -> str:
-    """Mean and half-width as the table shows them."""
-    return metric.cell(group.mean.get(metric.name), group.half_width.get(metric.name))
+    """Mean and interval as the table shows them."""
+    low, high = group.low.get(metric.name), group.high.get(metric.name)
+    ends = None if low is None or high is None else (low, high)
+    return metric.cell(group.mean.get(metric.name), ends)
 
 
 def main(argv: list[str] | None = None) -> int:

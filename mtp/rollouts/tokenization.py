@@ -65,3 +65,36 @@ def unknown_characters(tokenizer: Any, text: str) -> list[str]:
 def _known(tokenizer: Any) -> set[str]:
     """Characters that a tokenizer has tokens for; filled as they are found."""
     return set()
+
+
+class TextPieces:
+    """What each token adds to a text. Bytes of an unfinished character come with its last one."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.read = self.shown = 0
+
+    def add(self, token: int) -> str:
+        """The text that one more token adds."""
+        self.ids.append(token)
+        piece = self.pending()
+        if piece.endswith("�"):
+            return ""
+        # The tokens before are decoded along, since some tokenizers drop a text's first space.
+        self.read, self.shown = self.shown, len(self.ids)
+        return piece
+
+    def pending(self) -> str:
+        """Text of the tokens that have not been shown."""
+        before = self.tokenizer.decode(self.ids[self.read : self.shown])
+        return str(self.tokenizer.decode(self.ids[self.read :]))[len(before) :]
+
+
+def text_pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """What each token adds to a text; joined they are the text."""
+    pieces = TextPieces(tokenizer)
+    texts = [pieces.add(token) for token in ids]
+    if ids:
+        texts[-1] += pieces.pending()
+    return texts

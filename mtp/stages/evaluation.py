@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..evaluation.evaluate import evaluate, fast_accuracy
+from ..evaluation.thoughts import outcome_rows, shown_mode, thought_rows
 from ..reference import frozen_for_evaluation, reference_in_loss
 from ..reports.tables import completions_rows, print_completions
 from ..rollouts.rollout import Rollouts
@@ -54,23 +55,10 @@ def interim_evaluation(run: Run, stage: StageRun) -> bool:
 
     Returns True if its accuracy, in fast mode if the head is trained, is the stage's best so far.
     """
-    metrics, shown = within(
-        stage.module,
-        lambda model: evaluate(
-            model,
-            run.fmt,
-            run.task,
-            run.config.decoding,
-            num_problems=run.config.evaluation.num_interim_problems,
-            batch_size=run.config.evaluation.batch_size,
-            use_head=head_is_trained(run),
-            controls=False,
-            verified=run.config.evaluation.verified,
-            impl=run.config.kernels,
-        ),
-    )
+    number = run.config.evaluation.num_interim_problems
+    metrics, decoded = measure(run, stage, number, ends_stage=False)
     record(run, stage.name, metrics)
-    log_completions(run, stage.name, shown)
+    log_completions(run, stage.name, decoded[shown_mode(decoded)])
     reached = metrics["slow_accuracy" if metrics["fast_accuracy"] is None else "fast_accuracy"]
     if reached is None or reached <= run.progress.best_accuracy:
         return False
@@ -81,22 +69,7 @@ def interim_evaluation(run: Run, stage: StageRun) -> bool:
 def evaluate_stage(run: Run, stage: StageRun) -> None:
     """Evaluate on all held-out problems and record the stage's summary."""
     config, progress, name = run.config, run.progress, stage.name
-    reference = frozen_for_evaluation(run)
-    metrics, shown = within(
-        stage.module,
-        lambda model: evaluate(
-            model,
-            run.fmt,
-            run.task,
-            config.decoding,
-            num_problems=config.evaluation.num_problems,
-            batch_size=config.evaluation.batch_size,
-            use_head=head_is_trained(run),
-            reference=reference,
-            verified=config.evaluation.verified,
-            impl=config.kernels,
-        ),
-    )
+    metrics, decoded = measure(run, stage, config.evaluation.num_problems, ends_stage=True)
     record(run, name, metrics)
     in_loss = reference_in_loss(config, name)
     progress.summaries.append(
@@ -108,8 +81,54 @@ def evaluate_stage(run: Run, stage: StageRun) -> None:
             "seconds": round(progress.stage_seconds, 1),
         }
     )
-    rows = log_completions(run, name, shown)
+    rows = log_completions(run, name, decoded[shown_mode(decoded)])
     print_completions(run.console, name, rows, progress.summaries[-1])
+
+
+def measure(
+    run: Run, stage: StageRun, num_problems: int, *, ends_stage: bool
+) -> tuple[dict[str, Any], dict[str, list[Rollouts]]]:
+    """Evaluate the model and log the details for the report.
+
+    Returns the metrics and the rollouts by mode. Only an evaluation that ends a stage has controls
+    and a reference.
+    """
+    config = run.config
+    reference = frozen_for_evaluation(run) if ends_stage else None
+
+    def evaluated(model: Any) -> tuple[Any, ...]:
+        metrics, decoded = evaluate(
+            model,
+            run.fmt,
+            run.task,
+            config.decoding,
+            num_problems=num_problems,
+            batch_size=config.evaluation.batch_size,
+            use_head=head_is_trained(run),
+            controls=ends_stage,
+            reference=reference,
+            verified=config.evaluation.verified,
+            impl=config.kernels,
+        )
+        thoughts = thought_rows(
+            model,
+            decoded,
+            run.task,
+            run.fmt,
+            stage=stage.name,
+            max_tokens=config.logger.thought_tokens,
+            ends_stage=ends_stage,
+            reference=reference,
+        )
+        return metrics, decoded, thoughts
+
+    metrics, decoded, thoughts = within(stage.module, evaluated)
+    step = run.progress.global_step
+    at = {"step": run.progress.step, "ends_stage": ends_stage}
+    outcomes = outcome_rows(decoded, run.task, run.fmt, stage.name)
+    run.log.detail("thoughts", [at | row for row in thoughts], step)
+    run.log.detail("outcomes", [at | row for row in outcomes], step)
+    return metrics, decoded
 
 
 def log_completions(run: Run, name: str, shown: list[Rollouts]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import random
 import unicodedata
 from abc import ABC, abstractmethod
 from asyncio import CancelledError
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +34,38 @@ class Example:
     """Further columns, which a reward may read."""
     where: str = field(default="", compare=False)
     """Origin of the example, for errors: `row 3 of rows.jsonl`; empty: its number in the task."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a thought, as a task checks it."""
+
+    start: int
+    """Character of the thought at which the step begins."""
+    end: int
+    """Character after its last one."""
+    is_true: bool
+    """Whether the step is true by itself."""
+    expected: str | None = None
+    """Correct text of this step; None where the task does not know one."""
+
+
+def steps_between(
+    separator: str,
+    thought: str,
+    is_true: Callable[[str], bool],
+    expected: Callable[[int, str], str | None],
+) -> list[Step]:
+    """The steps of a thought that a separator divides.
+
+    An empty thought is one empty step. `expected` is given a step's number and text.
+    """
+    steps, start = [], 0
+    for number, text in enumerate(thought.split(separator)):
+        end = start + len(text)
+        steps.append(Step(start, end, is_true(text), expected(number, text)))
+        start = end + len(separator)
+    return steps
 
 
 @dataclass(kw_only=True)
@@ -92,6 +125,13 @@ class Task(ABC):
 
     def true_steps(self, thought: str) -> tuple[int, int] | None:
         """(true steps, steps) of a thought whose steps can be verified; None if they cannot."""
+        return None
+
+    def steps(self, example: Example, thought: str) -> list[Step] | None:
+        """Each step of a thought, for the report; None where steps cannot be checked.
+
+        The share of true ones is that of `true_steps`.
+        """
         return None
 
 

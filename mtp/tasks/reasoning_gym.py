@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..common.bounds import bounded
-from .base import Example, Split, Task, TaskConfig, fingerprint
+from .base import Example, Split, Step, Task, TaskConfig, fingerprint, steps_between
 from .solvers import SOLVERS, true_steps
 
 _UNSTABLE = {"codeio", "list_functions"}
@@ -117,6 +117,13 @@ class ReasoningGym(Task):
         if self._solver is None or self._solver.is_true is None:
             return None
         return true_steps(thought, self._solver.is_true)
+
+    def steps(self, example: Example, thought: str) -> list[Step] | None:
+        solver = self._solver
+        if solver is None or solver.is_true is None:
+            return None
+        corrected = solver.corrected or (lambda step: None)
+        return steps_between(";", thought, solver.is_true, lambda _, step: corrected(step))
 
     def _at(self, index: int) -> Example:
         try:

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from ..common.bounds import bounded
-from .base import Example, Split, Task, TaskConfig
+from .base import Example, Split, Step, Task, TaskConfig, steps_between
 
 _STEP = re.compile(r"(\d+)\+(\d+)=(\d+)")
 _TEST_SHARE = 16
@@ -73,6 +73,20 @@ class RunningSum(Task):
 
     def true_steps(self, thought: str) -> tuple[int, int]:
         """Steps are separated by `;`; one is true if it reads a+b=c and a + b is c."""
-        steps = [_STEP.fullmatch(step) for step in thought.split(";")]
-        true = sum(m is not None and int(m[1]) + int(m[2]) == int(m[3]) for m in steps)
-        return true, len(steps)
+        steps = thought.split(";")
+        return sum(map(step_is_true, steps)), len(steps)
+
+    def steps(self, example: Example, thought: str) -> list[Step]:
+        """The steps, each with that of the solver at its place."""
+        solved = [] if example.thought is None else example.thought.split(";")
+
+        def expected(number: int, text: str) -> str | None:
+            return solved[number] if number < len(solved) else None
+
+        return steps_between(";", thought, step_is_true, expected)
+
+
+def step_is_true(step: str) -> bool:
+    """Whether a step reads `a+b=c` and a + b is c."""
+    match = _STEP.fullmatch(step)
+    return match is not None and int(match[1]) + int(match[2]) == int(match[3])

@@ -42,6 +42,8 @@ class Solver:
     """The chain of thought of an item. Raises ValueError if the gold answer does not follow."""
     is_true: Callable[[str], bool] | None = None
     """True if one step is true; None if that cannot be decided from the step alone."""
+    corrected: Callable[[str], str | None] | None = None
+    """The step with its result corrected, or None for one that cannot be read."""
 
 
 def true_steps(thought: str, is_true: Callable[[str], bool]) -> tuple[int, int]:
@@ -71,6 +73,16 @@ def arithmetic_is_true(step: str) -> bool:
     left, operator, right, result = match.groups()
     value = int(left) if operator is None else apply(int(left), operator, int(right))
     return value == int(result)
+
+
+def corrected_arithmetic(step: str) -> str | None:
+    """`2+3=6` -> `2+3=5`; None for a step that is no such equation."""
+    match = _STEP.fullmatch(step)
+    if match is None:
+        return None
+    left, operator, right, _ = match.groups()
+    value = int(left) if operator is None else apply(int(left), operator, int(right))
+    return None if value is None else f"{step.partition('=')[0]}={value}"
 
 
 def legs_are_true(step: str) -> bool:
@@ -207,11 +219,11 @@ def _evaluate(node: ast.expr, steps: list[str]) -> int:
 
 
 SOLVERS: dict[str, Solver] = {
-    "chain_sum": Solver(chain_sum, arithmetic_is_true),
-    "leg_counting": Solver(leg_counting, legs_are_true),
+    "chain_sum": Solver(chain_sum, arithmetic_is_true, corrected_arithmetic),
+    "leg_counting": Solver(leg_counting, legs_are_true, corrected_arithmetic),
     "letter_counting": Solver(letter_counting),
     "number_sorting": Solver(number_sorting, comparison_is_true),
-    "gcd": Solver(gcd, arithmetic_is_true),
-    "basic_arithmetic": Solver(basic_arithmetic, arithmetic_is_true),
+    "gcd": Solver(gcd, arithmetic_is_true, corrected_arithmetic),
+    "basic_arithmetic": Solver(basic_arithmetic, arithmetic_is_true, corrected_arithmetic),
 }
 """Solvers by dataset."""

@@ -13,7 +13,7 @@ from typing import Any
 from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import DecodingConfig
 from ..rollouts.tokenization import unknown_characters
-from ..tasks.base import Example, Split, Task
+from ..tasks.base import Example, Split, Step, Task
 from .collate import collate_text
 from .stage import StageConfig
 
@@ -91,6 +91,9 @@ class FittedTask(Task):
 
     def true_steps(self, thought: str) -> tuple[int, int] | None:
         return self.task.true_steps(thought)
+
+    def steps(self, example: Example, thought: str) -> list[Step] | None:
+        return self.task.steps(example, thought)
 
     def _lists(self, split: Split) -> bool:
         return self.is_listed or (split == "test" and self.task.size(split) is not None)

@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from mtp.cli.main import main
-from mtp.cli.streaming import LiveText, TextPieces, converse
+from mtp.cli.streaming import LiveText, converse
 from mtp.config import RunConfig, load_run_config, save_run_config
 from mtp.evaluation.evaluate import EvaluationConfig, evaluate
 from mtp.hub.build import generation_config, load_model, save_model
@@ -25,6 +25,7 @@ from mtp.modeling.phases import Phase
 from mtp.modeling.records import FORCED, Block
 from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.rollouts.rollout import DecodingConfig
+from mtp.rollouts.tokenization import TextPieces
 from mtp.tasks import TASK_CONFIGS
 from mtp.tasks.running_sum import RunningSumConfig
 from mtp.training.objectives import ObjectiveConfig

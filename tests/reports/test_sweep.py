@@ -49,8 +49,10 @@ def test_mean_and_interval_over_seeds_are_those_worked_by_hand(sweep):
     assert group.overrides == {"lr": "0.1"} and group.seeds == ["1", "2", "10"]
     assert group.mean["fast_accuracy"] == pytest.approx(0.93)
     half = 4.3027 * math.sqrt(0.0013) / math.sqrt(3)
-    assert group.half_width["fast_accuracy"] == pytest.approx(half) == pytest.approx(0.08957, 1e-3)
-    assert group.half_width["slow_accuracy"] == 0
+    assert half == pytest.approx(0.08957, 1e-3)
+    assert group.low["fast_accuracy"] == pytest.approx(0.93 - half)
+    assert group.high["fast_accuracy"] == 1.0, "0.93 + 0.0896 is no share"
+    assert group.low["slow_accuracy"] == group.high["slow_accuracy"] == 1.0
     assert group.mean["true_steps"] is None
 
 
@@ -72,7 +74,7 @@ def test_the_table_lists_jobs_groups_and_what_failed(sweep, capsys):
     assert report(sweep, make_console()) == 1
     shown = capsys.readouterr().out
     assert "4 of 6 jobs done" in shown
-    assert "93.0 ± 9.0 %" in shown and "3 seeds" in shown
+    assert "93.0 (84.0–100.0) %" in shown and "3 seeds" in shown
     assert "failed: lr=9,seed=1: RuntimeError: out of [memory]\n" in shown
     assert "unfinished: lr=8,seed=1\n" in shown
     with (sweep / "sweep.csv").open() as file:

@@ -30,6 +30,10 @@ class LoggerConfig:
 
     log_every: int = bounded(10, at_least=1)
     """Number of steps between two records of training metrics."""
+    thought_tokens: int = bounded(32768, at_least=0, at_most=100_000_000)
+    """Tokens of the rollouts that `thoughts.jsonl` keeps of the evaluation that ends a stage, for
+    the report (about 150 bytes per token). An evaluation within a stage keeps an eighth. 0: none.
+    """
     sinks: dict[str, SinkConfig] = field(default_factory=lambda: {"files": SINKS["files"].config()})
     """Settings of each sink by its name, see `register_sink`. The files are always among them
     unless `~logger.sinks.files` removes them."""
@@ -79,6 +83,9 @@ class Sink:
 
     def table(self, name: str, rows: list[dict[str, Any]], global_step: int) -> None:
         """Rows of a table, such as the `completions` of an evaluation."""
+
+    def detail(self, name: str, rows: list[dict[str, Any]], global_step: int) -> None:
+        """Rows that the report is made of, such as `thoughts`. Their cells may hold long lists."""
 
     def artifact(self, path: Path) -> None:
         """A file or folder that the run has written: its curves, its export."""
@@ -142,6 +149,11 @@ class Log:
         """Rows of a table, see `Sink.table`."""
         for sink in self._sinks.values():
             sink.table(name, rows, global_step)
+
+    def detail(self, name: str, rows: list[dict[str, Any]], global_step: int) -> None:
+        """Rows that the report is made of, see `Sink.detail`."""
+        for sink in self._sinks.values():
+            sink.detail(name, rows, global_step)
 
     def artifact(self, path: Path) -> None:
         """A file or folder that the run has written."""

@@ -1,4 +1,4 @@
-"""Records as files in the run's folder: metrics.jsonl, metrics.csv and completions.jsonl."""
+"""Records as files in the run's folder: metrics.jsonl, metrics.csv and a JSONL file a table."""
 
 import csv
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from ...common.files import save_atomically
 from ..json_lines import JsonLines, read_records
 from .base import LoggedRun, Sink, SinkConfig
 
-TABLES = ("completions",)
-"""Tables that a run writes."""
+TABLES = ("completions", "thoughts", "outcomes")
+"""Tables that a run writes. The last two are details for the report."""
 
 
 @dataclass(kw_only=True)
@@ -32,7 +32,10 @@ class FilesSink(Sink):
         self._files = {name: JsonLines(run.folder / f"{name}.jsonl") for name in names}
         if state is None:
             return []
-        lost = (file.rewind(state[name], run.global_step) for name, file in self._files.items())
+        # Checkpoints of earlier versions know fewer files.
+        lost = (
+            file.rewind(state.get(name, 0), run.global_step) for name, file in self._files.items()
+        )
         return [message for message in lost if message is not None]
 
     def metrics(self, record: dict[str, Any]) -> None:
@@ -43,6 +46,10 @@ class FilesSink(Sink):
         """One line per row."""
         for row in rows:
             self._files[name].append({"global_step": global_step, **row})
+
+    def detail(self, name: str, rows: list[dict[str, Any]], global_step: int) -> None:
+        """A line a row."""
+        self.table(name, rows, global_step)
 
     def state(self) -> dict[str, Any]:
         """Bytes written to each file so far."""
