@@ -64,6 +64,7 @@ def interim_evaluation(run: Run, stage: StageRun) -> bool:
             use_head=head_is_trained(run),
             controls=False,
             verified=run.config.evaluation.verified,
+            thought_budgets=run.config.evaluation.thought_budgets,
             impl=run.config.kernels,
         ),
     )
@@ -92,6 +93,7 @@ def evaluate_stage(run: Run, stage: StageRun) -> None:
             use_head=head_is_trained(run),
             reference=reference,
             verified=config.evaluation.verified,
+            thought_budgets=config.evaluation.thought_budgets,
             impl=config.kernels,
         ),
     )

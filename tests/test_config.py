@@ -22,7 +22,9 @@ CONF = ROOT / "conf"
 
 
 def files(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    folder = CONF / group
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml"))
+    return sorted(name.removesuffix(".yaml") for name in found)
 
 
 def composed(*overrides: str):
@@ -61,11 +63,27 @@ def test_every_experiment_composes(experiment):
         f"{group.name}={name}"
         for group in sorted(path for path in CONF.iterdir() if path.is_dir())
         for name in files(group.name)
-        if group.name not in ("experiment", "sweep")
+        if group.name not in ("experiment", "sweep", "study")
     ],
 )
 def test_every_choice_composes(choice):
     assert run_config(choice, "name=mine").run_dir == "runs/mine"
+
+
+@pytest.mark.parametrize("study", files("study"))
+def test_a_variant_of_a_study_comes_after_the_one_that_it_begins_from(study):
+    hydra = composed(f"study={study}").hydra
+    assert hydra.sweep.dir == f"runs/{study}"
+    experiments = [name.strip() for name in hydra.sweeper.params.experiment.split(",")]
+    before = {f"runs/{study}/start", f"runs/{study}/kl_only"} if study == "pass_budget" else set()
+    for experiment in experiments:
+        config = run_config(f"experiment={experiment}", "seed=7")
+        assert config.name.startswith(f"{study}/") and config.name.endswith("/7")
+        assert config.run_dir == f"runs/{config.name}"
+        source, _, stage = (config.model.source or "").partition("/7/stages/")
+        if experiment != f"{study}/start":
+            assert source in before and stage in ("joint", "rl"), f"{experiment}: {source}"
+        before.add(config.run_dir.removesuffix("/7"))
 
 
 @pytest.mark.parametrize("sweep", files("sweep"))

@@ -100,26 +100,27 @@ def aggregate(runs: list[VariantRun]) -> dict[str, Any]:
     variants: dict[str, Any] = {}
     for variant in dict.fromkeys(run.variant for run in runs if run.variant != START):
         mine = sorted((run for run in runs if run.variant == variant), key=lambda run: run.seed)
-        began = [starts.get(run.seed, {}).get("fast_accuracy") for run in mine]
-        variants[variant] = {
-            "seeds": [run.seed for run in mine],
-            "start_fast_accuracy": _mean(began),
-        }
+        variants[variant] = {"seeds": [run.seed for run in mine]}
+        for name in ("slow_accuracy", "fast_accuracy"):
+            began = [starts.get(run.seed, {}).get(name) for run in mine]
+            variants[variant][f"start_{name}"] = _mean(began)
         for metric in METRICS.values():
             if metric.name not in known:
                 continue
             values = [run.metrics.get(metric.name) for run in mine]
-            if any(isinstance(value, list) for value in values):
-                continue
             over_seeds = _interval if metric in with_interval else _mean
             variants[variant][metric.name] = over_seeds(values)
     return {ON_DISK: variants}
 
 
-def _mean(values: list[float | None]) -> float | None:
-    """The mean; None if a run lacks the metric."""
+def _mean(values: list[Any]) -> Any:
+    """The mean, of a list entry by entry; None if a run lacks the metric."""
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
+    if not known or len(known) < len(values):
+        return None
+    if isinstance(known[0], list):
+        return [sum(column) / len(column) for column in zip(*known, strict=True)]
+    return sum(known) / len(known)
 
 
 def _interval(values: list[float | None]) -> dict[str, float | None]:
@@ -219,11 +220,12 @@ def print_variants(console: Console, summary: dict[str, Any]) -> None:
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("variant", no_wrap=True)
     metrics = shown_metrics(summary, "comparison")
-    start = METRICS["fast_accuracy"]
-    for head in ("seeds", "fast acc.\nat start", *(metric.narrow_head for metric in metrics)):
+    at_start = [METRICS[name] for name in ("slow_accuracy", "fast_accuracy")]
+    heads = [f"{metric.title}\nat start" for metric in at_start]
+    for head in ("seeds", *heads, *(metric.narrow_head for metric in metrics)):
         table.add_column(head, justify="right")
     for variant, means in summary[ON_DISK].items():
-        cells = [start.cell(means["start_fast_accuracy"])]
+        cells = [metric.cell(means[f"start_{metric.name}"]) for metric in at_start]
         cells += [variant_cell(metric, means.get(metric.name)) for metric in metrics]
         table.add_row(escape(variant), str(len(means["seeds"])), *cells)
     console.print(table)
