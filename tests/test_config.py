@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from hydra.errors import MissingConfigException
 from omegaconf import open_dict
 
 from mtp.cli.hydra import job_folder, register_configs
-from mtp.config import to_run_config
+from mtp.config import to_run_config, with_defaults
 from mtp.errors import one_line
 from mtp.hub.build import build_model
+from mtp.hub.run_folder import changed_settings
 from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +70,19 @@ def test_every_experiment_composes(experiment):
 )
 def test_every_choice_composes(choice):
     assert run_config(choice, "name=mine").run_dir == "runs/mine"
+
+
+def test_a_run_of_an_earlier_version_resumes_with_settings_that_were_added_since():
+    config = run_config()
+    now = json.loads(json.dumps(asdict(config)))
+    saved = json.loads(json.dumps(now))
+    del saved["task"]["num_train"], saved["evaluation"]["thought_budgets"]
+    del saved["stages"]["rl"]["reward"]["thought_budget"]
+    assert changed_settings(with_defaults(saved, config), now) == {}
+    del saved["task"]["num_train"]
+    now["task"]["num_train"] = 400
+    with pytest.raises(ValueError, match="task.num_train was 0 and is now 400"):
+        changed_settings(with_defaults(saved, config), now)
 
 
 @pytest.mark.parametrize("study", files("study"))

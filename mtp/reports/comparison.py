@@ -6,8 +6,8 @@ as runs/rl_proof, and writes its summary.json, variants.png and frontier.png.
 A run's name gives its variant: `rl_proof/executed_open/3` is seed 3 of variant `executed_open`. The
 other variants begin where the runs of variant `start` ended. Metrics are those of the last stage.
 
-A run that was kept without its weights (docs/results) has a `run.yaml` in place of its config: name
-and seed, the commit that recorded it, and the overrides of conf/ that make it again.
+A run that was kept without its weights (docs/results, `mtp.reports.keep`) has a `run.yaml` in place
+of its config: name and seed, and the overrides of conf/ that make it again.
 
 Left out: tests between variants, and an interval where only one seed has ended.
 """
@@ -49,6 +49,7 @@ class VariantRun:
     """Metrics of its last stage."""
     curve: list[tuple[int, float]]
     """(step, fast accuracy) of its last stage's evaluations."""
+    folder: Path
 
 
 def read_runs(folder: Path) -> list[VariantRun]:
@@ -80,7 +81,7 @@ def read_runs(folder: Path) -> list[VariantRun]:
             for record in (read_records(log) if log.is_file() else [])
             if record["stage"] == last["name"] and record.get("eval/fast_accuracy") is not None
         ]
-        runs.append(VariantRun(*key, last, curve))
+        runs.append(VariantRun(*key, last, curve, home))
     if not runs:
         raise ValueError(
             f"{folder} holds no run of a variant that has ended; give the folder of a comparison, "
@@ -250,16 +251,24 @@ def main(argv: list[str] | None = None) -> int:
     )
     folder = parser.parse_args(argv).folder
     try:
-        runs = read_runs(folder)
+        write_report(folder)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def write_report(folder: Path) -> None:
+    """Print the table of a comparison and write its summary and plots into its folder.
+
+    Raises ValueError as `read_runs` does.
+    """
+    runs = read_runs(folder)
     summary = aggregate(runs)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     save_plot(runs, summary, folder / "variants.png")
     save_frontier(runs, summary, folder / "frontier.png")
     print_variants(make_console(), summary)
-    return 0
 
 
 if __name__ == "__main__":
