@@ -92,6 +92,11 @@ IMPERFECT_TEACHER = {
     | {"steps": 1500, "train_head": False, "channel_gradient": 0.0},
     "two_phase_reward_kl_0.03": weights(0.03) | {"steps": 2000},
     "two_phase_kl_only": {"objective.policy.weight": 0.0, "steps": 2000},
+    "two_phase_reverse_kl": weights(0.03)
+    | {"steps": 2000, "objective.reference_kl.weight": 0.3, "objective.reference_kl.reverse": True},
+    "two_phase_new_reference": weights(0.3)
+    | {"steps": 500}
+    | {f"optimizers.{part}.decay": "constant" for part in ("main", "head")},
     "two_phase_head_kl": weights(0.03) | {"steps": 2000, "objective.head_kl.weight": 1.0},
 }
 
