@@ -155,6 +155,25 @@ def with_new_keys(content: Any) -> Any:
     return content
 
 
+def with_defaults(content: Any, config: RunConfig) -> Any:
+    """A checkpoint's settings; those that were added since have their default.
+
+    A default is what a run did before there was a choice. `content` is changed.
+    """
+    _fill(content, asdict(RunConfig(task=type(config.task)())))
+    for stage in content["stages"].values():
+        _fill(stage, asdict(StageConfig()))
+    return content
+
+
+def _fill(content: dict[str, Any], defaults: dict[str, Any]) -> None:
+    for key, default in defaults.items():
+        if isinstance(default, dict) and isinstance(content.get(key), dict):
+            _fill(content[key], default)
+        else:
+            content.setdefault(key, default)
+
+
 def _move_stage_keys(stage: dict[str, Any]) -> None:
     objective = stage["objective"]
     objective["reference_kl"] = objective.pop("leash")

@@ -12,7 +12,7 @@ import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 
-from .config import RunConfig, save_run_config, with_new_keys
+from .config import RunConfig, save_run_config, with_defaults, with_new_keys
 from .hub.checkpoint import read_state, remove_later
 from .hub.run_folder import MARK, RunFolder, changed_settings
 from .reports.loggers import Log
@@ -127,14 +127,14 @@ def settings_of(config: RunConfig, fabric: Fabric) -> dict[str, Any]:
     return settings
 
 
-def read_start(checkpoint: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The state to continue from; its progress records the settings that have changed.
+def read_start(checkpoint: str, settings: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """The state to continue from, whose progress records the settings that have changed.
 
     Raises ValueError naming the settings that must not change.
     """
     state = read_state(Path(checkpoint))
     progress = state["progress"]
-    saved = with_new_keys(state["settings"])
+    saved = with_defaults(with_new_keys(state["settings"]), config)
     for key, (then, now) in changed_settings(saved, settings).items():
         progress["changed"].append(
             {"key": key, "then": then, "now": now, "global_step": progress["global_step"]}

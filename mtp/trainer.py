@@ -84,7 +84,7 @@ def run_stages(
     settings = settings_of(config, fabric)
     progress, state = Progress(), None
     if checkpoint is not None:
-        state = read_start(checkpoint, settings)
+        state = read_start(checkpoint, settings, config)
         progress = Progress(**state["progress"])
         if has_ended(config, folder.path, progress):
             summary = json.loads((folder.path / "summary.json").read_text())

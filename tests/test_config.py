@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from omegaconf import open_dict
 
 from mtp.cli.hydra import job_folder, register_configs
 from mtp.common.errors import one_line
-from mtp.config import to_run_config
+from mtp.config import to_run_config, with_defaults
 from mtp.hub.build import build_model
+from mtp.hub.run_folder import changed_settings
 from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +24,9 @@ CONF = ROOT / "conf"
 
 
 def files(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    folder = CONF / group
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml"))
+    return sorted(name.removesuffix(".yaml") for name in found)
 
 
 def composed(*overrides: str):
@@ -61,11 +65,40 @@ def test_every_experiment_composes(experiment):
         f"{group.name}={name}"
         for group in sorted(path for path in CONF.iterdir() if path.is_dir())
         for name in files(group.name)
-        if group.name not in ("experiment", "sweep")
+        if group.name not in ("experiment", "sweep", "study")
     ],
 )
 def test_every_choice_composes(choice):
     assert run_config(choice, "name=mine").run_dir == "runs/mine"
+
+
+def test_a_run_of_an_earlier_version_resumes_with_settings_that_were_added_since():
+    config = run_config()
+    now = json.loads(json.dumps(asdict(config)))
+    saved = json.loads(json.dumps(now))
+    del saved["task"]["num_train"], saved["evaluation"]["thought_budgets"]
+    del saved["stages"]["rl"]["reward"]["thought_budget"]
+    assert changed_settings(with_defaults(saved, config), now) == {}
+    del saved["task"]["num_train"]
+    now["task"]["num_train"] = 400
+    with pytest.raises(ValueError, match="task.num_train was 0 and is now 400"):
+        changed_settings(with_defaults(saved, config), now)
+
+
+@pytest.mark.parametrize("study", files("study"))
+def test_a_variant_of_a_study_comes_after_the_one_that_it_begins_from(study):
+    hydra = composed(f"study={study}").hydra
+    assert hydra.sweep.dir == f"runs/{study}"
+    experiments = [name.strip() for name in hydra.sweeper.params.experiment.split(",")]
+    before = {f"runs/{study}/start", f"runs/{study}/kl_only"} if study == "pass_budget" else set()
+    for experiment in experiments:
+        config = run_config(f"experiment={experiment}", "seed=7")
+        assert config.name.startswith(f"{study}/") and config.name.endswith("/7")
+        assert config.run_dir == f"runs/{config.name}"
+        source, _, stage = (config.model.source or "").partition("/7/stages/")
+        if experiment != f"{study}/start":
+            assert source in before and stage in ("joint", "rl"), f"{experiment}: {source}"
+        before.add(config.run_dir.removesuffix("/7"))
 
 
 @pytest.mark.parametrize("sweep", files("sweep"))

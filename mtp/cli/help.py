@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 
 WIDTH = 100
-GROUPS = ("experiment", "model", "head", "task", "decoding", "fabric", "logger", "sweep")
+GROUPS = ("experiment", "model", "head", "task", "decoding", "fabric", "logger", "sweep", "study")
 """Groups of conf/, sorted by how often they are used."""
 
 USAGE = """\
@@ -19,6 +19,7 @@ Train a main LLM together with its eavesdropping head.
   python train.py resume=true                  continue from the last checkpoint
   python train.py -m seed=1,2,3                a sweep, into runs/default_sweep/seed=1 ...
   python train.py -m sweep=submitit_slurm hydra.launcher.partition=gpu seed=1,2,3
+  python train.py -m study=NAME                all runs of a study, one after the other
 """
 
 KEYS = """\

@@ -33,7 +33,7 @@ def register_configs() -> None:
     for name, kind in SINKS.items():
         package = f"logger.sinks.{name}"
         store.store(group="logger", name=f"{name}_schema", node=kind.config, package=package)
-    for resolver in (in_sweep, run_folder, job_folder, sweep_name):
+    for resolver in (in_sweep, run_folder, job_folder, variant_folder, sweep_name):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
@@ -66,6 +66,20 @@ def job_folder(overrides: str, number: int) -> str:
     if name == overrides and len(name) <= 120 or not overrides:
         return name
     return f"{name[:100]}-{hashlib.sha256(overrides.encode()).hexdigest()[:6]}"
+
+
+def variant_folder(name: str) -> str:
+    """`${variant_folder:${name}}` is VARIANT/SEED of a run named COMPARISON/VARIANT/SEED.
+
+    A study's sweep is in the folder of its comparison, so a job is where the run of its name is.
+    """
+    comparison, separator, rest = name.partition("/")
+    if not (comparison and separator and rest):
+        raise ValueError(
+            f"name must be COMPARISON/VARIANT/SEED in a study, got {name!r}; leave it as the "
+            "experiment has it"
+        )
+    return rest
 
 
 def job_overrides() -> dict[str, str] | None:

@@ -5,15 +5,22 @@ For a drafting head also verified mode: passes, and acceptance of its drafts.
 Decoding is greedy. All metrics are over the same problems.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from ..common.bounds import bounded
 from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.records import Decoded
 from ..modeling.sampler import Sampler
-from ..rollouts.legibility import reference_metrics, true_step_share, unigram_drift
+from ..rollouts.legibility import (
+    reference_metrics,
+    thought_passes,
+    true_step_share,
+    unigram_drift,
+)
 from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import DecodingConfig, Rollouts, sample
 from ..tasks.base import Example, Task
@@ -34,6 +41,9 @@ class EvaluationConfig:
     """Model whose likelihood of the thoughts is measured: main at the end of the `first` stage or a
     named one, `start` (the model that the run began from), or a folder that mtp saved. It should
     not be the reference of the loss; `reference_in_loss` in the summary is true if it is."""
+    thought_budgets: list[int] = bounded([], at_least=1)
+    """Limits on the passes of a thought: fast accuracy is also measured with longer thoughts
+    counted as wrong, for each of these limits."""
     verified: bool = False
     """Decode in verified mode too, where the head drafts and main verifies: `verified_passes`,
     `verified_tokens_per_pass` and `acceptance_by_slot`."""
@@ -78,14 +88,37 @@ def accuracy(
     """
     if not task.has_verifier:
         return None
-    right = total = 0.0
+    right = right_answers(batches, task, answer_of)
+    return sum(right) / len(right)
+
+
+def budget_metrics(
+    batches: list[Rollouts], task: Task, fmt: PromptFormat, budgets: Sequence[int]
+) -> dict[str, Any]:
+    """Mean passes of the thoughts, and one accuracy per budget.
+
+    An answer after a thought of more passes than the budget counts as wrong.
+    """
+    counts = torch.cat([thought_passes(batch, fmt) for batch in batches])
+    is_right = torch.tensor(right_answers(batches, task, fmt.answer_text))
+    return {
+        "fast_thought_passes": float(counts.mean()),
+        "accuracy_by_budget": [
+            float((is_right & (counts <= budget)).float().mean()) for budget in budgets
+        ],
+    }
+
+
+def right_answers(
+    batches: list[Rollouts], task: Task, answer_of: Callable[[list[int]], str | None]
+) -> list[bool]:
+    """True if the final answer of each completion is right; see `accuracy`."""
+    right = []
     for batch in batches:
         for row in range(len(batch)):
             answer = answer_of(batch.completion(row))
-            if answer is not None:
-                right += task.outcome(batch.example(row), answer)
-            total += 1
-    return right / total
+            right.append(answer is not None and task.outcome(batch.example(row), answer) == 1.0)
+    return right
 
 
 def fast_accuracy(
@@ -128,6 +161,7 @@ def evaluate(
     controls: bool = True,
     reference: Any = None,
     verified: bool = False,
+    thought_budgets: Sequence[int] = (),
     impl: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, list[Rollouts]]]:
     """All metrics of one evaluation, named as in summary.json, and the completions by mode.
@@ -143,6 +177,7 @@ def evaluate(
         controls: also answer after an empty and after a wrong thought (another problem's).
         reference: frozen model for `reference_nats_per_token`, by slot too; null without one.
         verified: decode in verified mode too; its metrics are absent otherwise.
+        thought_budgets: limits of `accuracy_by_budget`, which is absent without any.
         impl: implementation of `mtp_kernels` ops that tokens are sampled with, see `DecodeOptions`.
     """
     examples = held_out(task, num_problems)
@@ -174,6 +209,8 @@ def evaluate(
             "fast_passes": passes(fast),
             "fast_tokens_per_pass": tokens_per_pass(fast),
         }
+        if thought_budgets and task.has_verifier:
+            metrics |= budget_metrics(fast, task, fmt, thought_budgets)
     if verified:
         names = ("verified_passes", "verified_tokens_per_pass", "acceptance_by_slot")
         metrics |= dict.fromkeys(names)

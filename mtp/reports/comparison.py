@@ -6,8 +6,8 @@ as runs/rl_proof, and writes its summary.json, variants.png and frontier.png.
 A run's name gives its variant: `rl_proof/executed_open/3` is seed 3 of variant `executed_open`. The
 other variants begin with the models of variant `start`. Metrics are those of the last stage.
 
-A run that was kept without its weights (docs/results) has a `run.yaml` in place of its config: name
-and seed, the commit that recorded it, and the overrides of conf/ that reproduce it.
+A run that was kept without its weights (docs/results, `mtp.reports.keep`) has a `run.yaml` in place
+of its config: name and seed, the commit that recorded it, and the overrides that reproduce it.
 
 Left out: tests between variants, and an interval if only one seed has ended.
 """
@@ -49,6 +49,7 @@ class VariantRun:
     """Metrics of its last stage."""
     curve: list[tuple[int, float]]
     """(step, fast accuracy) of its last stage's evaluations."""
+    folder: Path
 
 
 def read_runs(folder: Path) -> list[VariantRun]:
@@ -80,7 +81,7 @@ def read_runs(folder: Path) -> list[VariantRun]:
             for record in (read_records(log) if log.is_file() else [])
             if record["stage"] == last["name"] and record.get("eval/fast_accuracy") is not None
         ]
-        runs.append(VariantRun(*key, last, curve))
+        runs.append(VariantRun(*key, last, curve, home))
     if not runs:
         raise ValueError(
             f"{folder} holds no run of a variant that has ended; give the folder of a comparison, "
@@ -100,27 +101,28 @@ def aggregate(runs: list[VariantRun]) -> dict[str, Any]:
     variants: dict[str, Any] = {}
     for variant in dict.fromkeys(run.variant for run in runs if run.variant != START):
         mine = sorted((run for run in runs if run.variant == variant), key=lambda run: run.seed)
-        began = [starts.get(run.seed, {}).get("fast_accuracy") for run in mine]
-        variants[variant] = {
-            "seeds": [run.seed for run in mine],
-            "start_fast_accuracy": _mean(began),
-        }
+        variants[variant] = {"seeds": [run.seed for run in mine]}
+        for name in ("slow_accuracy", "fast_accuracy"):
+            began = [starts.get(run.seed, {}).get(name) for run in mine]
+            variants[variant][f"start_{name}"] = _mean(began)
         for metric in METRICS.values():
             if metric.name not in known:
                 continue
             values = [run.metrics.get(metric.name) for run in mine]
-            if any(isinstance(value, list) for value in values):
-                continue
             variants[variant][metric.name] = (
                 _interval(values, metric) if metric in with_interval else _mean(values)
             )
     return {ON_DISK: variants}
 
 
-def _mean(values: list[float | None]) -> float | None:
-    """The mean; None if a run lacks the metric."""
+def _mean(values: list[Any]) -> Any:
+    """The mean, of a list entry by entry; None if a run lacks the metric."""
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
+    if not known or len(known) < len(values):
+        return None
+    if isinstance(known[0], list):
+        return [sum(column) / len(column) for column in zip(*known, strict=True)]
+    return sum(known) / len(known)
 
 
 def _interval(values: list[float | None], metric: Metric) -> dict[str, float | None]:
@@ -222,11 +224,12 @@ def print_variants(console: Console, summary: dict[str, Any]) -> None:
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("variant", no_wrap=True)
     metrics = shown_metrics(summary, "comparison")
-    start = METRICS["fast_accuracy"]
-    for head in ("seeds", "fast acc.\nat start", *(metric.narrow_head for metric in metrics)):
+    at_start = [METRICS[name] for name in ("slow_accuracy", "fast_accuracy")]
+    heads = [f"{metric.title}\nat start" for metric in at_start]
+    for head in ("seeds", *heads, *(metric.narrow_head for metric in metrics)):
         table.add_column(head, justify="right")
     for variant, means in summary[ON_DISK].items():
-        cells = [start.cell(means["start_fast_accuracy"])]
+        cells = [metric.cell(means[f"start_{metric.name}"]) for metric in at_start]
         cells += [variant_cell(metric, means.get(metric.name)) for metric in metrics]
         table.add_row(escape(variant), str(len(means["seeds"])), *cells)
     console.print(table)
@@ -251,16 +254,24 @@ def main(argv: list[str] | None = None) -> int:
     )
     folder = parser.parse_args(argv).folder
     try:
-        runs = read_runs(folder)
+        write_report(folder)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def write_report(folder: Path) -> None:
+    """Print the table of a comparison and write its summary and plots into its folder.
+
+    Raises ValueError as `read_runs` does.
+    """
+    runs = read_runs(folder)
     summary = aggregate(runs)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     save_plot(runs, summary, folder / "variants.png")
     save_frontier(runs, summary, folder / "frontier.png")
     print_variants(make_console(), summary)
-    return 0
 
 
 if __name__ == "__main__":

@@ -130,6 +130,15 @@ for _metric in (
     ),
     Metric("slow_passes", "slow passes", **PASSES, shown_in=("run", "sweep")),
     Metric("fast_passes", "fast passes", **PASSES),
+    Metric("fast_thought_passes", "thought passes", **PASSES, shown_in=("run", "comparison")),
+    Metric(
+        "accuracy_by_budget",
+        "by budget",
+        **SHARE,
+        meaning="fast accuracy where thoughts of more passes than each of "
+        "`evaluation.thought_budgets` count as wrong",
+        shown_in=("run", "comparison"),
+    ),
     Metric("fast_tokens_per_pass", "tokens/pass", "tokens/pass", better="higher", shown_in=IN_RUNS),
     Metric("verified_passes", "verified passes", **PASSES, shown_in=IN_RUNS),
     Metric(

@@ -11,6 +11,7 @@ import argparse
 import csv
 import json
 import math
+import re
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -67,10 +68,9 @@ def read_jobs(folder: Path) -> list[Job]:
 
     Raises ValueError if there are none.
     """
-    jobs = []
-    for path in sorted(folder.glob("*/"), key=_sorting_key):
-        if (path / "job.json").is_file() or (path / "summary.json").is_file():
-            jobs.append(read_job(path))
+    found = {path.parent for name in ("job.json", "summary.json") for path in folder.rglob(name)}
+    names = [path.relative_to(folder) for path in found - {folder}]
+    jobs = [read_job(folder / name, str(name)) for name in sorted(names, key=_sorting_key)]
     if not jobs:
         raise ValueError(
             f"{folder} holds no jobs; give the folder of a sweep, such as runs/default_sweep"
@@ -79,9 +79,9 @@ def read_jobs(folder: Path) -> list[Job]:
 
 
 def _sorting_key(path: Path) -> list[tuple[float, str]]:
-    """Fields of a folder's name; those that are numbers come first, in order."""
+    """Fields of a folder's path; those that are numbers come first, in order."""
     key = []
-    for part in path.name.replace("=", ",").split(","):
+    for part in re.split("[=,/]", path.as_posix()):
         try:
             key.append((float(part), ""))
         except ValueError:
@@ -89,14 +89,14 @@ def _sorting_key(path: Path) -> list[tuple[float, str]]:
     return key
 
 
-def read_job(path: Path) -> Job:
-    """One job, from its folder."""
+def read_job(path: Path, name: str) -> Job:
+    """One job, from its folder, and its name within the sweep's."""
     noted: dict[str, Any] = {"overrides": {}, "error": None}
     if (path / "job.json").is_file():
         noted = read_json(path / "job.json")
         if not (isinstance(noted, dict) and isinstance(noted.get("overrides"), dict)):
             raise ValueError(f"{path / 'job.json'} is not the record of a job; remove it")
-    job = Job(folder=path.name, overrides=noted["overrides"], status="unfinished")
+    job = Job(folder=name, overrides=noted["overrides"], status="unfinished")
     if noted.get("error") is not None:
         job.status, job.error = "failed", noted["error"]
     elif (path / "summary.json").is_file():

@@ -91,6 +91,15 @@ def mean_nats_of_rollouts(batch: Rollouts, fmt: PromptFormat, reference: Any) ->
     return sums / counts.clamp(min=1)
 
 
+def thought_passes(batch: Rollouts, fmt: PromptFormat) -> Tensor:
+    """[P * G] float32 passes of main in which each thought was written, its delimiter included."""
+    counts = torch.zeros(len(batch.prompts))
+    for segment in range(len(batch.prompts)):
+        length = len(fmt.thought_of(batch.out.completion(segment)))
+        counts[segment] = (batch.out.slots[segment, :length] == 0).sum()
+    return batch.total(counts)
+
+
 def true_step_share(batches: list[Rollouts], task: Task, fmt: PromptFormat) -> float | None:
     """Share of the thoughts' steps that are true; None if a task cannot verify steps."""
     true = total = 0

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..common.bounds import bounded
 from ..tasks.base import Task
-from .legibility import mean_nats_of_rollouts
+from .legibility import mean_nats_of_rollouts, thought_passes
 from .prompt_format import PromptFormat
 from .rollout import Rollouts
 
@@ -19,8 +19,12 @@ class RewardConfig:
 
     The advantage uses the outcome plus the terms. Under the group rules the terms give no advantage
     to a group without a solved rollout; `batch_std` has no such filter.
+    `thought_budget` is not a shaping term: it decides which outcomes are right.
     """
 
+    thought_budget: int = bounded(0, at_least=0)
+    """Most passes of main in the thought of a right outcome: a right answer after a longer thought
+    counts as wrong. 0: no limit."""
     pass_cost: float = bounded(0.0, at_least=0)
     """Cost subtracted per forward pass of main."""
     token_cost: float = bounded(0.0, at_least=0)
@@ -41,7 +45,7 @@ class Rewards:
     """Rewards of P prompts times G completions."""
 
     outcomes: Tensor
-    """[P, G] 1.0 if the final answer is right, else 0.0."""
+    """[P, G] 1.0 if the final answer is right and within `thought_budget`, else 0.0."""
     total: Tensor
     """[P, G] outcome plus shaping terms, the input of advantages."""
     terms: dict[str, Tensor]
@@ -68,6 +72,9 @@ def score(
         0.0 if answer is None else task.outcome(rollouts.example(row), answer)
         for row, answer in enumerate(answers)
     ]
+    if config.thought_budget:
+        is_late = thought_passes(rollouts, fmt) > config.thought_budget
+        outcomes = [0.0 if late else o for late, o in zip(is_late.tolist(), outcomes, strict=True)]
     lengths = rollouts.out.lengths
     terms = {}
     if config.pass_cost:

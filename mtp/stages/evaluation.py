@@ -108,6 +108,7 @@ def measure(
             controls=ends_stage,
             reference=reference,
             verified=config.evaluation.verified,
+            thought_budgets=config.evaluation.thought_budgets,
             impl=config.kernels,
         )
         thoughts = thought_rows(

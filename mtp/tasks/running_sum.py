@@ -25,6 +25,8 @@ class RunningSumConfig(TaskConfig):
     low: int = bounded(10, at_least=0)
     high: int = bounded(99, at_least=0)
     """Largest term; terms are sampled uniformly from low..high."""
+    num_train: int = bounded(0, at_least=0)
+    """Number of training problems, which repeat every epoch; 0: no limit."""
     seed: int = bounded(0, at_least=0, at_most=2**63 - 1)
     """Seed of the examples; the splits do not depend on it."""
 
@@ -54,7 +56,7 @@ class RunningSum(Task):
         self.config = config
 
     def size(self, split: Split) -> int | None:
-        return None
+        return self.config.num_train or None if split == "train" else None
 
     def example(self, split: Split, index: int) -> Example:
         config = self.config

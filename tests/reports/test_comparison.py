@@ -6,12 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 
 from mtp.cli.hydra import register_configs
 from mtp.config import to_run_config
 from mtp.reports import comparison, metrics
 from mtp.reports.comparison import aggregate, main, read_runs
+from mtp.reports.keep import main as keep_main
 from mtp.reports.metrics import Metric, declare
 from mtp.trainer import train
 
@@ -64,6 +66,53 @@ def test_a_variant_differs_from_the_executed_policy_in_what_it_is_named_for(vari
     before, after = flat(asdict(base.stages["rl"])), flat(asdict(other.stages["rl"]))
     assert {k: v for k, v in after.items() if before[k] != v} == VARIANTS[variant]
     for key in ("model", "head", "task", "decoding", "evaluation", "seed"):
+        assert getattr(base, key) == getattr(other, key), key
+
+
+def weights(value: float) -> dict:
+    return {"objective.reference_kl.weight": value, "objective.preserve.weight": value}
+
+
+RL_ON_MAIN = {
+    "rollouts.mode": "slow",
+    "objective.policy.head_weight": 0.0,
+    "objective.reference_kl.head_weight": 0.0,
+    "objective.preserve.weight": 0.0,
+}
+IMPERFECT_TEACHER = {
+    "reward_kl_0.3": weights(0.3),
+    "reward_kl_0.1": weights(0.1),
+    "reward_kl_0.03": weights(0.03),
+    "kl_only": {"objective.policy.weight": 0.0},
+    "reward_only": weights(0.0),
+    "closed": weights(0.03) | {"channel_gradient": 0.0},
+    "main_only": weights(0.03) | RL_ON_MAIN | {"objective.head_kl.weight": 1.0},
+    "slow_first": weights(0.03)
+    | RL_ON_MAIN
+    | {"steps": 1500, "train_head": False, "channel_gradient": 0.0},
+    "two_phase_reward_kl_0.03": weights(0.03) | {"steps": 2000},
+    "two_phase_kl_only": {"objective.policy.weight": 0.0, "steps": 2000},
+    "two_phase_reverse_kl": weights(0.03)
+    | {"steps": 2000, "objective.reference_kl.weight": 0.3, "objective.reference_kl.reverse": True},
+    "two_phase_new_reference": weights(0.3)
+    | {"steps": 500}
+    | {f"optimizers.{part}.decay": "constant" for part in ("main", "head")},
+    "two_phase_head_kl": weights(0.03) | {"steps": 2000, "objective.head_kl.weight": 1.0},
+}
+
+
+@pytest.mark.parametrize("variant", IMPERFECT_TEACHER)
+def test_a_variant_of_the_imperfect_teacher_differs_in_what_it_is_named_for(variant):
+    base, other = (
+        config(f"imperfect_teacher/{name}", "run_dir=x") for name in ("reward_kl_1", variant)
+    )
+    assert other.name == f"imperfect_teacher/{variant}/1"
+    before, after = flat(asdict(base.stages["rl"])), flat(asdict(other.stages["rl"]))
+    assert {k: v for k, v in after.items() if before[k] != v} == IMPERFECT_TEACHER[variant]
+    stages = other.active_stages().values()
+    before = 1000 if variant.startswith("two_phase") else 0
+    assert before + sum(stage.steps for stage in stages) == 3000, "all take as many steps"
+    for key in ("head", "task", "decoding", "evaluation", "seed"):
         assert getattr(base, key) == getattr(other, key), key
 
 
@@ -156,3 +205,21 @@ def test_variants_begin_where_the_start_of_their_seed_ended(tmp_path, monkeypatc
     arms = json.loads(Path("runs/rl_proof/summary.json").read_text())["arms"]
     assert set(arms) == {"executed_open", "auxiliary_ce", "auxiliary_policy"}
     assert all(arm["seeds"] == [2] for arm in arms.values())
+
+
+def test_kept_runs_give_the_same_summary_and_say_how_to_make_them_again(tmp_path, capsys):
+    runs, results = tmp_path / "runs", tmp_path / "results"
+    write_run(runs, "start/1", 1, 0.2)
+    write_run(runs, "open/1", 1, 0.9)
+    job = {"overrides": {"seed": "1", "experiment": "proof/other", "k": "2"}, "error": None}
+    write_run(runs, "closed/1", 1, 0.25)
+    (runs / "closed" / "1" / "job.json").write_text(json.dumps(job))
+    assert keep_main([str(runs), str(results)]) == 0
+    assert aggregate(read_runs(results)) == aggregate(read_runs(runs))
+    assert json.loads((results / "summary.json").read_text()) == aggregate(read_runs(runs))
+    described = yaml.safe_load((results / "open" / "1" / "run.yaml").read_text())
+    assert described == {"name": "proof/open/1", "seed": 1, "overrides": ["experiment=proof/open"]}
+    described = yaml.safe_load((results / "closed" / "1" / "run.yaml").read_text())
+    assert described["overrides"] == ["experiment=proof/other", "k=2"]
+    assert keep_main([str(results), str(tmp_path / "again")]) == 2
+    assert "must be a run's folder with its config.yaml" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
+from mtp.evaluation.evaluate import budget_figures
 from mtp.hub.build import ModelConfig, build_model
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.phases import Phase
@@ -17,6 +18,7 @@ from mtp.rollouts.legibility import (
     mean_nats_of_rollouts,
     reference_metrics,
     thought_nats,
+    thought_passes,
     unigram_drift,
 )
 from mtp.rollouts.reward import RewardConfig, score
@@ -81,6 +83,19 @@ def test_shaping_terms_by_hand():
     for name, values in expected.items():
         assert rewards.terms[name][0].tolist() == pytest.approx(values), name
     assert torch.allclose(rewards.total, rewards.outcomes + sum(rewards.terms.values()))
+
+
+def test_a_right_answer_after_a_longer_thought_than_the_budget_counts_as_wrong():
+    long = TEXT.completion_ids("30+3", "60")  # its thought is five tokens, two passes of three
+    batch = written(RIGHT, long, WRONG)
+    assert thought_passes(batch, TEXT).tolist() == [1.0, 2.0, 1.0]
+    for budget, outcomes in ((0, [1.0, 1.0, 0.0]), (1, [1.0, 0.0, 0.0]), (2, [1.0, 1.0, 0.0])):
+        rewards = score(TASK, TEXT, batch, RewardConfig(thought_budget=budget), max_new_tokens=12)
+        assert rewards.outcomes.tolist() == [outcomes]
+        assert rewards.total.tolist() == [outcomes] and not rewards.terms
+    figures = budget_figures([batch], TASK, TEXT, (1, 2))
+    assert figures["fast_thought_passes"] == pytest.approx(4 / 3)
+    assert figures["accuracy_by_budget"] == pytest.approx([1 / 3, 2 / 3])
 
 
 def test_no_shaping_term_makes_an_unsolved_group_teach():
