@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .evaluation.evaluate import evaluate, fast_accuracy
+from .evaluation.evaluate import evaluate, evaluate_sets, fast_accuracy
 from .reference import frozen_for_evaluation, reference_in_loss
 from .reports.tables import completions_rows, print_completions
 from .rollouts.rollout import Rollouts
@@ -65,6 +65,7 @@ def interim_evaluation(run: Run, stage: StageRun) -> bool:
             controls=False,
             verified=run.config.evaluation.verified,
             impl=run.config.kernels,
+            split=run.task.interim_set,
         ),
     )
     record(run, stage.name, figures)
@@ -77,12 +78,12 @@ def interim_evaluation(run: Run, stage: StageRun) -> bool:
 
 
 def evaluate_stage(run: Run, stage: StageRun) -> None:
-    """Evaluate on all held-out problems and note the stage's summary."""
+    """Evaluate on all held-out sets and note the stage's summary."""
     config, progress, name = run.config, run.progress, stage.name
     reference = frozen_for_evaluation(run)
     figures, shown = within(
         stage.module,
-        lambda model: evaluate(
+        lambda model: evaluate_sets(
             model,
             run.text,
             run.task,
@@ -119,9 +120,15 @@ def log_completions(run: Run, name: str, shown: list[Rollouts]) -> list[dict[str
 
 
 def record(run: Run, name: str, figures: dict[str, Any]) -> None:
-    """An evaluation into the log and the curves."""
+    """An evaluation into the log and the curves; further held-out sets as `SET/METRIC`."""
     progress = run.progress
-    point = {k: v for k, v in figures.items() if v is not None and k != "num_problems"}
+    sets = {"": figures} | figures.get("test_sets", {})
+    point = {
+        f"{split}/{key}".lstrip("/"): value
+        for split, metrics in sets.items()
+        for key, value in metrics.items()
+        if value is not None and key not in ("num_problems", "test_sets")
+    }
     at = {"stage": name, "step": progress.step, "global_step": progress.global_step}
     if progress.points and at.items() <= progress.points[-1].items():
         progress.points.pop()  # a stage's last evaluation stands for one within it at the same step

@@ -18,7 +18,7 @@ from mtp.modeling.records import FORCED, Decoded
 from mtp.modeling.sampler import Sampler
 from mtp.modeling.segments import SegmentSettings
 from mtp.reports.tables import completions_rows
-from mtp.rollouts.legibility import mean_nats_of_rollouts, thought_nats, true_step_share
+from mtp.rollouts.legibility import mean_nats_of_rollouts, step_figures, thought_nats
 from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.rollouts.reward import RewardConfig, score
 from mtp.rollouts.rollout import DecodingConfig, Rollouts, sample
@@ -207,7 +207,7 @@ def test_the_answer_is_the_last_segments_and_costs_are_the_trajectorys():
     expected = {"passes": -1.4, "tokens": -0.41, "format": 0.0, "overlong": -0.75}
     assert {name: round(float(v), 4) for name, v in rewards.terms.items()} == expected
     assert accuracy([rows], TASK, text.answer_text) == 1.0
-    assert true_step_share([rows], TASK, text) == 1.0, "steps are read across segments"
+    assert step_figures([rows], TASK, text)["true_steps"] == 1.0, "steps are read across segments"
     assert segment_metrics(rows) == {
         "segments": 3.0,
         "completions/forced_tokens": 0.0,

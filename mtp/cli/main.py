@@ -243,9 +243,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
         evaluate_search(arguments, opened, search, number or config.evaluation.num_problems)
         return
     from ..errors import reading
-    from ..evaluation.evaluate import evaluate as measure
+    from ..evaluation.evaluate import evaluate_sets as measure
     from ..hub.build import load_model
     from ..reference import evaluation_reference, folder_of
+    from ..reports.metrics import by_test_set
     from ..reports.progress import make_console
     from ..reports.tables import print_metrics
     from ..training.examples import fit_task
@@ -275,7 +276,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     else:
         problems = f"{metrics['num_problems']} held-out problems, greedy"
         title = f"{arguments.folder}, stage {opened.stage}: {problems}"
-        print_metrics(make_console(), title, "run", {"value": metrics})
+        for name, (values,) in by_test_set([{"name": opened.stage, **metrics}]).items():
+            print_metrics(make_console(), title, "run", {name or "value": values})
 
 
 def evaluate_search(

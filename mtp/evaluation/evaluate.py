@@ -13,10 +13,10 @@ from ..bounds import bounded
 from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.records import Decoded
 from ..modeling.sampler import Sampler
-from ..rollouts.legibility import reference_figures, true_step_share, unigram_drift
+from ..rollouts.legibility import reference_figures, step_figures, unigram_drift
 from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import DecodingConfig, Rollouts, sample
-from ..tasks.base import Example, Task
+from ..tasks.base import Example, Split, Task
 
 
 @dataclass(kw_only=True)
@@ -109,11 +109,22 @@ def acceptance_by_slot(outs: list[Decoded], num_head_slots: int) -> list[float]:
     return [sum(float((out.accepted == slot).sum()) for out in outs) / passes for slot in slots]
 
 
-def held_out(task: Task, num_problems: int) -> list[Example]:
-    """The first held-out problems, as many as there are at most."""
-    size = task.size("test")
+def thought_tokens_per_pass(batches: list[Rollouts], fmt: PromptFormat) -> float | None:
+    """Tokens of thoughts, with their closing delimiters, over the passes that wrote them."""
+    tokens = passes = 0
+    for batch in batches:
+        for segment in range(len(batch.prompts)):
+            length = len(fmt.thought_of(batch.out.completion(segment)))
+            tokens += length
+            passes += int((batch.out.slots[segment, :length] == 0).sum())
+    return tokens / passes if passes else None
+
+
+def held_out(task: Task, num_problems: int, split: Split = "test") -> list[Example]:
+    """The first problems of a held-out set, as many as there are at most."""
+    size = task.size(split)
     num_problems = num_problems if size is None else min(num_problems, size)
-    return [task.example("test", i) for i in range(num_problems)]
+    return [task.example(split, i) for i in range(num_problems)]
 
 
 def evaluate(
@@ -129,6 +140,7 @@ def evaluate(
     reference: Any = None,
     verified: bool = False,
     impl: str | None = None,
+    split: Split = "test",
 ) -> tuple[dict[str, Any], list[Rollouts]]:
     """All figures of one evaluation, named as in summary.json, and the completions they are of.
 
@@ -144,8 +156,9 @@ def evaluate(
         reference: frozen model for `reference_nats_per_token`, by slot too; null without one.
         verified: decode in verified mode too; its figures are absent otherwise.
         impl: implementation of `mtp_kernels` ops that tokens are sampled with, see `DecodeOptions`.
+        split: held-out set of the task.
     """
-    examples = held_out(task, num_problems)
+    examples = held_out(task, num_problems, split)
     num_problems = len(examples)
 
     def passes(batches: list[Rollouts]) -> float:
@@ -166,6 +179,7 @@ def evaluate(
         "slow_passes": passes(slow),
         "fast_passes": None,
         "fast_tokens_per_pass": None,
+        "thought_tokens_per_pass": None,
     }
     if use_head:
         shown = fast = completions("fast")
@@ -173,6 +187,7 @@ def evaluate(
             "fast_accuracy": accuracy(fast, task, fmt.answer_text),
             "fast_passes": passes(fast),
             "fast_tokens_per_pass": tokens_per_pass(fast),
+            "thought_tokens_per_pass": thought_tokens_per_pass(fast, fmt),
         }
     if verified:
         names = ("verified_passes", "verified_tokens_per_pass", "acceptance_by_slot")
@@ -197,7 +212,7 @@ def evaluate(
         if wrong is not None:
             given = completions("slow", wrong)
             figures["wrong_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text)
-    figures["true_steps"] = true_step_share(shown, task, fmt)
+    figures |= step_figures(shown, task, fmt)
     figures["unigram_drift"] = unigram_drift(shown, fmt)
     figures["reference_nats_per_token"] = None
     if reference is not None:
@@ -206,6 +221,18 @@ def evaluate(
         figures["segments"] = sum(len(b.prompts) for b in shown) / num_problems
     figures["num_problems"] = num_problems
     return figures, shown
+
+
+def evaluate_sets(
+    model: DecodableModel, fmt: PromptFormat, task: Task, decoding: DecodingConfig, **settings: Any
+) -> tuple[dict[str, Any], list[Rollouts]]:
+    """What `evaluate` gives for the set `test`, with the metrics of a task's further held-out sets
+    by name in `test_sets`. settings: as in `evaluate`.
+    """
+    first, *others = task.test_sets
+    figures, shown = evaluate(model, fmt, task, decoding, split=first, **settings)
+    sets = {s: evaluate(model, fmt, task, decoding, split=s, **settings)[0] for s in others}
+    return figures | ({"test_sets": sets} if sets else {}), shown
 
 
 def wrong_thoughts(
