@@ -99,9 +99,10 @@ class GsmSymbolic(Task):
             example = self._sound_example(self._train[(index + probe * _STRIDE) % len(self._train)])
             if example is not None and fingerprint(example) not in self._held_out_questions:
                 return example
+        number = len(self._held_out_questions)
         raise ValueError(
-            f"task.templates have too few different questions to keep {len(self._held_out_questions)}"
-            " of them for tests; add templates, or lower task.num_test and task.num_validation"
+            f"task.templates have too few different questions to keep {number} of them for tests; "
+            "add templates, or lower task.num_test and task.num_validation"
         )
 
     def score(self, example: Example, answer: str) -> float:
