@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .evaluation.evaluate import evaluate, evaluate_sets, fast_accuracy
+from .evaluation.evaluate import evaluate, fast_accuracy, over_test_sets
 from .reference import frozen_for_evaluation, reference_in_loss
 from .reports.tables import completions_rows, print_completions
 from .rollouts.rollout import Rollouts
@@ -83,17 +83,21 @@ def evaluate_stage(run: Run, stage: StageRun) -> None:
     reference = frozen_for_evaluation(run)
     figures, shown = within(
         stage.module,
-        lambda model: evaluate_sets(
-            model,
-            run.text,
+        lambda model: over_test_sets(
             run.task,
-            config.decoding,
-            num_problems=config.evaluation.num_problems,
-            batch_size=config.evaluation.batch_size,
-            use_head=head_is_trained(run),
-            reference=reference,
-            verified=config.evaluation.verified,
-            impl=config.kernels,
+            lambda split: evaluate(
+                model,
+                run.text,
+                run.task,
+                config.decoding,
+                num_problems=config.evaluation.num_problems,
+                batch_size=config.evaluation.batch_size,
+                use_head=head_is_trained(run),
+                reference=reference,
+                verified=config.evaluation.verified,
+                impl=config.kernels,
+                split=split,
+            ),
         ),
     )
     record(run, name, figures)

@@ -243,7 +243,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         evaluate_search(arguments, opened, search, number or config.evaluation.num_problems)
         return
     from ..errors import reading
-    from ..evaluation.evaluate import evaluate_sets as measure
+    from ..evaluation.evaluate import evaluate as measure
+    from ..evaluation.evaluate import over_test_sets
     from ..hub.build import load_model
     from ..reference import evaluation_reference, folder_of
     from ..reports.metrics import by_test_set
@@ -259,17 +260,21 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if (source / "config.json").is_file():
         with reading(str(source)):
             reference = load_model(source, config.model.torch_dtype())[0].to(device).eval()
-    metrics, _ = measure(
-        model,
-        text,
+    metrics, _ = over_test_sets(
         task,
-        config.decoding,
-        num_problems=number or config.evaluation.num_problems,
-        batch_size=config.evaluation.batch_size,
-        use_head=opened.head_is_trained,
-        reference=reference,
-        verified=config.evaluation.verified,
-        impl=config.kernels,
+        lambda split: measure(
+            model,
+            text,
+            task,
+            config.decoding,
+            num_problems=number or config.evaluation.num_problems,
+            batch_size=config.evaluation.batch_size,
+            use_head=opened.head_is_trained,
+            reference=reference,
+            verified=config.evaluation.verified,
+            impl=config.kernels,
+            split=split,
+        ),
     )
     if arguments.json:
         print(json.dumps({"name": opened.stage, **metrics}, indent=2))

@@ -223,15 +223,15 @@ def evaluate(
     return figures, shown
 
 
-def evaluate_sets(
-    model: DecodableModel, fmt: PromptFormat, task: Task, decoding: DecodingConfig, **settings: Any
+def over_test_sets(
+    task: Task, evaluate_set: Callable[[Split], tuple[dict[str, Any], list[Rollouts]]]
 ) -> tuple[dict[str, Any], list[Rollouts]]:
-    """What `evaluate` gives for the set `test`, with the metrics of a task's further held-out sets
-    by name in `test_sets`. settings: as in `evaluate`.
+    """What `evaluate_set` gives for the set `test`. If the task names further held-out sets, their
+    metrics are in `test_sets`, by the name of the set.
     """
     first, *others = task.test_sets
-    figures, shown = evaluate(model, fmt, task, decoding, split=first, **settings)
-    sets = {s: evaluate(model, fmt, task, decoding, split=s, **settings)[0] for s in others}
+    figures, shown = evaluate_set(first)
+    sets = {split: evaluate_set(split)[0] for split in others}
     return figures | ({"test_sets": sets} if sets else {}), shown
 
 
