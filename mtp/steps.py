@@ -8,7 +8,7 @@ import torch
 from .groups import Groups, sample_groups
 from .modeling.records import FORCED
 from .rollouts.advantage import GroupRewards, informative
-from .rollouts.legibility import true_step_share, unigram_drift
+from .rollouts.legibility import step_metrics, unigram_drift
 from .rollouts.reward import Rewards
 from .rollouts.rollout import Rollouts
 from .run import Run, StageRun, next_examples
@@ -221,9 +221,8 @@ def rollout_metrics(
         metrics |= segment_metrics(rollouts)
     for term, values in rewards.terms.items():
         metrics[f"reward/{term}"] = float(values.mean())
-    true = true_step_share([rollouts], run.task, run.fmt)
-    if true is not None:
-        metrics["true_steps"] = true
+    steps = step_metrics([rollouts], run.task, run.fmt)
+    metrics |= {name: value for name, value in steps.items() if value is not None}
     drift = unigram_drift([rollouts], run.fmt)
     if drift is not None:
         metrics["unigram_drift"] = drift

@@ -9,7 +9,7 @@ from helpers import config, records, run_alone, tiny_model
 from transformers import AutoTokenizer, LogitsProcessor
 
 from mtp.cli.main import main
-from mtp.evaluation.evaluate import accuracy
+from mtp.evaluation.evaluate import accuracy, thought_tokens_per_pass
 from mtp.hub.build import generation_config, load_model
 from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.memory import ALPHABET, Memory
@@ -18,7 +18,7 @@ from mtp.modeling.records import FORCED, Decoded
 from mtp.modeling.sampler import Sampler
 from mtp.modeling.segments import SegmentSettings
 from mtp.reports.tables import completions_rows
-from mtp.rollouts.legibility import mean_nats_of_rollouts, thought_nats, true_step_share
+from mtp.rollouts.legibility import mean_nats_of_rollouts, step_metrics, thought_nats
 from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.rollouts.reward import RewardConfig, score
 from mtp.rollouts.rollout import DecodingConfig, Rollouts, sample
@@ -207,7 +207,10 @@ def test_the_answer_is_the_last_segments_and_costs_are_the_trajectorys():
     expected = {"passes": -1.4, "tokens": -0.41, "format": 0.0, "overlong": -0.75}
     assert {name: round(float(v), 4) for name, v in rewards.terms.items()} == expected
     assert accuracy([rows], TASK, text.answer_text) == 1.0
-    assert true_step_share([rows], TASK, text) == 1.0, "steps are read across segments"
+    steps = step_metrics([rows], TASK, text)
+    assert steps == {"true_steps": 1.0, "steps_per_thought": 2.0}, "steps are read across segments"
+    # up to and with their closing delimiters, 8 tokens in 3 passes, 10 in 4, 5 in 2
+    assert thought_tokens_per_pass([rows], text) == 23 / 9
     assert segment_metrics(rows) == {
         "segments": 3.0,
         "completions/forced_tokens": 0.0,

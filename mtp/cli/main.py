@@ -258,8 +258,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
         return
     from ..common.errors import reading
     from ..evaluation.evaluate import evaluate as measure
+    from ..evaluation.evaluate import over_test_sets
     from ..hub.build import load_model
     from ..reference import evaluation_reference, folder_of
+    from ..reports.metrics import by_test_set
     from ..reports.progress import make_console
     from ..reports.tables import print_metrics
     from ..training.examples import fit_task
@@ -272,24 +274,29 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if (source / "config.json").is_file():
         with reading(str(source)):
             reference = load_model(source, config.model.torch_dtype())[0].to(device).eval()
-    metrics, _ = measure(
-        model,
-        fmt,
+    metrics, _ = over_test_sets(
         task,
-        config.decoding,
-        num_problems=number or config.evaluation.num_problems,
-        batch_size=config.evaluation.batch_size,
-        use_head=opened.head_is_trained,
-        reference=reference,
-        verified=config.evaluation.verified,
-        impl=config.kernels,
+        lambda split: measure(
+            model,
+            fmt,
+            task,
+            config.decoding,
+            num_problems=number or config.evaluation.num_problems,
+            batch_size=config.evaluation.batch_size,
+            use_head=opened.head_is_trained,
+            reference=reference,
+            verified=config.evaluation.verified,
+            impl=config.kernels,
+            split=split,
+        ),
     )
     if arguments.json:
         print(json.dumps({"name": opened.stage, **metrics}, indent=2))
     else:
         problems = f"{metrics['num_problems']} held-out problems, greedy"
         title = f"{arguments.folder}, stage {opened.stage}: {problems}"
-        print_metrics(make_console(), title, "run", {"value": metrics})
+        for name, (values,) in by_test_set([{"name": opened.stage, **metrics}]).items():
+            print_metrics(make_console(), title, "run", {name or "value": values})
 
 
 def evaluate_search(

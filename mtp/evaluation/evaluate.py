@@ -7,7 +7,7 @@ Decoding is greedy. All metrics are over the same problems.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,13 +17,15 @@ from ..modeling.records import Decoded
 from ..modeling.sampler import Sampler
 from ..rollouts.legibility import (
     reference_metrics,
+    step_metrics,
     thought_passes,
-    true_step_share,
     unigram_drift,
 )
 from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import DecodingConfig, Rollouts, sample
-from ..tasks.base import Example, Task
+from ..tasks.base import Example, Split, Task
+
+Result = TypeVar("Result")
 
 
 @dataclass(kw_only=True)
@@ -142,11 +144,22 @@ def acceptance_by_slot(outs: list[Decoded], num_head_slots: int) -> list[float]:
     return [sum(float((out.accepted == slot).sum()) for out in outs) / passes for slot in slots]
 
 
-def held_out(task: Task, num_problems: int) -> list[Example]:
-    """The first `num_problems` held-out problems, or all if there are fewer."""
-    size = task.size("test")
+def thought_tokens_per_pass(batches: list[Rollouts], fmt: PromptFormat) -> float | None:
+    """Tokens of thoughts, with their closing delimiters, over the passes that wrote them."""
+    tokens = passes = 0
+    for batch in batches:
+        for segment in range(len(batch.prompts)):
+            length = len(fmt.thought_of(batch.out.completion(segment)))
+            tokens += length
+            passes += int((batch.out.slots[segment, :length] == 0).sum())
+    return tokens / passes if passes else None
+
+
+def held_out(task: Task, num_problems: int, split: Split = "test") -> list[Example]:
+    """The first `num_problems` problems of a held-out set, or all if there are fewer."""
+    size = task.size(split)
     num_problems = num_problems if size is None else min(num_problems, size)
-    return [task.example("test", i) for i in range(num_problems)]
+    return [task.example(split, i) for i in range(num_problems)]
 
 
 def evaluate(
@@ -163,6 +176,7 @@ def evaluate(
     verified: bool = False,
     thought_budgets: Sequence[int] = (),
     impl: str | None = None,
+    split: Split = "test",
 ) -> tuple[dict[str, Any], dict[str, list[Rollouts]]]:
     """All metrics of one evaluation, named as in summary.json, and the completions by mode.
 
@@ -179,8 +193,9 @@ def evaluate(
         verified: decode in verified mode too; its metrics are absent otherwise.
         thought_budgets: limits of `accuracy_by_budget`, which is absent without any.
         impl: implementation of `mtp_kernels` ops that tokens are sampled with, see `DecodeOptions`.
+        split: held-out set of the task.
     """
-    examples = held_out(task, num_problems)
+    examples = held_out(task, num_problems, split)
     num_problems = len(examples)
 
     def passes(batches: list[Rollouts]) -> float:
@@ -201,6 +216,7 @@ def evaluate(
         "slow_passes": passes(slow),
         "fast_passes": None,
         "fast_tokens_per_pass": None,
+        "thought_tokens_per_pass": None,
     }
     if use_head:
         decoded["fast"] = shown = fast = completions("fast")
@@ -208,6 +224,7 @@ def evaluate(
             "fast_accuracy": accuracy(fast, task, fmt.answer_text),
             "fast_passes": passes(fast),
             "fast_tokens_per_pass": tokens_per_pass(fast),
+            "thought_tokens_per_pass": thought_tokens_per_pass(fast, fmt),
         }
         if thought_budgets and task.has_verifier:
             metrics |= budget_metrics(fast, task, fmt, thought_budgets)
@@ -234,7 +251,7 @@ def evaluate(
         if wrong is not None:
             given = completions("slow", wrong)
             metrics["wrong_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text)
-    metrics["true_steps"] = true_step_share(shown, task, fmt)
+    metrics |= step_metrics(shown, task, fmt)
     metrics["unigram_drift"] = unigram_drift(shown, fmt)
     metrics["reference_nats_per_token"] = None
     if reference is not None:
@@ -243,6 +260,18 @@ def evaluate(
         metrics["segments"] = sum(len(b.prompts) for b in shown) / num_problems
     metrics["num_problems"] = num_problems
     return metrics, decoded
+
+
+def over_test_sets(
+    task: Task, evaluate_set: Callable[[Split], tuple[dict[str, Any], Result]]
+) -> tuple[dict[str, Any], Result]:
+    """The result of `evaluate_set` for the set `test`. If the task names further held-out sets,
+    their metrics are in `test_sets`, by the name of the set.
+    """
+    first, *others = task.test_sets
+    metrics, shown = evaluate_set(first)
+    sets = {split: evaluate_set(split)[0] for split in others}
+    return metrics | ({"test_sets": sets} if sets else {}), shown
 
 
 def wrong_thoughts(

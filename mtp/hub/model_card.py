@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from ..evaluation.evaluate import decode_all, held_out
 from ..modeling.phases import MODES as PHASE_MODES
-from ..reports.metrics import Metric, measured
+from ..reports.metrics import Metric, by_test_set, measured
 from ..rollouts.prompt_format import PromptFormat
 from .build import ModelConfig, source_folder
 
@@ -211,7 +211,11 @@ def _table(summary: dict[str, Any]) -> str:
         return "Nothing was measured: the run had not ended when this was exported."
     metrics = measured("run", stages)
     rows = [["stage", *(m.title for m in metrics)], ["---"] + ["---:"] * len(metrics)]
-    rows += [[s["name"], *(m.cell(s.get(m.name)) for m in metrics)] for s in stages]
+    for split, measured_stages in by_test_set(stages).items():
+        suffix = f" ({split})" if split else ""
+        rows += [
+            [s["name"] + suffix, *(m.cell(s.get(m.name)) for m in metrics)] for s in measured_stages
+        ]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines += [
         "",

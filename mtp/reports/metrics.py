@@ -108,6 +108,19 @@ def measured(table: Table, summaries: Iterable[Mapping[str, Any]]) -> list[Metri
     return [metric for metric in metrics_of(table) if metric.name in found]
 
 
+def by_test_set(stages: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Summaries of stages by held-out set: "" for `test`, then the task's further sets.
+
+    An entry of a further set has its stage's name and that set's metrics.
+    """
+    found: dict[str, list[dict[str, Any]]] = {"": []}
+    for stage in stages:
+        found[""].append(dict(stage))
+        for name, metrics in stage.get("test_sets", {}).items():
+            found.setdefault(name, []).append({"name": stage["name"], **metrics})
+    return found
+
+
 SHARE: Any = {"unit": "%", "better": "higher"}
 PASSES: Any = {"unit": "passes", "better": "lower"}
 IN_RUNS: tuple[Table, ...] = ("run",)
@@ -140,6 +153,14 @@ for _metric in (
         shown_in=("run", "comparison"),
     ),
     Metric("fast_tokens_per_pass", "tokens/pass", "tokens/pass", better="higher", shown_in=IN_RUNS),
+    Metric(
+        "thought_tokens_per_pass",
+        "thought tokens/pass",
+        "tokens/pass",
+        better="higher",
+        meaning="tokens per forward pass of fast mode within the thought",
+        shown_in=IN_RUNS,
+    ),
     Metric("verified_passes", "verified passes", **PASSES, shown_in=IN_RUNS),
     Metric(
         "verified_tokens_per_pass",
@@ -178,6 +199,14 @@ for _metric in (
         **SHARE,
         meaning="share of the steps in the thoughts that are true",
         shown_in=("run", "sweep", "comparison", "interval", "frontier"),
+    ),
+    Metric(
+        "steps_per_thought",
+        "steps checked",
+        "steps",
+        digits=2,
+        meaning="number of steps per thought that could be checked",
+        shown_in=IN_RUNS,
     ),
     Metric(
         "reference_nats_per_token",

@@ -10,14 +10,16 @@ from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import Rollouts
 from ..tasks.base import Example, Task
 from .metrics import Table as TableName
-from .metrics import measured
+from .metrics import by_test_set, measured
 
 
 def print_table(console: Console, summary: dict[str, Any]) -> None:
-    """The metrics of a run: one row each, one column per stage."""
-    stages = summary["stages"]
-    title = f"{stages[-1]['num_problems']} held-out problems, greedy, seed {summary['seed']}"
-    print_metrics(console, title, "run", {stage["name"]: stage for stage in stages})
+    """The metrics of a run: one row each, one column per stage; one table per held-out set."""
+    for name, stages in by_test_set(summary["stages"]).items():
+        of_set = f" of {name}" if name else ""
+        number = stages[-1]["num_problems"]
+        title = f"{number} held-out problems{of_set}, greedy, seed {summary['seed']}"
+        print_metrics(console, title, "run", {stage["name"]: stage for stage in stages})
     console.print(f"total {summary['seconds']:.0f} s; exported to {summary['export']}")
 
 

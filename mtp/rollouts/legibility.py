@@ -100,16 +100,21 @@ def thought_passes(batch: Rollouts, fmt: PromptFormat) -> Tensor:
     return batch.total(counts)
 
 
-def true_step_share(batches: list[Rollouts], task: Task, fmt: PromptFormat) -> float | None:
-    """Share of the thoughts' steps that are true; None if a task cannot verify steps."""
+def step_metrics(batches: list[Rollouts], task: Task, fmt: PromptFormat) -> dict[str, float | None]:
+    """Share of the thoughts' steps that are true, and the number of steps that were checked.
+
+    Both are None for a task whose steps cannot be checked. The number matters if a task checks
+    only steps that it can read: damaged ones lower it.
+    """
     true = total = 0
     for batch in batches:
         for row in range(len(batch)):
             steps = task.true_steps(fmt.thought_text(*batch.completions(row)))
             if steps is None:
-                return None
+                return {"true_steps": None, "steps_per_thought": None}
             true, total = true + steps[0], total + steps[1]
-    return true / total if total else 0.0
+    number = sum(map(len, batches))
+    return {"true_steps": true / total if total else 0.0, "steps_per_thought": total / number}
 
 
 def unigram_drift(batches: list[Rollouts], fmt: PromptFormat) -> float | None:

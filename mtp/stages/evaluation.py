@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from ..evaluation.evaluate import evaluate, fast_accuracy
+from ..evaluation.evaluate import evaluate, fast_accuracy, over_test_sets
 from ..evaluation.thoughts import outcome_rows, shown_mode, thought_rows
 from ..reference import frozen_for_evaluation, reference_in_loss
 from ..reports.tables import completions_rows, print_completions
 from ..rollouts.rollout import Rollouts
 from ..run import Run, StageRun
-from ..tasks.base import training_index
+from ..tasks.base import Split, training_index
 from ..training.runtime import over_processes
 from ..training.step_module import within
 
@@ -67,7 +67,7 @@ def interim_evaluation(run: Run, stage: StageRun) -> bool:
 
 
 def evaluate_stage(run: Run, stage: StageRun) -> None:
-    """Evaluate on all held-out problems and record the stage's summary."""
+    """Evaluate on all held-out sets and record the stage's summary."""
     config, progress, name = run.config, run.progress, stage.name
     metrics, decoded = measure(run, stage, config.evaluation.num_problems, ends_stage=True)
     record(run, name, metrics)
@@ -97,19 +97,27 @@ def measure(
     reference = frozen_for_evaluation(run) if ends_stage else None
 
     def evaluated(model: Any) -> tuple[Any, ...]:
-        metrics, decoded = evaluate(
-            model,
-            run.fmt,
-            run.task,
-            config.decoding,
-            num_problems=num_problems,
-            batch_size=config.evaluation.batch_size,
-            use_head=head_is_trained(run),
-            controls=ends_stage,
-            reference=reference,
-            verified=config.evaluation.verified,
-            thought_budgets=config.evaluation.thought_budgets,
-            impl=config.kernels,
+        def evaluate_set(split: Split) -> tuple[dict[str, Any], dict[str, list[Rollouts]]]:
+            return evaluate(
+                model,
+                run.fmt,
+                run.task,
+                config.decoding,
+                num_problems=num_problems,
+                batch_size=config.evaluation.batch_size,
+                use_head=head_is_trained(run),
+                controls=ends_stage,
+                reference=reference,
+                verified=config.evaluation.verified,
+                thought_budgets=config.evaluation.thought_budgets,
+                impl=config.kernels,
+                split=split,
+            )
+
+        metrics, decoded = (
+            over_test_sets(run.task, evaluate_set)
+            if ends_stage
+            else evaluate_set(run.task.interim_set)
         )
         thoughts = thought_rows(
             model,
@@ -141,9 +149,15 @@ def log_completions(run: Run, name: str, shown: list[Rollouts]) -> list[dict[str
 
 
 def record(run: Run, name: str, metrics: dict[str, Any]) -> None:
-    """Write an evaluation to the log and the curves."""
+    """Write an evaluation to the log and the curves; further held-out sets as `SET/METRIC`."""
     progress = run.progress
-    point = {k: v for k, v in metrics.items() if v is not None and k != "num_problems"}
+    sets = {"": metrics} | metrics.get("test_sets", {})
+    point = {
+        f"{split}/{key}".lstrip("/"): value
+        for split, of_set in sets.items()
+        for key, value in of_set.items()
+        if value is not None and key not in ("num_problems", "test_sets")
+    }
     at = {"stage": name, "step": progress.step, "global_step": progress.global_step}
     if progress.points and at.items() <= progress.points[-1].items():
         progress.points.pop()  # a stage's last evaluation replaces one within it at the same step

@@ -15,11 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..common.bounds import bounded
 
-Split = Literal["train", "test"]
+Split = str
+"""`train`, `test`, or another held-out set that the task names."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ class Task(ABC):
     """Minimum score of a right answer."""
     has_verifier: bool = True
     """False if no answer is right or wrong: accuracies are then null, and outcomes 0."""
+    test_sets: tuple[Split, ...] = ("test",)
+    """Held-out sets that the evaluation at a stage's end measures; `test` is the first."""
+    interim_set: Split = "test"
+    """Held-out set of the evaluations within a stage. Their best one is kept as a checkpoint, so a
+    set apart from `test_sets` leaves those untouched by any choice."""
     is_listed: bool = False
     """True if all examples are in memory: they are checked, and counted, before a run begins."""
 
@@ -167,21 +173,31 @@ def fingerprint(example: Example) -> str:
     return hashlib.sha256(example.prompt.encode()).hexdigest()[:16]
 
 
+def held_out_sets(task: Task) -> list[Split]:
+    """Names of the held-out sets of a task, each once."""
+    return list(dict.fromkeys((*task.test_sets, task.interim_set)))
+
+
 def check_disjoint(task: Task, num_train: int = 2048) -> None:
-    """Raise ValueError if a test question is among the first `num_train` training questions."""
-    sizes = {split: task.size(split) for split in ("train", "test")}  # type: ignore[arg-type]
+    """Raise ValueError if a held-out question is among the first `num_train` training questions,
+    or in two held-out sets.
+    """
+    held_out = held_out_sets(task)
+    sizes = {split: task.size(split) for split in ("train", *held_out)}
     for split, size in sizes.items():
         if size == 0:
             raise ValueError(f"task {task.name} has no {split} examples; it needs at least one")
     limit = min(num_train, sizes["train"] or num_train)
-    seen = {fingerprint(task.example("train", i)) for i in range(limit)}
-    for i in range(min(num_train, sizes["test"] or num_train)):
-        example = task.example("test", i)
-        if fingerprint(example) in seen:
-            raise ValueError(
-                f"task {task.name}: test problem {i} is also a training problem "
-                f"({example.prompt[:80]!r}); the splits must be disjoint"
-            )
+    seen = {fingerprint(task.example("train", i)): "training" for i in range(limit)}
+    for split in held_out:
+        for i in range(min(num_train, sizes[split] or num_train)):
+            example = task.example(split, i)
+            other = seen.setdefault(fingerprint(example), split)
+            if other != split:
+                raise ValueError(
+                    f"task {task.name}: {split} problem {i} is also a {other} problem "
+                    f"({example.prompt[:80]!r}); the splits must be disjoint"
+                )
 
 
 @lru_cache(maxsize=2)

@@ -13,7 +13,7 @@ from typing import Any
 from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import DecodingConfig
 from ..rollouts.tokenization import unknown_characters
-from ..tasks.base import Example, Split, Step, Task
+from ..tasks.base import Example, Split, Step, Task, held_out_sets
 from .collate import collate_text
 from .stage import StageConfig
 
@@ -47,6 +47,7 @@ class FittedTask(Task):
         self.task, self.fmt = task, fmt
         self.name, self.right_at, self.has_verifier = task.name, task.right_at, task.has_verifier
         self.is_listed = task.is_listed
+        self.test_sets, self.interim_set = task.test_sets, task.interim_set
         self.prompt_limit, self.text_limit = prompt_limit, text_limit
         self._kept: dict[Split, list[Example]] = {}
         self._has_warned: set[Split] = set()
@@ -96,7 +97,7 @@ class FittedTask(Task):
         return self.task.steps(example, thought)
 
     def _lists(self, split: Split) -> bool:
-        return self.is_listed or (split == "test" and self.task.size(split) is not None)
+        return self.is_listed or (split != "train" and self.task.size(split) is not None)
 
     def _list(self, split: Split) -> list[Example]:
         """All examples of a split that fit."""
@@ -208,8 +209,9 @@ def checked_task(
     have nothing to learn: no example has a token that the head writes.
     """
     fitted = fit_task(task, decoding, stages, model, fmt)
-    for index in range(fitted.size("test") or num_test):
-        fitted.example("test", index)
+    for split in held_out_sets(fitted):
+        for index in range(fitted.size(split) or num_test):
+            fitted.example(split, index)
     number = fitted.size("train") or _NUM_CHECKED
     number = number if fitted.is_listed else min(number, _NUM_CHECKED)
     examples = [fitted.example("train", index) for index in range(number)]

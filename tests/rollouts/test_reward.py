@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from mtp.evaluation.evaluate import budget_figures
+from mtp.evaluation.evaluate import budget_metrics
 from mtp.hub.build import ModelConfig, build_model
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.phases import Phase
@@ -93,7 +93,7 @@ def test_a_right_answer_after_a_longer_thought_than_the_budget_counts_as_wrong()
         rewards = score(TASK, TEXT, batch, RewardConfig(thought_budget=budget), max_new_tokens=12)
         assert rewards.outcomes.tolist() == [outcomes]
         assert rewards.total.tolist() == [outcomes] and not rewards.terms
-    figures = budget_figures([batch], TASK, TEXT, (1, 2))
+    figures = budget_metrics([batch], TASK, TEXT, (1, 2))
     assert figures["fast_thought_passes"] == pytest.approx(4 / 3)
     assert figures["accuracy_by_budget"] == pytest.approx([1 / 3, 2 / 3])
 
