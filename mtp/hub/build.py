@@ -45,8 +45,8 @@ class ModelConfig:
     gguf_file: str | None = None
     """GGUF file within `source`; its weights are dequantized."""
     family: str = "llama"
-    """Architecture of a model from scratch: the `model_type` of a causal LM of transformers, such as
-    llama, qwen3 or gemma2."""
+    """Architecture of a model from scratch: the `model_type` of a causal LM of transformers, such
+    as llama, qwen3 or gemma2."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the family's transformers config, for a model from scratch."""
     add_tokens: list[str] = field(default_factory=list)

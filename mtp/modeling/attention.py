@@ -101,7 +101,7 @@ def sdpa_mask_of_pass(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' `sdpa_mask`; `q_offset` may also be the positions [B, L] of a pass's queries."""
+    """transformers' `sdpa_mask`; `q_offset` may also be the positions [B, L] of queries."""
     if isinstance(q_offset, Tensor) and q_offset.ndim == 2:
         return mask_of_rows(q_offset, kv_length, mask_function, attention_mask)
     kwargs |= {"q_offset": q_offset, "kv_length": kv_length, "mask_function": mask_function}

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from .output_layer import OutputLayer
 
-REREAD: dict[str, str] = {}
+REREAD = {"gpt_neo": "its local layers count positions from the end of the keys"}
 """Families, by `model_type`, that read the whole text in each pass for a reason that their config
 does not show."""
 
@@ -98,9 +98,9 @@ def longest_text(config: PretrainedConfig) -> int | None:
             of_config = parameters.get("original_max_position_embeddings", of_config)
         if of_config is None:
             raise ValueError(
-                f"rope_parameters.rope_type={kind} needs original_max_position_embeddings in main's "
-                "config: from there on the frequencies change, so that cached keys and replay "
-                "would differ; add it"
+                f"rope_parameters.rope_type={kind} needs original_max_position_embeddings in "
+                "main's config: from there on the frequencies change, so that cached keys and "
+                "replay would differ; add it"
             )
         limits.append(int(of_config))
     return min(limits, default=None)
@@ -140,7 +140,7 @@ def reason_to_reread(model: Any, decoder: nn.Module) -> str | None:
         return REREAD[config.model_type]
     if getattr(type(model), "_is_stateful", False) or getattr(type(decoder), "_is_stateful", False):
         return "it keeps a recurrent state"
-    if not forward_takes(decoder, "past_key_values"):
+    if "past_key_values" not in inspect.signature(decoder.forward).parameters:
         return "it has no cache of keys and values"
     plain = DynamicLayer, DynamicSlidingWindowLayer
     for layer in DynamicCache(config=config).layers:
@@ -204,19 +204,27 @@ def _compare(model: Any, name: str) -> None:
                 f"{name} must give finite logits, but some are not: its weights are damaged or its "
                 "training has diverged; choose another checkpoint"
             )
-        hidden, taps = model.decoder_states(model.mtp_taps, input_ids=text, use_cache=False)
+        try:
+            hidden, taps = model.decoder_states(model.mtp_taps, input_ids=text, use_cache=False)
+        except (AttributeError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"{name} must record its hidden states before and after each of its "
+                f"{model.mtp_depth} layers, which the head reads at {model.mtp_taps}: {error}; "
+                "choose a base model of another family"
+            ) from error
         expected = (1, len(ours), model.text_config.hidden_size)
         for tap, states in zip(model.mtp_taps, taps, strict=True):
             if states.shape != expected:
                 raise ValueError(
-                    f"{name} must have hidden states of shape {list(expected)} at layer {tap}, which "
-                    f"the head reads, got {list(states.shape)}; choose a base model of another family"
+                    f"{name} must have hidden states of shape {list(expected)} at layer {tap}, "
+                    f"which the head reads, got {list(states.shape)}; choose a base model of "
+                    "another family"
                 )
         applied = output.logits(hidden[0].to(weight.dtype)).float()
         if applied.shape != logits.shape:
             raise ValueError(
-                f"{name} must give a logit for each row of its output matrix, got {logits.shape[1]} "
-                f"for {len(weight)} rows; choose a base model of another family"
+                f"{name} must give a logit for each row of its output matrix, got "
+                f"{logits.shape[1]} for {len(weight)} rows; choose a base model of another family"
             )
         difference = float((applied - logits).abs().max() / logits.abs().max().clamp(min=1e-12))
         if not difference <= exact:
@@ -232,7 +240,7 @@ def _compare(model: Any, name: str) -> None:
             raise ValueError(
                 f"{name} must give the same logits in the pass loop as by its stock forward, but "
                 f"they differ by {difference:.1e} of their size (rounding: {close:g}); choose a "
-                "base model whose layers attend to earlier tokens, by the positions that it is given"
+                "base model whose layers attend to earlier tokens by the given positions"
             )
 
 

@@ -106,8 +106,8 @@ class MTPGenerationMixin:
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
-        """Transformers' choice; `sdpa` becomes the one that reads a pass (`attention.py`) in families
-        that look their attention up by name.
+        """Transformers' choice; `sdpa` becomes the one that reads a pass (`attention.py`) in
+        families that look their attention up by name.
         """
         found: str = super().get_correct_attn_implementation(  # type: ignore[misc]
             requested_attention, is_init_check

@@ -32,7 +32,6 @@ from .heads import HEADS, Head, HeadConfig, HeadLinear, HeadRMSNorm
 from .output_layer import OutputLayer
 from .search import MTPSearchMixin
 
-
 logger = logging.get_logger(__name__)
 
 
@@ -115,11 +114,21 @@ class MTPMixin(MTPSearchMixin):
         """Initialize main as its family does, and the head's matrices by fan-in, whatever main's
         range is.
         """
+        if isinstance(module, nn.Embedding) and module in self._head_modules():
+            # Some families look for main's own embedding here.
+            std = getattr(self.text_config, "initializer_range", 0.02)
+            initialization.normal_(module.weight, mean=0.0, std=std)
+            return
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, HeadLinear):
             initialization.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
         elif isinstance(module, HeadRMSNorm):
             initialization.ones_(module.weight)
+
+    def _head_modules(self) -> set[nn.Module]:
+        """The head's modules; none while main is built."""
+        head = getattr(self, "mtp_head", None)
+        return set() if head is None else set(head.modules())
 
     def _resize_token_embeddings(
         self,

@@ -22,7 +22,6 @@ from transformers import PretrainedConfig
 from .cache import in_autocast_dtype
 from .matrices import plain_matrix
 
-
 FACTORS = {
     "logit_scale": 1,
     "lm_head_multiplier": 1,
@@ -32,8 +31,8 @@ FACTORS = {
 """Fields of a config that scale the logits; the exponent says whether they multiply (1) or divide
 (-1)."""
 EXPONENTS = {"hyperclovax": {"logits_scaling": 1}, "mpt": {"logit_scale": 0}}
-"""Exponents of the families, by `model_type`, that mean something else by such a field; 0: it has no
-effect."""
+"""Exponents of the families, by `model_type`, that mean something else by such a field; 0: it has
+no effect."""
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """Fields of a config that bound the logits."""
 
@@ -76,8 +75,8 @@ class OutputLayer:
         bias = getattr(module, "bias", None)
         if bias is not None and scale != 1.0:
             raise ValueError(
-                f"{name} must have no bias if the logits are scaled, got a scale of {scale:g} and a "
-                "bias; choose a base model that has one of them"
+                f"{name} must have no bias if the logits are scaled, got a scale of {scale:g} and "
+                "a bias; choose a base model that has one of them"
             )
         return cls(plain_matrix(module, name), bias, scale, softcap)
 
