@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cache import Shape
 from .decode import PassLoop
 from .decode_options import DecodableModel, DecodeOptions
 from .phases import PhasePlan, check_plans
@@ -186,7 +187,8 @@ class SearchRequest:
     def check(self) -> None:
         """Raises ValueError for what no pass loop can follow."""
         model = self.model
-        check_plans(self.plans, len(self.prompts), model.block_size, model.config.vocab_size)
+        vocabulary = model.text_config.vocab_size
+        check_plans(self.plans, len(self.prompts), model.block_size, vocabulary)
         self.options.check()
 
     def roots(self) -> list[Branch]:
@@ -201,8 +203,8 @@ class Parts:
     by_branch: dict[Branch, Tensor] = field(default_factory=dict)
     """[W, numbers] keys and values of each branch's positions from its `start` on, all layers
     concatenated."""
-    shapes: list[tuple[int, int]] = field(default_factory=list)
-    """(heads, width) of each layer's keys and values."""
+    shapes: list[Shape] = field(default_factory=list)
+    """Shapes of each layer's keys and values."""
 
     def before(self, branch: Branch) -> Tensor:
         """[start, numbers] keys and values of all positions before its first unread one."""

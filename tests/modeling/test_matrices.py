@@ -84,11 +84,7 @@ def integer(layer):
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
 
 
-def biased(layer):
-    layer.bias = nn.Parameter(torch.ones(layer.out_features))
-
-
-CHANGES = [hooked, prehooked, replaced, quantized, parametrized, offloaded, integer, biased]
+CHANGES = [hooked, prehooked, replaced, quantized, parametrized, offloaded, integer]
 
 
 @pytest.mark.parametrize("mode", MODES)
