@@ -36,9 +36,12 @@ def test_a_wrong_answer_its_pass_and_who_wrote_it_are_on_the_first_screen(one):
         page.select_option("#checkpoint", index=1)
         said = page.inner_text(".wrong-at")
         assert "Went wrong in pass 2 of 4: head, slot 1 wrote 3 in the step 1+1=3" in said
-        assert page.locator(".t.mistake").inner_text() == "3"
-        assert page.locator(".t.false").count() == 6
-        assert page.locator(".t.head").count() == 5 and page.locator(".pass").count() == 4
+        assert page.locator("#panes .t.mistake").inner_text() == "3"
+        assert page.locator("#panes .t.false").count() == 6
+        assert (
+            page.locator("#panes .t.head").count() == 5
+            and page.locator("#panes .pass").count() == 4
+        )
 
 
 def test_a_token_says_who_wrote_it_and_what_others_prefer(one):
@@ -55,8 +58,8 @@ def test_a_token_says_who_wrote_it_and_what_others_prefer(one):
         page.keyboard.press("End")
         assert "<eos>" in page.inner_text("#details")
         page.keyboard.press("m")
-        assert page.locator(".t.current").inner_text() == "3"
-        page.hover(".t >> nth=0")
+        assert page.locator("#panes .t.current").inner_text() == "3"
+        page.hover("#panes .t >> nth=0")
         assert "written by main" in page.inner_text("#details")
 
 
@@ -78,7 +81,9 @@ def test_filters_and_two_checkpoints_side_by_side(one):
         assert page.inner_text("#panes .rollout >> nth=0") != first
         page.select_option("#colour", "entropy")
         assert page.locator(".tokens.by-value").count() == 2
-        assert page.locator(".t").first.evaluate("(t) => t.style.getPropertyValue('--v')") != ""
+        assert (
+            page.locator("#panes .t").first.evaluate("(t) => t.style.getPropertyValue('--v')") != ""
+        )
 
 
 def test_html_in_a_models_text_is_shown_and_never_run(one):

@@ -9,6 +9,9 @@ from typing import Any
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 """Commands that start a browser; Debian's is the first."""
 
+MOST_MS = 180_000
+"""Longest wait for anything, on machines that do much else."""
+
 
 def missing() -> str | None:
     """What a browser test lacks on this machine; None if it can run."""
@@ -36,6 +39,7 @@ def open_page(path: Path, **options: Any) -> Iterator[Any]:
         # Chromium's sandbox needs rights that root in a container has not.
         browser = driver.chromium.launch(executable_path=command, args=["--no-sandbox"])
         page = browser.new_context(viewport=size, **options).new_page()
+        page.set_default_timeout(MOST_MS)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on(
             "console",
