@@ -1,4 +1,4 @@
-"""What the task gsm_symbolic reads of reasoning-gym's 100 templates: steps, false steps, lengths.
+"""Steps, false steps and lengths in reasoning-gym's 100 templates, as task gsm_symbolic reads them.
 
     python benchmarks/gsm_symbolic.py [--items 40] [--lengths] [--list]
 

@@ -69,7 +69,7 @@ def rollout(number: int, tokens: int, random_numbers: random.Random) -> dict[str
 
 
 def write_run(folder: Path, rollouts: int, tokens: int) -> None:
-    """A run's folder with so many rollouts."""
+    """The folder of a run with this many rollouts of this many tokens."""
     folder.mkdir()
     random_numbers = random.Random(0)
     (folder / "config.yaml").write_text("name: long\nseed: 1\n")

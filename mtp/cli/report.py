@@ -1,4 +1,4 @@
-"""`mtp report`: the report page of one or several runs, also while they go on."""
+"""`mtp report`: the report page of one or several runs, also of runs that have not ended."""
 
 import argparse
 import sys
@@ -28,7 +28,9 @@ def add_report(commands: Any) -> None:
     )
     sub.add_argument("--open", action="store_true", help="show the page in a browser")
     sub.add_argument(
-        "--watch", action="store_true", help="write it again while runs go on; the page reloads"
+        "--watch",
+        action="store_true",
+        help="write it again until the runs have ended; the page reloads",
     )
     sub.add_argument(
         "--output",

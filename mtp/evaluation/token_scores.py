@@ -57,7 +57,7 @@ class TokenScores:
 
     @classmethod
     def empty(cls, length: int, has_reference: bool) -> "TokenScores":
-        """No scores yet, of so many tokens."""
+        """Scores of `length` tokens, none of them known yet."""
         none: list[Any] = [None] * length
         own = (list(none) for _ in range(5))
         references = (list(none) for _ in range(2 * has_reference))

@@ -26,7 +26,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     and_masks,
-    causal_mask_function,
     eager_mask,
     padding_mask_function,
     prepare_padding_mask,
@@ -93,37 +92,30 @@ def mask_of_rows(
     return mask.expand(rows, 1, num, num_keys)
 
 
-def sdpa_mask_of_pass(
-    *args: Any,
-    kv_length: int,
-    q_offset: Tensor | int = 0,
-    mask_function: MaskFunction = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
+def _allowed(given: dict[str, Any]) -> Tensor | None:
+    """The mask of a pass, from the arguments of a mask function; None outside a pass."""
+    positions = given.get("q_offset")
+    if not isinstance(positions, Tensor) or positions.ndim != 2:
+        return None
+    return mask_of_rows(
+        positions, given["kv_length"], given["mask_function"], given.get("attention_mask")
+    )
+
+
+def sdpa_mask_of_pass(*args: Any, **given: Any) -> Tensor | None:
     """transformers' `sdpa_mask`; `q_offset` may also be the positions [B, L] of queries."""
-    if isinstance(q_offset, Tensor) and q_offset.ndim == 2:
-        return mask_of_rows(q_offset, kv_length, mask_function, attention_mask)
-    kwargs |= {"q_offset": q_offset, "kv_length": kv_length, "mask_function": mask_function}
-    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    allowed = _allowed(given)
+    return sdpa_mask(*args, **given) if allowed is None else allowed
 
 
-def eager_mask_of_pass(
-    *args: Any,
-    kv_length: int,
-    q_offset: Tensor | int = 0,
-    mask_function: MaskFunction = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    **kwargs: Any,
-) -> Tensor:
+def eager_mask_of_pass(*args: Any, **given: Any) -> Tensor:
     """transformers' `eager_mask`, which is added to scores; `q_offset` as above."""
-    if isinstance(q_offset, Tensor) and q_offset.ndim == 2:
-        allowed = mask_of_rows(q_offset, kv_length, mask_function, attention_mask)
-        hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=allowed.device)
-        return torch.where(allowed, hidden.new_zeros(()), hidden)
-    kwargs |= {"q_offset": q_offset, "kv_length": kv_length, "mask_function": mask_function}
-    return eager_mask(*args, attention_mask=attention_mask, dtype=dtype, **kwargs)
+    allowed = _allowed(given)
+    if allowed is None:
+        return eager_mask(*args, **given)
+    dtype = given.get("dtype", torch.float32)
+    hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=allowed.device)
+    return torch.where(allowed, hidden.new_zeros(()), hidden)
 
 
 AttentionInterface.register(NAME, attend)

@@ -239,7 +239,11 @@ def variant_cell(metric: Metric, value: Any) -> str:
     """A mean as the table shows it, with its interval if it has one."""
     if not isinstance(value, dict) or value["low"] is None:
         return metric.cell(mean_of(value))
-    return metric.cell(value["mean"], (value["low"], value["high"]))
+    cell = metric.cell(value["mean"], (value["low"], value["high"]))
+    mean, _, rest = cell.partition(" (")
+    ends, _, unit = rest.partition(")")
+    # An interval that is not symmetric takes a line of its own, or the table would be too wide.
+    return f"{mean}{unit}\n({ends})" if rest else cell
 
 
 def main(argv: list[str] | None = None) -> int:

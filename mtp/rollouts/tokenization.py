@@ -68,7 +68,7 @@ def _known(tokenizer: Any) -> set[str]:
 
 
 class TextPieces:
-    """What each token adds to a text. Bytes of an unfinished character come with its last one."""
+    """The text that each token adds. Bytes of an unfinished character come with its last one."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
@@ -92,7 +92,7 @@ class TextPieces:
 
 
 def text_pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """What each token adds to a text; joined they are the text."""
+    """The text that each token adds; joined they are the whole text."""
     pieces = TextPieces(tokenizer)
     texts = [pieces.add(token) for token in ids]
     if ids:

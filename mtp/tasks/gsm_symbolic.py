@@ -19,7 +19,7 @@ answer, and the 15 templates that reasoning-gym lists as in need of repair.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..common.bounds import bounded
@@ -39,7 +39,7 @@ _STRIDE = 7919
 class GsmSymbolicConfig(TaskConfig):
     """`task=gsm_symbolic`, or `task=gsm_symbolic task.templates=[6,10,14,16]`."""
 
-    templates: list[int] = field(default_factory=list)
+    templates: list[int] = bounded([], at_least=0, at_most=99)
     """Numbers of the templates in use; none: all 85 that reasoning-gym uses."""
     held_out_every: int = bounded(5, at_least=2, at_most=100)
     """A template is held out if its number is `held_out_every - 1` modulo this: 4, 9, 14, ..."""

@@ -34,7 +34,7 @@ def test_groups_stand_in_the_order_in_which_they_are_chosen():
 def test_experiments_of_a_study_come_after_those_that_stand_alone():
     names = list(described(ROOT / "conf" / "experiment"))
     in_study = ["/" in name for name in names]
-    assert in_study == sorted(in_study) and names[0] == "running_sum"
+    assert in_study == sorted(in_study) and any(in_study)
 
 
 @pytest.mark.parametrize("arguments", [["train.py", "--help"], ["-m", "mtp.cli.main", "--help"]])

@@ -46,7 +46,7 @@ def test_a_cell_shows_uneven_ends():
 
 
 def test_a_paired_comparison_is_that_worked_by_hand():
-    """Of 10 problems 4 both, 1 only the first, 3 only the second, 2 neither.
+    """Ten problems: 4 solved by both, 1 by the first alone, 3 by the second alone, 2 by neither.
 
     Shares 0.5 (0.2366 to 0.7634) and 0.7 (0.3968 to 0.8922). phi: 4 * 2 - 1 * 3 = 5, which the
     continuity correction 10 / 2 makes 0. Low: 0.2 - sqrt(0.3032² + 0.2634²); high: 0.2 +

@@ -1,4 +1,4 @@
-"""What the report page says of runs, and how it is put together."""
+"""The content of the report page, and its parts."""
 
 import base64
 import hashlib

@@ -1,5 +1,5 @@
 "use strict";
-// Start of the page: theme, what is shown first, refreshing while a run goes on.
+// Start of the page: theme, what is shown first, refreshing until a run has ended.
 
 const STORE = `mtp-report ${location.pathname}`;
 

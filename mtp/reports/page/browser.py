@@ -14,7 +14,7 @@ MOST_MS = 180_000
 
 
 def missing() -> str | None:
-    """What a browser test lacks on this machine; None if it can run."""
+    """The part that a browser test lacks on this machine; None if it can run."""
     try:
         import playwright  # noqa: F401
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""What the page shows of runs, as plain data: tables, points, curves, slots, pairs, rollouts.
+"""Content of the page as plain data: tables, points, curves, slots, pairs, rollouts.
 
 The scripts of the page draw it and compute nothing but the order of rows.
 """
@@ -182,7 +182,7 @@ def step_times(run: Run) -> list[dict[str, Any]]:
 
 
 def group_name(run: Run) -> str:
-    """What runs that differ by seed alone have in common."""
+    """Settings that runs have in common if they differ by seed alone."""
     shared = [f"{key}={value}" for key, value in run.overrides.items() if key != "seed"]
     variant = PurePosixPath(run.name).parent.as_posix()
     return ", ".join(shared if variant == "." else [variant, *shared]) or "all seeds"
@@ -259,7 +259,7 @@ def kept_rollouts(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def index_row(rollout: dict[str, Any]) -> dict[str, Any]:
-    """What the list of rollouts shows of one."""
+    """One rollout as the list shows it."""
     names = ("run", "stage", "global_step", "ends_stage", "mode", "problem", "right")
     false_steps = sum(not step[2] for step in rollout["steps"])
     return {

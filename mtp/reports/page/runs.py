@@ -1,4 +1,4 @@
-"""Runs as their folders describe them, also while they go on: settings, metrics, kept rollouts."""
+"""Runs as their folders describe them, ended or not: settings, metrics, kept rollouts."""
 
 import json
 from collections.abc import Iterator
@@ -22,14 +22,14 @@ MAX_SETTINGS = 6
 
 @dataclass
 class Run:
-    """What the page needs to know of one run."""
+    """One run as the page shows it."""
 
     folder: Path
     name: str
     settings: dict[str, str]
     """All settings by dotted key, or those that are known."""
     summary: dict[str, Any] | None
-    """Content of summary.json; None while the run goes on."""
+    """Content of summary.json; None until the run has ended."""
     records: list[dict[str, Any]]
     """Records of metrics.jsonl."""
     outcomes: list[dict[str, Any]]
