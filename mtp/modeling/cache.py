@@ -3,7 +3,7 @@
 Ships with checkpoints: imports torch and transformers only.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,26 +12,22 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 def in_autocast_dtype(x: Tensor) -> Tensor:
     """A tensor as autocast would cast it for a product, so that no pass has to cast it again."""
-    if not torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
+    if not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 class BlockCacheLayer(CacheLayerMixin):
-    """Keys and values of one layer, stored at their position: [B, heads, capacity, width].
-
-    Keys and values may have different widths, as in multi-head latent attention.
-    """
+    """Keys and values of one layer, stored at their position: [B, heads, capacity, width]."""
 
     def __init__(self, cache: "BlockCache"):
         super().__init__()
         self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = (
-            states.new_zeros(*states.shape[:2], self.cache.capacity, states.shape[3])
-            for states in (key_states, value_states)
-        )
+        rows, heads, _, width = key_states.shape
+        self.keys = key_states.new_zeros(rows, heads, self.cache.capacity, width)
+        self.values = value_states.new_zeros(rows, heads, self.cache.capacity, width)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -65,24 +61,12 @@ class BlockCacheLayer(CacheLayerMixin):
         return -1
 
 
-class Shape(NamedTuple):
-    """Shape of the keys, or of the values, of a layer at one position of one row."""
-
-    heads: int
-    width: int
-    dtype: torch.dtype
-
-
 class BlockCache(Cache):
     """A cache indexed by token position, so that rows may grow at different rates.
 
     Rows are padded on the right. A row's next block overwrites its padded positions before any
-    query can reach them, so a causal mask at the rows' own positions hides them. Tokens are dropped
+    query can reach them, so the mask is simply: key position <= query position. Tokens are dropped
     by moving a row's start back.
-
-    transformers builds the mask of each type of layer from the cache's `get_query_offset` and
-    `get_mask_sizes`. Every layer keeps all positions, also one whose attention slides: its mask
-    hides what is outside its window.
 
     `most` is the number of positions that a text may take. A dynamic cache doubles when it is full,
     up to this number, and attention reads the written part. A static cache holds all positions from
@@ -90,48 +74,27 @@ class BlockCache(Cache):
     memory address and shape never change, as compiled forwards and CUDA graphs need.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_rows: int,
-        most: int,
-        is_static: bool = False,
-        num_head_layers: int = 0,
-    ):
-        """num_layers: main's; num_head_layers: those of the head, after main's."""
-        self.num_layers = num_layers
+    def __init__(self, num_layers: int, num_rows: int, most: int, is_static: bool = False):
         self.num_rows, self.most, self.is_static = num_rows, most, is_static
         self.capacity = most if is_static else 0
         self.length = 0
         self.positions = torch.empty(0, 0)
-        self.query_offset: Tensor | int = 0
         self.is_even = False  # every active row ends at the end of the cache
         self.chosen: Tensor | None = None  # selected rows, if they have not been copied yet
-        super().__init__(
-            layers=[BlockCacheLayer(self) for _ in range(num_layers + num_head_layers)]
-        )
-
-    def remember(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write into one of the head's layers; see `heads.Remember`."""
-        return self.layers[self.num_layers + layer].update(keys, values)
+        super().__init__(layers=[BlockCacheLayer(self) for _ in range(num_layers)])
 
     @property
     def span(self) -> int:
         """Positions that attention reads."""
         return self.capacity if self.is_static else self.length
 
-    def get_query_offset(self, layer_idx: int = 0) -> Any:
-        """Position of the first query, or the positions of all queries [B, L]; see `place`."""
-        return self.query_offset
-
-    def place(self, positions: Tensor, length: int, is_even: bool) -> None:
+    def place(self, positions: Tensor, length: int, is_even: bool) -> Tensor | None:
         """Set the positions [B, L] that the next forward writes, the last of them `length` - 1.
 
         is_even: every active row ends at `length`, as a single row always does; inactive rows may
-        write anything. The queries of such rows have an offset in common, so transformers builds
-        the mask of a dynamic cache itself, and none where causal attention needs none: for one
-        token, or for the whole text. Other rows need a mask at their own positions
-        (`attention.py`).
+        write anything. Returns the attention mask [B, 1, L, span], True where a query may attend.
+        Returns None for one token, or the whole text, of each of such rows: a dynamic cache then
+        needs no mask but the causal one.
         """
         self.positions, self.length = positions, length
         self.is_even = is_even or len(positions) == 1
@@ -141,8 +104,10 @@ class BlockCache(Cache):
             self.chosen = None
         if length > self.capacity:
             self.capacity = max(length, min(2 * self.capacity, self.most))
-        share_offset = is_even and not self.is_static
-        self.query_offset = length - positions.shape[1] if share_offset else positions
+        if is_even and positions.shape[1] in (1, length) and not self.is_static:
+            return None
+        keys = torch.arange(self.span, device=positions.device)
+        return keys <= positions[:, None, :, None]
 
     def select(self, rows: Tensor) -> None:
         """Continue with the given rows, which may repeat.
@@ -160,8 +125,7 @@ class BlockCache(Cache):
         rows = rows if self.chosen is None else self.chosen[rows]
         where = start[:, None] + torch.arange(width, device=start.device)
         parts = [states[rows[:, None], :, where].flatten(2) for states in self.states]
-        # Token ids are exact in float32, and not in a narrower dtype.
-        return torch.cat([p if p.is_floating_point() else p.float() for p in parts], 2)
+        return torch.cat(parts, 2)
 
     @property
     def states(self) -> list[Any]:
@@ -169,38 +133,19 @@ class BlockCache(Cache):
         return [states for layer in self.layers for states in (layer.keys, layer.values)]
 
     @property
-    def shapes(self) -> list[Shape]:
-        """Shapes of the keys and of the values of each layer, once they exist."""
-        return [Shape(states.shape[1], states.shape[3], states.dtype) for states in self.states]
+    def shapes(self) -> list[tuple[int, int]]:
+        """(heads, width) of the keys and of the values of each layer, once they exist."""
+        return [(states.shape[1], states.shape[3]) for states in self.states]
 
-    def load(self, parts: Tensor, shapes: list[Shape]) -> None:
+    def load(self, parts: Tensor, shapes: list[tuple[int, int]]) -> None:
         """Write the result of `part` of a cache of these shapes from position 0 on: [R, T,
         numbers].
         """
         self.num_rows, self.capacity, self.chosen = len(parts), parts.shape[1], None
-        split = parts.split([shape.heads * shape.width for shape in shapes], 2)
+        sizes = [heads * width for heads, width in shapes]
         states = [
-            part.unflatten(2, shape[:2]).transpose(1, 2).to(shape.dtype).contiguous()
-            for part, shape in zip(split, shapes, strict=True)
+            part.unflatten(2, shape).transpose(1, 2).contiguous()
+            for part, shape in zip(parts.split(sizes, 2), shapes, strict=True)
         ]
         for layer, keys, values in zip(self.layers, states[::2], states[1::2], strict=True):
             layer.keys, layer.values, layer.is_initialized = keys, values, True
-
-
-class TextCache(BlockCache):
-    """A cache of the tokens themselves, for a main that reads its whole text again in each pass.
-
-    Its first layer holds the token ids; the head's layers are those of a `BlockCache`.
-    """
-
-    def __init__(self, num_rows: int, most: int, num_head_layers: int = 0):
-        super().__init__(1, num_rows, most, num_head_layers=num_head_layers)
-
-    def texts(self, fed: Tensor) -> Tensor:
-        """Write the tokens [B, L] of a pass; returns the rows' texts from position 0 on.
-
-        Tokens after a row's end are left over or 0, as padding on the right.
-        """
-        tokens = fed[:, None, :, None]
-        text, _ = self.layers[0].update(tokens, tokens[..., :0])
-        return text[:, 0, :, 0]

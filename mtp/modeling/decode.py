@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .attention import check_attention
+from .cache import BlockCache
 from .decode_options import DecodableModel, DecodeOptions
 from .decode_state import RunningRows, Texts, splice
 from .phases import PhasePlan, check_plans
@@ -57,7 +58,7 @@ def decode(
     Raises ValueError for plans that the model cannot follow.
     """
     plans = [plan] * len(prompts) if isinstance(plan, PhasePlan) else list(plan)
-    check_plans(plans, len(prompts), model.block_size, model.text_config.vocab_size)
+    check_plans(plans, len(prompts), model.block_size, model.config.vocab_size)
     options.check()
     if num_return_sequences < 1:
         raise ValueError(f"num_return_sequences must be at least 1, got {num_return_sequences}")
@@ -102,11 +103,12 @@ class PassLoop:
         self.num_copies = num_copies  # adjacent rows that are still identical
         self.head = model.mtp_head
         # A plan without head slots needs no head state.
-        self.cache = model.new_cache(
+        num_cache_layers = self.head.num_cache_layers if self.tables.num_head_slots else 0
+        self.cache = BlockCache(
+            model.config.num_hidden_layers + num_cache_layers,
             len(prompts) // num_copies,
             prompts.shape[1] + self.running.room,
-            is_static=options.static_cache,
-            num_head_layers=self.head.num_cache_layers if self.tables.num_head_slots else 0,
+            options.static_cache,
         )
         self.observed: list[Tensor] = []  # the head's observations of the last pass
         self.head_settled: Settled | None = None  # slots computed together with main's token
@@ -157,13 +159,17 @@ class PassLoop:
             with_taps=self.tables.num_head_slots > 0,
         )
         if taps:
-            self.observed = self.head.observe(taps, fed, self.cache.remember)
+            self.observed = self.head.observe(taps, fed, self.remember)
         if copies == 1:
             return hidden
         source = torch.arange(len(running.rows), device=hidden.device) // copies
         self.cache.select(source)
         self.observed = [part[source] for part in self.observed]
         return hidden[source]
+
+    def remember(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """See `heads.Remember`."""
+        return self.cache.update(keys, values, self.model.config.num_hidden_layers + layer)
 
     def context(self, at: Tensor) -> list[Tensor]:
         """The head's context at anchors `at` [R] among the fed tokens."""

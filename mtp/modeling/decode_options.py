@@ -63,10 +63,6 @@ class DecodableModel(Protocol):
     def block_size(self) -> int:
         """Maximum number of tokens per pass, K + 1."""
 
-    @property
-    def text_config(self) -> Any:
-        """Main's config, of its text model if it has several."""
-
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters."""
 
@@ -75,11 +71,6 @@ class DecodableModel(Protocol):
 
     def output_layers(self, channel_gradient: float = 1.0) -> tuple[OutputLayer, OutputLayer]:
         """The output layers of main and of the head, one object if the head uses main's."""
-
-    def new_cache(
-        self, num_rows: int, most: int, *, is_static: bool = False, num_head_layers: int = 0
-    ) -> BlockCache:
-        """An empty cache for texts of up to `most` tokens."""
 
     def main_states(
         self,

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.utils import ModelOutput
 
 from .attention import NAME, check_attention
-from .cache import BlockCache, TextCache
+from .cache import BlockCache
 from .decode import decode
 from .decode_options import DecodeOptions
 from .memory import Memory
@@ -106,34 +106,11 @@ class MTPGenerationMixin:
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
-        """Transformers' choice; `sdpa` becomes the one that reads a pass (`attention.py`) in
-        families that look their attention up by name.
-        """
+        """Transformers' choice; `sdpa` becomes the one that reads a pass (`attention.py`)."""
         found: str = super().get_correct_attn_implementation(  # type: ignore[misc]
             requested_attention, is_init_check
         )
-        return NAME if found == "sdpa" and self._supports_attention_backend else found
-
-    def new_cache(
-        self, num_rows: int, most: int, *, is_static: bool = False, num_head_layers: int = 0
-    ) -> BlockCache:
-        """An empty cache for texts of up to `most` tokens.
-
-        Raises ValueError for texts that are longer than main's rotary frequencies allow.
-        """
-        self.check_length(most)
-        if self.mtp_rereads is not None:
-            return TextCache(num_rows, most, num_head_layers)
-        return BlockCache(self.mtp_cache_layers, num_rows, most, is_static, num_head_layers)
-
-    def check_length(self, length: int) -> None:
-        """Raises ValueError for a text whose length would change main's rotary frequencies."""
-        if self.mtp_longest is not None and length > self.mtp_longest:
-            raise ValueError(
-                f"a text, with the room that a pass needs, must have at most {self.mtp_longest} "
-                f"tokens, got {length}: main's rotary frequencies change there, so that cached "
-                "keys and replay would differ; give shorter prompts or fewer new tokens"
-            )
+        return NAME if found == "sdpa" else found
 
     def main_states(
         self,
@@ -149,30 +126,25 @@ class MTPGenerationMixin:
 
         is_even: every active row ends at `length`, so one token per row needs no mask. Returns
         main's hidden rows after its final norm [B, L, D], and each tap's [B, L, D]; no taps if
-        `with_taps` is False. A main without such a cache reads the whole texts again.
+        `with_taps` is False.
         """
         taps = self.mtp_taps if with_taps else []
         positions = start[:, None] + torch.arange(fed.shape[1], device=fed.device)
-        cache.place(positions, length, is_even)
-        if isinstance(cache, TextCache):
-            hidden, states = self.decoder_states(taps, input_ids=cache.texts(fed), use_cache=False)
-            row = torch.arange(len(fed), device=fed.device)[:, None]
-            return hidden[row, positions], [tap[row, positions] for tap in states]
-        of_pass = {"position_ids": positions, "in_pass": True}
-        return self.decoder_states(
-            taps,
+        mask = cache.place(positions, length, is_even)
+        if mask is not None and self.config._attn_implementation == "eager":
+            mask = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill(
+                ~mask, torch.finfo(self.dtype).min
+            )
+        out = self.model(
             input_ids=fed,
+            attention_mask=mask,
+            position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            **{name: of_pass[name] for name in self.mtp_pass_arguments},
+            output_hidden_states=taps or None,
+            in_pass=True,
         )
-
-    def decoder_states(self, taps: list[int], **arguments: Any) -> tuple[Tensor, list[Tensor]]:
-        """Main's decoder: hidden rows after its final norm, and those of each tapped layer."""
-        out = self.main_decoder(output_hidden_states=taps or None, **arguments)
-        last = out.last_hidden_state
-        # Families differ in whether their last hidden state is before or after the norm.
-        return last, [last if tap == self.mtp_depth else out.hidden_states[tap] for tap in taps]
+        return out.last_hidden_state, [out.hidden_states[tap] for tap in taps]
 
     def phase_plan(
         self,

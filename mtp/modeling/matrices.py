@@ -5,8 +5,6 @@ else that the module does would then be skipped: an adapter would add nothing, a
 a quantized or offloaded weight would not be loaded. Such a module is refused here, since the result
 would be that of another model.
 
-A bias of a linear layer is no such effect: `output_layer.py` reads it with the weight.
-
 Ships with checkpoints: imports torch only.
 """
 
@@ -16,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 PLAIN = (nn.Linear.forward, nn.Embedding.forward)
-"""Forward functions that depend on the module's weight and bias alone."""
+"""Forward functions that depend on the module's weight alone."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def plain_matrix(module: Any, name: str) -> Tensor:
-    """The weight [V, D] of a linear layer or an embedding that has no effect beyond its weight and
-    its bias.
+    """The weight [V, D] of a linear layer or an embedding that has no effect beyond its weight.
 
     Raises ValueError for any other module; `name` is what the error calls it.
     """
@@ -30,8 +27,7 @@ def plain_matrix(module: Any, name: str) -> Tensor:
     if found is not None:
         raise ValueError(
             f"{name} must be a plain nn.Linear or nn.Embedding with a dense weight in memory: mtp "
-            f"reads only its weight and bias; got {found}. Merge adapters first "
-            "(merge_and_unload()), and "
+            f"reads only its weight; got {found}. Merge adapters first (merge_and_unload()), and "
             "load this layer without device_map, quantization and hooks"
         )
     weight: Tensor = module.weight
@@ -39,9 +35,7 @@ def plain_matrix(module: Any, name: str) -> Tensor:
 
 
 def beyond_weight(module: Any) -> str | None:
-    """Description of what a module does beyond a product with a dense weight and the addition of a
-    bias; None: nothing.
-    """
+    """Description of what a module does beyond multiplying by a dense weight; None: nothing."""
     kind = type(module)
     if getattr(kind, "forward", None) not in PLAIN:
         return f"a {kind.__name__}"
@@ -52,9 +46,8 @@ def beyond_weight(module: Any) -> str | None:
         return f"a {kind.__name__} whose weight is computed or stored by other means"
     if weight.is_meta or weight.layout != torch.strided or weight.dtype not in DTYPES:
         return f"a weight of {weight.dtype} on {weight.device}"
-    bias = module._parameters.get("bias")
-    if bias is not None and type(bias) is not nn.Parameter:
-        return f"a {kind.__name__} whose bias is computed or stored by other means"
+    if module._parameters.get("bias") is not None:
+        return f"a {kind.__name__} with a bias"
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     names = [getattr(hook, "__name__", type(hook).__name__) for hook in hooks]
     # This hook, of transformers and peft, enables gradients and changes no number.

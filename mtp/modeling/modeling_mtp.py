@@ -14,25 +14,13 @@ of the output matrix that the head uses (D when it shares main's, else H).
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, initialization
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
+from transformers import LlamaForCausalLM, PretrainedConfig, Qwen3ForCausalLM, initialization
 
-from .contract import (
-    check_config,
-    decoder_name,
-    forward_takes,
-    longest_text,
-    num_cache_layers,
-    reason_to_reread,
-)
+from .contract import check_config, check_layout
 from .heads import HEADS, Head, HeadConfig, HeadLinear, HeadRMSNorm
 from .output_layer import OutputLayer
 from .search import MTPSearchMixin
-
-logger = logging.get_logger(__name__)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -82,53 +70,21 @@ class MTPMixin(MTPSearchMixin):
         settings = HeadConfig.from_checkpoint(config.mtp)
         config.mtp = settings.to_checkpoint()
         super().__init__(config)
-        text = self.text_config
-        self.mtp_decoder = decoder_name(self)
-        self.mtp_longest = longest_text(text)
-        self.mtp_rereads = reason_to_reread(self, self.main_decoder)
-        self.mtp_cache_layers = num_cache_layers(text)
-        names = ("position_ids", "in_pass")
-        self.mtp_pass_arguments = [n for n in names if forward_takes(self.main_decoder, n)]
-        self.mtp_depth = text.num_hidden_layers
-        if self.mtp_rereads is not None:
-            logger.warning_once(
-                f"{type(self).__name__} reads its whole text again in each pass, because "
-                f"{self.mtp_rereads}: decoding is right, but slower than with a cache"
-            )
+        check_layout(self)
         self.mtp_settings = settings
-        self.mtp_taps = settings.resolved_taps(self.mtp_depth)
-        self.mtp_head: Head = HEADS[settings.type](settings, text, len(self.mtp_taps))
+        self.mtp_taps = settings.resolved_taps(config.num_hidden_layers)
+        self.mtp_head: Head = HEADS[settings.type](settings, config, len(self.mtp_taps))
         self.post_init()
-
-    @property
-    def text_config(self) -> PretrainedConfig:
-        """Main's config, of its text model if it has several."""
-        return self.config.get_text_config()  # type: ignore[attr-defined, no-any-return]
-
-    @property
-    def main_decoder(self) -> nn.Module:
-        """The part of main that computes hidden rows."""
-        return self._modules[self.mtp_decoder]  # type: ignore[attr-defined, no-any-return]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize main as its family does, and the head's matrices by fan-in, whatever main's
         range is.
         """
-        if isinstance(module, nn.Embedding) and module in self._head_modules():
-            # Some families look for main's own embedding here.
-            std = getattr(self.text_config, "initializer_range", 0.02)
-            initialization.normal_(module.weight, mean=0.0, std=std)
-            return
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, HeadLinear):
             initialization.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
         elif isinstance(module, HeadRMSNorm):
             initialization.ones_(module.weight)
-
-    def _head_modules(self) -> set[nn.Module]:
-        """The head's modules; none while main is built."""
-        head = getattr(self, "mtp_head", None)
-        return set() if head is None else set(head.modules())
 
     def _resize_token_embeddings(
         self,
@@ -160,8 +116,9 @@ class MTPMixin(MTPSearchMixin):
 
     def main_hidden(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Main's forward: hidden rows [B, T, D] after the final norm and taps [B, T, taps, D]."""
-        hidden, taps = self.decoder_states(self.mtp_taps, input_ids=input_ids, **kwargs)
-        return hidden, torch.stack(taps, -2)
+        out = self.model(input_ids=input_ids, output_hidden_states=self.mtp_taps, **kwargs)
+        taps = torch.stack([out.hidden_states[tap] for tap in self.mtp_taps], -2)
+        return out.last_hidden_state, taps
 
     def head_embed(self, tokens: Tensor, channel_gradient: float = 1.0) -> Tensor:
         """Embeddings of tokens as the head reads them: [...] -> [..., D or H]."""
@@ -177,8 +134,7 @@ class MTPMixin(MTPSearchMixin):
         channel_gradient: scale of the head's gradient on main's layer. If it is not 1, the head's
         layer is another object, whose tensors hold the same numbers.
         """
-        module, options = self.get_output_embeddings(), OutputLayer.options_of(self.text_config)
-        main = OutputLayer.from_module(module, "the model's output layer", **options)
+        main = OutputLayer.from_module(self.get_output_embeddings(), "the model's output layer")
         if not self.mtp_settings.shared_embeddings:
             return main, OutputLayer.from_module(self.mtp_head.lm_head, "mtp_head.lm_head")
         if channel_gradient == 1.0:
@@ -204,10 +160,9 @@ class MTPMixin(MTPSearchMixin):
                 and output matrices included; 0 detaches.
             logits_detach: detach the head's gradient from an output layer shared with main.
         """
-        self.check_length(input_ids.shape[1])
         main_output, head_output = self.output_layers(0.0 if logits_detach else channel_gradient)
         if anchors is None or slot_inputs is None:
-            hidden, _ = self.decoder_states([], input_ids=input_ids, use_cache=False)
+            hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
             return ReplayRows(hidden, main_output, None, head_output)
         hidden, taps = self.main_hidden(input_ids, use_cache=False)
         taps = scale_gradient(taps, channel_gradient)
@@ -216,43 +171,17 @@ class MTPMixin(MTPSearchMixin):
         return ReplayRows(hidden, main_output, head_hidden, head_output)
 
 
-_made: dict[str, type[MTPMixin]] = {}
+class LlamaMTPForCausalLM(MTPMixin, LlamaForCausalLM):
+    """Llama and its kin (SmolLM2, Mistral-shaped checkpoints saved as Llama) with a head."""
 
 
-def add_head(stock: type[PreTrainedModel]) -> type[MTPMixin]:
-    """The class of transformers' causal LM with a head: `LlamaForCausalLM` gives
-    `LlamaMTPForCausalLM`.
-    """
-    name = stock.__name__
-    at = next((name.index(end) for end in ENDINGS if name.endswith(end)), len(name))
-    name = f"{name[:at]}MTP{name[at:]}"
-    if name not in _made:
-        doc = f"{stock.__name__} with a head."
-        _made[name] = type(name, (MTPMixin, stock), {"__module__": __name__, "__doc__": doc})
-    return _made[name]
+class Qwen3MTPForCausalLM(MTPMixin, Qwen3ForCausalLM):
+    """Qwen3 with a head."""
 
 
-ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-"""Endings of the names of transformers' classes; `MTP` is inserted before them."""
-
-
-def family_class(model_type: str, what: str = "model_type") -> type[MTPMixin]:
-    """The class, with a head, of a family of causal LMs that transformers knows.
-
-    Raises ValueError for another `model_type`; `what` is what the error calls it.
-    """
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    if name is None:
-        raise ValueError(
-            f"{what} must be that of a causal LM of transformers, such as llama, qwen3 or gemma2, "
-            f"got {model_type!r}; choose another"
-        )
-    return add_head(getattr(transformers, name))
-
-
-def __getattr__(name: str) -> Any:
-    """Classes by name, made when they are asked for, as `auto_map` of a checkpoint does."""
-    stock = getattr(transformers, name.replace("MTP", "", 1), None) if "MTP" in name else None
-    if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return add_head(stock)
+FAMILIES: dict[str, type[MTPMixin]] = {
+    "llama": LlamaMTPForCausalLM,
+    "qwen3": Qwen3MTPForCausalLM,
+}
+"""Class of each `config.model_type`. A new family takes two lines: a class above and an entry
+here."""

@@ -5,10 +5,7 @@
 The model returns it together with hidden rows. Samplers and losses use `logits`, or pass `rows`,
 `weight` and `options` to an op of `mtp_kernels`, which computes no logits.
 
-A family's config has fields for the scale and the softcap (`FACTORS`, `SOFTCAPS`). Whether they are
-read as the family means them is checked when a model is loaded (`contract.py`).
-
-Ships with checkpoints: imports torch, transformers and siblings only.
+Ships with checkpoints: imports torch and siblings only.
 
 Shapes: V vocabulary, E width of the emitter's hidden rows.
 """
@@ -17,24 +14,9 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from .cache import in_autocast_dtype
 from .matrices import plain_matrix
-
-FACTORS = {
-    "logit_scale": 1,
-    "lm_head_multiplier": 1,
-    "logits_scaling": -1,
-    "logits_mup_width_multiplier": -1,
-}
-"""Fields of a config that scale the logits; the exponent says whether they multiply (1) or divide
-(-1)."""
-EXPONENTS = {"hyperclovax": {"logits_scaling": 1}, "mpt": {"logit_scale": 0}}
-"""Exponents of the families, by `model_type`, that mean something else by such a field; 0: it has
-no effect."""
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-"""Fields of a config that bound the logits."""
 
 
 class OutputOptions(TypedDict):
@@ -64,35 +46,13 @@ class OutputLayer:
         self.weight, self.bias, self.scale, self.softcap = weight, bias, scale, softcap
 
     @classmethod
-    def from_module(
-        cls, module: Any, name: str, scale: float = 1.0, softcap: float | None = None
-    ) -> "OutputLayer":
-        """The layer that a module computes, scaled and bounded by the model after it.
+    def from_module(cls, module: Any, name: str) -> "OutputLayer":
+        """The layer that a module computes.
 
         Raises ValueError, with the given `name` of the module, if it has any effect beyond its
-        weight and bias (`matrices.py`), or if the bias would be scaled.
+        weight (`matrices.py`).
         """
-        bias = getattr(module, "bias", None)
-        if bias is not None and scale != 1.0:
-            raise ValueError(
-                f"{name} must have no bias if the logits are scaled, got a scale of {scale:g} and "
-                "a bias; choose a base model that has one of them"
-            )
-        return cls(plain_matrix(module, name), bias, scale, softcap)
-
-    @staticmethod
-    def options_of(config: PretrainedConfig) -> dict[str, Any]:
-        """`scale` and `softcap` of main's output layer as a config of its family gives them."""
-        scale, softcap = 1.0, None
-        for name, exponent in FACTORS.items():
-            exponent = EXPONENTS.get(config.model_type, {}).get(name, exponent)
-            value = getattr(config, name, None)
-            if exponent and value is not None:
-                scale *= float(value) ** exponent
-        for name in SOFTCAPS:
-            value = getattr(config, name, None)
-            softcap = value if softcap is None else softcap
-        return {"scale": scale, "softcap": softcap}
+        return cls(plain_matrix(module, name))
 
     @property
     def options(self) -> OutputOptions:

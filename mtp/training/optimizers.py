@@ -92,17 +92,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.param_groups[:] = [g for part in self.parts.values() for g in part.param_groups]
 
 
-TABLES = ("embed", "lm_head", "output_projection", ".wte.", ".wpe.")
-"""Parts of the names of embeddings and output matrices, in the families of transformers."""
-
-
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """True for the matrices of hidden layers: neither embeddings nor output matrices.
-
-    Experts that are stored as one 3-D tensor are no matrices: torch's Muon takes none, so AdamW
-    updates them.
-    """
-    return parameter.ndim == 2 and not any(part in name for part in TABLES)
+    """True for the matrices of hidden layers: neither embeddings nor output matrices."""
+    return parameter.ndim == 2 and not ("embed" in name or "lm_head" in name)
 
 
 def build_optimizer(

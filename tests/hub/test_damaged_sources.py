@@ -86,8 +86,8 @@ DAMAGE = {
     ),
     "type unknown to mtp": (
         "one",
-        lambda f: edit_config(f, model_type="clip"),
-        "the model_type of {what} must be that of a causal LM of transformers.* got 'clip'",
+        lambda f: edit_config(f, model_type="gpt2"),
+        r"{what} must be a model of one of the types \['llama', 'qwen3'\], got 'gpt2'; choose",
     ),
     "size is a word": (
         "one",

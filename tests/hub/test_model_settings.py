@@ -104,10 +104,7 @@ def test_windows_from_scratch_are_refused():
         ({"dtype": "float16"}, "model.dtype must be float32 or bfloat16, got 'float16'"),
         ({"attention": "flex_attention"}, "model.attention must be sdpa or eager, got 'flex_atten"),
         ({"attention": "flash_attention_2"}, "model.attention must be sdpa or eager"),
-        (
-            {"family": "clip"},
-            "model.family must be that of a causal LM of transformers.* got 'clip'",
-        ),
+        ({"family": "gpt2"}, r"model.family must be one of \['llama', 'qwen3'\], got 'gpt2'"),
     ],
 )
 def test_impossible_settings_of_the_model_are_one_line(settings, message):

@@ -2,104 +2,164 @@
 
 import pytest
 import torch
-from families import tiny_config, tiny_family
-from helpers import run, tiny_model
+from helpers import tiny_model
 from torch import nn
 from toy import SIZES, build_toy, save_toy
-from transformers import BartConfig, LlamaConfig, MixtralConfig, Phi3Config, Qwen3Config
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen3Config,
+)
 
-from mtp.modeling import modeling_mtp
-from mtp.modeling.contract import check_config, check_slow_mode, longest_text, without_dropout
-from mtp.modeling.modeling_mtp import family_class
-from mtp.modeling.phases import PhasePlan
+from mtp.modeling.contract import check_config, check_slow_mode
+from mtp.modeling.modeling_mtp import LlamaMTPForCausalLM, MTPMixin, Qwen3MTPForCausalLM
 
-LlamaMTPForCausalLM, Qwen3MTPForCausalLM = family_class("llama"), family_class("qwen3")
+
+class MistralMTP(MTPMixin, MistralForCausalLM):
+    pass
+
+
+class GemmaMTP(MTPMixin, GemmaForCausalLM):
+    pass
+
+
+class Gemma2MTP(MTPMixin, Gemma2ForCausalLM):
+    pass
+
+
+class GraniteMTP(MTPMixin, GraniteForCausalLM):
+    pass
+
+
+class CohereMTP(MTPMixin, CohereForCausalLM):
+    pass
+
+
+class PhiMTP(MTPMixin, PhiForCausalLM):
+    pass
+
+
+class GPT2MTP(MTPMixin, GPT2LMHeadModel):
+    pass
+
+
 MAIN = SIZES | {"vocab_size": 23, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
 WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-LONG = {
-    "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "short_factor": [1.0] * 4,
-    "long_factor": [4.0] * 4, "original_max_position_embeddings": 32,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("cls", "config", "message"),
     [
-        (LlamaConfig(**MAIN, attention_dropout=0.1), r"attention_dropout must be 0 .* got 0\.1"),
-        (tiny_config("gpt2").__class__(), r"attn_pdrop must be 0 .* got 0\.1"),
-        (MixtralConfig(**MAIN, output_router_logits=True), "output_router_logits must be false"),
-        (BartConfig(), "model_type must be that of a decoder-only model, got 'bart'"),
+        (
+            Qwen3MTPForCausalLM,
+            Qwen3Config(**MAIN, **WINDOW),
+            r"layer_types .* 0: sliding_attention, 1: sliding_attention \(sliding_window=8\)",
+        ),
+        (
+            Qwen3MTPForCausalLM,
+            Qwen3Config(**MAIN, **WINDOW | {"max_window_layers": 1}),
+            r"layer_types .* got 1: sliding_attention \(sliding_window=8\).*use_sliding_window=fa",
+        ),
+        (
+            Qwen3MTPForCausalLM,
+            Qwen3Config(**MAIN, layer_types=["full_attention", "chunked_attention"]),
+            "layer_types must be full_attention .* got 1: chunked_attention",
+        ),
+        (
+            MistralMTP,
+            MistralConfig(**MAIN, sliding_window=8),
+            "sliding_window must be null .* got 8.*set sliding_window=null",
+        ),
+        (
+            # Mistral reads no layer_types: its layers slide whatever they say.
+            MistralMTP,
+            MistralConfig(**MAIN, sliding_window=8, layer_types=["full_attention"] * 2),
+            "sliding_window must be null",
+        ),
+        (
+            Gemma2MTP,
+            Gemma2Config(**MAIN, layer_types=["full_attention"] * 2),
+            r"final_logit_softcapping must be null .* got 30\.0",
+        ),
+        (
+            GraniteMTP,
+            GraniteConfig(**MAIN, logits_scaling=8.0),
+            r"logits_scaling must be 1\.0 .* got 8\.0",
+        ),
+        (CohereMTP, CohereConfig(**MAIN), r"logit_scale must be 1\.0 .* got 0\.0625"),
+        (PhiMTP, PhiConfig(**MAIN), r"lm_head\.bias is there"),
+        (GPT2MTP, GPT2Config(n_embd=32, n_head=4, n_layer=2), "in 'transformer'"),
+        (
+            LlamaMTPForCausalLM,
+            LlamaConfig(**MAIN, rope_parameters=DYNAMIC),
+            "rope_type must not be dynamic",
+        ),
+        (
+            LlamaMTPForCausalLM,
+            LlamaConfig(**MAIN, attention_dropout=0.1),
+            r"attention_dropout must be 0 .* got 0\.1",
+        ),
     ],
 )
-def test_what_the_pass_loop_cannot_follow_is_refused_by_name(config, message):
+def test_what_the_pass_loop_cannot_follow_is_refused_by_name(cls, config, message):
+    for name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"):
+        if cls is not LlamaMTPForCausalLM and hasattr(config, name):
+            setattr(config, name, 0.0)
     with pytest.raises(ValueError, match=message):
-        check_config(config)
-    without_dropout(config)
-    if "dropout" in message or "pdrop" in message:
-        check_config(config)
+        cls(config)
 
 
 @pytest.mark.parametrize(
-    ("family", "message"),
+    ("cls", "config"),
     [
-        ("gemma3n_text", r"hidden states of shape \[1, 20, 32\] at layer 1.* got \[4, 1, 20, 32\]"),
-        ("modernbert-decoder", "logits that are its output layer of its last hidden rows"),
+        (Qwen3MTPForCausalLM, Qwen3Config(**MAIN, **WINDOW | {"use_sliding_window": False})),
+        (Qwen3MTPForCausalLM, Qwen3Config(**MAIN, **WINDOW | {"max_window_layers": 2})),
+        (Qwen3MTPForCausalLM, Qwen3Config(**MAIN, **WINDOW | {"sliding_window": None})),
+        (MistralMTP, MistralConfig(**MAIN, sliding_window=None)),
+        (GemmaMTP, GemmaConfig(**MAIN, head_dim=8)),
+        (GraniteMTP, GraniteConfig(**MAIN, embedding_multiplier=3.0, residual_multiplier=0.5)),
+        (CohereMTP, CohereConfig(**MAIN, logit_scale=1.0)),
+        (
+            LlamaMTPForCausalLM,
+            LlamaConfig(**MAIN, rope_parameters=DYNAMIC | {"rope_type": "linear"}),
+        ),
     ],
 )
-def test_a_family_that_does_not_fit_is_refused_by_the_comparison(family, message):
-    with pytest.raises(ValueError, match=message):
-        check_slow_mode(tiny_family(family))
-
-
-def test_classes_are_made_by_name_and_once():
-    found = modeling_mtp.MistralMTPForCausalLM
-    assert found is modeling_mtp.MistralMTPForCausalLM is family_class("mistral")
-    assert found.__name__ == "MistralMTPForCausalLM"
-    assert modeling_mtp.GPT2MTPLMHeadModel is family_class("gpt2")
-    with pytest.raises(AttributeError, match="no attribute 'NoMTPForCausalLM'"):
-        _ = modeling_mtp.NoMTPForCausalLM
-    with pytest.raises(ValueError, match="model.family must be that of a causal LM.* got 'clip'"):
-        family_class("clip", "model.family")
-
-
-@pytest.mark.parametrize(
-    ("config", "longest"),
-    [
-        (LlamaConfig(**MAIN, rope_parameters=DYNAMIC), 256),
-        (Phi3Config(**MAIN, rope_parameters=LONG), 32),
-        (LlamaConfig(**MAIN, rope_parameters=DYNAMIC | {"rope_type": "linear"}), None),
-    ],
-)
-def test_texts_end_where_rotary_frequencies_change(config, longest):
-    assert longest_text(config) == longest
-
-
-def test_texts_of_variable_frequencies_are_refused_past_their_change():
+def test_a_main_whose_layers_attend_to_everything_passes(cls, config):
     torch.manual_seed(0)
-    model = family_class("phi3")(Phi3Config(**MAIN, rope_parameters=LONG)).eval()
-    check_slow_mode(model)
-    plan = PhasePlan([4], [None], [])
-    assert run(model, [[5, 6, 7]], plan, max_new_tokens=16).lengths.tolist() == [16]
-    with pytest.raises(ValueError, match="at most 32 tokens, got .*rotary frequencies change"):
-        run(model, [[5, 6, 7]], plan, max_new_tokens=30)
-    with pytest.raises(ValueError, match="at most 32 tokens, got 33"):
-        model.replay(torch.ones(1, 33, dtype=torch.int64))
+    check_slow_mode(cls(config))
 
 
-def test_a_checkpoint_with_a_window_opens_with_it(tmp_path):
-    torch.manual_seed(0)
-    Qwen3MTPForCausalLM(Qwen3Config(**MAIN, **WINDOW)).save_pretrained(tmp_path)
-    model = Qwen3MTPForCausalLM.from_pretrained(tmp_path)
-    assert model.config.layer_types == ["sliding_attention"] * 2
-    check_slow_mode(model)
+def test_the_guard_holds_where_a_checkpoint_is_opened(tmp_path):
+    model = tiny_model("qwen3")
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    slides = text.replace('"use_sliding_window": false', '"use_sliding_window": true')
+    slides = slides.replace('"sliding_window": null', '"sliding_window": 8')
+    (tmp_path / "config.json").write_text(
+        slides.replace('"full_attention"', '"sliding_attention"', 1)
+    )
+    with pytest.raises(ValueError, match="layer_types .* got 0: sliding_attention"):
+        Qwen3MTPForCausalLM.from_pretrained(tmp_path)
 
 
 def test_the_guard_holds_where_a_run_begins(tmp_path):
-    folder = save_toy(tmp_path, attention_bias=False, tie_word_embeddings=False)
-    text = (folder / "config.json").read_text().replace('"llama"', '"bart"')
-    (folder / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="model_type must be that of a decoder-only model"):
+    folder = save_toy(tmp_path, attention_bias=False, rope_parameters=DYNAMIC)
+    with pytest.raises(ValueError, match="rope_type must not be dynamic"):
         build_toy(folder)
 
 
@@ -155,7 +215,7 @@ class Capped(nn.Linear):
 def test_the_comparison_finds_a_quirk_of_the_output_layer_that_no_field_names(layer, dtype):
     model = tiny_model().to(dtype)
     model.lm_head.__class__ = layer
-    with pytest.raises(ValueError, match="its output layer of its last hidden rows"):
+    with pytest.raises(ValueError, match="last hidden rows times its output matrix"):
         check_slow_mode(model)
 
 
@@ -183,7 +243,7 @@ def test_the_comparison_leaves_no_trace():
 def test_a_nested_config_is_read_where_its_text_model_is():
     class Outer(LlamaConfig):
         def get_text_config(self, *args, **kwargs):
-            return Qwen3Config(**MAIN, attention_dropout=0.5)
+            return Qwen3Config(**MAIN, **WINDOW)
 
-    with pytest.raises(ValueError, match="attention_dropout must be 0 .* got 0.5"):
+    with pytest.raises(ValueError, match="sliding_window=8"):
         check_config(Outer(**MAIN))

@@ -84,7 +84,11 @@ def integer(layer):
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
 
 
-CHANGES = [hooked, prehooked, replaced, quantized, parametrized, offloaded, integer]
+def biased(layer):
+    layer.bias = nn.Parameter(torch.ones(layer.out_features))
+
+
+CHANGES = [hooked, prehooked, replaced, quantized, parametrized, offloaded, integer, biased]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -3,16 +3,9 @@
 import copy
 
 import torch
-from families import tiny_family
 from helpers import tiny_model
 
-from mtp.training.optimizers import (
-    OptimizerConfig,
-    build_optimizer,
-    is_hidden_matrix,
-    set_lr,
-    split_parameters,
-)
+from mtp.training.optimizers import OptimizerConfig, build_optimizer, set_lr, split_parameters
 
 
 def gradients(model: torch.nn.Module, seed: int) -> None:
@@ -59,14 +52,3 @@ def test_a_restored_optimizer_goes_on_alike():
         optimizer.step()
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(one, other)
-
-
-def test_muon_leaves_embeddings_and_experts_of_any_family_to_adamw():
-    of_gpt2 = {n for n, p in tiny_family("gpt2").named_parameters() if is_hidden_matrix(n, p)}
-    assert "transformer.h.0.attn.c_attn.weight" in of_gpt2
-    assert not {n for n in of_gpt2 if ".wte." in n or ".wpe." in n or "lm_head" in n}
-    experts = {n: p for n, p in tiny_family("mixtral").named_parameters() if p.ndim == 3}
-    assert {n.rsplit(".", 1)[1] for n in experts} == {"gate_up_proj", "down_proj"}
-    assert not any(is_hidden_matrix(n, p) for n, p in experts.items())
-    optimizer = build_optimizer(experts, OptimizerConfig(algorithm="muon"))
-    assert type(optimizer) is torch.optim.AdamW
