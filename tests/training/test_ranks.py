@@ -40,13 +40,18 @@ def on_two(folder: Path, strategy: str, names: list[str]) -> None:
     assert [job.returncode for job in jobs] == [0, 0], "\n".join(said)
 
 
+SHARDED = ["main_ce", "k3", "gspo", "slow", "everything", "one_process_without_rollouts"]
+SHARDED += ["head_of_its_own"]
+"""Cases that are taken with sharded weights too, which is slow on a CPU."""
+
+
 @pytest.fixture(scope="module")
 def steps_of_two(tmp_path_factory):
     """Folders of what two processes did, by strategy."""
     folders = {}
-    for strategy in ("ddp", "fsdp2"):
+    for strategy, names in {"ddp": list(CASES), "fsdp2": SHARDED}.items():
         folders[strategy] = tmp_path_factory.mktemp(strategy)
-        on_two(folders[strategy], strategy, list(CASES))
+        on_two(folders[strategy], strategy, names)
     return folders
 
 
@@ -59,6 +64,8 @@ def alone():
 def test_two_processes_take_the_same_step_as_one(alone, steps_of_two, name):
     one = take_step(CASES[name], alone)
     for strategy, folder in steps_of_two.items():
+        if strategy == "fsdp2" and name not in SHARDED:
+            continue
         two = torch.load(folder / f"{name}.pt")
         for metric, value in one["metrics"].items():
             assert two["metrics"][metric] == pytest.approx(value, rel=1e-5, abs=1e-6), (
