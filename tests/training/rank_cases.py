@@ -121,6 +121,11 @@ def take_step(case: Case, fabric: Any) -> dict[str, Any]:
     rest = batches[int(case.solved) :]
     if rest:
         rest = evened(SimpleNamespace(fabric=fabric), rest)
+    objective = ObjectiveConfig()
+    for name, settings in case.objective.items():
+        for key, value in settings.items():
+            setattr(getattr(objective, name), key, value)
+    model.mtp_head.requires_grad_(objective.uses_head)  # as a stage's `train_head` must be
     reference = tiny_model(seed=3).requires_grad_(False).eval()
     module = wrap(fabric, model.train())
     if is_sharded(module):
@@ -128,11 +133,8 @@ def take_step(case: Case, fabric: Any) -> dict[str, Any]:
     optimizers = {
         part: fabric.setup_optimizers(torch.optim.SGD(parameters.values(), lr=1.0))
         for part, parameters in split_parameters(model).items()
+        if part == "main" or objective.uses_head
     }
-    objective = ObjectiveConfig()
-    for name, settings in case.objective.items():
-        for key, value in settings.items():
-            setattr(getattr(objective, name), key, value)
     metrics = update(
         fabric,
         module,
