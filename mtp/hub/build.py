@@ -20,6 +20,7 @@ from ..modeling.phases import Phase, phases_from_json, phases_to_json
 from ..modeling.segments import SegmentSettings
 from ..rollouts.prompt_format import PromptFormat, character_tokenizer
 from ..rollouts.rollout import DecodingConfig
+from ..rollouts.tokenization import add_delimiters
 from ..tasks.base import Task
 from .pretrained import (
     blame,
@@ -312,9 +313,7 @@ def _from_source(config: ModelConfig, head: HeadConfig) -> tuple[Any, Any]:
     ids = tokenizer.get_vocab().items()
     if all(token in config.add_tokens for token, index in ids if index >= rows):
         if new:
-            tokenizer.add_special_tokens(
-                {"additional_special_tokens": new}, replace_extra_special_tokens=False
-            )
+            add_delimiters(tokenizer, new)
         if vocabulary_size(tokenizer) > rows:
             with quiet(progress=False, warnings=True):
                 model.resize_token_embeddings(vocabulary_size(tokenizer))

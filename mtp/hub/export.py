@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import save_atomically
+from ..modeling.saving import HEAD_FILE
 from ..rollouts.prompt_format import PromptFormat
 from .formats import FORMATS, Format, find_format
 from .formats.huggingface import MODELING
 from .model_card import CARD, TAG
 
-TEMPLATES = "additional_chat_templates"
-"""Folder in which transformers keeps further chat templates of a tokenizer."""
+FOLDERS = {"additional_chat_templates": ".jinja", Path(HEAD_FILE).parent.name: ".safetensors"}
+"""Folders within an export, and the suffix of their files: further chat templates, the head."""
 
 
 def export(
@@ -70,9 +71,9 @@ def check_replaceable(folder: Path) -> None:
         raise ValueError(f"{folder} is a file; an export is a folder, so give another name")
     names = sorted(path.name for path in folder.iterdir())
     written = {suffix for format in FORMATS.values() for suffix in format.suffixes}
-    foreign = [n for n in names if n not in (CARD, TEMPLATES) and Path(n).suffix not in written] + [
-        path.name for path in (folder / TEMPLATES).glob("*") if path.suffix != ".jinja"
-    ]
+    foreign = [n for n in names if n not in (CARD, *FOLDERS) and Path(n).suffix not in written]
+    for name, suffix in FOLDERS.items():
+        foreign += [path.name for path in (folder / name).glob("*") if path.suffix != suffix]
     if names and (foreign or not _is_export(folder)):
         raise ValueError(
             f"{folder} holds files that no export wrote ({', '.join((foreign or names)[:3])}); "

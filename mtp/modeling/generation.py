@@ -35,6 +35,7 @@ from .phases import (
 from .records import FORCED, Block, Decoded, pad
 from .requests import OF_MTP, STOCK, Kind, Wanted, check_own, check_processors, first_set, token_ids
 from .sampler import Sampler
+from .saving import MTPFilesMixin
 from .segments import Segments, SegmentSettings, check_segments, decode_segments
 
 __all__ = [
@@ -100,7 +101,7 @@ class Request(NamedTuple):
     """transformers' streamer, or None."""
 
 
-class MTPGenerationMixin:
+class MTPGenerationMixin(MTPFilesMixin):
     """`generate` with `mtp_mode`. Without it, the stock `generate` runs on main alone."""
 
     def get_correct_attn_implementation(

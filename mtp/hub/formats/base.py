@@ -84,14 +84,28 @@ def open_first_phase(text: PromptFormat, folder: Path) -> None:
             template.write_text(f"{source}{{{{ {opener} if add_generation_prompt else '' }}}}")
 
 
-def stock_class(model: Any) -> type:
-    """The class of transformers that main alone has."""
-    from transformers import PreTrainedModel
+def show_delimiters(text: PromptFormat, folder: Path) -> None:
+    """Make the delimiters of the folder's tokenizer ordinary added tokens.
 
-    from ...modeling.modeling_mtp import MTPMixin
+    They were special tokens in earlier versions, and may be so in a base model. Tools that skip
+    special tokens would run thought and answer together.
+    """
+    named = {d for phase in text.phases.values() for d in (phase.opened_by, phase.closed_by)}
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        content = json.loads(path.read_text())
+        for token in content.get("added_tokens", []):
+            token["special"] = token["special"] and token["content"] not in named
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False))
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text())
+    for name in ("extra_special_tokens", "additional_special_tokens"):
+        if isinstance(content.get(name), list):
+            content[name] = [t for t in content[name] if _content(t) not in named]
+    for token in content.get("added_tokens_decoder", {}).values():
+        token["special"] = token["special"] and token["content"] not in named
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
-    return next(
-        base
-        for base in type(model).__mro__
-        if issubclass(base, PreTrainedModel) and not issubclass(base, MTPMixin)
-    )
+
+def _content(token: Any) -> Any:
+    return token["content"] if isinstance(token, dict) else token

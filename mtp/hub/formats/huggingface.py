@@ -1,7 +1,7 @@
 """Main with its head in one Hugging Face folder, which opens in two ways.
 
-Plain `AutoModelForCausalLM.from_pretrained(folder)` opens main as the stock class of its family and
-ignores the head's weights. With `trust_remote_code=True` it opens main with its head, from the
+Plain `AutoModelForCausalLM.from_pretrained(folder)` opens main as the stock class of its family. It
+does not find the head, whose weights are in a file apart (`mtp.modeling.saving`). With `trust_remote_code=True` it opens main with its head, from the
 modeling files beside the weights: `mtp` need not be installed.
 
 The chat template is that of the tokenizer with one addition: a generation prompt ends with the
@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from ...modeling import modeling_mtp
 from ...rollouts.prompt_format import PromptFormat
 from ..build import save_model
-from .base import edit_json, open_first_phase, stock_class
+from .base import edit_json, open_first_phase, show_delimiters
 
 MODELING = Path(modeling_mtp.__file__)
 """File that transformers imports to open main with its head."""
@@ -28,11 +28,11 @@ def write(model: Any, text: PromptFormat, folder: Path, config: Any) -> None:
     save_model(model, text, folder)
     edit_json(
         folder / "config.json",
-        architectures=[stock_class(model).__name__],
         auto_map={"AutoModelForCausalLM": f"{MODELING.stem}.{type(model).__name__}"},
     )
     limit = config.decoding.max_new_tokens
     edit_json(folder / "generation_config.json", max_new_tokens=limit)
     open_first_phase(text, folder)
+    show_delimiters(text, folder)
     for file in [MODELING, *map(Path, get_relative_import_files(MODELING))]:
         shutil.copyfile(file, folder / file.name)
