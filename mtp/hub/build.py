@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import json
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -389,10 +390,22 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Pro
     )
 
 
-def save_model(model: Any, text: PromptFormat, folder: Path) -> None:
-    """Weights, config, generation config and tokenizer, in Hugging Face's layout."""
+def save_model(
+    model: Any, text: PromptFormat, folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Weights, config, generation config and tokenizer, in Hugging Face's layout.
+
+    dtype: of the saved weights; None: as they are.
+    """
     model.generation_config.mtp_system_prompt = text.system_prompt
     model.generation_config.mtp_chat_template = text.chat_template
+    state = model.state_dict()
+    if dtype is not None:
+        state = {n: w.to(dtype) if w.is_floating_point() else w for n, w in state.items()}
     with quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
+    if dtype is not None:
+        path = folder / "config.json"
+        content = json.loads(path.read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     text.tokenizer.save_pretrained(folder)

@@ -10,19 +10,16 @@ from typing import Any
 
 from ...modeling.saving import HEAD_FILE, INDEX
 from ...rollouts.prompt_format import PromptFormat
-from ..pretrained import quiet
-from .base import edit_json, open_first_phase, show_delimiters
+from ..build import save_model
+from .base import edit_json, export_dtype, finish_tokenizer
 
 
 def write(model: Any, text: PromptFormat, folder: Path, config: Any) -> None:
     """Write main's weights, configs and tokenizer."""
-    with quiet():
-        model.save_pretrained(folder)
+    save_model(model, text, folder, export_dtype(config))
     shutil.rmtree(folder / Path(HEAD_FILE).parent)
     (folder / INDEX).unlink()
-    text.tokenizer.save_pretrained(folder)
     edit_json(folder / "config.json", drop=("mtp", "auto_map"))
     limit = config.decoding.max_new_tokens
     edit_json(folder / "generation_config.json", drop=("mtp_",), max_new_tokens=limit)
-    open_first_phase(text, folder)
-    show_delimiters(text, folder)
+    finish_tokenizer(text, folder)
