@@ -49,7 +49,7 @@ def with_head_loss(stock: Any) -> Any:
         out.loss = out.loss + weight * loss
         if not more.get("output_hidden_states"):
             out = type(out)(**{k: v for k, v in out.items() if k != "hidden_states"})
-        return out if more.get("return_dict", True) else out.to_tuple()
+        return out.to_tuple() if more.get("return_dict") is False else out
 
     return forward
 

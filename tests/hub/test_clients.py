@@ -259,17 +259,16 @@ class Hub(BaseHTTPRequestHandler):
     """The parts of the Hugging Face Hub that an upload of small files asks for."""
 
     files: dict[str, bytes] = {}
-    asked: list[str] = []
+    deleted: list[str] = []
 
     def do_GET(self):
-        self.answer({"id": "me/adder", "siblings": [{"rfilename": "stale.py"}], "sha": "0" * 40})
+        old = {"type": "file", "path": "stale.py", "size": 1, "oid": "0" * 40}
+        self.answer([old] if "/tree/" in self.path else {"id": "me/adder", "sha": "0" * 40})
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        Hub.asked.append(self.path)
         if self.path.endswith("/repos/create"):
-            address = "http://{}:{}/me/adder".format(*self.server.server_address)
-            self.answer({"url": address, "id": "me/adder"})
+            self.answer({"url": self.address(), "id": "me/adder"})
         elif "/preupload/" in self.path:
             names = [file["path"] for file in json.loads(body)["files"]]
             ways = [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]
@@ -279,9 +278,14 @@ class Hub(BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     content = base64.b64decode(line["value"]["content"])
                     Hub.files[line["value"]["path"]] = content
-            self.answer({"commitUrl": "http://hub/commit/1", "commitOid": "1" * 40})
+                elif line["key"] == "deletedFile":
+                    Hub.deleted.append(line["value"]["path"])
+            self.answer({"commitUrl": f"{self.address()}/commit/1", "commitOid": "1" * 40})
         else:
             self.answer({"errors": [], "warnings": []})
+
+    def address(self):
+        return "http://{}:{}/me/adder".format(*self.server.server_address)
 
     def answer(self, content):
         data = json.dumps(content).encode()
@@ -307,7 +311,7 @@ def hub():
 def test_an_export_is_uploaded_as_it_is(tmp_path, hub):
     make(tmp_path / "out")
     done = push(tmp_path / "out", "me/adder", endpoint=hub, token="hf_none")
-    assert done == "http://hub/commit/1"
+    assert done == f"{hub}/me/adder/commit/1"
     here = {
         str(p.relative_to(tmp_path / "out")): p.read_bytes()
         for p in (tmp_path / "out").rglob("*")
@@ -315,6 +319,7 @@ def test_an_export_is_uploaded_as_it_is(tmp_path, hub):
     }
     assert Hub.files == here
     assert HEAD_FILE in here
+    assert Hub.deleted == ["stale.py"]
 
 
 def test_an_upload_that_fails_says_what_to_do(tmp_path):
