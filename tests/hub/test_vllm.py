@@ -53,7 +53,7 @@ def vllm():
     }  # fmt: skip
     cut_out(
         "models/utils.py",
-        ["WeightsMapper", "AutoWeightsLoader", "_get_tied_embedding_params"],
+        ["WeightsMapper", "AutoWeightsLoader", "_get_tied_embedding_params", "maybe_prefix"],
         known,
     )
     cut_out("model_loader/weight_utils.py", ["filter_duplicate_safetensors_files"], known)
