@@ -109,7 +109,7 @@ class MTPFilesMixin:
             return
         state = dict(self.state_dict() if state_dict is None else state_dict)  # type: ignore[attr-defined]
         head = {name: _whole(name, w) for name, w in state.items() if name.startswith(HEAD)}
-        ignored = self._keys_to_ignore_on_save
+        ignored: list[str] | None = getattr(self, "_keys_to_ignore_on_save", None)
         # Set on the model, because a quantizer makes the state anew.
         self._keys_to_ignore_on_save = [*(ignored or []), *head]
         try:
