@@ -44,6 +44,8 @@ def stock_class(cls: type) -> type[PreTrainedModel]:
 class MTPFilesMixin:
     """`from_pretrained` and `save_pretrained` with the head in a file of its own."""
 
+    _keys_to_ignore_on_save: Any
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, new_head: bool = False, **kwargs: Any
@@ -109,7 +111,7 @@ class MTPFilesMixin:
             return
         state = dict(self.state_dict() if state_dict is None else state_dict)  # type: ignore[attr-defined]
         head = {name: _whole(name, w) for name, w in state.items() if name.startswith(HEAD)}
-        ignored: list[str] | None = getattr(self, "_keys_to_ignore_on_save", None)
+        ignored = self._keys_to_ignore_on_save
         # Set on the model, because a quantizer makes the state anew.
         self._keys_to_ignore_on_save = [*(ignored or []), *head]
         try:
