@@ -37,7 +37,7 @@ def tried(family: str, num_new: int) -> dict[str, str]:
     return {"state": "slower loop", "reason": model.mtp_rereads}
 
 
-def table(found: dict[str, dict[str, str]]) -> str:
+def table(found: dict[str, dict[str, str]], num_new: int) -> str:
     """Markdown of the results."""
     import transformers
 
@@ -45,7 +45,7 @@ def table(found: dict[str, dict[str, str]]) -> str:
     for result in found.values():
         counts[result["state"]] = counts.get(result["state"], 0) + 1
     lines = [
-        f"transformers {transformers.__version__}: "
+        f"With transformers {transformers.__version__} and {num_new} new tokens per text: "
         + ", ".join(f"{number} {state}" for state, number in sorted(counts.items())) + ".",
         "",
     ]  # fmt: skip
@@ -105,7 +105,9 @@ def main() -> None:
         page = ROOT / "docs" / "models.md"
         before, rest = page.read_text().split(BEGIN)
         after = rest.split(END)[1]
-        page.write_text(f"{before}{BEGIN}\n{table({n: found[n] for n in names})}{END}{after}")
+        page.write_text(
+            f"{before}{BEGIN}\n{table({n: found[n] for n in names}, given.new)}{END}{after}"
+        )
 
 
 if __name__ == "__main__":

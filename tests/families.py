@@ -1,7 +1,7 @@
 """Tiny random models of the families of causal LMs that transformers knows.
 
 `GENERIC` gives a size to every field of a config that has it. `SPECIAL` has what a family needs
-beside: windows of 8 tokens, scales other than 1, softcaps, biases. Output biases are drawn, since
+beside: windows of 8 tokens, scales other than 1, softcaps, biases. Output biases are random, since
 transformers initializes them with zeros.
 """
 

@@ -13,7 +13,6 @@ from helpers import SAMPLES, completions, head_rows, run
 from lightning.fabric import Fabric
 from transformers import GenerationConfig
 
-from mtp.hub.formats.base import stock_class
 from mtp.modeling.contract import check_slow_mode
 from mtp.modeling.phases import PhasePlan
 from mtp.modeling.sampler import Sampler
@@ -35,7 +34,7 @@ PLAN = PhasePlan(keep=[4], opened_by=[None], eos_ids=[])
 
 def stock_of(model: Any, model_type: str) -> Any:
     """transformers' own model with the same weights."""
-    stock = stock_class(model)(tiny_config(model_type)).eval()
+    stock = model.stock_class()(tiny_config(model_type)).eval()
     missing, unexpected = stock.load_state_dict(model.state_dict(), strict=False)
     assert not missing, missing
     assert all(name.startswith("mtp_head.") for name in unexpected), unexpected

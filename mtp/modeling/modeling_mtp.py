@@ -110,6 +110,34 @@ class MTPMixin(MTPSearchMixin):
         """The part of main that computes hidden rows."""
         return self._modules[self.mtp_decoder]  # type: ignore[attr-defined, no-any-return]
 
+    @classmethod
+    def stock_class(cls) -> type[PreTrainedModel]:
+        """The class of transformers for main alone."""
+        return next(
+            base
+            for base in cls.__mro__
+            if issubclass(base, PreTrainedModel) and not issubclass(base, MTPMixin)
+        )
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False, as for transformers' own classes: main is one of them.
+
+        For custom code, transformers converts no older names of weights, such as those of separate
+        experts, and leaves buffers that no file holds without values.
+        """
+        return False
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """transformers looks into the source of the class, which is that of the stock class."""
+        return cls.stock_class()._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """As above, for experts."""
+        return cls.stock_class()._can_set_experts_implementation()
+
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize main as its family does, and the head's matrices by fan-in, whatever main's
         range is.

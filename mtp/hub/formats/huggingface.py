@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from ...modeling import modeling_mtp
 from ...rollouts.prompt_format import PromptFormat
 from ..build import save_model
-from .base import edit_json, open_first_phase, stock_class
+from .base import edit_json, open_first_phase
 
 MODELING = Path(modeling_mtp.__file__)
 """File that transformers imports to open main with its head."""
@@ -28,7 +28,7 @@ def write(model: Any, fmt: PromptFormat, folder: Path, config: Any) -> None:
     save_model(model, fmt, folder)
     edit_json(
         folder / "config.json",
-        architectures=[stock_class(model).__name__],
+        architectures=[model.stock_class().__name__],
         auto_map={"AutoModelForCausalLM": f"{MODELING.stem}.{type(model).__name__}"},
     )
     limit = config.decoding.max_new_tokens
