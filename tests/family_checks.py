@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 import torch
-from families import CLOSE, EOS, PAD, VOCABULARY, tiny_config, tiny_family
+from families import CLOSE, EOS, OWN_CACHE_DIFFERS, PAD, VOCABULARY, tiny_config, tiny_family
 from helpers import SAMPLES, completions, head_rows, run
 from lightning.fabric import Fabric
 from transformers import GenerationConfig
@@ -38,7 +38,8 @@ def stock_of(model: Any, model_type: str) -> Any:
     missing, unexpected = stock.load_state_dict(model.state_dict(), strict=False)
     assert not missing, missing
     assert all(name.startswith("mtp_head.") for name in unexpected), unexpected
-    stock.generation_config = GenerationConfig(pad_token_id=PAD)
+    use_cache = model_type not in OWN_CACHE_DIFFERS
+    stock.generation_config = GenerationConfig(pad_token_id=PAD, use_cache=use_cache)
     return stock
 
 
