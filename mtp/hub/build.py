@@ -20,6 +20,7 @@ from ..modeling.phases import Phase, phases_from_json, phases_to_json
 from ..modeling.segments import SegmentSettings
 from ..rollouts.prompt_format import PromptFormat, character_tokenizer
 from ..rollouts.rollout import DecodingConfig
+from ..rollouts.tokenization import add_delimiters
 from ..tasks.base import Task
 from .pretrained import (
     blame,
@@ -30,6 +31,7 @@ from .pretrained import (
     read_tokenizer,
     vocabulary_size,
 )
+from .tokenizer_files import save_tokenizer
 
 
 @dataclass(kw_only=True)
@@ -46,7 +48,8 @@ class ModelConfig:
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the family's transformers config, for a model from scratch."""
     add_tokens: list[str] = field(default_factory=list)
-    """Tokens to add to a pretrained tokenizer, such as `<think>` and `</think>`."""
+    """Tokens to add to a pretrained tokenizer, such as `<think>` and `</think>`. A token that the
+    tokenizer already has keeps its id and its row."""
     dtype: str = "float32"
     """Dtype of the weights: float32 or bfloat16."""
     attention: str = "sdpa"
@@ -311,10 +314,7 @@ def _from_source(config: ModelConfig, head: HeadConfig) -> tuple[Any, Any]:
     rows = model.get_input_embeddings().num_embeddings
     ids = tokenizer.get_vocab().items()
     if all(token in config.add_tokens for token, index in ids if index >= rows):
-        if new:
-            tokenizer.add_special_tokens(
-                {"additional_special_tokens": new}, replace_extra_special_tokens=False
-            )
+        add_delimiters(tokenizer, new)
         if vocabulary_size(tokenizer) > rows:
             with quiet(progress=False, warnings=True):
                 model.resize_token_embeddings(vocabulary_size(tokenizer))
@@ -396,4 +396,4 @@ def save_model(model: Any, fmt: PromptFormat, folder: Path) -> None:
     model.generation_config.mtp_chat_template = fmt.chat_template
     with quiet():
         model.save_pretrained(folder)
-    fmt.tokenizer.save_pretrained(folder)
+    save_tokenizer(fmt, folder)

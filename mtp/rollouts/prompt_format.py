@@ -22,7 +22,14 @@ from ..modeling.memory import ALPHABET, DONE
 from ..modeling.phases import Phase, PhasePlan, make_plan
 from ..modeling.segments import SegmentSettings, Trajectory, check_segments, summary_marks
 from ..tasks.base import Example
-from .tokenization import find_token, leading_ids, name_of, special_ids, unknown_characters
+from .tokenization import (
+    add_delimiters,
+    find_token,
+    leading_ids,
+    name_of,
+    special_ids,
+    unknown_characters,
+)
 
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -45,7 +52,7 @@ def character_tokenizer(alphabet: str, delimiters: list[str]) -> PreTrainedToken
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", padding_side="left"
     )
-    tokenizer.add_special_tokens({"additional_special_tokens": delimiters})
+    add_delimiters(tokenizer, delimiters)
     tokenizer.chat_template = PLAIN_TEMPLATE
     return tokenizer
 
@@ -102,6 +109,12 @@ class PromptFormat:
             self._check_alphabet()
         if self.uses_template:
             self._check_template()
+
+    @property
+    def delimiters(self) -> list[str]:
+        """Texts of the delimiters of all phases."""
+        given = (d for phase in self.phases.values() for d in (phase.opened_by, phase.closed_by))
+        return list(dict.fromkeys(d for d in given if d is not None))
 
     @property
     def pad_id(self) -> int:

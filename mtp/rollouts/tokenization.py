@@ -1,8 +1,19 @@
-"""Properties of a tokenizer: special tokens that it adds or finds, characters that it lacks."""
+"""Properties of a tokenizer: special tokens that it adds or finds, characters that it lacks.
+
+Delimiters of phases are added as tokens that are not special: decoding with
+`skip_special_tokens=True`, which most tools do, must keep the border between thought and answer.
+"""
 
 import re
 from functools import lru_cache
 from typing import Any
+
+from tokenizers import AddedToken
+
+
+def add_delimiters(tokenizer: Any, delimiters: list[str]) -> None:
+    """Make each delimiter one token that is not special."""
+    tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in delimiters])
 
 
 def name_of(tokenizer: Any) -> str:

@@ -1,8 +1,12 @@
 """Tokens that are added to a pretrained model, and matrices that have a row for each."""
 
+import json
+
 import pytest
 import torch
+from tokenizers import AddedToken
 from toy import THINK, build_toy, save_toy, toy_tokenizer
+from transformers import AutoTokenizer
 
 from mtp.hub.build import load_model, save_model
 
@@ -77,10 +81,37 @@ def test_tokens_are_added_to_a_checkpoint_that_has_a_head(tmp_path):
     assert load_model(tmp_path / "again")[0].mtp_head.lm_head.out_features == IDS + 3
 
 
-def test_special_tokens_stay_special_beside_the_added_ones(tmp_path):
+def test_special_tokens_stay_special_beside_the_added_ones_which_are_not(tmp_path):
     _, text = build_toy(save_toy(tmp_path))
-    special = set(text.tokenizer.all_special_tokens)
-    assert special == {"<|im_start|>", "<|im_end|>", "<think>", "</think>"}
+    assert set(text.tokenizer.all_special_tokens) == {"<|im_start|>", "<|im_end|>"}
+    ids = text.completion_ids("1+2", "3")
+    assert text.tokenizer.decode(ids, skip_special_tokens=True) == "1+2</think>3"
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_model_with_delimiters_of_its_own_keeps_their_ids_and_rows(tmp_path, special):
+    folder = save_toy(tmp_path / "base", rows=2)
+    tokenizer = toy_tokenizer()
+    own = [AddedToken(token, special=special, normalized=False) for token in THINK]
+    tokenizer.add_tokens(own, special_tokens=special)
+    tokenizer.save_pretrained(folder)
+    model, text = build_toy(folder)
+    assert len(model.get_input_embeddings().weight) == IDS + 2
+    assert [text.delimiter_id(token) for token in THINK] == [IDS, IDS + 1]
+    ids = text.completion_ids("1+2", "3")
+    save_model(model, text, tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert saved.decode(ids, skip_special_tokens=True) == "1+2</think>3"
+    assert saved.all_special_tokens == ["<|im_end|>", "<|im_start|>"]
+    assert saved.encode("1+2</think>3<|im_end|>") == ids
+
+
+def test_no_setting_of_the_machine_is_in_the_saved_tokenizer(tmp_path):
+    model, text = build_toy(save_toy(tmp_path / "base"))
+    save_model(model, text, tmp_path / "saved")
+    settings = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    known = {"backend", "tokenizer_class", "model_max_length", "eos_token", "extra_special_tokens"}
+    assert set(settings) == known
 
 
 def test_a_tokenizer_beyond_the_matrix_is_refused_and_add_tokens_makes_the_rows(tmp_path):

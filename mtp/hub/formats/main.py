@@ -9,6 +9,7 @@ from typing import Any
 
 from ...rollouts.prompt_format import PromptFormat
 from ..pretrained import quiet
+from ..tokenizer_files import save_tokenizer
 from .base import edit_json, open_first_phase, stock_class
 
 HEAD = "mtp_head."
@@ -20,7 +21,7 @@ def write(model: Any, fmt: PromptFormat, folder: Path, config: Any) -> None:
     weights = {name: w for name, w in model.state_dict().items() if not name.startswith(HEAD)}
     with quiet():
         model.save_pretrained(folder, state_dict=weights)
-    fmt.tokenizer.save_pretrained(folder)
+    save_tokenizer(fmt, folder)
     architecture = stock_class(model).__name__
     edit_json(folder / "config.json", drop=("mtp", "auto_map"), architectures=[architecture])
     limit = config.decoding.max_new_tokens
