@@ -42,7 +42,14 @@ def test_only_what_a_stage_trains_moves(whole_run):
 
     folder, _ = whole_run
     names = ("main", "head", "joint", "rl")
-    saved = {n: load_file(folder / "stages" / n / "model.safetensors") for n in names}
+    saved = {
+        name: {
+            key: weight
+            for path in (folder / "stages" / name).rglob("*.safetensors")
+            for key, weight in load_file(path).items()
+        }
+        for name in names
+    }
 
     def moved(a: str, b: str) -> set[str]:
         changed = {k for k in saved[a] if not torch.equal(saved[a][k], saved[b][k])}

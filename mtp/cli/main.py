@@ -335,6 +335,9 @@ def export(arguments: argparse.Namespace) -> None:
 
     find_format(arguments.format)
     check_replaceable(arguments.out)
+    mode = arguments.default_mode
+    if mode is not None and mode != "stock":
+        opened.choose_mode(mode)
     measured = arguments.folder / "summary.json"
     summary: dict[str, Any] = {"stages": [], "seed": config.seed}
     if measured.is_file():
@@ -345,7 +348,7 @@ def export(arguments: argparse.Namespace) -> None:
     except (KeyError, TypeError, IndexError):
         raise ValueError(f"{measured} is not the summary of a run; remove it") from None
     model, fmt = opened.load("cpu")
-    write(model, fmt, arguments.out, summary, config, arguments.format)
+    write(model, fmt, arguments.out, summary, config, arguments.format, mode)
     print(f"exported {opened.folder} to {arguments.out}")
 
 
@@ -417,7 +420,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--format",
         default="huggingface",
         metavar="NAME",
-        help="huggingface: main with its head (default); main: main alone, for any tool",
+        help="huggingface: main with its head (default); main: main alone, for any tool; gguf: "
+        "main alone as a GGUF file, for llama.cpp and Ollama",
+    )
+    sub.add_argument(
+        "--default-mode",
+        choices=["fast", "slow", "verified", "stock"],
+        help="mode of generate where a call names none, for tools that name none; default: stock, "
+        "transformers' own generate on main",
     )
     for name, sub in commands.choices.items():
         sub.add_argument(

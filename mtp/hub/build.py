@@ -390,10 +390,15 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Pro
     )
 
 
-def save_model(model: Any, fmt: PromptFormat, folder: Path) -> None:
-    """Weights, config, generation config and tokenizer, in Hugging Face's layout."""
+def save_model(
+    model: Any, fmt: PromptFormat, folder: Path, weights: dict[str, Tensor] | None = None
+) -> None:
+    """Weights, config, generation config and tokenizer, in Hugging Face's layout.
+
+    weights: those to write; None: the model's own.
+    """
     model.generation_config.mtp_system_prompt = fmt.system_prompt
     model.generation_config.mtp_chat_template = fmt.chat_template
     with quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
     save_tokenizer(fmt, folder)

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import save_atomically
+from ..modeling.phases import MODES
+from ..modeling.requests import STOCK
+from ..modeling.weight_files import HEAD_FOLDER
 from ..rollouts.prompt_format import PromptFormat
 from .formats import FORMATS, Format, find_format
 from .formats.huggingface import MODELING
@@ -24,6 +27,7 @@ def export(
     summary: dict[str, Any],
     config: Any,
     format: str = "huggingface",
+    default_mode: str | None = None,
 ) -> None:
     """Write a model with its card; an earlier export in `folder` is replaced as a whole.
 
@@ -34,6 +38,8 @@ def export(
         summary: content of `summary.json`; `stages` may be empty if nothing was measured.
         config: the run's `RunConfig`.
         format: name of a registered format.
+        default_mode: mode of `generate` where a call names none: `fast`, `slow` or `verified`; None
+            or `stock`: transformers' own `generate` on main.
 
     Raises:
         ValueError: if `folder` is a file or holds files that no export wrote, or if there is no
@@ -42,6 +48,12 @@ def export(
     found = find_format(format)
     folder = Path(folder).resolve()
     check_replaceable(folder)
+
+    if default_mode not in (None, STOCK, *MODES):
+        raise ValueError(
+            f"--default-mode must be one of {', '.join((*MODES, STOCK))}, got {default_mode!r}"
+        )
+    model.generation_config.mtp_mode = default_mode
 
     def write(path: Path) -> None:
         found.write(model, fmt, path, config)
@@ -70,8 +82,12 @@ def check_replaceable(folder: Path) -> None:
         raise ValueError(f"{folder} is a file; an export is a folder, so give another name")
     names = sorted(path.name for path in folder.iterdir())
     written = {suffix for format in FORMATS.values() for suffix in format.suffixes}
-    foreign = [n for n in names if n not in (CARD, TEMPLATES) and Path(n).suffix not in written] + [
-        path.name for path in (folder / TEMPLATES).glob("*") if path.suffix != ".jinja"
+    below = {TEMPLATES: ".jinja", HEAD_FOLDER: (".safetensors", ".json")}
+    foreign = [n for n in names if n not in (CARD, *below) and Path(n).suffix not in written] + [
+        path.name
+        for name, suffixes in below.items()
+        for path in (folder / name).glob("*")
+        if not path.name.endswith(suffixes)
     ]
     if names and (foreign or not _is_export(folder)):
         raise ValueError(

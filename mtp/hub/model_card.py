@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from ..evaluation.evaluate import decode_all, held_out
 from ..modeling.phases import MODES as PHASE_MODES
+from ..modeling.requests import STOCK
 from ..reports.metrics import Metric, measured
 from ..rollouts.prompt_format import PromptFormat
 from .build import ModelConfig, source_folder
@@ -46,15 +47,14 @@ def model_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: A
         f"{slots} tokens a pass; in a slow phase ({_listed(modes['slow'])}) only main's own token "
         f"is kept.{checked}",
         "## Use",
-        "Main alone, with nothing but transformers. The loading report lists the head's weights "
-        "(`mtp_head.*`) as unexpected: they are ignored.",
+        "Main alone, with nothing but transformers.",
         _snippet(fmt, prompt, head=False),
         "Main with its head. The code is in this folder, so no other package is needed.",
         _snippet(fmt, prompt, head=True),
         *caveat,
         "`fast` decodes each phase in its own mode, `slow` all of them one token per pass, "
         "`verified` gives main's own text in fewer passes: the head proposes and main decides. "
-        "Without `mtp_mode`, `generate` is the stock one on main. "
+        f"{_without_mode(model)} "
         '`model.search(**given, config={"method": "best_of_n", "n": 8}, do_sample=True)` looks for '
         "the likeliest of several texts; `beam` and `mcts` are the other methods, and `scorer`, a "
         "function of the branches, ranks them by another score.",
@@ -96,6 +96,18 @@ def main_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: An
     return "\n\n".join(parts) + "\n"
 
 
+def gguf_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: Any) -> str:
+    """README.md of main as a GGUF file."""
+    whole = main_card(model, fmt, summary, config)
+    return whole.replace(
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        'tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")',
+    ).replace(
+        "model = AutoModelForCausalLM.from_pretrained(folder)",
+        'model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf")',
+    )
+
+
 def _front_matter(config: Any, *tags: str) -> str:
     """Metadata of a card for the Hub."""
     _, hub_id, licence = base_model(config.model)
@@ -104,6 +116,17 @@ def _front_matter(config: Any, *tags: str) -> str:
     meta += [f"base_model: {hub_id}"] if hub_id else []
     meta += ["tags:", *(f"- {tag}" for tag in (TAG, *tags))]
     return "---\n" + "\n".join(meta) + "\n---"
+
+
+def _without_mode(model: Any) -> str:
+    """What `generate` does without `mtp_mode`."""
+    mode = getattr(model.generation_config, "mtp_mode", None)
+    if mode in (None, STOCK):
+        return "Without `mtp_mode`, `generate` is the stock one on main."
+    return (
+        f"Without `mtp_mode`, the mode is `{mode}`, the default in `generation_config.json`; "
+        f"`mtp_mode={STOCK!r}` is the stock `generate` on main."
+    )
 
 
 def _parameters(model: Any) -> dict[str, int]:

@@ -36,6 +36,7 @@ from .records import FORCED, Block, Decoded, pad
 from .requests import OF_MTP, STOCK, Kind, Wanted, check_own, check_processors, first_set, token_ids
 from .sampler import Sampler
 from .segments import Segments, SegmentSettings, check_segments, decode_segments
+from .weight_files import MTPFilesMixin
 
 __all__ = [
     "FORCED",
@@ -100,7 +101,7 @@ class Request(NamedTuple):
     """transformers' streamer, or None."""
 
 
-class MTPGenerationMixin:
+class MTPGenerationMixin(MTPFilesMixin):
     """`generate` with `mtp_mode`. Without it, the stock `generate` runs on main alone."""
 
     def get_correct_attn_implementation(

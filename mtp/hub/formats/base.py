@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
+from torch import Tensor
 
 from ...rollouts.prompt_format import PromptFormat
 from ..model_card import model_card
 
 Write = Callable[[Any, PromptFormat, Path, Any], None]
-"""(model, prompt format, folder that may be missing, the run's `RunConfig`): writes the folder."""
+"""(model, prompt format, folder that may be missing, the run's `RunConfig`): writes the folder.
+`model.generation_config` is saved with it."""
 Card = Callable[[Any, PromptFormat, dict[str, Any], Any], str]
 """(model, prompt format, content of `summary.json`, `RunConfig`) -> the text of README.md."""
 
@@ -59,12 +62,28 @@ def edit_json(path: Path, *, drop: tuple[str, ...] = (), **values: Any) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def open_first_phase(fmt: PromptFormat, folder: Path) -> None:
-    """Make the generation prompts of the chat templates end with the first phase's delimiter.
+def dtype_of_run(config: Any) -> torch.dtype:
+    """The dtype that a run computes in, which its export has."""
+    is_bf16 = config.fabric.precision.startswith("bf16")
+    return torch.bfloat16 if is_bf16 else config.model.torch_dtype()
+
+
+def weights_of_run(model: Any, config: Any) -> dict[str, Tensor]:
+    """The model's weights in the dtype that the run computes in."""
+    dtype = dtype_of_run(config)
+    return {
+        name: weight.to(dtype) if weight.is_floating_point() else weight
+        for name, weight in model.state_dict().items()
+    }
+
+
+def prompts_of_training(fmt: PromptFormat, folder: Path) -> None:
+    """Make the chat templates give the prompts of training: its system prompt, unless the messages
+    have one, and the delimiter that opens the first phase at the end of a generation prompt.
 
     A tokenizer may have several templates: one for tools is in a separate folder.
     """
-    if fmt.opener is None or not fmt.uses_template:
+    if not fmt.uses_template:
         return
     tokenizer: Any = fmt.tokenizer
     question = [{"role": "user", "content": "?"}]
@@ -72,26 +91,22 @@ def open_first_phase(fmt: PromptFormat, folder: Path) -> None:
         if not template.is_file():
             continue
         # Jinja drops one newline at the very end of a template.
-        source = template.read_text().removesuffix("\n")
+        source = template.read_text(encoding="utf-8").removesuffix("\n")
+        if fmt.system_prompt is not None:
+            message = {"role": "system", "content": fmt.system_prompt}
+            text = json.dumps(message, ensure_ascii=False)
+            # The line break keeps the first line of the source the first of a line.
+            source = (
+                "{% if not messages or messages[0]['role'] != 'system' %}"
+                f"{{% set messages = [{text}] + messages %}}{{% endif %}}\n{source}"
+            )
         try:
             prompt = tokenizer.apply_chat_template(
                 question, chat_template=source, tokenize=False, add_generation_prompt=True
             )
         except (TemplateError, TypeError, ValueError):
             prompt = ""  # a template for tools may not do without any
-        if not prompt.rstrip().endswith(fmt.opener):
+        if fmt.opener is not None and not prompt.rstrip().endswith(fmt.opener):
             opener = json.dumps(fmt.opener, ensure_ascii=False)
-            template.write_text(f"{source}{{{{ {opener} if add_generation_prompt else '' }}}}")
-
-
-def stock_class(model: Any) -> type:
-    """The class of transformers for main alone."""
-    from transformers import PreTrainedModel
-
-    from ...modeling.modeling_mtp import MTPMixin
-
-    return next(
-        base
-        for base in type(model).__mro__
-        if issubclass(base, PreTrainedModel) and not issubclass(base, MTPMixin)
-    )
+            source += f"{{{{ {opener} if add_generation_prompt else '' }}}}"
+        template.write_text(source, encoding="utf-8")

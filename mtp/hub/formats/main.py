@@ -7,23 +7,22 @@ opens the first phase, as it did in training.
 from pathlib import Path
 from typing import Any
 
+from ...modeling.weight_files import HEAD
 from ...rollouts.prompt_format import PromptFormat
 from ..pretrained import quiet
 from ..tokenizer_files import save_tokenizer
-from .base import edit_json, open_first_phase, stock_class
-
-HEAD = "mtp_head."
-"""Prefix of the names of the head's weights."""
+from .base import dtype_of_run, edit_json, prompts_of_training, weights_of_run
 
 
 def write(model: Any, fmt: PromptFormat, folder: Path, config: Any) -> None:
     """Write main's weights, configs and tokenizer."""
-    weights = {name: w for name, w in model.state_dict().items() if not name.startswith(HEAD)}
+    weights = weights_of_run(model, config)
+    main = {name: weight for name, weight in weights.items() if not name.startswith(HEAD)}
     with quiet():
-        model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=main)
     save_tokenizer(fmt, folder)
-    architecture = stock_class(model).__name__
-    edit_json(folder / "config.json", drop=("mtp", "auto_map"), architectures=[architecture])
+    dtype = str(dtype_of_run(config)).removeprefix("torch.")
+    edit_json(folder / "config.json", drop=("mtp", "auto_map"), dtype=dtype)
     limit = config.decoding.max_new_tokens
     edit_json(folder / "generation_config.json", drop=("mtp_",), max_new_tokens=limit)
-    open_first_phase(fmt, folder)
+    prompts_of_training(fmt, folder)
