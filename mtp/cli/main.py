@@ -332,7 +332,10 @@ def export(arguments: argparse.Namespace) -> None:
     from ..hub.export import check_replaceable
     from ..hub.export import export as write
     from ..hub.formats import find_format
+    from ..hub.push import check_repository, push
 
+    if arguments.push is not None:
+        check_repository(arguments.push)
     find_format(arguments.format)
     check_replaceable(arguments.out)
     mode = arguments.default_mode
@@ -350,6 +353,8 @@ def export(arguments: argparse.Namespace) -> None:
     model, fmt = opened.load("cpu")
     write(model, fmt, arguments.out, summary, config, arguments.format, mode)
     print(f"exported {opened.folder} to {arguments.out}")
+    if arguments.push is not None:
+        print(f"uploaded it to {push(arguments.out, arguments.push)}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -422,6 +427,11 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="huggingface: main with its head (default); main: main alone, for any tool; gguf: "
         "main alone as a GGUF file, for llama.cpp and Ollama",
+    )
+    sub.add_argument(
+        "--push",
+        metavar="USER/NAME",
+        help="upload the folder to this repository of the Hugging Face Hub, made if it is missing",
     )
     sub.add_argument(
         "--default-mode",

@@ -37,8 +37,8 @@ class DecodeOptions:
     """Changes the scores of every slot, main's and the head's, before the sampler. It receives rows
     of one width at a time: texts up to the slot, padded on the left to T plus the new tokens."""
     stop: Stop | None = None
-    """Stopping criterion, called after every token with texts as above; a block is cut where it
-    returns True."""
+    """Called after every token with texts as above and the indices of their rows; a block is cut
+    where it returns True."""
     static_cache: bool = False
     """Keep keys and values at one length from the first pass on, see `BlockCache`."""
     impl: str | None = None

@@ -9,7 +9,6 @@ pass, J drafts, K head slots, V vocabulary.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +17,8 @@ from torch import Tensor
 from .phases import PhasePlan, PlanTables
 from .records import FORCED, Block, Decoded
 
-Stop = Callable[[Tensor, Any], Tensor]
-"""Signature of a `StoppingCriteria`: token ids [B, T] and None -> [B] bool."""
+Stop = Callable[[Tensor, Tensor], Tensor]
+"""Token ids [G, T] of some rows, and their indices in the batch [G] -> [G] bool."""
 Texts = Iterator[tuple[Tensor, Tensor]]
 """Groups of F rows by length: the indices of a group's rows [G], and their texts [G, W]."""
 
@@ -193,7 +192,8 @@ class RunningRows:
             for where, text in self.texts(
                 asked, added.tokens[asked], torch.full_like(asked, count)
             ):
-                met = asked[where][self.stop(text, None)]
+                at = asked[where]
+                met = at[self.stop(text, self.rows[at])]
                 total[met], stopped[met] = count, True
         self.closed = self.closed & ~stopped
         return replace(added, lengths=total), ended | stopped

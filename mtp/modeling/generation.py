@@ -33,7 +33,7 @@ from .phases import (
     phases_to_json,
 )
 from .records import FORCED, Block, Decoded, pad
-from .requests import OF_MTP, STOCK, Kind, Wanted, check_own, check_processors, first_set, token_ids
+from .requests import OF_MTP, STOCK, Wanted, check_own, check_processors, first_set, token_ids
 from .sampler import Sampler
 from .segments import Segments, SegmentSettings, check_segments, decode_segments
 from .weight_files import MTPFilesMixin
@@ -379,7 +379,12 @@ class MTPGenerationMixin(MTPFilesMixin):
         mask = self._read_mask(wanted["attention_mask"], prompts, stock)
         check_processors(wanted["logits_processor"] or [], len(prompts) * copies)
         process = self._read_processors(wanted, prompts, mask, stock, one_context)
-        stop = wanted.criteria()
+        stop = wanted.criteria(len(prompts) * copies)
+        if stop.keeps_rows and not one_context:
+            raise ValueError(
+                "stopping_criteria must not identify rows by number where a text has several "
+                "contexts; give one that looks at each text alone"
+            )
         own: dict[str, Any] = dict(zip(OF_MTP, (mtp_mode, mtp_k, max_thought_tokens), strict=True))
         mode, k, most = (
             first_set(name, *configs) if value is None else value for name, value in own.items()
@@ -436,7 +441,7 @@ class MTPGenerationMixin(MTPFilesMixin):
         Raises ValueError for options that do not suit the prompts.
         """
         given = LogitsProcessorList(wanted["logits_processor"] or [])
-        asked = wanted.asked(Kind.PROCESSED)
+        asked = wanted.processed
         if not asked:
             return given
         if not one_context:

@@ -11,6 +11,7 @@ Shapes: B rows, T prompt.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ class Kind(Enum):
     SUPPORTED = "read by the pass loop"
     PROCESSED = "implemented by transformers' own processor, as in the stock `generate`"
     REFUSED = "an error unless its value is neutral"
-    SAMPLING = "an error if tokens are sampled and its value is not neutral; ignored if greedy"
+    SAMPLING = "as PROCESSED if tokens are sampled, together with temperature, top_k and top_p"
     IDLE = "ignored: it only modifies options that are refused"
 
 
@@ -71,10 +72,10 @@ OPTIONS: dict[str, Option] = {
     **_each("bad_words_ids sequence_bias", Option(Kind.PROCESSED)),
     **_each("suppress_tokens begin_suppress_tokens", Option(Kind.PROCESSED)),
     "renormalize_logits": Option(Kind.IDLE),  # the sampler's distributions always sum to 1
-    "min_p": Option(Kind.SAMPLING, (None, 0.0), PROCESSOR),
-    "top_h": Option(Kind.SAMPLING, (None,), PROCESSOR),
-    "typical_p": Option(Kind.SAMPLING, (1.0,), PROCESSOR),
-    **_each("epsilon_cutoff eta_cutoff", Option(Kind.SAMPLING, (0.0,), PROCESSOR)),
+    "min_p": Option(Kind.SAMPLING, (None, 0.0)),
+    "top_h": Option(Kind.SAMPLING),
+    "typical_p": Option(Kind.SAMPLING, (1.0,)),
+    **_each("epsilon_cutoff eta_cutoff", Option(Kind.SAMPLING, (0.0,))),
     "encoder_repetition_penalty": Option(Kind.REFUSED, (1.0,), PROCESSOR),
     "encoder_no_repeat_ngram_size": Option(Kind.REFUSED, (0,), PROCESSOR),
     "guidance_scale": Option(Kind.REFUSED, (None, 1)),
@@ -172,10 +173,7 @@ class Wanted:
             raise ValueError(
                 f"generate with mtp_mode does not support {unknown}; use some of {taken}"
             )
-        refused = self.asked(Kind.REFUSED) + (
-            self.asked(Kind.SAMPLING) if self["do_sample"] else []
-        )
-        for name in refused:
+        for name in self.asked(Kind.REFUSED):
             option, where = OPTIONS[name], "" if name in self.given else "generation_config."
             raise ValueError(
                 f"{where}{name} must be {option.neutral[-1]} with mtp_mode, got {self[name]}; "
@@ -208,10 +206,25 @@ class Wanted:
             return int(most) - width
         return DEFAULT_NEW_TOKENS
 
+    @property
+    def processed(self) -> list[str]:
+        """Names of the options that transformers' processors implement in this call."""
+        names = self.asked(Kind.PROCESSED)
+        if self["do_sample"]:
+            names += self.asked(Kind.SAMPLING)
+        return names
+
+    @property
+    def warps(self) -> bool:
+        """True if transformers' processors make the whole distribution, in transformers' order."""
+        return bool(self["do_sample"] and self.asked(Kind.SAMPLING))
+
     def sampler(self) -> Sampler:
-        """The distribution that the options define."""
+        """The distribution that the options define, beyond what processors do."""
         if not self["do_sample"]:
             return Sampler(temperature=0.0)
+        if self.warps:
+            return Sampler()
         temperature, top_k, top_p = (self[name] for name in ("temperature", "top_k", "top_p"))
         return Sampler(
             temperature=1.0 if temperature is None else temperature,
@@ -219,8 +232,8 @@ class Wanted:
             top_p=1.0 if top_p is None else top_p,
         )
 
-    def criteria(self) -> StoppingCriteriaList:
-        """Stopping criteria, called after every token."""
+    def criteria(self, num_rows: int) -> "RowCriteria":
+        """Stopping criteria for a batch, called after every token."""
         out = StoppingCriteriaList(self["stopping_criteria"] or [])
         if self["max_time"] is not None:
             out.append(MaxTimeCriteria(self["max_time"]))
@@ -231,11 +244,13 @@ class Wanted:
                     "to text; give the model's"
                 )
             out.append(StopStringCriteria(self["tokenizer"], self["stop_strings"]))
-        return out
+        return RowCriteria(out, num_rows)
 
     def stock_config(self, eos_ids: list[int], pad_id: int | None, device: Any) -> GenerationConfig:
         """Config for transformers' own helpers, which infer a mask and build processors."""
-        names = self.asked(Kind.PROCESSED)
+        names = [*self.processed]
+        if self.warps:
+            names += ["do_sample", "temperature", "top_k", "top_p"]
         out: Any = GenerationConfig(**{name: self[name] for name in names})
         if out.min_new_tokens is not None:
             out.min_length = None  # as in transformers, the number of new tokens counts
@@ -246,6 +261,50 @@ class Wanted:
         pad_id = eos_ids[0] if pad_id is None and eos_ids else pad_id
         out._eos_token_tensor = ids(eos_ids) if eos_ids else None
         out._pad_token_tensor = None if pad_id is None else ids([pad_id])[0]
+        return out
+
+
+class RowCriteria:
+    """Stopping criteria for rows that end at different times.
+
+    Most criteria look at each text alone and receive some rows of the batch. A criterion that holds
+    a list with one entry for each row, as that of lm-eval does, identifies rows by number and
+    expects them all in each call. Every row then has a copy of it, which receives the row's text in
+    place of every text. So such a row ends where its own text does.
+    """
+
+    def __init__(self, criteria: Sequence[Any], num_rows: int):
+        self.num_rows = num_rows
+        own = [c for c in criteria if num_rows > 1 and self._lists(c)]
+        self.shared = StoppingCriteriaList(c for c in criteria if c not in own)
+        self.own = [[self._copy(criterion) for criterion in own] for _ in range(num_rows)]
+        self.keeps_rows = bool(own)
+        """True if some criterion identifies rows by number."""
+
+    def __len__(self) -> int:
+        return len(self.shared) + self.keeps_rows
+
+    def __call__(self, texts: Tensor, rows: Tensor) -> Tensor:
+        """[G, T] texts of rows [G] -> [G] bool, True where a criterion is met."""
+        met = self.shared(texts, None) if len(self.shared) else rows < 0  # type: ignore[arg-type]
+        if not self.keeps_rows:
+            return met
+        found = []
+        for text, row in zip(texts, rows.tolist(), strict=True):
+            whole = text.expand(self.num_rows, -1)
+            said = [criterion(whole, None) for criterion in self.own[row]]
+            found.append(any(bool(torch.as_tensor(value).reshape(-1)[0]) for value in said))
+        return met | torch.tensor(found, device=texts.device)
+
+    def _lists(self, criterion: Any) -> list[str]:
+        """Names of the criterion's lists with one entry for each row."""
+        fields = getattr(criterion, "__dict__", {})
+        return [n for n, v in fields.items() if type(v) is list and len(v) == self.num_rows]
+
+    def _copy(self, criterion: Any) -> Any:
+        out = copy(criterion)
+        for name in self._lists(criterion):
+            setattr(out, name, list(getattr(criterion, name)))
         return out
 
 

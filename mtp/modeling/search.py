@@ -267,6 +267,11 @@ class MTPSearchMixin(MTPGenerationMixin):
             )
         if request.num_return_sequences > 1:
             raise ValueError("search does not support num_return_sequences; set n in its config")
+        if getattr(request.options.stop, "keeps_rows", False):
+            raise ValueError(
+                "search does not support stopping_criteria that identify rows by number; give one "
+                "that looks at each text alone"
+            )
         if request.options.static_cache:
             raise ValueError("search does not support cache_implementation=static; leave it out")
         found = search(

@@ -12,6 +12,7 @@ from transformers import (
     LlamaConfig,
     MinNewTokensLengthLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
+    StoppingCriteria,
     SynthIDTextWatermarkLogitsProcessor,
 )
 
@@ -68,19 +69,68 @@ def test_what_asks_for_nothing_is_accepted_and_the_rest_honoured_or_refused(name
     for value in {None: 0, **dict.fromkeys(option.neutral)}:
         for given in routes(model, name, value):
             assert written(model, max_new_tokens=4, **given) == plain
-    if option.kind is Kind.PROCESSED:
+    if option.kind in (Kind.PROCESSED, Kind.SAMPLING):
         return
     if option.kind is Kind.IDLE:
         assert written(model, max_new_tokens=4, **{name: 7}) == plain
         return
-    samples = {"do_sample": True} if option.kind is Kind.SAMPLING else {}
-    if samples:
-        assert written(model, max_new_tokens=4, **{name: 0.5}) == plain
     monkeypatch.setattr(type(model), "main_states", None)
     for given in routes(model, name, 7):
         where = "" if name in given else "generation_config."
         with pytest.raises(ValueError, match=rf"^{where}{name} must be .* with mtp_mode, got 7; "):
-            written(model, **given, **samples)
+            written(model, **given)
+
+
+@pytest.mark.parametrize("mode", ["slow", "verified"])
+@pytest.mark.parametrize(
+    "asked",
+    [{"min_p": 0.2}, {"typical_p": 0.6}, {"epsilon_cutoff": 0.05}, {"eta_cutoff": 0.1}],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_the_distribution_that_tokens_are_sampled_from_is_that_of_stock_generate(asked, mode):
+    model = make()
+    options = {"do_sample": True, "temperature": 0.8, "top_k": 15, "top_p": 0.9, **asked}
+    out = model.generate(
+        PROMPT, mtp_mode=mode, max_new_tokens=12, return_dict_in_generate=True,
+        generator=torch.Generator().manual_seed(2), **options,
+    )  # fmt: skip
+    config = GenerationConfig(**options)
+    processors = model._get_logits_processor(
+        config, input_ids_seq_length=4, encoder_input_ids=PROMPT, model_kwargs={}
+    )
+    logits = model(out.sequences).logits[0, PROMPT.shape[1] - 1 : -1]
+    expected = processors(out.sequences, logits.clone()).log_softmax(-1)
+    written = out.sequences[0, PROMPT.shape[1] :]
+    assert len(written) > 4
+    torch.testing.assert_close(
+        out.logprobs[0], expected.gather(1, written[:, None])[:, 0], atol=1e-4, rtol=1e-4
+    )
+    assert (expected == -torch.inf).any()
+
+
+class AllDone(StoppingCriteria):
+    """Identifies rows by number and remembers them, as lm-eval's criterion does."""
+
+    def __init__(self, token: int, number: int):
+        self.token, self.done = token, [False] * number
+
+    def __call__(self, input_ids, scores, **kwargs):
+        for row, done in enumerate(self.done):
+            self.done[row] = done or self.token in input_ids[row, PROMPT.shape[1] :].tolist()
+        return False not in self.done
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_criterion_that_numbers_rows_ends_each_row_at_its_own_place(mode):
+    model = make()
+    prompts = torch.tensor([[5, 6, 7, 9], [8, 4, 9, 10], [5, 5, 5, 5]])
+    plain = written(model, prompts, mtp_mode=mode)
+    token = plain[0][5]
+    rows = written(model, prompts, mtp_mode=mode, stopping_criteria=[AllDone(token, 3)])
+    for whole, row in zip(plain, rows, strict=True):
+        end = whole.index(token) + 1 if token in whole else len(whole)
+        assert row[:end] == whole[:end] and set(row[end:]) <= {PAD}
+    assert len(rows[0]) == max(r.index(token) + 1 if token in r else 20 for r in plain)
 
 
 STOCKS_OWN = {
