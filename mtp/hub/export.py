@@ -82,7 +82,7 @@ def check_replaceable(folder: Path) -> None:
         raise ValueError(f"{folder} is a file; an export is a folder, so give another name")
     names = sorted(path.name for path in folder.iterdir())
     written = {suffix for format in FORMATS.values() for suffix in format.suffixes}
-    below = {TEMPLATES: ".jinja", HEAD_FOLDER: (".safetensors", ".json")}
+    below = {TEMPLATES: (".jinja",), HEAD_FOLDER: (".safetensors", ".json")}
     foreign = [n for n in names if n not in (CARD, *below) and Path(n).suffix not in written] + [
         path.name
         for name, suffixes in below.items()

@@ -119,7 +119,7 @@ def _front_matter(config: Any, *tags: str) -> str:
 
 
 def _without_mode(model: Any) -> str:
-    """What `generate` does without `mtp_mode`."""
+    """A sentence on `generate` without `mtp_mode`."""
     mode = getattr(model.generation_config, "mtp_mode", None)
     if mode in (None, STOCK):
         return "Without `mtp_mode`, `generate` is the stock one on main."

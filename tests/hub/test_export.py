@@ -351,3 +351,49 @@ def test_the_base_models_licence_is_read_where_it_is_written(tmp_path):
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
     assert base_model(ModelConfig(source=str(folder))) == ("base", None, "apache-2.0")
     assert base_model(ModelConfig(source="some/model")) == ("some/model", "some/model", None)
+
+
+def with_roles(system_prompt: str | None) -> PromptFormat:
+    """A prompt format whose chat template shows roles; letters for them are in the alphabet."""
+    tokenizer = character_tokenizer(
+        "0123456789+=;abcdefghijklmnopqrstuvwxyz:", ["<think>", "</think>"]
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}\n"
+    )
+    return PromptFormat(tokenizer, PHASES, 4, system_prompt=system_prompt)
+
+
+def test_the_chat_template_gives_the_system_prompt_of_training_once(tmp_path):
+    model, text = tiny_model(), with_roles("add")
+    model.generation_config = generation_config(text, PHASES)
+    model.resize_token_embeddings(len(text.tokenizer))
+    export(model, text, tmp_path / "out", SUMMARY, tiny_config(), "main")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+
+    def shown(*messages, **options):
+        chat = [{"role": role, "content": content} for role, content in messages]
+        return tokenizer.apply_chat_template(chat, tokenize=False, **options)
+
+    question = ("user", "1+2=")
+    prompt = shown(question, add_generation_prompt=True)
+    assert tokenizer.encode(prompt) == text.prompt_ids("1+2=")
+    assert prompt == "system:add;user:1+2=;<think>"
+    assert shown(("system", "own"), question) == "system:own;user:1+2=;"
+    assert shown(question, ("assistant", "3")) == "system:add;user:1+2=;assistant:3;"
+
+
+@pytest.mark.parametrize("format", ["huggingface", "main"])
+def test_an_export_has_the_dtype_that_the_run_computed_in(tmp_path, format):
+    model, text = tiny_model(), tiny_text()
+    model.generation_config = generation_config(text, PHASES)
+    config = tiny_config()
+    config.fabric.precision = "bf16-mixed"
+    export(model, text, tmp_path / "out", SUMMARY, config, format)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert opened.dtype == torch.bfloat16 and model.dtype == torch.float32
+    weight = model.lm_head.weight.to(torch.bfloat16)
+    assert torch.equal(opened.lm_head.weight, weight)
+    if format == "huggingface":
+        whole, _ = load_model(tmp_path / "out")
+        assert {p.dtype for p in whole.parameters()} == {torch.bfloat16}

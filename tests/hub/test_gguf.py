@@ -56,7 +56,9 @@ def gpt2_tokenizer() -> PreTrainedTokenizerFast:
 def test_the_file_opens_with_mains_logits_prompts_and_delimiters(tmp_path, kind, tied, precision):
     tokenizer = gpt2_tokenizer()
     torch.manual_seed(0)
-    sizes = {**SIZES, "vocab_size": len(tokenizer), "tie_word_embeddings": tied, "head_dim": 8}
+    sizes = {**SIZES, "vocab_size": len(tokenizer), "tie_word_embeddings": tied}
+    # transformers reads no head's width from a GGUF file of Qwen3: it takes Qwen3's own.
+    sizes["head_dim"] = {"llama": 8, "qwen3": 128}[kind]
     sizes["eos_token_id"] = tokenizer.eos_token_id
     cls, config = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen3": (Qwen3, Qwen3Config)}[kind]
     sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e4}

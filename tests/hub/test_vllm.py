@@ -171,7 +171,7 @@ def test_the_loader_reads_main_and_does_not_see_the_head(tmp_path, tied):
 
 
 def test_the_loader_would_refuse_the_heads_weights(tmp_path):
-    """What keeps the export readable is the place of the head's weights alone."""
+    """The place of the head's weights alone keeps the export readable."""
     ours, _ = make(tmp_path / "out")
     code = vllm()
     with safe_open(tmp_path / "out" / "mtp_head" / "model.safetensors", "pt") as file:

@@ -1,4 +1,4 @@
-"""Where the weights of main and of the head lie, and what re-saving through either door gives."""
+"""Files of main's and the head's weights, and folders that either loading path saves again."""
 
 import json
 
