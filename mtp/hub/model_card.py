@@ -298,6 +298,8 @@ UNVERIFIED = [
     "how often each is right.",
 ]
 GENERATE = [
+    "- The head fits the main that it was trained with. After fine-tuning main with another tool, "
+    "train the head again before fast mode is used; verified mode stays main's own text.",
     "- With `mtp_mode`, `generate` supports `max_new_tokens`, `max_length`, `do_sample`, "
     "`temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`, `stop_strings`, "
     "`return_dict_in_generate`, `logits_processor`, `stopping_criteria`, `streamer`, "

@@ -337,10 +337,14 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path):
 
 def test_a_failed_export_leaves_the_earlier_one(tmp_path):
     model, text = make(tmp_path / "out")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+
+    def content():
+        return {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+
+    before = content()
     with pytest.raises(KeyError):
         export(model, text, tmp_path / "out", {"stages": [{"name": "x"}]}, tiny_config())
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert content() == before
 
 
 def test_the_base_models_licence_is_read_where_it_is_written(tmp_path):
