@@ -1,0 +1,84 @@
+"""Every family with a head: its slow mode is `generate`, its training scores what it samples."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, PAD, tiny_family
+from family_contract import examine, verdict
+from family_table import read_table
+from helpers import run_alone
+
+from mtp.hub.formats.huggingface import write_code
+
+QUICK = ("llama", "qwen3", "gemma2", "gpt_oss", "llama4_text", "deepseek_v3", "phi", "qwen3_next")
+"""Families of the fast suite: of each kind of mask, output layer and state there is one."""
+
+TABLE = read_table()
+"""`model_type` -> what docs/models.md says of it."""
+
+
+@pytest.mark.parametrize("model_type", QUICK)
+def test_a_family_keeps_the_contract(model_type):
+    examine(model_type, 20, generate=False)
+
+
+def test_the_table_of_the_documentation_holds_every_family():
+    assert list(TABLE) == sorted(FAMILIES)
+    assert sum(status != "refused" for status in TABLE.values()) >= 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_family_is_what_the_documentation_says(model_type):
+    assert verdict(model_type).status == TABLE[model_type]
+
+
+def check_exports(folder: Path, names: list[str]) -> None:
+    """Exports open in a process without mtp, as stock models and with their heads, and give the
+    same numbers.
+    """
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [PAD] * 8 + [16, 17, 18]])
+    expected = {}
+    for name in names:
+        model = tiny_family(name)
+        model.generation_config.mtp_phases = [{"name": "text", "mode": "fast", "opened_by": None}]
+        model.save_pretrained(folder / name)
+        write_code(model, folder / name)
+        given = {"attention_mask": ids != PAD, "max_new_tokens": 12, "pad_token_id": PAD}
+        with torch.no_grad():
+            logits = model(input_ids=ids[:1], use_cache=False).logits
+        fast = model.generate(ids, mtp_mode="fast", **given)
+        expected[name] = [logits.tolist(), logits.tolist(), fast.tolist()]
+    cache = folder / "cache"
+    cache.mkdir()
+    script = f"""
+import json, torch
+from transformers import AutoModelForCausalLM
+ids, got = torch.tensor({ids.tolist()}), {{}}
+given = dict(attention_mask=ids != {PAD}, max_new_tokens=12, pad_token_id={PAD})
+for name in {names}:
+    path = {str(folder)!r} + "/" + name
+    got[name] = []
+    for trust in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust).eval()
+        with torch.no_grad():
+            got[name].append(model(input_ids=ids[:1], use_cache=False).logits.tolist())
+    got[name].append(model.generate(ids, mtp_mode="fast", **given).tolist())
+print(json.dumps(got))
+"""
+    got = json.loads(run_alone(script, cache))
+    for name, (stock, trusted, fast) in expected.items():
+        torch.testing.assert_close(torch.tensor(got[name][0]), torch.tensor(stock))
+        torch.testing.assert_close(torch.tensor(got[name][1]), torch.tensor(trusted))
+        assert got[name][2] == fast, name
+
+
+def test_an_export_opens_where_mtp_is_not_importable(tmp_path):
+    check_exports(tmp_path, ["gemma2", "gpt2", "qwen3_next"])
+
+
+@pytest.mark.slow
+def test_every_export_opens_where_mtp_is_not_importable(tmp_path):
+    check_exports(tmp_path, [name for name in FAMILIES if TABLE[name] != "refused"])
