@@ -83,7 +83,7 @@ def mask_of_pass(
     *,
     kv_length: int,
     q_offset: Any = 0,
-    mask_function: Callable[..., Tensor] = causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask [B or 1, 1, L, S], True where a query may look; None where SDPA needs none.

@@ -167,7 +167,7 @@ def step(model: Any, loss: torch.Tensor) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None:
-                parameter -= 1e-3 * parameter.grad / norm
+                parameter -= 1e-4 * parameter.grad / norm
 
 
 def examine(model_type: str, num_tokens: int, *, generate: bool) -> Any:
