@@ -54,15 +54,15 @@ OVERRIDES = [
 ]
 CLOCKS = {"step_time", "rollout_time", "tokens_per_second", "seconds"}
 MOMENTS = {
-    "step": ("mtp.stage_loop", "step_batches", 18),
-    "update": ("mtp.stage_loop", "update", 18),
+    "step": ("mtp.stages.loop", "step_batches", 18),
+    "update": ("mtp.stages.loop", "update", 18),
     "rollout": ("mtp.groups", "sample", 4),
-    "evaluation": ("mtp.stage_evaluation", "evaluate", 6),
+    "evaluation": ("mtp.stages.evaluation", "evaluate", 6),
     "checkpoint written": ("mtp.hub.checkpoint", "write_state", 24),
-    "checkpoint moved": ("mtp.files", "_settle", 40),
+    "checkpoint moved": ("mtp.common.files", "_settle", 40),
     "old checkpoint removed": ("mtp.hub.checkpoint", "checkpoints", 24),
-    "stage saved": ("mtp.stage_loop", "save_model", 4),
-    "end of stage": ("mtp.stage_loop", "end_stage", 4),
+    "stage saved": ("mtp.stages.loop", "save_model", 4),
+    "end of stage": ("mtp.stages.loop", "end_stage", 4),
     "metrics": ("mtp.reports.json_lines", "JsonLines.append", 60),
     "export": ("mtp.trainer", "export", 1),
     "export written": ("mtp.hub.export", "write_card", 1),
@@ -88,7 +88,7 @@ def compose(folder: Path) -> Any:
 
 def die_at(module: str, name: str, call: int, inside: bool) -> None:
     """Let this process kill itself at the given call of a function: before it, or after its work
-    and before its caller goes on.
+    and before its caller continues.
     """
     import importlib
 
@@ -149,7 +149,7 @@ def wait(pid: int, seconds: float | None = None) -> int:
 
 
 def stage_of(folder: Path) -> str:
-    """The stage in which a run died, by what it has written."""
+    """The stage in which a run died, by the files that it has written."""
     path = folder / "metrics.jsonl"
     if (folder / "summary.json").is_file():
         return "end"
@@ -162,7 +162,7 @@ def stage_of(folder: Path) -> str:
 
 
 def without_clocks(node: Any) -> Any:
-    """The same without what clocks say."""
+    """The node without its clocks."""
     if isinstance(node, dict):
         return {k: without_clocks(v) for k, v in node.items() if k not in CLOCKS}
     return [without_clocks(v) for v in node] if isinstance(node, list) else node
@@ -202,13 +202,13 @@ def without_seconds(card: str) -> list[str]:
 
 
 def plan_of(kill: int, seed: int, seconds: float) -> tuple[str, Any]:
-    """How a run dies: at a named moment's call, or after a time in seconds."""
-    draw = random.Random(f"{seed}/{kill}")
+    """A planned death: at a named moment's call, or after a time in seconds."""
+    rng = random.Random(f"{seed}/{kill}")
     if kill % 3 == 2:
-        return "random time", draw.uniform(0.1, seconds)
+        return "random time", rng.uniform(0.1, seconds)
     moment = list(MOMENTS)[(kill - kill // 3) % len(MOMENTS)]
     module, name, most = MOMENTS[moment]
-    return moment, (module, name, draw.randint(1, most), draw.random() < 0.5)
+    return moment, (module, name, rng.randint(1, most), rng.random() < 0.5)
 
 
 def main() -> int:

@@ -65,9 +65,9 @@ FRESH_HEADS = {
     "parallel narrow": HeadConfig(type="parallel", **NARROW),
     "eavesdrop": HeadConfig(type="eavesdrop", intermediate_size=512, **NARROW),
 }
-"""A shared output matrix is read once for main and all parallel slots, which counts where a pass
-is bound by memory; a narrow one of the head's own costs less arithmetic, which counts at large
-batches. The eavesdropper reads one per slot, so it has a narrow one."""
+"""Heads to measure. A shared output matrix is read once for main and all parallel slots, which
+matters where a pass is bound by memory. A narrow matrix of the head's own costs less arithmetic,
+which matters at large batches. The eavesdropper reads one per slot, so it has a narrow one."""
 
 TARGETS = {
     ("slow", "parallel"): (1.0, None, None),
@@ -76,8 +76,8 @@ TARGETS = {
     ("fast", "eavesdrop"): (None, 0.65, 3.9),
     ("verified", "trained"): (1.8, None, None),
 }
-"""(mode, head) -> targets: times `generate`; behind the prompt the share of the limit, and times
-`generate` at batch 1."""
+"""(mode, head) -> targets: times `generate`; after the prompt's pass the share of the limit, and
+times `generate` at batch 1."""
 
 
 @dataclass
@@ -124,7 +124,7 @@ def load_main(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Callable
 
 
 def fresh_head(model: Any, settings: HeadConfig) -> Callable[[], None]:
-    """Makes a head of these settings; returns what puts it in place of the model's."""
+    """Makes a head of these settings; returns a function that puts it in place of the model's."""
     settings.validate()
     torch.manual_seed(0)
     taps = settings.resolved_taps(model.config.num_hidden_layers)
@@ -160,7 +160,7 @@ def prompts(tokenizer: Any, number: int, length: int) -> Tensor:
 
 @torch.no_grad()
 def bare_pass(model: Any, ids: Tensor, num_new: int) -> Callable[[], None]:
-    """A cached pass of main with `num_new` new tokens behind ids [B, T], logits of the last."""
+    """A cached pass of main with `num_new` new tokens after ids [B, T], logits of the last."""
     cache = DynamicCache()
     model(ids, past_key_values=cache)
     new = ids[:, :1].expand(-1, num_new)
@@ -174,7 +174,7 @@ def bare_pass(model: Any, ids: Tensor, num_new: int) -> Callable[[], None]:
 
 
 Contender = Callable[[Tensor, int], Any]
-"""Decodes prompts [B, T] by so many new tokens: `Decoded`, or ids [B, T + new]."""
+"""Decodes this many new tokens after prompts [B, T]: returns `Decoded`, or ids [B, T + new]."""
 
 
 def baselines_of(model: Any, k: int, with_drafts: bool) -> dict[str, Contender]:
@@ -213,7 +213,7 @@ def measure(
         for mode in options.modes:
             if mode == "slow" and head != next(iter(heads)):  # it does not run the head
                 continue
-            if mode == "verified" and not verifies:  # nothing of a fresh head would stand
+            if mode == "verified" and not verifies:  # a fresh head has nothing to accept
                 continue
             modes.append((mode, head))
             contenders[f"{mode} {head}"] = decoder(model, put, mode)
@@ -231,7 +231,7 @@ def measure(
     console = Console(stderr=True)
     task = f"batch {batch}, prompt {length}"
     for turn, ids in enumerate(track(rounds, task, console=console, transient=True)):
-        # In turn, to and fro: what a machine does over minutes favours nobody.
+        # In turn, in both orders: slow changes of the machine favour no contender.
         for name, run in list(contenders.items())[:: -1 if turn % 2 else 1]:
             if name == "assisted" and turn:
                 continue

@@ -11,7 +11,7 @@ run in forks of one process, because a fresh interpreter would spend seconds on 
     tracebacks     cases that ended in a traceback, or were killed
     half_written   cases that left, changed or removed a file
 
-What is neither is printed as `unnamed` (the line names nothing) or `taken` (the command went on).
+Other cases are printed as `unnamed` (the line names nothing) or `taken` (the command continued).
 """
 
 import argparse
@@ -55,7 +55,7 @@ TINY = [
 ]
 """A run of a second."""
 
-Draw = random.Random
+Rng = random.Random
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Case:
     names: list[str]
     """The line must hold one of these."""
     files: dict[str, bytes] = field(default_factory=dict)
-    """By path within the case's folder."""
+    """Content by path within the case's folder."""
     runs: dict[str, str] = field(default_factory=dict)
     """Folders of the finished run to copy, by the path of the copy."""
     removed: list[str] = field(default_factory=list)
@@ -77,30 +77,30 @@ class Case:
 
 @dataclass
 class World:
-    """What cases are made from."""
+    """Material of the cases."""
 
     home: Path
     """Holds `run`, a finished run."""
     numbers: list[tuple[str, Any, dict[str, float]]]
     """Key, value and bounds of every number of the default config."""
     keys: list[str]
-    """Every key that holds a value."""
+    """All keys that hold a value."""
 
     def content(self, path: str) -> bytes:
         """A file of the finished run."""
         return (self.home / "run" / path).read_bytes()
 
 
-def word(draw: Draw) -> str:
-    """A word that nothing is called."""
-    return "zq" + "".join(draw.choices(string.ascii_lowercase, k=draw.randint(2, 8)))
+def word(rng: Rng) -> str:
+    """A word that names nothing."""
+    return "zq" + "".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 8)))
 
 
-def damaged(draw: Draw, content: bytes) -> bytes:
+def damaged(rng: Rng, content: bytes) -> bytes:
     """A file cut short, overwritten or empty."""
-    noise = draw.randbytes(draw.randint(1, 400))
-    return draw.choice(
-        [content[: draw.randrange(len(content) * 3 // 4)], b"\xff" + noise, b"", noise]
+    noise = rng.randbytes(rng.randint(1, 400))
+    return rng.choice(
+        [content[: rng.randrange(len(content) * 3 // 4)], b"\xff" + noise, b"", noise]
     )
 
 
@@ -112,38 +112,38 @@ def train(*arguments: str, names: list[str], **files: Any) -> Case:
 # Config
 
 
-def out_of_bounds(draw: Draw, world: World) -> Case:
+def out_of_bounds(rng: Rng, world: World) -> Case:
     """A number that is not finite or is beyond its bounds."""
-    key, value, bounds = draw.choice(world.numbers)
+    key, value, bounds = rng.choice(world.numbers)
     choices: list[Any] = ["nan", "inf", "-inf"] if isinstance(value, float) else []
-    size = draw.choice([1, 7, 10 ** draw.randint(1, 6)])
+    size = rng.choice([1, 7, 10 ** rng.randint(1, 6)])
     for bound, limit in bounds.items():
         beyond = limit - size if bound in ("at_least", "above") else limit + size
         choices.append(int(beyond) if isinstance(value, int) else float(beyond))
         if bound in ("above", "below"):
             choices.append(limit)
     if "at_most" not in bounds and "below" not in bounds:
-        choices += [10 ** draw.randint(10, 30)]
-    bad, base = draw.choice(choices), key.partition("[")[0]
+        choices += [10 ** rng.randint(10, 30)]
+    bad, base = rng.choice(choices), key.partition("[")[0]
     return train(f"{base}=[{bad}]" if base != key else f"{base}={bad}", names=[base])
 
 
-def wrong_type(draw: Draw, world: World) -> Case:
+def wrong_type(rng: Rng, world: World) -> Case:
     """A word, a list, a mapping or null for a number."""
-    key = draw.choice([key for key, _, _ in world.numbers if "[" not in key])
-    bad = draw.choice([word(draw), f"[{draw.randint(0, 9)}]", f"{{{word(draw)}:1}}", "true1", "''"])
+    key = rng.choice([key for key, _, _ in world.numbers if "[" not in key])
+    bad = rng.choice([word(rng), f"[{rng.randint(0, 9)}]", f"{{{word(rng)}:1}}", "true1", "''"])
     return train(f"{key}={bad}", names=[key])
 
 
-def unknown_key(draw: Draw, world: World) -> Case:
+def unknown_key(rng: Rng, world: World) -> Case:
     """A key that is not there, plainly or with a plus sign."""
-    parts = draw.choice(world.keys).split(".")
-    parts[draw.randrange(len(parts))] = word(draw)
+    parts = rng.choice(world.keys).split(".")
+    parts[rng.randrange(len(parts))] = word(rng)
     made = next(i for i, part in enumerate(parts) if part.startswith("zq"))
-    plus = draw.choice(["", "", "+", "++"]) if parts[0] not in ("model", "decoding") else ""
+    plus = rng.choice(["", "", "+", "++"]) if parts[0] not in ("model", "decoding") else ""
     if plus and parts[0] == "stages" and made == 1:
         plus = ""
-    return train(f"{plus}{'.'.join(parts)}={draw.randint(0, 9)}", names=[parts[made]])
+    return train(f"{plus}{'.'.join(parts)}={rng.randint(0, 9)}", names=[parts[made]])
 
 
 CHOSEN = [
@@ -163,24 +163,24 @@ CHOSEN = [
 """Keys that take one of a few words."""
 
 
-def unknown_word(draw: Draw, world: World) -> Case:
+def unknown_word(rng: Rng, world: World) -> Case:
     """A word that is not one of the few that a key takes."""
-    key = draw.choice(CHOSEN)
-    return train(f"{key}={word(draw)}", names=[key, "model.config"])
+    key = rng.choice(CHOSEN)
+    return train(f"{key}={word(rng)}", names=[key, "model.config"])
 
 
-def unknown_group(draw: Draw, world: World) -> Case:
+def unknown_group(rng: Rng, world: World) -> Case:
     """A choice of a group that is not there."""
     group, name = (
-        draw.choice(["experiment", "model", "head", "task", "decoding", "sweep"]),
-        word(draw),
+        rng.choice(["experiment", "model", "head", "task", "decoding", "sweep"]),
+        word(rng),
     )
     return train(f"{group}={name}", names=[name])
 
 
-def grammar(draw: Draw, world: World) -> Case:
+def grammar(rng: Rng, world: World) -> Case:
     """An override that Hydra cannot read."""
-    key, text = draw.choice(world.keys), word(draw)
+    key, text = rng.choice(world.keys), word(rng)
     shapes = [
         "[{}",
         "{{{}:1",
@@ -195,21 +195,21 @@ def grammar(draw: Draw, world: World) -> Case:
         "{}}}",
         "{}'",
     ]
-    value = draw.choice(shapes).format(text, text)
+    value = rng.choice(shapes).format(text, text)
     return train(f"{key}={value}", names=[key])
 
 
-def command_line(draw: Draw, world: World) -> Case:
+def command_line(rng: Rng, world: World) -> Case:
     """Something on the command line of train.py that is no override of a key."""
-    text = word(draw)
+    text = word(rng)
     bad = [f"~{text}", f"--{text}", text, f"={text}", f"hydra.{text}=1", f"--config-name={text}"]
-    bad += [f"{draw.choice(world.keys)}={text},{draw.randint(1, 9)}", f"{text}@{text}={text}"]
-    return train(draw.choice(bad), names=[text])
+    bad += [f"{rng.choice(world.keys)}={text},{rng.randint(1, 9)}", f"{text}@{text}={text}"]
+    return train(rng.choice(bad), names=[text])
 
 
-def phases(draw: Draw, world: World) -> Case:
+def phases(rng: Rng, world: World) -> Case:
     """Phases that no text can have."""
-    key, digit = "decoding.phases", str(draw.randint(0, 9))
+    key, digit = "decoding.phases", str(rng.randint(0, 9))
     changes = [
         *(
             f"{key}.answer.opened_by={d}"
@@ -220,15 +220,15 @@ def phases(draw: Draw, world: World) -> Case:
         f"{key}.answer.opened_by='<think>'",
         f"{key}.thought.closed_by='</think>'",
         f"decoding.segments.max_segments={2 + int(digit)}",
-        f"{key}.{draw.choice(['thought', 'answer'])}={word(draw)}",
+        f"{key}.{rng.choice(['thought', 'answer'])}={word(rng)}",
     ]
-    return train(draw.choice(changes), names=["decoding", "delimiter"])
+    return train(rng.choice(changes), names=["decoding", "delimiter"])
 
 
-def run_folder(draw: Draw, world: World) -> Case:
+def run_folder(rng: Rng, world: World) -> Case:
     """A run folder that cannot be made or written."""
-    text, depth = word(draw), draw.randint(0, 3)
-    bad = draw.choice(["/dev/null", "file", f"/proc/{text}", "x" * draw.randint(256, 400)])
+    text, depth = word(rng), rng.randint(0, 3)
+    bad = rng.choice(["/dev/null", "file", f"/proc/{text}", "x" * rng.randint(256, 400)])
     path = "/".join([bad, *[text] * depth])
     return train(f"run_dir='{path}'", names=["run_dir"], files={"file": b"mine"})
 
@@ -240,28 +240,28 @@ GOOD = "".join(
 ).encode()
 
 
-def data(draw: Draw, world: World) -> Case:
+def data(rng: Rng, world: World) -> Case:
     """Rows that are no problems."""
-    number, text = draw.randint(0, 10**6), word(draw)
+    number, text = rng.randint(0, 10**6), word(rng)
     lines: list[Any] = [
         *(str(number), "null", f'"{text}"', f"[{number}]", "{", "}", text, '{"prompt":"1+1="'),
-        *("[" * draw.randint(5000, 20000), '{"prompt": "1+1=", "answer": 1' + "0" * 5000 + "}"),
+        *("[" * rng.randint(5000, 20000), '{"prompt": "1+1=", "answer": 1' + "0" * 5000 + "}"),
         *({}, {"prompt": "1+1="}, {"answer": "2"}, {text: "1+1=", "answer": "2"}),
         *({"prompt": None, "answer": "2"}, {"prompt": [text], "answer": "2"}),
         *({"prompt": "1+1=", "answer": {text: 2}}, {"prompt": "1+1=", "answer": [number]}),
         *({"prompt": "1+1=", "answer": None}, {"prompt": "1+1=", "answer": float("nan")}),
         *({"prompt": "1+1=", "answer": "2", "thought": [number]}, {"prompt": "", "answer": ""}),
     ]
-    line = draw.choice(lines)
+    line = rng.choice(lines)
     line = line if isinstance(line, str) else json.dumps(line)
-    before = draw.choice([b"", GOOD])
+    before = rng.choice([b"", GOOD])
     contents = [before + line.encode() + b"\n"] * 6
-    contents += [b"", b"\n" * (1 + number % 99), b"\xff\xfe\xff" + draw.randbytes(60)]
-    name = f"{text}.{draw.choice(['jsonl', 'jsonl', 'jsonl', 'parquet'])}"
-    content = draw.choice(contents)
+    contents += [b"", b"\n" * (1 + number % 99), b"\xff\xfe\xff" + rng.randbytes(60)]
+    name = f"{text}.{rng.choice(['jsonl', 'jsonl', 'jsonl', 'parquet'])}"
+    content = rng.choice(contents)
     if name.endswith("parquet"):
-        content = draw.choice([b"PAR1" + draw.randbytes(99) + b"PAR1", draw.randbytes(200), b""])
-    key = draw.choice(["source", "source", "test_source"])
+        content = rng.choice([b"PAR1" + rng.randbytes(99) + b"PAR1", rng.randbytes(200), b""])
+    key = rng.choice(["source", "source", "test_source"])
     files = {name: content, "good.jsonl": GOOD}
     given = ["task.source=good.jsonl"] if key == "test_source" else []
     return train(
@@ -270,9 +270,9 @@ def data(draw: Draw, world: World) -> Case:
     )  # fmt: skip
 
 
-def settings_of_data(draw: Draw, world: World) -> Case:
+def settings_of_data(rng: Rng, world: World) -> Case:
     """Settings of a task that do not fit its data."""
-    text = word(draw)
+    text = word(rng)
     rows, files = (
         ["task=rows", "model.source=run/export"],
         {"good.jsonl": GOOD, "text.txt": b"short"},
@@ -288,21 +288,21 @@ def settings_of_data(draw: Draw, world: World) -> Case:
         ([*good, f"task.reward_style={text}", "task.reward=reward:good"], text),
         (["task=continuation", f"task.files=[{text}*]"], text),
         (["task=continuation", "task.files=[text.txt]"], "task.files"),
-        (["task=running_sum", f"task.high={draw.randint(0, 9)}"], "task.high"),
+        (["task=running_sum", f"task.high={rng.randint(0, 9)}"], "task.high"),
         (["task=reasoning_gym", f"task.dataset={text}"], text),
         (["task=reasoning_gym", f"+task.options.{text}=1"], text),
         (["task=chain_sum", "task.options.min_terms=-1"], "min_terms"),
     ]
-    arguments, name = draw.choice(cases)
+    arguments, name = rng.choice(cases)
     reward = {
         "reward.py": b"def good(completions, **rest):\n    return [1.0 for _ in completions]\n"
     }
     return train(*arguments, names=[name], files=files | reward, runs={"run/export": "export"})
 
 
-def reward(draw: Draw, world: World) -> Case:
+def reward(rng: Rng, world: World) -> Case:
     """A reward that is no function, or raises, or gives no number."""
-    text = word(draw)
+    text = word(rng)
     sources = [
         "def score(:",
         f"raise RuntimeError('{text}')",
@@ -313,12 +313,12 @@ def reward(draw: Draw, world: World) -> Case:
     sources += ["class score: pass", f"open('{text}')", "def score(): return 1.0", "\0", "1/0"]
     module = f"m{text}"
     spec = f"{module}:score"
-    if draw.random() < 0.3:
-        spec = draw.choice([text, f"{text}:", f":{text}", f"{text}:{text}", f"{module}:{text}:x"])
+    if rng.random() < 0.3:
+        spec = rng.choice([text, f"{text}:", f":{text}", f"{text}:{text}", f"{module}:{text}:x"])
     return train(
         "task=rows", "task.source=good.jsonl", f"task.reward='{spec}'", "model.source=run/export",
         names=["task.reward", module, text],
-        files={"good.jsonl": GOOD, f"{module}.py": draw.choice(sources).encode() + b"\n"},
+        files={"good.jsonl": GOOD, f"{module}.py": rng.choice(sources).encode() + b"\n"},
         runs={"run/export": "export"},
     )  # fmt: skip
 
@@ -326,14 +326,14 @@ def reward(draw: Draw, world: World) -> Case:
 # Models and checkpoints
 
 
-def broken_json(draw: Draw, content: bytes, keys: list[str]) -> bytes:
+def broken_json(rng: Rng, content: bytes, keys: list[str]) -> bytes:
     """A JSON file that is damaged, or whose content is impossible."""
-    if draw.random() < 0.4:
-        return damaged(draw, content)
+    if rng.random() < 0.4:
+        return damaged(rng, content)
     made = json.loads(content)
-    key = draw.choice([key for key in keys if key in made])
-    made[key] = draw.choice([word(draw), -draw.randint(1, 99), [word(draw)], {word(draw): 1}])
-    return draw.choice([json.dumps(made), json.dumps(made), "[]", "3", "null"]).encode()
+    key = rng.choice([key for key in keys if key in made])
+    made[key] = rng.choice([word(rng), -rng.randint(1, 99), [word(rng)], {word(rng): 1}])
+    return rng.choice([json.dumps(made), json.dumps(made), "[]", "3", "null"]).encode()
 
 
 CONFIG_KEYS = [
@@ -346,42 +346,42 @@ CONFIG_KEYS = [
 ]
 
 
-def broken_model(draw: Draw, world: World, folder: str) -> tuple[dict[str, bytes], list[str]]:
+def broken_model(rng: Rng, world: World, folder: str) -> tuple[dict[str, bytes], list[str]]:
     """(files, removed) that make a copy of the finished run's model unreadable."""
-    name = draw.choice(["config.json", "tokenizer.json", "model.safetensors"])
+    name = rng.choice(["config.json", "tokenizer.json", "model.safetensors"])
     path = f"{folder}/{name}"
-    if draw.random() < 0.15:
+    if rng.random() < 0.15:
         return {}, [path]
     content = world.content(f"export/{name}")
     if name == "config.json":
-        return {path: broken_json(draw, content, CONFIG_KEYS)}, []
+        return {path: broken_json(rng, content, CONFIG_KEYS)}, []
     if name == "tokenizer.json":
-        return {path: broken_json(draw, content, ["model", "version"])}, []
-    at, header = draw.randrange(9, 60), bytearray(content)
-    header[:8] = draw.choice([draw.randbytes(8), header[:8]])
+        return {path: broken_json(rng, content, ["model", "version"])}, []
+    at, header = rng.randrange(9, 60), bytearray(content)
+    header[:8] = rng.choice([rng.randbytes(8), header[:8]])
     header[at] = 0xFF
-    return {path: draw.choice([damaged(draw, content), bytes(header)])}, []
+    return {path: rng.choice([damaged(rng, content), bytes(header)])}, []
 
 
-def model(draw: Draw, world: World) -> Case:
+def model(rng: Rng, world: World) -> Case:
     """A pretrained model that cannot be read."""
-    text = word(draw)
+    text = word(rng)
     runs = {text: "export"}
-    if draw.random() < 0.2:
-        given, names = draw.choice(
+    if rng.random() < 0.2:
+        given, names = rng.choice(
             [
                 ([f"model.source=no/{text}/{text}"], [text]),
                 ([f"model.source=package:no{text}"], [text]),
                 ([f"model.source={text}", f"model.gguf_file={text}.gguf"], [f"{text}.gguf"]),
-                ([f"model.source={text}", f"head.num_slots={draw.randint(6, 9)}"], ["head"]),
+                ([f"model.source={text}", f"head.num_slots={rng.randint(6, 9)}"], ["head"]),
             ]
         )
         return train(*given, names=names, runs=runs)
-    files, removed = broken_model(draw, world, text)
+    files, removed = broken_model(rng, world, text)
     return train(f"model.source={text}", names=[text], files=files, runs=runs, removed=removed)
 
 
-def checkpoint(draw: Draw, world: World) -> Case:
+def checkpoint(rng: Rng, world: World) -> Case:
     """A checkpoint that cannot be resumed from."""
     import pickle
 
@@ -389,34 +389,32 @@ def checkpoint(draw: Draw, world: World) -> Case:
     name = max(p.name for p in (world.home / "run" / "checkpoints").glob("step_*"))
     path, runs = f"run/checkpoints/{name}", {"run": "."}
     content = bytearray(world.content(f"checkpoints/{name}"))
-    at = draw.randrange(len(content) // 4, len(content) * 3 // 4)
-    content[at] ^= 1 << draw.randrange(8)
+    at = rng.randrange(len(content) // 4, len(content) * 3 // 4)
+    content[at] ^= 1 << rng.randrange(8)
     made = [
         bytes(content),
-        damaged(draw, bytes(content)),
-        pickle.dumps({word(draw): draw.randint(0, 9)}),
-        pickle.dumps(draw.randint(0, 9)),
+        damaged(rng, bytes(content)),
+        pickle.dumps({word(rng): rng.randint(0, 9)}),
+        pickle.dumps(rng.randint(0, 9)),
     ]
     given = ["run_dir=run", "resume=true"]
-    if draw.random() < 0.1:
-        missing = draw.choice(["step_00000000", "best_of_all", word(draw)])
+    if rng.random() < 0.1:
+        missing = rng.choice(["step_00000000", "best_of_all", word(rng)])
         return train("run_dir=run", f"resume={missing}", names=["resume must be"], runs=runs)
-    if draw.random() < 0.2:
-        change = draw.choice(
-            ["seed=7", "head.num_slots=4", "stages.rl.steps=3", "task.num_terms=4"]
-        )
+    if rng.random() < 0.2:
+        change = rng.choice(["seed=7", "head.num_slots=4", "stages.rl.steps=3", "task.num_terms=4"])
         return train(*given, change, names=["resumed run must keep"], runs=runs)
-    return train(*given, names=[name], files={path: draw.choice(made)}, runs=runs)
+    return train(*given, names=[name], files={path: rng.choice(made)}, runs=runs)
 
 
 # Commands
 
 
-def option(draw: Draw, world: World) -> Case:
+def option(rng: Rng, world: World) -> Case:
     """An option or argument of `mtp` that cannot be followed."""
-    text, number = word(draw), draw.randint(1, 10**6)
-    write = draw.choice([["generate", "run", "1+2="], ["chat", "run"]])
-    search = ["generate", "run", "1+2=", "--search", draw.choice(["best_of_n", "beam", "mcts"])]
+    text, number = word(rng), rng.randint(1, 10**6)
+    write = rng.choice([["generate", "run", "1+2="], ["chat", "run"]])
+    search = ["generate", "run", "1+2=", "--search", rng.choice(["best_of_n", "beam", "mcts"])]
     cases = [
         *(([*write, o, str(-number)], o) for o in ("--max-new-tokens", "--max-thought-tokens")),
         *(
@@ -446,46 +444,46 @@ def option(draw: Draw, world: World) -> Case:
             (["evaluate", "run", "--num-problems", t], "--num-problems")
             for t in (f"-{number}", text)
         ),
-        (["evaluate", "run", "--judge", "reward"], "--judge"),
+        (["evaluate", "run", "--scorer", "reward"], "--scorer"),
         (["export", "run", "file"], "file"),
         (["export", "run", "file/out"], "file"),
         (["export", "run", "other"], "other"),
         (["export", "run", "out", "--stage", text], "--stage"),
     ]
-    arguments, name = draw.choice(cases)
+    arguments, name = rng.choice(cases)
     names = [name, name.removeprefix("--").replace("-", "_") if name != "-- " else name]
     files = {"file": b"mine", "other/mine": b"mine"}
     return Case("mtp.cli.main", arguments, names, files, {"run": "."})
 
 
-def folder(draw: Draw, world: World) -> Case:
+def folder(rng: Rng, world: World) -> Case:
     """A run, an export or a sweep that `mtp` cannot read."""
-    text = word(draw)
-    command = draw.choice([["generate", text, "1+2="], ["evaluate", text], ["export", text, "out"]])
-    if draw.random() < 0.15:
-        name = draw.choice(["job.json", "summary.json"])
-        content = draw.choice(
+    text = word(rng)
+    command = rng.choice([["generate", text, "1+2="], ["evaluate", text], ["export", text, "out"]])
+    if rng.random() < 0.15:
+        name = rng.choice(["job.json", "summary.json"])
+        content = rng.choice(
             [b"[]", b"3", b"{}", b'{"stages": []}', b'{"stages": 3}', b"\xff", b"{"]
         )
         return Case("mtp.reports.sweep", [text], [text], {f"{text}/seed=1/{name}": content})
-    if draw.random() < 0.3:
+    if rng.random() < 0.3:
         path, config = f"{text}/config.yaml", world.content("config.yaml")
-        broken = [b"\xff\xfe" + draw.randbytes(30), b"[1, 2]", b"seed: [", b"\t- x: {", b"", b"3"]
-        broken += [config + f"{word(draw)}: 1\n".encode(), config.replace(b"seed: 1", b"seed: x")]
-        broken += [config.replace(b"mode: fast", f"mode: {word(draw)}".encode())]
-        return Case("mtp.cli.main", command, [text], {path: draw.choice(broken)}, {text: "."})
-    if draw.random() < 0.3:
-        files, removed = broken_model(draw, world, text)
+        broken = [b"\xff\xfe" + rng.randbytes(30), b"[1, 2]", b"seed: [", b"\t- x: {", b"", b"3"]
+        broken += [config + f"{word(rng)}: 1\n".encode(), config.replace(b"seed: 1", b"seed: x")]
+        broken += [config.replace(b"mode: fast", f"mode: {word(rng)}".encode())]
+        return Case("mtp.cli.main", command, [text], {path: rng.choice(broken)}, {text: "."})
+    if rng.random() < 0.3:
+        files, removed = broken_model(rng, world, text)
         return Case(
             "mtp.cli.main", ["generate", text, "1+2="], [text], files, {text: "export"}, removed
         )
-    files, removed = broken_model(draw, world, f"{text}/stages/rl")
+    files, removed = broken_model(rng, world, f"{text}/stages/rl")
     if f"{text}/stages/rl/config.json" in removed:  # the stage before it is taken
         files, removed = {f"{text}/stages/rl/config.json": b"{"}, []
     return Case("mtp.cli.main", command, [text], files, {text: "."}, removed)
 
 
-KINDS: dict[str, list[Callable[[Draw, World], Case]]] = {
+KINDS: dict[str, list[Callable[[Rng, World], Case]]] = {
     "config": [out_of_bounds, wrong_type, unknown_key, unknown_word, unknown_group, phases],
     "grammar": [grammar, command_line],
     "folder": [run_folder],
@@ -499,10 +497,10 @@ KINDS: dict[str, list[Callable[[Draw, World], Case]]] = {
 
 def make_case(world: World, seed: int, number: int, kind: str | None = None) -> tuple[str, Case]:
     """The generator's name and the case: a function of its arguments."""
-    draw = random.Random(f"{seed}/{number}")
+    rng = random.Random(f"{seed}/{number}")
     kinds = [kind] if kind else [k for k in KINDS for _ in KINDS[k]]
-    made = draw.choice(KINDS[draw.choice(kinds)])
-    return made.__name__, made(draw, world)
+    made = rng.choice(KINDS[rng.choice(kinds)])
+    return made.__name__, made(rng, world)
 
 
 # Running
@@ -548,7 +546,7 @@ def execute(program: str, arguments: list[str], home: Path, log: Path) -> int:
 
 
 def inside(program: str, arguments: list[str], home: Path, log: Path) -> int:
-    """What the fork does."""
+    """The work of the fork."""
     code: Any = 1
     try:
         os.chdir(home)
@@ -580,7 +578,7 @@ def inside(program: str, arguments: list[str], home: Path, log: Path) -> int:
     return code
 
 
-def judge(case: Case, code: int, said: str) -> str:
+def verdict_of(case: Case, code: int, said: str) -> str:
     """named, unnamed, traceback or taken."""
     if "Traceback" in said or code not in (0, 2):
         return "traceback"
@@ -609,8 +607,8 @@ def make_world(home: Path) -> World:
     import mtp.cli.streaming_search
     import mtp.evaluation.evaluate_search
     import mtp.trainer
-    from mtp.bounds import numbers
     from mtp.cli.hydra import register_configs
+    from mtp.common.bounds import numbers
     from mtp.config import to_run_config
 
     torch.set_num_threads(1)
@@ -650,7 +648,7 @@ def fuzz(
             before = state(home)
             code = execute(case.program, case.arguments, home, log)
             said = Path(f"{log}.err").read_text(errors="replace")
-            end, changed = judge(case, code, said), before.items() ^ state(home).items()
+            end, changed = verdict_of(case, code, said), before.items() ^ state(home).items()
             counts[end] += 1
             counts["half_written"] += bool(changed)
             if end != "named" or changed:

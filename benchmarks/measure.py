@@ -1,7 +1,7 @@
-"""Measuring, as all benchmarks do it: clocks, turns, medians, peak memory, targets and JSON.
+"""Measurement for all benchmarks: clocks, turns, medians, peak memory, targets and JSON.
 
-torch is not imported here; where a benchmark has imported it and has a GPU, clocks wait for the
-GPU, and memory is that of its allocator.
+torch is not imported here; if a benchmark has imported it and has a GPU, clocks wait for the GPU,
+and memory is that of its allocator.
 """
 
 import argparse
@@ -132,6 +132,6 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 
 
 def print_json(is_asked: bool, content: Any) -> None:
-    """The last line of a benchmark that was asked for JSON."""
+    """The last line of a benchmark with `--json`."""
     if is_asked:
         print(json.dumps(content))

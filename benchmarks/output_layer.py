@@ -5,12 +5,12 @@
 M = rows: positions times k = 5 slots. Every op, dtype and size runs in a process of its own;
 implementations take turns, and medians are reported: of `--repeats` calls after one that warms up,
 or of fewer where a call takes long. Memory is what the peak of one call, results and gradients
-included, lies above the memory before it: resident memory on a CPU, the allocator's on a GPU. On
-top stand the measured ceilings of the device (a large matrix product, and a copy), at the end the
-project's targets. Baselines that are not installed (`pip install -e '.[benchmark]'`) or do not run
-on this device are named and left out. On a CPU the first size, the large one, takes only the passes
-that have a target, without the slowest baselines; `--all` takes everything everywhere. A GPU takes
-everything, and beside the Triton path (`mtp_kernels`) the torch path.
+included, lies above the memory before it: resident memory on a CPU, the allocator's on a GPU. The
+output begins with the measured ceilings of the device (a large matrix product, and a copy) and ends
+with the project's targets. Baselines that are not installed (`pip install -e '.[benchmark]'`) or do
+not run on this device are named and left out. On a CPU the first size, the large one, is measured
+only for the passes that have a target, without the slowest baselines; `--all` measures everything.
+A GPU measures everything, the Triton path (`mtp_kernels`) and the torch path included.
 """
 
 import argparse
@@ -82,15 +82,15 @@ class Result:
 
 @dataclass(frozen=True)
 class Goal:
-    """What an op must reach against another implementation."""
+    """Target of an op relative to another implementation."""
 
     op: str
     pass_: str
     against: str
     seconds: float
-    """At most this many times the other's time."""
+    """Maximum of the time relative to the other's."""
     memory: float | None
-    """At most this many times the other's extra memory; None: no target."""
+    """Maximum of the extra memory relative to the other's; None: no target."""
 
 
 GOALS = (
@@ -123,7 +123,7 @@ def with_backward(function: Callable[[], Tensor], leaves: list[Tensor]) -> Calla
 
 
 def entropy_and_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """What naive code does for both."""
+    """Naive code for both."""
     log_p = (hidden @ weight.T).float().log_softmax(-1)
     return log_p.gather(-1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 

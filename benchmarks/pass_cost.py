@@ -43,7 +43,7 @@ class Cost:
     """One mode at one point."""
 
     axis: str
-    """Which of k, batch and context varies."""
+    """The parameter that varies: k, batch or context."""
     mode: str
     """`slow`, or `fast` and the head; `bare` is main alone with k + 1 new tokens."""
     k: int
@@ -51,7 +51,7 @@ class Cost:
     context: int
     """Tokens of the prompt."""
     seconds: float
-    """Of one pass, median."""
+    """Median seconds of one pass."""
     peak_bytes: int
     over_bare: float
 

@@ -3,7 +3,7 @@
     python benchmarks/rl_step.py [--json] [--rollouts 16,128] [--tokens 128] [--repeats 2]
                                  [--experiment smollm2_rl]
 
-A step samples rollouts, judges them and updates the weights. Both sides have the same main (the
+A step samples rollouts, scores them and updates the weights. Both sides have the same main (the
 experiment's, SmolLM2-135M by default), problems, prompts, group size, number of rollouts and of
 tokens (no rollout ends early), micro-batches, precision and loss (DAPO's), no reference model, and
 a process of their own with large memory pages (`train.py`), in which two steps are run
@@ -119,7 +119,7 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
         advantages = group_std(
             GroupRewards(rewards.total, rewards.outcomes, rewards.total)
         ).flatten()
-        # Untrained heads solve nothing; noise stands for advantages so that no gradient is zero.
+        # Untrained heads solve nothing; noise replaces advantages so that no gradient is zero.
         advantages = advantages + 0.1 * torch.randn(num_rollouts)
         return [
             collate_rollouts(

@@ -1,7 +1,7 @@
 """The run's config: one typed tree, composed by Hydra from conf/ and checked before anything runs.
 
-Every other dataclass lives beside what it configures. Unknown keys and wrong types are Hydra's
-errors; impossible values are ours, each naming its key.
+Every other dataclass is defined with the code that it configures. Hydra reports unknown keys and
+wrong types; this project reports impossible values, each with its key.
 """
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -13,9 +13,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from .bounds import bounded, check_numbers
+from .common.bounds import bounded, check_numbers
+from .common.files import save_text
 from .evaluation.evaluate import EvaluationConfig
-from .files import save_text
 from .hub.build import ModelConfig
 from .hub.run_folder import check_name
 from .modeling.heads import HeadConfig
@@ -34,22 +34,23 @@ class RunConfig:
     """Everything a run depends on."""
 
     name: str = "default"
-    """Of the run's directory."""
+    """Name of the run and of its directory."""
     run_dir: str = MISSING
-    """Where the run writes; `runs/<name>` by default."""
+    """Directory that the run writes to; `runs/<name>` by default."""
     seed: int = bounded(1, at_least=0, at_most=2**32 - 1)
     resume: bool | str = False
-    """Continue from the run's last checkpoint: `true` needs one, `auto` starts if there is none.
-    The name of a file in `checkpoints/`, such as `best`, continues from that one."""
+    """Continue from the run's last checkpoint: `true` requires one, `auto` starts a new run if
+    there is none. The name of a file in `checkpoints/`, such as `best`, continues from that one."""
     overwrite: bool = False
-    """Replace a run that is there already."""
+    """Replace an existing run."""
     dry_run: bool = False
-    """Build everything, run three steps of each stage and one export, say what a full run costs."""
+    """Build everything, run three steps of each stage and one export, and print the cost of a full
+    run."""
     checkpoint_minutes: float = bounded(10.0, at_least=0)
     """Minutes between two checkpoints within a stage."""
     kernels: str = "auto"
-    """Output-layer ops: `auto` (triton on a GPU, else torch), or `triton`, `torch`, `reference`
-    throughout."""
+    """Implementation of the output-layer ops: `auto` (triton on a GPU, else torch), `triton`,
+    `torch` or `reference`."""
     model: ModelConfig = field(default_factory=ModelConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -58,9 +59,10 @@ class RunConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     stages: dict[str, StageConfig] = field(default_factory=dict)
-    """By name, in order: a mapping, so that `stages.rl.steps=100` works on the command line."""
+    """Stages by name, in order. A mapping, so that `stages.rl.steps=100` works on the command
+    line."""
     experiment: Any = None
-    """Chosen on the command line; its values are already merged into the rest."""
+    """Experiment chosen on the command line; its values are already merged into the other keys."""
 
     def active_stages(self) -> dict[str, StageConfig]:
         """Stages that have steps, in order."""
@@ -73,7 +75,7 @@ class RunConfig:
         if self.resume and self.overwrite:
             raise ValueError(
                 f"resume={str(self.resume).lower()} and overwrite=true contradict each other; "
-                "with resume=false the run starts anew"
+                "set resume=false to start anew"
             )
         if not self.active_stages():
             raise ValueError(
@@ -112,7 +114,7 @@ class RunConfig:
 
 
 def save_run_config(config: RunConfig, path: Path) -> None:
-    """Write a run's config.yaml. `task_name` beside `task` says whose settings those are."""
+    """Write a run's config.yaml. `task_name` next to `task` names the type of its settings."""
     name = next((name for name, cls in TASK_CONFIGS.items() if cls is type(config.task)), None)
     content = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(content, dict)
@@ -143,9 +145,9 @@ def load_run_config(path: Path) -> RunConfig:
 
 
 def with_new_keys(content: Any) -> Any:
-    """A run's settings as earlier versions wrote them, with the stages' keys of today.
+    """A run's settings as earlier versions wrote them, with today's keys of the stages.
 
-    `content` is changed. A checkpoint's settings are translated alike, so that it resumes.
+    `content` is changed in place. A checkpoint's settings are translated too, so that it resumes.
     """
     for stage in content.get("stages", {}).values():
         if "kind" in stage:
@@ -180,9 +182,9 @@ def _move_stage_keys(stage: dict[str, Any]) -> None:
 
 
 def logger_schema(content: DictConfig) -> dict[str, Any]:
-    """Schemas of the sinks of a run's `logger`, whose keys of earlier versions are translated.
+    """Schemas of the sinks of a run's `logger`, with the keys of earlier versions translated.
 
-    A sink that this process does not know is left out: to open a run's model needs none.
+    A sink that this process does not know is left out, since opening a run's model needs no sink.
     """
     logger = content.setdefault("logger", {})
     if "wandb" in logger:
@@ -201,7 +203,9 @@ def to_run_config(config: DictConfig) -> RunConfig:
     assert isinstance(run, RunConfig)
     unknown = unknown_keys(run)
     if unknown:
-        raise ValueError(f"unknown key {unknown[0]}; a leading + adds nothing that a run reads")
+        raise ValueError(
+            f"unknown key {unknown[0]}; mtp has no such field, so it cannot be added with +"
+        )
     run.validate()
     return run
 

@@ -1,7 +1,7 @@
 """Groups of rollouts that a policy learns from: sampled until enough of them are informative.
 
 A group whose raw outcomes all agree has no advantage: its replay would cost as much as another's
-and teach nothing. DAPO's dynamic sampling (Yu et al. 2025) leaves such groups out and samples on.
+and teach nothing. DAPO's dynamic sampling (Yu et al. 2025) leaves such groups out and samples more.
 """
 
 import time
@@ -15,7 +15,7 @@ from .modeling.records import Decoded
 from .rollouts.advantage import informative
 from .rollouts.reward import Rewards, score
 from .rollouts.rollout import Rollouts, sample
-from .run import Run, StageRun, draw
+from .run import Run, StageRun, next_examples
 from .training.runtime import over_processes
 from .training.stage import RolloutsConfig
 from .training.step_module import within
@@ -23,36 +23,36 @@ from .training.step_module import within
 
 @dataclass
 class Groups:
-    """What one step sampled, and which groups of it are used."""
+    """The groups that one step sampled, and the indices of those that it uses."""
 
     rollouts: Rollouts
-    """All of it: P prompts times G completions."""
+    """All rollouts: P prompts times G completions."""
     rewards: Rewards
     """[P, G]"""
     used: list[int]
     """Indices of the groups that are replayed, at most the stage's share of this process."""
     seconds: float
-    """Spent on sampling, without judging."""
+    """Seconds of sampling, without scoring."""
 
 
 def sample_groups(run: Run, stage: StageRun, step: int) -> Groups:
-    """Sample and judge rollouts, in rounds, and choose the groups to learn from."""
+    """Sample and score rollouts, in rounds, and choose the groups to learn from."""
     config = stage.config.rollouts
     parts: list[Rollouts] = []
     rewards: list[Rewards] = []
     seconds = 0.0
     share = config.num_prompts // run.fabric.world_size
     for number in range(config.max_rounds):
-        examples = draw(run, config.num_prompts)
+        examples = next_examples(run, config.num_prompts)
         purpose = (stage.name, step, number) if number else (stage.name, step)
         began = time.monotonic()
         part = within(
             stage.module,
             partial(
                 sample,
-                fmt=run.text,
+                fmt=run.fmt,
                 examples=examples,
-                plan=run.text.plan(config.mode),
+                plan=run.fmt.plan(config.mode),
                 options=DecodeOptions(
                     sampler=run.config.decoding.sampler(),
                     max_new_tokens=run.config.decoding.max_new_tokens,
@@ -64,31 +64,31 @@ def sample_groups(run: Run, stage: StageRun, step: int) -> Groups:
         )
         seconds += time.monotonic() - began
         parts.append(part)
-        judged = score(
+        scored = score(
             run.task,
-            run.text,
+            run.fmt,
             part,
             stage.config.reward,
             max_new_tokens=run.config.decoding.max_new_tokens,
             reference=stage.reference,
         )
-        rewards.append(judged)
+        rewards.append(scored)
         num_informative = sum(int(informative(r.outcomes).sum()) for r in rewards)
         is_short = {"short": float(num_informative < share)}
         if not over_processes(run.fabric, is_short, "sum")["short"]:
             break
-    judged = join_rewards(rewards)
-    used = list(range(len(judged.outcomes)))
+    scored = join_rewards(rewards)
+    used = list(range(len(scored.outcomes)))
     if config.drop_uninformative:
-        used = choose(run, config, informative(judged.outcomes))[:share]
-    return Groups(join_rollouts(parts), judged, used, seconds)
+        used = choose(run, config, informative(scored.outcomes))[:share]
+    return Groups(join_rollouts(parts), scored, used, seconds)
 
 
 def choose(run: Run, config: RolloutsConfig, is_informative: torch.Tensor) -> list[int]:
-    """Informative groups; none at all if no process has any.
+    """Informative groups; empty if no process has any.
 
-    A process that has fewer than it takes optimizer steps adds groups without advantage, so that
-    all processes take the same steps.
+    A process with fewer informative groups than its number of optimizer steps adds groups without
+    advantage, so that all processes take the same number of steps.
     """
     chosen: list[int] = is_informative.nonzero()[:, 0].tolist()
     if not over_processes(run.fabric, {"chosen": float(len(chosen))}, "sum")["chosen"]:

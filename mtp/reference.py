@@ -1,15 +1,15 @@
 """Frozen models that a run compares with: the reference of the loss, and that of the evaluation.
 
-A figure that training pushes on measures nothing, so the two should be different models.
-`reference_in_loss` in a stage's summary says whether they were.
+A metric that training optimizes is no independent measure, so the two should be different models.
+`reference_in_loss` in a stage's summary is true if they were the same.
 """
 
 from pathlib import Path
 from typing import Any
 
+from .common.errors import reading
+from .common.files import save_atomically
 from .config import RunConfig
-from .errors import reading
-from .files import save_atomically
 from .hub.build import load_model, save_model
 from .run import Run
 
@@ -18,7 +18,8 @@ START = "start"
 
 
 def stage_reference(config: RunConfig, name: str) -> str | None:
-    """The stage, or `start`, that a stage's streams compare with; None if none of them does.
+    """Name of the stage, or `start`, that a stage's streams compare with; None if none of them
+    does.
 
     Raises ValueError naming the key if there is no such model by the time the stage begins.
     """
@@ -48,7 +49,7 @@ def stage_reference(config: RunConfig, name: str) -> str | None:
 
 
 def evaluation_reference(config: RunConfig) -> str:
-    """The stage, `start` or folder that `reference_nats_per_token` is measured with.
+    """Stage, `start` or folder that `reference_nats_per_token` is measured with.
 
     Raises ValueError naming the key if it is none of them.
     """
@@ -64,45 +65,47 @@ def evaluation_reference(config: RunConfig) -> str:
 
 
 def check_references(config: RunConfig) -> None:
-    """Raise ValueError if a stage or the evaluation asks for a model that will not be there."""
+    """Raise ValueError if a stage or the evaluation needs a model that will not exist."""
     for name in config.active_stages():
         stage_reference(config, name)
     evaluation_reference(config)
 
 
 def reference_in_loss(config: RunConfig, name: str) -> bool:
-    """True if what measures the thoughts after a stage is what the stage was held to, or itself."""
+    """True if the evaluation's reference after a stage is the stage's reference in the loss, or
+    itself.
+    """
     measured_with = evaluation_reference(config)
     return measured_with in (name, stage_reference(config, name))
 
 
 def save_start(run: Run) -> None:
-    """Keep the model that the run begins from, if something compares with it."""
+    """Save the model that the run begins from, if something compares with it."""
     config = run.config
     names = [stage_reference(config, name) for name in config.active_stages()]
     if START in (*names, evaluation_reference(config)) and run.fabric.is_global_zero:
         save_atomically(
             folder_of(config, run.folder, START),
-            lambda folder: save_model(run.model, run.text, folder),
+            lambda folder: save_model(run.model, run.fmt, folder),
         )
     run.fabric.barrier()
 
 
 def folder_of(config: RunConfig, run_folder: Path, name: str) -> Path:
-    """Where a model is: as a stage left it, as the run began, or a folder."""
+    """Folder of a model: a stage's result, the run's start, or a folder by its path."""
     if name == START:
         return run_folder / START
     return run_folder / "stages" / name if name in config.active_stages() else Path(name)
 
 
 def frozen_for_stage(run: Run, name: str) -> Any:
-    """What the current stage's streams compare with; None if none of them does."""
+    """Model that the current stage's streams compare with; None if none of them does."""
     reference = stage_reference(run.config, name)
     return None if reference is None else load_frozen(run, reference)
 
 
 def frozen_for_evaluation(run: Run) -> Any:
-    """What measures the thoughts; None as long as the stage that leaves it has not ended."""
+    """Model that scores the thoughts; None until the stage that saves it has ended."""
     reference = evaluation_reference(run.config)
     is_there = (folder_of(run.config, run.folder, reference) / "config.json").is_file()
     return load_frozen(run, reference) if is_there else None
@@ -112,8 +115,8 @@ def load_frozen(run: Run, name: str) -> Any:
     """The model, without gradients. Raises ValueError if its vocabulary is not the run's."""
     folder = folder_of(run.config, run.folder, name)
     with reading(f"the reference {name} ({folder})"):
-        model, text = load_model(folder, run.config.model.torch_dtype())
-    if text.tokenizer.get_vocab() != run.text.tokenizer.get_vocab():  # type: ignore[attr-defined]
+        model, fmt = load_model(folder, run.config.model.torch_dtype())
+    if fmt.tokenizer.get_vocab() != run.fmt.tokenizer.get_vocab():  # type: ignore[attr-defined]
         raise ValueError(
             f"the reference {name} has another vocabulary than the model; a divergence compares "
             "the same tokens"

@@ -1,4 +1,4 @@
-"""What the stages of a run share, and where the run is."""
+"""State that the stages of a run share, and the run's position."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from .training.stage import StageConfig
 
 @dataclass
 class Progress:
-    """Where a run is. Saved in every checkpoint."""
+    """Position of a run. Saved in every checkpoint."""
 
     stage: int = 0
     """Index among the active stages."""
@@ -32,24 +32,24 @@ class Progress:
     """Optimizer steps (RL: batches of rollouts) done in the stage."""
     global_step: int = 0
     position: int = 0
-    """Training examples drawn so far."""
+    """Number of training examples used so far."""
     stage_seconds: float = 0.0
-    """Spent in the current stage, over all resumptions."""
+    """Seconds spent in the current stage, over all resumptions."""
     summaries: list[dict[str, Any]] = field(default_factory=list)
     """One entry per finished stage."""
     points: list[dict[str, Any]] = field(default_factory=list)
     """Evaluations so far, for the curves."""
     is_trained: bool = False
-    """True once the current stage has taken its steps; its evaluation comes next."""
+    """True once the current stage has taken its steps; its evaluation follows."""
     best_accuracy: float = 0.0
     """Best accuracy of an evaluation within the current stage; 0 before the first."""
     changed: list[dict[str, Any]] = field(default_factory=list)
-    """Settings that differ from those the run began with: key, then, now and global_step."""
+    """Settings that differ from those at the run's start: key, then, now and global_step."""
 
 
 @dataclass
 class Run:
-    """What the stages share."""
+    """State that the stages share."""
 
     config: RunConfig
     folder: Path
@@ -59,13 +59,13 @@ class Run:
     model: Any
     came_with_head: bool
     """True if the head was in the checkpoint that the run began from."""
-    text: PromptFormat
+    fmt: PromptFormat
     log: Log
     """Sinks of the run; none in processes other than the first."""
     progress: Progress
     stop: StopRequest
     settings: dict[str, Any]
-    """What a checkpoint keeps of the config, see `start.settings_of`."""
+    """Settings that a checkpoint keeps, see `settings_of`."""
 
     def seed_of(self, *purpose: object) -> int:
         """Seed of one purpose: a function of the run's seed, the process and the purpose."""
@@ -84,13 +84,13 @@ class Run:
         return torch.Generator(device=self.fabric.device).manual_seed(self.seed_of(*purpose))
 
     def stage_folder(self, name: str) -> Path:
-        """The model as a stage left it."""
+        """Folder of the model that a stage saved."""
         return self.folder / "stages" / name
 
 
 @dataclass
 class StageRun:
-    """A stage under way."""
+    """A stage while it runs."""
 
     name: str
     """Name of the stage."""
@@ -98,14 +98,14 @@ class StageRun:
     """Its settings."""
     module: Any
     """The run's model as `step_module.wrap` gives it, with the stage's parameters trainable."""
-    optimizers: dict[str, Any]
-    """By emitter; an emitter that is not trained has none."""
+    optimizers: dict[str, torch.optim.Optimizer]
+    """Optimizers by emitter; an emitter that is not trained has none."""
     reference: Any
-    """Frozen model that loss and reward compare with; None where they compare with none."""
+    """Frozen model that loss and reward compare with; None if neither compares."""
 
 
-def draw(run: Run, number: int) -> list[Example]:
-    """The next `number` training examples, of which this process takes its share."""
+def next_examples(run: Run, number: int) -> list[Example]:
+    """The next `number` training examples; this process takes its share of them."""
     config, progress = run.config, run.progress
     rank, world = run.fabric.global_rank, run.fabric.world_size
     if number % world:
@@ -120,7 +120,7 @@ def draw(run: Run, number: int) -> list[Example]:
 
 
 def settings_of(config: RunConfig, fabric: Fabric) -> dict[str, Any]:
-    """The settings that a checkpoint keeps, and those that a machine adds."""
+    """The settings that a checkpoint keeps, with those that depend on the machine."""
     settings = json.loads(json.dumps(asdict(config)))
     settings["fabric"]["processes"] = fabric.world_size
     settings["fabric"]["device_type"] = fabric.device.type
@@ -128,7 +128,7 @@ def settings_of(config: RunConfig, fabric: Fabric) -> dict[str, Any]:
 
 
 def read_start(checkpoint: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The state to continue from, with the settings that changed in its progress.
+    """The state to continue from; its progress records the settings that have changed.
 
     Raises ValueError naming the settings that must not change.
     """
@@ -143,7 +143,7 @@ def read_start(checkpoint: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_start(folder: RunFolder, config: RunConfig, state: dict[str, Any] | None) -> None:
-    """Make the folder that of the run: a new one, or one that continues from `state`."""
+    """Prepare the run's folder: a new one, or one that continues from `state`."""
     if state is None:
         folder.begin()
     else:

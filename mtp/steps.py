@@ -11,7 +11,7 @@ from .rollouts.advantage import GroupRewards, informative
 from .rollouts.legibility import true_step_share, unigram_drift
 from .rollouts.reward import Rewards
 from .rollouts.rollout import Rollouts
-from .run import Run, StageRun, draw
+from .run import Run, StageRun, next_examples
 from .training.batch import RolloutBatch, TextBatch
 from .training.collate import collate_rollouts, collate_slow_rollouts, collate_text
 from .training.objectives.scored import RowStats, replay_batch
@@ -22,7 +22,7 @@ from .training.step_module import within
 def step_batches(
     run: Run, stage: StageRun, step: int
 ) -> tuple[list[list[TextBatch]], dict[str, Any]]:
-    """The micro-batches of each optimizer step, for this process, and what sampling measured.
+    """The micro-batches of each optimizer step, for this process, and metrics of sampling.
 
     No optimizer step at all if uninformative groups are dropped and there are no others.
     """
@@ -36,13 +36,13 @@ def step_batches(
 
 
 def pieces(number: int, size: int) -> list[list[int]]:
-    """0..number-1 in runs of `size`; 0 is one run."""
+    """0..number-1 in lists of length `size`; 0: one list."""
     size = size or number
     return [list(range(at, min(at + size, number))) for at in range(0, number, size)]
 
 
 def shares(items: list[int], number: int) -> list[list[int]]:
-    """The items in `number` runs whose lengths differ by one at most."""
+    """The items in `number` lists whose lengths differ by at most one."""
     bounds = [len(items) * i // number for i in range(number + 1)]
     return [items[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
 
@@ -50,18 +50,18 @@ def shares(items: list[int], number: int) -> list[list[int]]:
 def solved_batches(
     run: Run, purpose: str, step: int, number: int, anchors: AnchorsConfig, micro_batch_size: int
 ) -> tuple[list[TextBatch], int]:
-    """`number` solved examples as batches, and the tokens of their text.
+    """`number` solved examples as batches, and the number of tokens of their text.
 
-    purpose: what anchors are sampled for, by which their seeds differ.
+    purpose: part of the seeds of the anchors, so that anchors of different purposes differ.
     """
-    text = run.text
-    samples = [s for example in draw(run, number) for s in text.example_segments(example)]
+    fmt = run.fmt
+    samples = [s for example in next_examples(run, number) for s in fmt.example_segments(example)]
     batches = [
         collate_text(
             [samples[i] for i in chosen],
-            text.plan("fast"),
-            text.block_size,
-            text.pad_id,
+            fmt.plan("fast"),
+            fmt.block_size,
+            fmt.pad_id,
             num_anchors=anchors.num_anchors,
             block_anchors=anchors.block_anchors,
             anchor_seeds=[run.seed_of(purpose, "anchors", step, i) for i in chosen],
@@ -72,7 +72,7 @@ def solved_batches(
 
 
 def advantages_of(run: Run, stage: StageConfig, rewards: Rewards) -> torch.Tensor:
-    """[P, G] by the stage's rule, or its algorithm's."""
+    """[P, G] advantages by the stage's rule, or its algorithm's."""
     batch = rewards.total
     if run.fabric.world_size > 1:
         mine = rewards.total.to(run.fabric.device)
@@ -85,8 +85,8 @@ def rollout_batches(
 ) -> tuple[list[list[TextBatch]], dict[str, Any]]:
     """The policy's own rollouts, scored, with their advantages, as batches of each epoch over them.
 
-    Solved examples of a step come before its rollouts, which reach every parameter, so that the
-    last backward, in which processes reduce their gradients, does too.
+    Supervised micro-batches come first. Processes reduce gradients in the last backward, which must
+    reach every parameter; only rollout batches do.
     """
     groups = sample_groups(run, stage, step)
     advantages = advantages_of(run, stage.config, groups.rewards)
@@ -114,8 +114,10 @@ def rollout_batches(
 
 
 def micro_batches(groups: Groups, share: list[int], size: int) -> list[list[int]]:
-    """Segments of the groups' rollouts in runs of at most `size`, the short ones together, so that
-    little is padding. All segments of a rollout are in one run, be they more than that.
+    """Segments of the groups' rollouts in lists of at most `size`, sorted by length to reduce
+    padding.
+
+    All segments of a rollout are in one list, even if there are more than `size`.
     """
     rollouts, group_size = groups.rollouts, groups.rollouts.group_size
     rows = [group * group_size + i for group in share for i in range(group_size)]
@@ -138,20 +140,20 @@ def collate(
     segments: list[int],
     anchor_seed: int,
 ) -> RolloutBatch:
-    """The chosen segments as a batch, with the log-probabilities that ratios are taken to.
+    """The chosen segments as a batch, with the old log-probabilities of the ratios.
 
-    anchor_seed: samples the anchors of slow rollouts where `num_anchors` limits them.
+    anchor_seed: seed of the anchors of slow rollouts if `num_anchors` limits them.
     """
-    text, config, rollouts = run.text, stage.config.rollouts, groups.rollouts
+    fmt, config, rollouts = run.fmt, stage.config.rollouts, groups.rollouts
     if config.mode == "slow":
         batch = collate_slow_rollouts(
             rollouts.prompts,
             rollouts.out,
             advantages.flatten(),
             segments,
-            plan=text.plan("fast"),
-            block_size=text.block_size,
-            pad_id=text.pad_id,
+            plan=fmt.plan("fast"),
+            block_size=fmt.block_size,
+            pad_id=fmt.pad_id,
             owners=rollouts.owners,
             num_anchors=config.num_anchors,
             block_anchors=config.block_anchors,
@@ -163,8 +165,8 @@ def collate(
             rollouts.out,
             advantages.flatten(),
             segments,
-            block_size=text.block_size,
-            pad_id=text.pad_id,
+            block_size=fmt.block_size,
+            pad_id=fmt.pad_id,
             owners=rollouts.owners,
         )
     batch = batch.to(run.fabric.device)
@@ -172,7 +174,7 @@ def collate(
 
 
 def replayed(run: Run, stage: StageRun, batch: RolloutBatch) -> RolloutBatch:
-    """The batch with the `old` of its rows under the weights as they are now."""
+    """The batch with `old` recomputed under the current weights."""
 
     def stats(model: Any) -> dict[str, RowStats]:
         scored = replay_batch(
@@ -195,16 +197,16 @@ def replayed(run: Run, stage: StageRun, batch: RolloutBatch) -> RolloutBatch:
 def rollout_metrics(
     run: Run, groups: Groups, advantages: torch.Tensor, step: int
 ) -> dict[str, Any]:
-    """What all that was sampled measures, the groups that are left out included."""
+    """Metrics of all sampled rollouts, those of unused groups included."""
     rollouts, rewards, limit = groups.rollouts, groups.rewards, run.config.decoding.max_new_tokens
     cut = 1 - rollouts.out.finished[rollouts.last].float().mean()
-    if cut == 1 and run.task.judges:
+    if cut == 1 and run.task.has_verifier:
         run.console.print(
             f"[yellow]warning: all {len(rollouts)} rollouts of step {step + 1} were cut at "
-            f"decoding.max_new_tokens={limit}; none can be right"
+            f"decoding.max_new_tokens={limit}, so none has an answer; raise it"
         )
     lengths = rollouts.total(rollouts.out.lengths)
-    metrics = reward_metrics(rewards, advantages) if run.task.judges else {}
+    metrics = reward_metrics(rewards, advantages) if run.task.has_verifier else {}
     metrics |= {
         "groups/sampled": len(rewards.outcomes),
         "groups/informative": int(informative(rewards.outcomes).sum()),
@@ -215,21 +217,23 @@ def rollout_metrics(
         "rollout_time": groups.seconds,
         "num_text_tokens": float(lengths.sum()) + sum(map(len, rollouts.prompts)),
     }
-    if run.text.segments.max_segments > 1:
+    if run.fmt.segments.max_segments > 1:
         metrics |= segment_metrics(rollouts)
     for term, values in rewards.terms.items():
         metrics[f"reward/{term}"] = float(values.mean())
-    true = true_step_share([rollouts], run.task, run.text)
+    true = true_step_share([rollouts], run.task, run.fmt)
     if true is not None:
         metrics["true_steps"] = true
-    drift = unigram_drift([rollouts], run.text)
+    drift = unigram_drift([rollouts], run.fmt)
     if drift is not None:
         metrics["unigram_drift"] = drift
     return metrics
 
 
 def reward_metrics(rewards: Rewards, advantages: torch.Tensor) -> dict[str, float]:
-    """How many rollouts are right, how much groups vary, and the share without an advantage."""
+    """Accuracy of the rollouts, its deviation within groups, and the share of groups without
+    advantage.
+    """
     return {
         "reward": float(rewards.outcomes.mean()),
         "reward_std": float(rewards.outcomes.std(1, correction=0).mean()),
@@ -238,10 +242,10 @@ def reward_metrics(rewards: Rewards, advantages: torch.Tensor) -> dict[str, floa
 
 
 def segment_metrics(rollouts: Rollouts) -> dict[str, float]:
-    """Segments and forced tokens of a rollout, and how its memory was edited: means over rollouts.
+    """Means over rollouts: segments, forced tokens, and edits of the memory.
 
-    `memory/ignored`: lines of summaries that changed nothing. `memory/characters`: of the file in
-    the end.
+    `memory/ignored`: lines of summaries that changed nothing. `memory/characters`: size of the last
+    memory file.
     """
     number = len(rollouts)
     ends = [rollouts.memories[segment] for segment in rollouts.last]

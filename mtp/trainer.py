@@ -1,7 +1,7 @@
 """A run: its stages one after the other, evaluated, checkpointed, exported.
 
-Randomness of a step is derived from (seed, stage, step), and data from a running position, so that
-a run that was stopped and resumed gives the very numbers of one that was not.
+Randomness of a step is derived from (seed, stage, step), and data from a running position. Hence a
+run that was stopped and resumed gives exactly the same numbers as an uninterrupted one.
 """
 
 import json
@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric, seed_everything
 
-from .checkpointing import Interrupted, stop_if_asked
+from .common.files import save_atomically, save_text
 from .config import RunConfig
-from .dry_run import dry_config, estimate
-from .files import save_atomically, save_text
 from .hub.build import build_model, has_head
 from .hub.export import export
 from .hub.run_folder import RunFolder, claim
@@ -26,7 +24,9 @@ from .reports.loggers import Log, LoggedRun
 from .reports.progress import make_console
 from .reports.tables import print_table
 from .run import Progress, Run, read_start, settings_of, write_start
-from .stage_loop import run_stage
+from .stages.checkpointing import Interrupted, stop_if_asked
+from .stages.dry_run import dry_config, estimate
+from .stages.loop import run_stage
 from .tasks.base import Task, check_disjoint
 from .training.examples import checked_task
 from .training.optimizers import split_parameters
@@ -41,10 +41,10 @@ __all__ = ["Interrupted", "train"]
 
 
 def train(config: RunConfig) -> dict[str, Any]:
-    """Run all stages and return what `summary.json` holds.
+    """Run all stages and return the content of `summary.json`.
 
-    A run that is resumed continues with the weights of its checkpoint; one that has ended returns
-    its summary again and changes nothing.
+    A resumed run continues with the weights of its checkpoint; one that has ended returns its
+    summary again and changes nothing.
 
     Raises:
         ValueError: for impossible settings, naming the key.
@@ -79,7 +79,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 def run_stages(
     config: RunConfig, fabric: Fabric, folder: RunFolder, checkpoint: str | None
 ) -> dict[str, Any]:
-    """The stages from the first, or from where a checkpoint stands, then the export."""
+    """The stages from the first, or from a checkpoint's, then the export."""
     console = make_console(quiet=not fabric.is_global_zero)
     settings = settings_of(config, fabric)
     progress, state = Progress(), None
@@ -88,20 +88,20 @@ def run_stages(
         progress = Progress(**state["progress"])
         if has_ended(config, folder.path, progress):
             summary = json.loads((folder.path / "summary.json").read_text())
-            console.print(f"{folder.path} has ended; overwrite=true runs it again")
+            console.print(f"{folder.path} has ended; use overwrite=true to run it again")
             print_table(console, summary)
             return summary
     seed_everything(config.seed, verbose=False)
     task = config.task.build()
     check_disjoint(task)
-    check_judged(config, task)
-    model, text = build_model(config.model, config.head, config.decoding, task)
+    check_outcomes(config, task)
+    model, fmt = build_model(config.model, config.head, config.decoding, task)
     task = checked_task(
         task,
         config.decoding,
         config.active_stages(),
         model,
-        text,
+        fmt,
         config.evaluation.num_problems,
     )
     model.to(fabric.device)
@@ -128,7 +128,7 @@ def run_stages(
             task,
             model,
             came_with_head,
-            text,
+            fmt,
             log,
             progress,
             stop,
@@ -154,7 +154,7 @@ def run_stages(
 
 
 def has_ended(config: RunConfig, folder: Path, progress: Progress) -> bool:
-    """True if the run has nothing left to do: all stages, the export and the summary are there."""
+    """True if the run is complete: all stages, the export and the summary exist."""
     return (
         progress.stage == len(config.active_stages())
         and (folder / "summary.json").is_file()
@@ -162,14 +162,16 @@ def has_ended(config: RunConfig, folder: Path, progress: Progress) -> bool:
     )
 
 
-def load_weights(model: Any, weights: dict[str, torch.Tensor], checkpoint: str | None) -> None:
-    """Give the model the weights of a checkpoint. Raises ValueError if they do not fit."""
+def load_weights(
+    model: torch.nn.Module, weights: dict[str, torch.Tensor], checkpoint: str | None
+) -> None:
+    """Load the weights of a checkpoint into the model. Raises ValueError if they do not fit."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(
             f"the weights of {checkpoint} do not fit the model: {str(error).splitlines()[-1]}; "
-            "has model.source changed since the run began?"
+            "set model.source to the model that the run began with"
         ) from None
 
 
@@ -205,19 +207,19 @@ def finish(run: Run) -> dict[str, Any]:
     if progress.changed:
         summary["changed_on_resume"] = progress.changed
     if run.fabric.is_global_zero:
-        export(run.model, run.text, folder / "export", summary, run.config)
+        export(run.model, run.fmt, folder / "export", summary, run.config)
         save_atomically(folder / "curves.png", lambda file: save_curves(progress.points, file))
         for name in ("export", "curves.png"):
             run.log.artifact(folder / name)
         run.log.finish()
-        # Last: a summary says that the run has ended.
+        # Last, since a summary marks the run as ended.
         save_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         print_table(run.console, summary)
     return summary
 
 
-def check_judged(config: RunConfig, task: Task) -> None:
-    """Raise ValueError if a stage learns from outcomes of a task that judges no answers."""
+def check_outcomes(config: RunConfig, task: Task) -> None:
+    """Raise ValueError if a stage learns from outcomes of a task without a verifier."""
     for name, stage in config.active_stages().items():
         key = f"stages.{name}"
         uses = {
@@ -226,7 +228,7 @@ def check_judged(config: RunConfig, task: Task) -> None:
             f"{key}.rollouts.drop_uninformative": stage.rollouts.drop_uninformative,
         }
         for setting, value in uses.items():
-            if value and not task.judges:
+            if value and not task.has_verifier:
                 raise ValueError(
                     f"{setting} needs answers that are right or wrong, which task {task.name} does "
                     f"not have, got {value}; set it to 0 or choose another task"

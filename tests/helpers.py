@@ -28,7 +28,7 @@ GREEDY = Sampler(temperature=0)
 
 
 HEADS = ("eavesdrop", "parallel", "eavesdrop that recalls", "parallel that recalls")
-"""What `tiny_model` takes as the type of a head."""
+"""Types of heads for `tiny_model`."""
 
 
 def tiny_model(
@@ -92,8 +92,8 @@ def run(
 
 
 def head_rows(model, taps, block):
-    """[K, E] the head's rows behind a text by the definition: its taps [1, T, taps, D], and the
-    tokens that the last pass has drawn so far.
+    """[K, E] the head's rows after a text by the definition: its taps [1, T, taps, D], and the
+    tokens that the last pass has sampled so far.
     """
     embeds = model.head_embed(torch.tensor([block]))
     tokens = torch.zeros(taps.shape[:2], dtype=torch.long)  # these heads do not read them

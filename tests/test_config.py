@@ -12,8 +12,8 @@ from hydra.errors import MissingConfigException
 from omegaconf import open_dict
 
 from mtp.cli.hydra import job_folder, register_configs
+from mtp.common.errors import one_line
 from mtp.config import to_run_config
-from mtp.errors import one_line
 from mtp.hub.build import build_model
 from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 
@@ -100,8 +100,8 @@ def test_the_log_is_files_and_the_sinks_that_are_chosen():
     ("override", "line"),
     [
         ("nme=3", "unknown key nme; did you mean name?"),
-        ("+nme=3", "unknown key nme; a leading + adds nothing that a run reads"),
-        ("+task.dataset=gcd", "unknown key task.dataset; a leading + adds nothing"),
+        ("+nme=3", "unknown key nme; mtp has no such field, so it cannot be added with +"),
+        ("+task.dataset=gcd", "unknown key task.dataset; mtp has no such field"),
         (
             "stages.rl.objective.polcy.weight=1",
             "unknown key stages.rl.objective.polcy; did you mean policy?",

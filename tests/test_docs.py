@@ -1,33 +1,13 @@
-"""What a command can see of the rules for Markdown: words, links, paths, experiments, width."""
+"""Rules for Markdown that can be checked: words, links, paths, experiments, width."""
 
 import re
 from pathlib import Path
 
 import pytest
+from house_words import house_words
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-
-HOUSE_WORDS = {
-    "hear, hears, heard": "reads, attends to",
-    "listen, listens, listening": "reads",
-    "tell, tells, told": "conditions on, encodes, names",
-    "say the same, says the same": "has the same tokens",
-    "leash, leashes": "reference KL",
-    "judge, judges, judged": "verifier (answers), scoring function (branches)",
-    "drawn, drew": "sampled, initialised",
-    "go on, goes on, going on, went on": "continues, resumes",
-    "door, doors": "loading path",
-    "travel, travels, travelling": "ship",
-    "figures": "metrics",
-    "arm, arms": "variant, ablation",
-    "bar, bars": "target",
-    "surprise, surprising": "negative log-likelihood",
-    "so many, so much": "this many, up to n, n per pass",
-    "stand, stands, stood": "is accepted",
-    "honour, honours, honoured": "supported",
-}
-"""Words that prose may not use (quoted code may), and the field's words for them."""
 
 
 def without_code(text: str) -> str:
@@ -56,10 +36,7 @@ def anchors(text: str) -> set[str]:
 def test_prose_uses_the_words_of_the_field(page):
     found = []
     for number, line in enumerate(without_code(page.read_text()).split("\n"), 1):
-        for words, instead in HOUSE_WORDS.items():
-            pattern = r"\b(" + "|".join(re.escape(word) for word in words.split(", ")) + r")\b"
-            if match := re.search(pattern, line, re.IGNORECASE):
-                found.append(f"{page.name}:{number}: {match[0]!r}; write {instead}")
+        found += [f"{page.name}:{number}: {complaint}" for complaint in house_words(line)]
     assert not found, "\n".join(found)
 
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
-from fuzz import KINDS, Case, judge, state  # noqa: E402
+from fuzz import KINDS, Case, state, verdict_of  # noqa: E402
 
 
 def test_each_of_a_few_dozen_cases_ends_in_a_named_error():
@@ -36,8 +36,8 @@ def test_each_of_a_few_dozen_cases_ends_in_a_named_error():
         (0, "", "taken"),
     ],
 )
-def test_an_end_is_judged_by_its_code_and_its_line(code, said, end):
-    assert judge(Case("train.py", [], ["seed"]), code, said) == end
+def test_an_end_is_classified_by_its_code_and_its_line(code, said, end):
+    assert verdict_of(Case("train.py", [], ["seed"]), code, said) == end
 
 
 def test_a_file_that_is_left_behind_is_seen(tmp_path):

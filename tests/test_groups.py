@@ -51,15 +51,15 @@ def test_shares_differ_by_one_at_most():
 
 
 def outcomes_in_turn(*rows):
-    """A stand-in for `score`: the outcomes of each call's groups, all right, all wrong or mixed."""
+    """A fake `score`: the outcomes of each call's groups, all right, all wrong or mixed."""
     turn = itertools.cycle(rows)
     kinds = {"mixed": [1.0, 0.0, 0.0, 1.0], "wrong": [0.0] * 4, "right": [1.0] * 4}
 
-    def judge(task, text, sampled, settings, **others):
+    def give_rewards(task, text, sampled, settings, **others):
         outcomes = torch.tensor([kinds[kind] for kind in next(turn)])
         return Rewards(outcomes, outcomes, {})
 
-    return judge
+    return give_rewards
 
 
 def rl_records(folder):

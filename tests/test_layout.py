@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = [
-    {"bounds", "errors", "files", "registry"},
-    {"process", "tasks"},
+    {"common"},
+    {"tasks"},
     {"modeling"},
     {"rollouts"},
     {"training", "reports"},
@@ -21,9 +21,9 @@ FLOORS = [
     {"hub"},
     {"config"},
     {"run"},
-    {"groups", "reference", "checkpointing", "dry_run"},
-    {"steps", "stage_evaluation"},
-    {"stage_loop"},
+    {"groups", "reference"},
+    {"steps"},
+    {"stages"},
     {"trainer"},
     {"cli"},
 ]
@@ -59,6 +59,11 @@ def room(module: str) -> str:
 
 def test_every_folder_and_file_has_its_floor():
     assert {room(name) for name in modules()} == set().union(*FLOORS)
+
+
+def test_files_of_mtp_itself_tell_the_story_of_a_run():
+    files = {path.stem for path in (ROOT / "mtp").glob("*.py")} - {"__init__"}
+    assert files == {"config", "run", "reference", "groups", "steps", "trainer"}
 
 
 @pytest.mark.parametrize("name", sorted(modules()))

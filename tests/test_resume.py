@@ -1,4 +1,4 @@
-"""What a resumed run holds, what it refuses, and what a crash or damage leaves of its files."""
+"""Resuming a run: its content, its refusals, and its files after a crash or damage."""
 
 import json
 import os
@@ -16,10 +16,10 @@ import pytest
 import torch
 from helpers import ROOT, TINY, config, records
 
-import mtp.stage_evaluation as stage_evaluation
-import mtp.stage_loop as stage_loop
+import mtp.stages.evaluation as stage_evaluation
+import mtp.stages.loop as stage_loop
 import mtp.trainer as trainer
-from mtp.files import save_atomically
+from mtp.common.files import save_atomically
 from mtp.hub.checkpoint import checkpoints, damage_of, read_state, write_state
 from mtp.hub.run_folder import RunFolder, changed_settings
 from mtp.reports.json_lines import read_records
@@ -91,7 +91,7 @@ def test_a_run_that_has_ended_is_resumed_without_a_change(ended, copy, capsys):
     summary = train(config(copy, "resume=true"))
     assert content(copy) == before
     assert summary == json.loads((copy / "summary.json").read_text())
-    assert "has ended; overwrite=true runs it again" in capsys.readouterr().out
+    assert "has ended; use overwrite=true to run it again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("lost", ["summary.json", "export"])
@@ -133,10 +133,10 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch):
     original, accuracies = stage_evaluation.evaluate, iter([0.25, 0.75, 0.5])
 
     def graded(*args, **kwargs):
-        figures, shown = original(*args, **kwargs)
+        metrics, shown = original(*args, **kwargs)
         if not kwargs.get("controls", True) and kwargs["use_head"]:
-            figures["fast_accuracy"] = next(accuracies)
-        return figures, shown
+            metrics["fast_accuracy"] = next(accuracies)
+        return metrics, shown
 
     monkeypatch.setattr(stage_evaluation, "evaluate", graded)
     overrides = ["stages.joint.evaluate_every=0", "stages.rl.evaluate_every=1"]
@@ -442,8 +442,8 @@ def test_a_replaced_folder_is_always_there(tmp_path):
 
 
 def test_a_folder_whose_replacement_was_cut_short_is_put_back(tmp_path, monkeypatch):
-    """Where names cannot be exchanged in one step, a crash between two renames is mended."""
-    import mtp.files as files
+    """If names cannot be exchanged in one step, a crash between two renames is repaired."""
+    import mtp.common.files as files
 
     monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     target = tmp_path / "out"

@@ -42,7 +42,7 @@ TASK = RunningSumConfig().build()
 
 
 def make_text(alphabet="1=;", phases=PHASES, segments=SEGMENTS):
-    """By default a tokenizer of the 23 tokens that `tiny_model` knows."""
+    """A prompt format, by default with a tokenizer of the 23 tokens that `tiny_model` knows."""
     tokenizer = character_tokenizer(alphabet + ALPHABET, MARKS)
     return PromptFormat(tokenizer, phases, 4, segments=segments)
 
@@ -313,7 +313,7 @@ def test_generate_segments_refuses_what_cannot_be_done_before_any_pass(monkeypat
     given = {"tokenizer": TEXT.tokenizer, "max_new_tokens": 9}
     with pytest.raises(ValueError, match="mtp_segments.max_segments must be at least 1, got 0"):
         model.generate_segments(ids, max_segments=0, **given)
-    with pytest.raises(ValueError, match="takes no streamer"):
+    with pytest.raises(ValueError, match="does not support streamer"):
         model.generate_segments(ids, streamer=object(), **given)
     no_summary = {name: PHASES[name] for name in ("thought", "answer")}
     model.generation_config = generation_config(
@@ -342,7 +342,7 @@ def prompt_of_segments(folder):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of a few steps whose thoughts are told in segments."""
+    """A run of a few steps whose thoughts are written in segments."""
     folder = tmp_path_factory.mktemp("segments") / "run"
     overrides = [
         "decoding=segments",

@@ -10,7 +10,7 @@ import time
 import pytest
 from helpers import ROOT, TINY, config, records
 
-from mtp.stage_loop import over_updates
+from mtp.stages.loop import over_updates
 from mtp.trainer import Interrupted, train
 
 
@@ -55,7 +55,7 @@ def test_only_what_a_stage_trains_moves(whole_run):
 
 @pytest.mark.parametrize("stage", ["joint", "rl"])
 def test_a_resumed_run_gives_the_very_same_numbers(whole_run, tmp_path, monkeypatch, stage):
-    import mtp.stage_loop as stage_loop
+    import mtp.stages.loop as stage_loop
 
     folder, summary = whole_run
     original = stage_loop.step_batches
@@ -152,7 +152,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
 
 
 def test_a_stage_ends_once_training_problems_are_solved_well_enough(tmp_path, monkeypatch):
-    import mtp.stage_evaluation as stage_evaluation
+    import mtp.stages.evaluation as stage_evaluation
 
     asked = []
 

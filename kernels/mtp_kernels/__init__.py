@@ -1,7 +1,7 @@
 """Output layers of k positions per pass, without their logits.
 
 One public function per op; each takes `impl="auto" | "reference" | "torch" | "triton"`. Imports
-torch, and Triton where it is installed and asked for; nothing else.
+only torch, and Triton if it is installed and used.
 """
 
 from mtp_kernels.linear_kl import LinearKl, linear_kl

@@ -41,7 +41,7 @@ SCALARS = {"softcap", "inverse_temperature"}
 
 @dataclass(frozen=True)
 class Report:
-    """What the machine code of one configuration shows."""
+    """Properties of the machine code of one configuration."""
 
     kernel: str
     target: str
@@ -59,7 +59,7 @@ class Report:
     """The asynchronous copy found; None where there is none."""
 
     def failures(self) -> list[str]:
-        """What the gate finds wrong."""
+        """Failures that the gate finds."""
         found = []
         if self.spill_bytes:
             found.append(f"{self.spill_bytes} bytes spilled")

@@ -109,7 +109,7 @@ def config_for(kernel: str, *operands: Tensor) -> Config:
 
 
 def describable(operand: Tensor) -> bool:
-    """Whether rows of a contiguous [R, D] begin at multiples of 16 bytes, as bulk copies ask."""
+    """True if rows of a contiguous [R, D] begin at multiples of 16 bytes, as bulk copies need."""
     row = operand.shape[-1] * operand.element_size()
     return operand.data_ptr() % 16 == 0 and row % 16 == 0
 
@@ -147,7 +147,7 @@ class Grid(NamedTuple):
 
 
 def split_grid(rows: int, vocab: int, config: Config, device: torch.device) -> Grid:
-    """As many parts of the vocabulary as make eight waves of programs on a device."""
+    """The number of vocabulary parts that gives eight waves of programs on a device."""
     row_tiles, vocab_tiles = -(-rows // config.rows), -(-vocab // config.vocab)
     if triton_interpreted():
         wanted = 2

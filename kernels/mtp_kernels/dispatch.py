@@ -1,8 +1,8 @@
-"""Which implementation runs, and in what size of pieces.
+"""Choice of the implementation, and of the size of its pieces.
 
 Every op takes `impl="auto" | "reference" | "torch" | "triton"`. This module resolves "auto",
-decides whether chunk bodies may be compiled, and how many rows are worked on at once. It knows
-nothing of any particular op.
+decides whether chunk bodies may be compiled, and how many rows are processed at once. It is
+independent of any particular op.
 """
 
 import functools
@@ -136,7 +136,7 @@ def _compiled(body: Callable[..., Any]) -> Callable[..., Any]:
     compiled = torch.compile(body, dynamic=None)
 
     def call(*arguments: Any) -> Any:
-        # Detached: dynamo looks at .grad of what it is given, which warns for non-leaf tensors.
+        # Detached: dynamo reads .grad of its inputs, which warns for non-leaf tensors.
         return compiled(*(a.detach() if isinstance(a, Tensor) else a for a in arguments))
 
     return call

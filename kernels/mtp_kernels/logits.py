@@ -29,7 +29,7 @@ class LogitsBuffer:
         self.memory = hidden.new_empty(0 if hidden.is_cuda else rows * vocab)
 
     def product(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """As `product`, valid until the next call."""
+        """The result of the function `product`, valid until the next call."""
         if hidden.is_cuda:
             return product(hidden, weight)
         shape = (hidden.shape[0], weight.shape[0])

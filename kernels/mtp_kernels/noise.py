@@ -2,7 +2,7 @@
 
 Philox-4x32 with seven rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11):
 key = the 64-bit seed, counter = (id // 4, position low, position high, stream), lane = id % 4.
-No draw depends on how the vocabulary is cut into tiles or over ranks, nor on the implementation.
+No sample depends on the division of the vocabulary into tiles or ranks, nor on the implementation.
 
 The Gumbel noise of a uniform u in (0, 1) is -log(-log1p(-u)): likely tokens are decided where u is
 small, and there float32 resolves it best.

@@ -140,8 +140,8 @@ def linear_sample_parallel(
 ) -> LinearSample:
     """`linear_sample` of a weight whose rows are spread over the ranks of a group.
 
-    The tokens are those of the whole weight on one rank: the noise hangs on the vocabulary id, not
-    on the shard. Arguments as in `linear_logprob_parallel` and `linear_sample`.
+    The tokens are those of the whole weight on one rank: the noise depends on the vocabulary id,
+    not on the shard. Arguments as in `linear_logprob_parallel` and `linear_sample`.
     """
     check_operands(hidden, weight, bias)
     check_scale(temperature, softcap, greedy=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 NEGATIVE = -1e30
-"""Stands for minus infinity where a product with zero follows."""
+"""Replaces minus infinity where a product with zero follows."""
 
 
 class RowStats(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the product tile, the logits' scaling and the noise.
+"""Code that the Triton kernels share: the product tile, the logits' scaling and the noise.
 
 The interpreter computes bfloat16 products wrongly, so tiles are upcast there.
 """
@@ -37,7 +37,7 @@ VARYING = ["num_rows", "tiles_per_split", "id_start"]
 
 
 class Tile(NamedTuple):
-    """What a kernel is compiled for: the sizes of its tiles and how it multiplies operands."""
+    """Compile-time parameters of a kernel: the sizes of its tiles and its products."""
 
     rows: int
     """Rows of hidden states."""
@@ -48,7 +48,7 @@ class Tile(NamedTuple):
     even: bool
     """True where D is whole steps."""
     precision: str
-    """Of products of float32 operands: Triton's input_precision."""
+    """Triton's input_precision for products of float32 operands."""
     upcast: bool
     """True where operands are made float32 first."""
     described: bool
@@ -62,7 +62,7 @@ def product_tile(
 ):  # fmt: skip
     """[BA, BB] float32 rows from a_start on of a [a_count, depth] times those of b, transposed.
 
-    Rows behind the last one are 0 where operands are described, and else the last one's.
+    Rows after the last one are 0 where operands are described, and else the last one's.
     """
     total = tl.zeros((BA, BB), dtype=tl.float32)
     if T.described:
@@ -115,7 +115,7 @@ def logits_tile(
 ):
     """Finite scaled logits of a tile: [rows, ids], or [ids, rows] where VOCAB_FIRST.
 
-    What lies behind the last row or id is finite, and to be masked by the caller.
+    Values after the last row or id are finite, and the caller must mask them.
     """
     if VOCAB_FIRST:
         x = product_tile(

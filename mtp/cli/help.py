@@ -1,6 +1,6 @@
-"""`python train.py --help`, from conf/ alone: what can be chosen, with each file's first comment.
+"""`python train.py --help`, from conf/ alone: all choices, with each file's first comment.
 
-Imports nothing that a run needs, so help is there at once.
+Imports nothing that a run needs, so help is printed at once.
 """
 
 import textwrap
@@ -8,7 +8,7 @@ from pathlib import Path
 
 WIDTH = 100
 GROUPS = ("experiment", "model", "head", "task", "decoding", "fabric", "logger", "sweep")
-"""Groups of conf/, those that are chosen first at the top."""
+"""Groups of conf/, sorted by how often they are used."""
 
 USAGE = """\
 Train a main LLM together with its eavesdropping head.
@@ -22,15 +22,15 @@ Train a main LLM together with its eavesdropping head.
 """
 
 KEYS = """\
-Keys that are set most often, by key=value, with values as examples:
-  name=mine                       folder of the run, below runs/
+Keys that are often set, by key=value, with example values:
+  name=mine                       folder of the run in runs/
   seed=2
   resume=true                     or auto: continue if there is a checkpoint, else start
   overwrite=true                  replace a run of the same name
   stages.rl.steps=250             steps of a stage; 0 leaves it out
   stages.rl.optimizers.main.lr=2e-4  rate of main in a stage, and of the head:
   stages.rl.optimizers.head.lr=4e-4
-  stages.rl.channel_gradient=1.0  share of the head's gradient that reaches main
+  stages.rl.channel_gradient=1.0  scale of the head's gradient on main
   head.num_slots=5                tokens that the head adds to each pass
   head.taps=[1,2]                 layers of main whose hidden states the head reads
   decoding.max_new_tokens=40
@@ -39,7 +39,7 @@ Keys that are set most often, by key=value, with values as examples:
 
 All keys with their values: python train.py --cfg job
 Hydra's own options: python train.py --hydra-help
-What a key means: the field of the same name in mtp/config.py and the files it imports.
+Meaning of a key: the field of the same name in mtp/config.py and the files it imports.
 """
 
 
@@ -49,16 +49,10 @@ def help_text(conf: Path) -> str:
 
 
 def choices(conf: Path) -> str:
-    """Every group of conf/ with its options, each with what its file says of itself."""
+    """Every group of conf/ with its options, each with its file's description."""
     found = {path.name for path in conf.iterdir() if path.is_dir()}
     groups = [group for group in GROUPS if group in found] + sorted(found - set(GROUPS))
-    options = {
-        group: {
-            path.relative_to(conf / group).with_suffix("").as_posix(): about(path)
-            for path in sorted((conf / group).rglob("*.yaml"))
-        }
-        for group in groups
-    }
+    options = {group: described(conf / group) for group in groups}
     column = 4 + max(len(name) for group in options.values() for name in group) + 2
     lines = []
     for group, names in options.items():
@@ -72,6 +66,12 @@ def choices(conf: Path) -> str:
                 break_on_hyphens=False,
             )
     return "\n".join(lines)
+
+
+def described(folder: Path) -> dict[str, str]:
+    """The options of a group with their descriptions, those in folders of their own last."""
+    files = sorted(folder.rglob("*.yaml"), key=lambda path: (path.parent != folder, path))
+    return {path.relative_to(folder).with_suffix("").as_posix(): about(path) for path in files}
 
 
 def about(path: Path) -> str:

@@ -17,15 +17,15 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from ..common.errors import in_quotes, one_line
+from ..common.files import save_text
 from ..config import RunConfig
-from ..errors import in_quotes, one_line
-from ..files import save_text
 from ..reports.loggers import SINKS
 from ..tasks import TASK_CONFIGS
 
 
 def register_configs() -> None:
-    """Put the schemas of runs, tasks and sinks, and the resolvers, where conf/ can name them."""
+    """Add the schemas of runs, tasks and sinks, and the resolvers, to those that conf/ can name."""
     store = ConfigStore.instance()
     store.store(name="run_config", node=RunConfig)
     for name, config in TASK_CONFIGS.items():
@@ -53,12 +53,12 @@ def run_folder(name: str) -> str:
 
 
 def sweep_name() -> str | None:
-    """`${sweep_name:}` is what a sweep's folder is called; None outside of one."""
+    """`${sweep_name:}` is the name of a sweep's folder; None outside of one."""
     return Path(HydraConfig.get().runtime.output_dir).parent.name if in_sweep(True, False) else None
 
 
 def job_folder(overrides: str, number: int) -> str:
-    """What a job's folder is called: its overrides, as far as they make a good name.
+    """Name of a job's folder: its overrides, as far as they make a good name.
 
     A name that had to be changed or cut ends in a hash, so that two jobs never share a folder.
     """
@@ -69,7 +69,9 @@ def job_folder(overrides: str, number: int) -> str:
 
 
 def job_overrides() -> dict[str, str] | None:
-    """What sets this job apart from the others of its sweep, by key; None outside a sweep."""
+    """Overrides that distinguish this job from the others of its sweep, by key; None outside a
+    sweep.
+    """
     if not in_sweep(True, False):
         return None
     hydra = HydraConfig.get()
@@ -79,17 +81,17 @@ def job_overrides() -> dict[str, str] | None:
 
 
 class SweepCallback(Callback):
-    """Names a sweep's jobs by what differs between them, and ends the sweep with its table."""
+    """Names a sweep's jobs by their differences, and ends the sweep with its table."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Leave out of the jobs' names what all of them share; one folder for all of them."""
+        """Leave out overrides that all jobs share from their names; one folder for all of them."""
         overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         swept = {o.key_or_group for o in overrides if o.is_sweep_override()}
         given = {o.key_or_group for o in overrides}
         if "name" in swept or "run_dir" in given:
             print(
                 "error: a sweep writes to runs/<name>_sweep/<overrides>: name cannot be swept over "
-                "and run_dir cannot be set; name=... or hydra.sweep.dir=... moves the sweep",
+                "and run_dir cannot be set; use name=... or hydra.sweep.dir=... to move the sweep",
                 file=sys.stderr,
             )
             sys.exit(2)
@@ -98,7 +100,7 @@ class SweepCallback(Callback):
             config.hydra.overrides.hydra.append(
                 f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]"
             )
-            # An experiment may have a name of its own; its jobs belong here nonetheless.
+            # An experiment may set another name; its jobs belong here nonetheless.
             folder = config.hydra.sweep.dir
             config.hydra.overrides.hydra.append(f"hydra.sweep.dir={in_quotes(folder)}")
         logs = f"; output of the jobs: {folder}/.submitit/" if "submitit_folder" in launcher else ""
@@ -117,8 +119,8 @@ def run_job(
 ) -> float | None:
     """Run a sweep's job and return its value.
 
-    An exception is printed and noted in `job.json`, and the value is NaN, so that the other jobs of
-    the sweep run and the table lists the error.
+    An exception is printed and written to `job.json`, and the value is NaN, so that the other jobs
+    of the sweep run and the table lists the error.
     """
     note_job(folder, overrides, None)
     try:

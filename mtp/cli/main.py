@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..process import quiet_imports, run_command
+from ..common.process import quiet_imports, run_command
 from .options import (
     DEFAULT_SEED,
     add_sampling_options,
@@ -34,19 +34,19 @@ if TYPE_CHECKING:
     from ..rollouts.prompt_format import PromptFormat
 
 DEFAULT_MAX_NEW_TOKENS = 256
-"""Where neither the command line nor the folder says."""
+"""Limit if neither the command line nor the folder sets one."""
 
 
 @dataclass
 class Opened:
-    """A model that a command works on."""
+    """A model that a command uses."""
 
     folder: Path
-    """Of the weights."""
+    """Folder of the weights."""
     stage: str | None
-    """That left the model; None for an exported folder."""
+    """Stage that saved the model; None for an exported folder."""
     config: "RunConfig | None"
-    """Of the run; None for an exported folder."""
+    """Config of the run; None for an exported folder."""
 
     @property
     def head_is_trained(self) -> bool:
@@ -56,7 +56,7 @@ class Opened:
         )
 
     def choose_mode(self, mode: str | None) -> str:
-        """The mode asked for, else fast where the head is trained and slow where it is not.
+        """The given mode, else fast if the head is trained and slow if it is not.
 
         Raises ValueError for fast mode with an untrained head.
         """
@@ -72,18 +72,18 @@ class Opened:
         return names[: names.index(self.stage) + 1]
 
     def load(self, device: str) -> tuple[Any, "PromptFormat"]:
-        """The model on a device, ready to decode, and its text format."""
-        from ..errors import reading
+        """The model on a device, ready to decode, and its prompt format."""
+        from ..common.errors import reading
         from ..hub.build import load_model
 
         dtype = None if self.config is None else self.config.model.torch_dtype()
         with reading(str(self.folder)):
-            model, text = load_model(self.folder, dtype)
-        return model.to(device).eval(), text
+            model, fmt = load_model(self.folder, dtype)
+        return model.to(device).eval(), fmt
 
 
 def open_run(folder: Path, stage: str | None) -> Opened:
-    """A run's model: as the given stage left it, or the last stage that has ended.
+    """A run's model: at the end of the given stage, or of the last stage that has ended.
 
     Raises ValueError if the folder is no run or holds no such model.
     """
@@ -113,7 +113,7 @@ def open_run(folder: Path, stage: str | None) -> Opened:
 
 
 def open_model(folder: Path, stage: str | None) -> Opened:
-    """The model of a run, or the one that an exported folder holds."""
+    """The model of a run, or that of an exported folder."""
     if (folder / "config.yaml").is_file() or not folder.is_dir():
         return open_run(folder, stage)
     if not (folder / "config.json").is_file():
@@ -121,8 +121,8 @@ def open_model(folder: Path, stage: str | None) -> Opened:
             f"{folder} is neither a run (no config.yaml) nor an exported model (no config.json)"
         )
     if stage is not None:
-        raise ValueError(f"--stage chooses among the stages of a run, but {folder} is one model")
-    from ..errors import read_json
+        raise ValueError(f"--stage selects a stage of a run, but {folder} is one model")
+    from ..common.errors import read_json
 
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or "mtp" not in config:
@@ -131,7 +131,7 @@ def open_model(folder: Path, stage: str | None) -> Opened:
 
 
 def choose_device(name: str) -> str:
-    """`auto` is a GPU if there is one. Raises ValueError for one that is not there."""
+    """`auto` is a GPU if there is one. Raises ValueError for a missing device."""
     import torch
 
     has_gpu = torch.cuda.is_available()
@@ -142,14 +142,16 @@ def choose_device(name: str) -> str:
 
 @dataclass
 class Writer:
-    """A model that is ready to write, as `mtp generate` and `mtp chat` were asked to."""
+    """A model that is ready to write, with the options of `mtp generate` or `mtp chat`."""
 
     console: "Console"
     model: Any
-    text: "PromptFormat"
+    fmt: "PromptFormat"
     mode: str
+    check_length: "Callable[[list[int]], None]"
+    """Raises ValueError for prompt ids that leave too few positions for the new tokens."""
     write: "Callable[[list[int], str], list[int]]"
-    """(prompt ids, mode) -> completion ids, shown as they come."""
+    """(prompt ids, mode) -> completion ids, shown as they are sampled."""
 
 
 def open_writer(arguments: argparse.Namespace) -> Writer:
@@ -171,36 +173,46 @@ def open_writer(arguments: argparse.Namespace) -> Writer:
     from .streaming_search import write_found
 
     device = choose_device(arguments.device)
-    model, text = opened.load(device)
+    model, fmt = opened.load(device)
     limit = arguments.max_new_tokens
     if limit is None and opened.config is not None:
         limit = opened.config.decoding.max_new_tokens
     if limit is None:
         limit = model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     if arguments.max_segments is not None:
-        text.segments = replace(text.segments, max_segments=arguments.max_segments)
-        check_segments(text.segments, text.phases, "decoding")
+        fmt.segments = replace(fmt.segments, max_segments=arguments.max_segments)
+        check_segments(fmt.segments, fmt.phases, "decoding")
     seed = DEFAULT_SEED if arguments.seed is None else arguments.seed
     generator = torch.Generator(device=device).manual_seed(seed)
     options = DecodeOptions(sampler=sampler, max_new_tokens=limit, generator=generator)
     console = make_console()
 
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    def check_length(prompt: list[int]) -> None:
+        if positions is not None and len(prompt) + limit > positions:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and {limit} new ones must fit in the model's "
+                f"{positions} positions; shorten the prompt or lower --max-new-tokens"
+            )
+
     def write(prompt: list[int], mode: str) -> list[int]:
-        plan = text.plan(mode)
+        plan = fmt.plan(mode)
         if arguments.max_thought_tokens is not None:
             plan.max_tokens[0] = arguments.max_thought_tokens
         if config is not None:
-            return write_found(console, model, text, prompt, plan, options, config, mode=mode)
-        return write_live(console, model, text, prompt, plan, options, mode=mode)
+            return write_found(console, model, fmt, prompt, plan, options, config, mode=mode)
+        return write_live(console, model, fmt, prompt, plan, options, mode=mode)
 
-    return Writer(console, model, text, mode, write)
+    return Writer(console, model, fmt, mode, check_length, write)
 
 
 def generate(arguments: argparse.Namespace) -> None:
     """`mtp generate`."""
     writer = open_writer(arguments)
-    writer.text.check_prompt(arguments.prompt)
-    prompt = writer.text.prompt_ids(arguments.prompt)
+    writer.fmt.check_prompt(arguments.prompt)
+    prompt = writer.fmt.prompt_ids(arguments.prompt)
+    writer.check_length(prompt)
     style = "dim" if writer.console.is_terminal else ""
     writer.console.print(arguments.prompt, end=" ", style=style)
     writer.write(prompt, writer.mode)
@@ -225,10 +237,11 @@ def chat(arguments: argparse.Namespace) -> None:
     converse(
         said(),
         console,
-        writer.text,
+        writer.fmt,
         writer.write,
         mode=writer.mode,
-        check=writer.text.check_prompt,
+        check=writer.fmt.check_prompt,
+        check_length=writer.check_length,
     )
 
 
@@ -242,7 +255,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if search is not None:
         evaluate_search(arguments, opened, search, number or config.evaluation.num_problems)
         return
-    from ..errors import reading
+    from ..common.errors import reading
     from ..evaluation.evaluate import evaluate as measure
     from ..hub.build import load_model
     from ..reference import evaluation_reference, folder_of
@@ -251,8 +264,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from ..training.examples import fit_task
 
     device = choose_device(arguments.device)
-    model, text = opened.load(device)
-    task = fit_task(config.task.build(), config.decoding, config.active_stages(), model, text)
+    model, fmt = opened.load(device)
+    task = fit_task(config.task.build(), config.decoding, config.active_stages(), model, fmt)
     source = folder_of(config, arguments.folder, evaluation_reference(config))
     reference = None
     if (source / "config.json").is_file():
@@ -260,7 +273,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             reference = load_model(source, config.model.torch_dtype())[0].to(device).eval()
     metrics, _ = measure(
         model,
-        text,
+        fmt,
         task,
         config.decoding,
         num_problems=number or config.evaluation.num_problems,
@@ -296,7 +309,7 @@ def evaluate_search(
 
     device = choose_device(arguments.device)
     seed = DEFAULT_SEED if arguments.seed is None else arguments.seed
-    model, text = opened.load(device)
+    model, fmt = opened.load(device)
     options = DecodeOptions(
         sampler=sampler,
         max_new_tokens=run.decoding.max_new_tokens,
@@ -305,12 +318,12 @@ def evaluate_search(
     )
     metrics = measure(
         model,
-        text,
-        fit_task(run.task.build(), run.decoding, run.active_stages(), model, text),
+        fmt,
+        fit_task(run.task.build(), run.decoding, run.active_stages(), model, fmt),
         config,
         options,
         mode=mode,
-        judge=arguments.judge or "logprob",
+        scorer=arguments.scorer or "logprob",
         num_problems=num_problems,
         batch_size=run.evaluation.batch_size,
     )
@@ -328,7 +341,7 @@ def export(arguments: argparse.Namespace) -> None:
     opened = open_run(arguments.folder, arguments.stage)
     config = opened.config
     assert config is not None
-    from ..errors import read_json
+    from ..common.errors import read_json
     from ..hub.export import check_replaceable
     from ..hub.export import export as write
     from ..hub.formats import find_format
@@ -344,13 +357,13 @@ def export(arguments: argparse.Namespace) -> None:
         summary["stages"] = [stage for stage in summary["stages"] if stage["name"] in so_far]
     except (KeyError, TypeError, IndexError):
         raise ValueError(f"{measured} is not the summary of a run; remove it") from None
-    model, text = opened.load("cpu")
-    write(model, text, arguments.out, summary, config, arguments.format)
+    model, fmt = opened.load("cpu")
+    write(model, fmt, arguments.out, summary, config, arguments.format)
     print(f"exported {opened.folder} to {arguments.out}")
 
 
 class Parser(argparse.ArgumentParser):
-    """Says how a prompt that begins with a minus sign is given."""
+    """Adds a hint to the error of a prompt that begins with a minus sign."""
 
     given: "list[str]" = []
 
@@ -372,54 +385,64 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(
-        prog="mtp", description="Use a main LLM and its eavesdropping head that train.py trained."
+        prog="mtp", description="Use a main LLM and its eavesdropping head, trained by train.py."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str, folder: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         sub.set_defaults(run=run)
         sub.add_argument("folder", type=Path, metavar="FOLDER", help=folder)
         return sub
 
-    a_run = "a run's folder, such as runs/default"
-    sub = command("generate", generate, "write text with a model", f"{a_run}, or an exported one")
+    a_run = "folder of a run, such as runs/default"
+    sub = command("generate", generate, "write text with a model", f"{a_run}, or of an export")
     sub.add_argument("prompt", metavar="PROMPT", help="the user's message, such as 37+85+46=")
     add_search_options(sub)
     writers = [sub]
-    sub = command("chat", chat, "talk with a model", f"{a_run}, or an exported one")
+    sub = command("chat", chat, "talk with a model", f"{a_run}, or of an export")
     writers.append(sub)
     for sub in writers:
         add_writing_options(sub)
     sub = command("evaluate", evaluate, "measure a run's model on held-out problems", a_run)
     sub.add_argument(
-        "--num-problems", type=int, metavar="N", help="default: the run's evaluation.num_problems"
+        "--num-problems",
+        type=int,
+        metavar="N",
+        help="number of held-out problems; default: the run's evaluation.num_problems",
     )
     sub.add_argument(
-        "--json", action="store_true", help="print the metrics as summary.json has them"
+        "--json", action="store_true", help="print the metrics in the format of summary.json"
     )
-    add_search_options(sub, "judge", "mode", "temperature", "top_k", "top_p", "seed")
+    add_search_options(sub, "scorer", "mode", "temperature", "top_k", "top_p", "seed")
     sub.add_argument(
-        "--judge",
+        "--scorer",
         choices=["logprob", "reward"],
-        help="of texts and branches: their mean log-probability (the default), or whether the "
-        "task finds their answer right",
+        help="score of texts and branches: their mean log-probability (default), or the reward of "
+        "the task, 1 for a right answer",
     )
     add_sampling_options(sub)
     sub = command("export", export, "write a run's model as a Hugging Face folder", a_run)
-    sub.add_argument("out", type=Path, metavar="OUT", help="folder to make; an export is replaced")
+    sub.add_argument(
+        "out", type=Path, metavar="OUT", help="folder to write; an earlier export is replaced"
+    )
     sub.add_argument(
         "--format",
         default="huggingface",
         metavar="NAME",
-        help="huggingface (main with its head, the default) or main (main alone, for any tool)",
+        help="huggingface: main with its head (default); main: main alone, for any tool",
     )
     for name, sub in commands.choices.items():
         sub.add_argument(
-            "--stage", metavar="NAME", help="the model as this stage left it, not the last"
+            "--stage", metavar="NAME", help="stage whose model is used; default: the last"
         )
         if name != "export":
-            sub.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+            sub.add_argument(
+                "--device",
+                choices=["auto", "cpu", "cuda"],
+                default="auto",
+                help="default: a GPU if there is one",
+            )
     return parser
 
 

@@ -1,19 +1,19 @@
-"""Options of the command `mtp` that say how text is drawn and searched for.
+"""Options of the command `mtp` for sampling and search.
 
-Heavy imports wait until a command runs, as in `cli.py`.
+Heavy imports wait until a command runs, as in `main.py`.
 """
 
 import argparse
 from typing import TYPE_CHECKING
 
-from ..bounds import check_number
+from ..common.bounds import check_number
 
 if TYPE_CHECKING:
     from ..modeling.branches import SearchConfig
     from ..modeling.sampler import Sampler
 
 DEFAULT_SEED = 1
-"""Of sampling."""
+"""Seed of sampling."""
 
 
 BOUNDS: "dict[str, dict[str, float]]" = {
@@ -28,7 +28,7 @@ BOUNDS: "dict[str, dict[str, float]]" = {
     "n": {"at_least": 1},
     "expand": {"at_least": 1},
 }
-"""Of the options that hold a number, as `bounds` takes them."""
+"""Bounds of the options that hold a number, as `bounds` takes them."""
 
 
 def check_options(arguments: argparse.Namespace) -> None:
@@ -40,20 +40,30 @@ def check_options(arguments: argparse.Namespace) -> None:
 
 
 def add_sampling_options(sub: argparse.ArgumentParser) -> None:
-    """How tokens are drawn."""
+    """Options of sampling."""
     sub.add_argument(
         "--mode",
         choices=["fast", "slow", "verified"],
-        help="fast: each phase in its own mode, fast phases keep all tokens of a pass (the default "
-        "where the head is trained); slow: one token a pass; verified: main's own text, the head "
-        "proposes and main decides",
+        help="decoding mode: fast runs each phase in its own mode, and fast phases keep all tokens "
+        "of a pass (default if the head is trained); slow gives one token per pass (default "
+        "otherwise); verified gives main's own text: the head drafts and main verifies",
     )
     sub.add_argument(
-        "--temperature", type=float, metavar="T", help="0: greedy (the default); of a search: 1"
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="sampling temperature, 0: greedy; default: 0, with --search 1",
     )
-    sub.add_argument("--top-k", type=int, metavar="K", help="default: all tokens")
-    sub.add_argument("--top-p", type=float, metavar="P", help="default: all tokens")
-    sub.add_argument("--seed", type=int, help=f"of sampling; default: {DEFAULT_SEED}")
+    sub.add_argument(
+        "--top-k", type=int, metavar="K", help="sample from the K likeliest tokens; default: all"
+    )
+    sub.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample from the likeliest tokens with total probability P; default: all",
+    )
+    sub.add_argument("--seed", type=int, help=f"seed of sampling; default: {DEFAULT_SEED}")
 
 
 def add_writing_options(sub: argparse.ArgumentParser) -> None:
@@ -63,42 +73,51 @@ def add_writing_options(sub: argparse.ArgumentParser) -> None:
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help="of each segment; default: what the model was trained with",
+        help="maximum number of new tokens, per segment; default: as the model was trained",
     )
     sub.add_argument(
-        "--max-thought-tokens", type=int, metavar="N", help="close the first phase after N tokens"
+        "--max-thought-tokens",
+        type=int,
+        metavar="N",
+        help="close the thought, the first phase, after N tokens",
     )
     sub.add_argument(
-        "--max-segments", type=int, metavar="N", help="default: what the model was trained with"
+        "--max-segments",
+        type=int,
+        metavar="N",
+        help="maximum number of segments; default: as the model was trained",
     )
 
 
 def add_search_options(sub: argparse.ArgumentParser, *of_search: str) -> None:
-    """Options of a search; those of the command that make sense with one only are `of_search`."""
+    """Options of a search; `of_search` are the command's own options that need a search."""
     sub.set_defaults(of_search=("n", "expand", "choose", *of_search))
     sub.add_argument(
         "--search",
         choices=["best_of_n", "beam", "mcts"],
-        help="sample several texts, keep a beam of branches at pass boundaries, or grow a tree of "
-        "passes",
+        help="search for the best text: sample several texts, keep a beam of branches at pass "
+        "boundaries, or grow a tree of passes",
     )
     sub.add_argument(
-        "--n", type=int, metavar="N", help="texts, branches of the beam, or simulations; default: 8"
+        "--n", type=int, metavar="N", help="number of texts, branches or simulations; default: 8"
     )
     sub.add_argument(
-        "--expand", type=int, metavar="E", help="blocks drawn of a pass (beam, mcts); default: 4"
+        "--expand",
+        type=int,
+        metavar="E",
+        help="number of blocks sampled from each pass (beam, mcts); default: 4",
     )
     sub.add_argument(
         "--choose",
         choices=["score", "majority"],
-        help="take the best text (the default), or the most frequent final answer",
+        help="choose the text with the best score (default), or the most frequent final answer",
     )
 
 
 def search_config(arguments: argparse.Namespace) -> "SearchConfig | None":
-    """The search that a command was asked for, None without one.
+    """Settings of the search, None without --search.
 
-    Raises ValueError for options that make sense with a search only.
+    Raises ValueError for options that require --search.
     """
     names = getattr(arguments, "of_search", ())
     given = {name: getattr(arguments, name) for name in names}
@@ -114,7 +133,7 @@ def search_config(arguments: argparse.Namespace) -> "SearchConfig | None":
 
 
 def make_sampler(arguments: argparse.Namespace, config: "SearchConfig | None") -> "Sampler":
-    """The sampler that a command was asked for. Raises ValueError if its search cannot use it."""
+    """The sampler of the options. Raises ValueError if the search cannot use it."""
     from ..modeling.sampler import Sampler
 
     names = ("temperature", "top_k", "top_p")

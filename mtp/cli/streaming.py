@@ -1,4 +1,4 @@
-"""Text on the screen as it is written: block by block, coloured by emitter, and a conversation."""
+"""Text on the screen as it is sampled: by block, coloured by emitter; and conversations."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -22,18 +22,18 @@ STYLES = {
     "accepted": "not dim green",
     "forced": "not dim magenta",
 }
-"""Colour of each emitter; `accepted` is a token that the head proposed and main confirmed."""
+"""Colour of each emitter; `accepted` is a token that the head proposed and main accepted."""
 
 
 def emitter(slot: int, accepted: int) -> str:
-    """Who a token is from, as `STYLES` names it."""
+    """Emitter of a token, as `STYLES` names it."""
     if slot == FORCED:
         return "forced"
     return "head" if slot else "accepted" if accepted else "main"
 
 
 class TextPieces:
-    """What each token adds to a text. Bytes of an unfinished character come with its last one."""
+    """The text that each token adds. Bytes of an unfinished character come with its last one."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
@@ -46,7 +46,7 @@ class TextPieces:
         piece = self.pending()
         if piece.endswith("�"):
             return ""
-        # The tokens before are decoded along, since some tokenizers drop a text's first space.
+        # The tokens before are decoded with it, since some tokenizers drop a text's first space.
         self.read, self.shown = self.shown, len(self.ids)
         return piece
 
@@ -58,7 +58,7 @@ class TextPieces:
 
 @dataclass
 class LiveText:
-    """Prints the blocks of a batch of one. On a terminal in colours, else divided by `|`."""
+    """Prints the blocks of a batch of one. Uses colours on a terminal, else separators `|`."""
 
     console: Console
     tokenizer: Any
@@ -73,7 +73,7 @@ class LiveText:
         self.emitters: set[str] = set()
 
     def __call__(self, block: Block) -> None:
-        """Print what a pass added."""
+        """Print the tokens that a pass added."""
         length = int(block.lengths[0])
         shown = Text()
         if self.ids and not self.console.is_terminal:
@@ -101,7 +101,7 @@ class LiveText:
         return self.pieces.pending() if self.pieces.shown < len(self.ids) else ""
 
     def end(self, mode: str, note: str = "") -> None:
-        """End the line and say how fast it was."""
+        """End the line and print the speed."""
         seconds = time.perf_counter() - self.began
         self.console.print(self.pending())
         if self.console.is_terminal:
@@ -155,16 +155,18 @@ def converse(
     *,
     mode: str,
     check: Callable[[str], None],
+    check_length: Callable[[list[int]], None],
 ) -> None:
     """A conversation: each line is a message, or a command (`HELP`).
 
     Args:
-        lines: what the user says.
-        console: where it is shown.
+        lines: the user's lines.
+        console: output.
         fmt: makes prompts of conversations. Thoughts are left out of later prompts.
         write: completes a prompt, (ids, mode) -> completion ids.
-        mode: to begin with.
+        mode: mode at the beginning.
         check: raises ValueError for a message that the model cannot read.
+        check_length: raises ValueError for a prompt that is too long for the model.
     """
     messages: list[dict[str, str]] = []
     for line in map(str.strip, lines):
@@ -183,7 +185,13 @@ def converse(
             except ValueError as error:
                 console.print(f"error: {error}", style="red")
                 continue
-            messages.append({"role": "user", "content": line})
-            ids = write(fmt.conversation_ids(messages), mode)
+            said = [*messages, {"role": "user", "content": line}]
+            prompt = fmt.conversation_ids(said)
+            try:
+                check_length(prompt)
+            except ValueError as error:
+                console.print(f"error: {error}, or type /new", style="red")
+                continue
+            ids = write(prompt, mode)
             answer = fmt.answer_text(ids)
-            messages.append({"role": "assistant", "content": answer or ""})
+            messages = [*said, {"role": "assistant", "content": answer or ""}]

@@ -1,4 +1,4 @@
-"""What a search found, on screen: the chosen text by its passes, then all scores and answers."""
+"""Result of a search on screen: the chosen text by its passes, then all scores and answers."""
 
 from dataclasses import replace
 
@@ -27,8 +27,9 @@ def write_found(
     *,
     mode: str,
 ) -> list[int]:
-    """Search for a completion of one prompt and show it, then the score and the final answer of
-    each text that was found. Returns the chosen ids.
+    """Search for a completion of one prompt and print it, with the scores and answers of all texts.
+
+    Returns the chosen ids.
     """
     device = next(model.parameters()).device
     found = search(

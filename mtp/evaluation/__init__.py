@@ -1,1 +1,1 @@
-"""Accuracy in every mode, with its controls, and what a search is worth."""
+"""Accuracy in every mode, with controls, and accuracy of a search."""

@@ -1,19 +1,19 @@
 """Held-out accuracy and its controls: both modes, an empty and a wrong thought, true steps.
 
-For a head that drafts also verified mode: passes, and which of the drafts main accepted.
+For a drafting head also verified mode: passes, and acceptance of its drafts.
 
-Decoding is greedy. Every figure is over the same problems.
+Decoding is greedy. All metrics are over the same problems.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..bounds import bounded
+from ..common.bounds import bounded
 from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.records import Decoded
 from ..modeling.sampler import Sampler
-from ..rollouts.legibility import reference_figures, true_step_share, unigram_drift
+from ..rollouts.legibility import reference_metrics, true_step_share, unigram_drift
 from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import DecodingConfig, Rollouts, sample
 from ..tasks.base import Example, Task
@@ -31,11 +31,11 @@ class EvaluationConfig:
     num_samples: int = bounded(4, at_least=0)
     """Completions shown in the log after each stage."""
     reference: str = "first"
-    """What measures how ordinary thoughts are: main as the `first` stage or a named one left it,
-    `start` (the model that the run began from), or a folder that mtp saved. It should not be what
-    the loss compares with; `reference_in_loss` in the summary says whether it is."""
+    """Model whose likelihood of the thoughts is measured: main at the end of the `first` stage or a
+    named one, `start` (the model that the run began from), or a folder that mtp saved. It should
+    not be the reference of the loss; `reference_in_loss` in the summary is true if it is."""
     verified: bool = False
-    """Decode in verified mode too, where the head drafts and main decides: `verified_passes`,
+    """Decode in verified mode too, where the head drafts and main verifies: `verified_passes`,
     `verified_tokens_per_pass` and `acceptance_by_slot`."""
 
 
@@ -74,9 +74,9 @@ def accuracy(
     """Share of completions whose final answer is right; one without an answer is wrong.
 
     answer_of: completion ids -> the final answer, None if there is none. The share is None for a
-    task that judges no answers.
+    task without a verifier.
     """
-    if not task.judges:
+    if not task.has_verifier:
         return None
     right = total = 0.0
     for batch in batches:
@@ -97,20 +97,20 @@ def fast_accuracy(
     batch_size: int,
     impl: str | None = None,
 ) -> float | None:
-    """Accuracy of fast mode on some examples; None for a task that judges no answers."""
+    """Accuracy of fast mode on some examples; None for a task without a verifier."""
     fast = decode_all(model, fmt, examples, "fast", decoding, batch_size, impl=impl)
     return accuracy(fast, task, fmt.answer_text)
 
 
 def acceptance_by_slot(outs: list[Decoded], num_head_slots: int) -> list[float]:
-    """By head slot, the share of passes in which main accepted the draft of that slot."""
+    """Share of passes in which main accepted the draft of each head slot."""
     passes = sum(float(out.passes.sum()) for out in outs)
     slots = range(1, num_head_slots + 1)
     return [sum(float((out.accepted == slot).sum()) for out in outs) / passes for slot in slots]
 
 
 def held_out(task: Task, num_problems: int) -> list[Example]:
-    """The first held-out problems, as many as there are at most."""
+    """The first `num_problems` held-out problems, or all if there are fewer."""
     size = task.size("test")
     num_problems = num_problems if size is None else min(num_problems, size)
     return [task.example("test", i) for i in range(num_problems)]
@@ -130,19 +130,19 @@ def evaluate(
     verified: bool = False,
     impl: str | None = None,
 ) -> tuple[dict[str, Any], list[Rollouts]]:
-    """All figures of one evaluation, named as in summary.json, and the completions they are of.
+    """All metrics of one evaluation, named as in summary.json, and its completions.
 
     Args:
         model: an mtp model.
         fmt: tokens and phases.
-        task: held-out problems and their judge.
+        task: held-out problems and their verifier.
         decoding: phases and limits.
-        num_problems: at most so many held-out problems.
+        num_problems: maximum number of held-out problems.
         batch_size: rows decoded at once.
-        use_head: False leaves the figures of fast and of verified mode null.
-        controls: also answer behind an empty and behind a wrong thought (another problem's).
+        use_head: False leaves the metrics of fast and of verified mode null.
+        controls: also answer after an empty and after a wrong thought (another problem's).
         reference: frozen model for `reference_nats_per_token`, by slot too; null without one.
-        verified: decode in verified mode too; its figures are absent otherwise.
+        verified: decode in verified mode too; its metrics are absent otherwise.
         impl: implementation of `mtp_kernels` ops that tokens are sampled with, see `DecodeOptions`.
     """
     examples = held_out(task, num_problems)
@@ -160,7 +160,7 @@ def evaluate(
 
     slow = completions("slow")
     shown = slow
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "slow_accuracy": accuracy(slow, task, fmt.answer_text),
         "fast_accuracy": None,
         "slow_passes": passes(slow),
@@ -169,52 +169,52 @@ def evaluate(
     }
     if use_head:
         shown = fast = completions("fast")
-        figures |= {
+        metrics |= {
             "fast_accuracy": accuracy(fast, task, fmt.answer_text),
             "fast_passes": passes(fast),
             "fast_tokens_per_pass": tokens_per_pass(fast),
         }
     if verified:
         names = ("verified_passes", "verified_tokens_per_pass", "acceptance_by_slot")
-        figures |= dict.fromkeys(names)
+        metrics |= dict.fromkeys(names)
         if use_head:
             drafted = fast
             if fmt.plan("verified") != fmt.plan("fast"):
                 drafted = completions("verified")
-            figures |= {
+            metrics |= {
                 "verified_passes": passes(drafted),
                 "verified_tokens_per_pass": tokens_per_pass(drafted),
                 "acceptance_by_slot": acceptance_by_slot(
                     [b.out for b in drafted], fmt.block_size - 1
                 ),
             }
-    figures |= {"empty_thought_accuracy": None, "wrong_thought_accuracy": None}
-    if controls and task.judges and fmt.closer is not None:
+    metrics |= {"empty_thought_accuracy": None, "wrong_thought_accuracy": None}
+    if controls and task.has_verifier and fmt.closer is not None:
         empty = [fmt.thought_ids("") for _ in examples]
         given = completions("slow", empty)
-        figures["empty_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text)
+        metrics["empty_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text)
         wrong = wrong_thoughts(examples, slow, task, fmt)
         if wrong is not None:
             given = completions("slow", wrong)
-            figures["wrong_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text)
-    figures["true_steps"] = true_step_share(shown, task, fmt)
-    figures["unigram_drift"] = unigram_drift(shown, fmt)
-    figures["reference_nats_per_token"] = None
+            metrics["wrong_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text)
+    metrics["true_steps"] = true_step_share(shown, task, fmt)
+    metrics["unigram_drift"] = unigram_drift(shown, fmt)
+    metrics["reference_nats_per_token"] = None
     if reference is not None:
-        figures |= reference_figures(shown, fmt, reference, fmt.block_size if use_head else 1)
+        metrics |= reference_metrics(shown, fmt, reference, fmt.block_size if use_head else 1)
     if fmt.segments.max_segments > 1:
-        figures["segments"] = sum(len(b.prompts) for b in shown) / num_problems
-    figures["num_problems"] = num_problems
-    return figures, shown
+        metrics["segments"] = sum(len(b.prompts) for b in shown) / num_problems
+    metrics["num_problems"] = num_problems
+    return metrics, shown
 
 
 def wrong_thoughts(
     examples: list[Example], own: list[Rollouts], task: Task, fmt: PromptFormat
 ) -> list[list[int]] | None:
-    """For each problem the thought of another problem whose answer is not right here.
+    """A wrong thought for each problem: that of another problem whose answer is not right here.
 
-    Solver's thoughts where the task has them, else the model's own. None if there is no such
-    thought for some problem.
+    The solver's thoughts if the task has them, else the model's own. None if some problem has no
+    such thought.
     """
     if all(example.thought is not None for example in examples):
         thoughts = [fmt.thought_ids(example.thought) for example in examples]

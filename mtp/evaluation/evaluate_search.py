@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
-from ..modeling.branches import Branch, Judge, SearchConfig
+from ..modeling.branches import Branch, Scorer, SearchConfig
 from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.records import pad
 from ..modeling.search import search
@@ -12,22 +12,24 @@ from ..rollouts.prompt_format import PromptFormat
 from ..tasks.base import Example, Task
 from .evaluate import held_out
 
-JUDGES = ("logprob", "reward")
+SCORERS = ("logprob", "reward")
 
 
 def is_right(task: Task, fmt: PromptFormat, example: Example, branch: Branch) -> bool:
-    """Whether a text's final answer is right; one without an answer is wrong."""
+    """True if a text's final answer is right; False without an answer."""
     answer = fmt.answer_text(branch.text())
     return answer is not None and task.outcome(example, answer) > 0
 
 
-def outcome_judge(task: Task, fmt: PromptFormat, examples: list[Example]) -> Judge:
-    """1.0 for a branch whose final answer is right, 0.0 for others: `examples` by prompt."""
+def outcome_scorer(task: Task, fmt: PromptFormat, examples: list[Example]) -> Scorer:
+    """A scoring function: 1.0 for a branch whose final answer is right, else 0.0. `examples` by
+    prompt.
+    """
 
-    def judge(branches: list[Branch]) -> list[float]:
+    def scorer(branches: list[Branch]) -> list[float]:
         return [float(is_right(task, fmt, examples[b.prompt], b)) for b in branches]
 
-    return judge
+    return scorer
 
 
 def evaluate_search(
@@ -38,33 +40,33 @@ def evaluate_search(
     options: DecodeOptions,
     *,
     mode: str,
-    judge: str,
+    scorer: str,
     num_problems: int,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Figures over held-out problems: shares of problems, and means per problem.
+    """Metrics over held-out problems: shares of problems, and means per problem.
 
     Args:
         model: an mtp model.
         fmt: tokens and phases.
-        task: held-out problems and their judge.
+        task: held-out problems and their verifier.
         config: the search; `majority` is over final answers.
-        options: as in `decode`; rows are padded as `fmt` has it.
+        options: as in `decode`; rows are padded with the id of `fmt`.
         mode: as `PromptFormat.plan` takes it.
-        judge: `logprob`, or `reward`: the task's own outcome. A search that may ask for the outcome
-            says what a checker of answers is worth; it is no measure of a model without one.
-        num_problems: at most so many held-out problems.
-        batch_size: rows decoded at once, at most, where a problem does not take more by itself.
+        scorer: `logprob`, or `reward`: the task's own outcome. A search that ranks by the outcome
+            measures the value of a verifier, not of a model without one.
+        num_problems: maximum number of held-out problems.
+        batch_size: maximum number of rows decoded at once, unless one problem takes more.
 
-    Raises ValueError for settings that no search can follow, and for a task without right answers.
+    Raises ValueError for settings that no search can follow, and for a task without a verifier.
     """
-    if not task.judges:
+    if not task.has_verifier:
         raise ValueError(
-            f"a search is measured by its right answers, and task {task.name} has none; evaluate "
-            "without --search"
+            f"a search is evaluated by a verifier, and task {task.name} has none; evaluate without "
+            "--search"
         )
-    if judge not in JUDGES:
-        raise ValueError(f"judge must be one of {list(JUDGES)}, got {judge!r}")
+    if scorer not in SCORERS:
+        raise ValueError(f"scorer must be one of {list(SCORERS)}, got {scorer!r}")
     examples = held_out(task, num_problems)
     rows = {"best_of_n": config.n, "beam": config.n * config.expand, "mcts": config.expand}
     step = max(1, batch_size // rows.get(config.method, 1))
@@ -80,7 +82,7 @@ def evaluate_search(
             fmt.plan(mode),
             replace(options, pad_id=fmt.pad_id),
             config,
-            judge=outcome_judge(task, fmt, asked) if judge == "reward" else None,
+            scorer=outcome_scorer(task, fmt, asked) if scorer == "reward" else None,
             answer_of=fmt.answer_text,
         )
         for row, (example, texts) in enumerate(zip(asked, found.texts, strict=True)):
@@ -91,5 +93,5 @@ def evaluate_search(
             sums["search_texts"] += len(texts)
         sums["search_passes"] += float(found.passes.sum())
         sums["search_tokens_read"] += float(found.tokens_read.sum())
-    figures: dict[str, Any] = {name: total / len(examples) for name, total in sums.items()}
-    return figures | {"num_problems": len(examples)}
+    metrics: dict[str, Any] = {name: total / len(examples) for name, total in sums.items()}
+    return metrics | {"num_problems": len(examples)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GgufConfig, PretrainedConfig
 
-from ..errors import reading
+from ..common.errors import reading
 from ..modeling.contract import check_slow_mode, dropout_fields, without_dropout
 from ..modeling.heads import HeadConfig
 from ..modeling.memory import ALPHABET
@@ -34,7 +34,7 @@ from .pretrained import (
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Main. Either `source` (pretrained) or `config` (from scratch)."""
+    """Settings of main, from either `source` (pretrained) or `config` (from scratch)."""
 
     source: str | None = None
     """Hub id or local folder of a pretrained checkpoint; `package:NAME` is the folder of an
@@ -48,17 +48,17 @@ class ModelConfig:
     add_tokens: list[str] = field(default_factory=list)
     """Tokens to add to a pretrained tokenizer, such as `<think>` and `</think>`."""
     dtype: str = "float32"
-    """Of the weights: float32 or bfloat16."""
+    """Dtype of the weights: float32 or bfloat16."""
     attention: str = "sdpa"
     """transformers attention implementation: sdpa (eager for a family that has none) or eager."""
 
     def validate(self) -> None:
-        """Raises ValueError naming the key of a setting that no model can have."""
+        """Raises ValueError naming the key of an impossible setting."""
         self.torch_dtype()
         if self.attention not in ("sdpa", "eager"):
             raise ValueError(
                 f"model.attention must be sdpa or eager, got {self.attention!r}: the pass loop "
-                "gives each layer a mask, which other implementations do not take"
+                "gives each layer a mask, which no other supports; set one of them"
             )
 
     def implementation(self) -> str | None:
@@ -66,7 +66,7 @@ class ModelConfig:
         return None if self.attention == "sdpa" else self.attention
 
     def torch_dtype(self) -> torch.dtype:
-        """The dtype. Raises ValueError for a name that is none."""
+        """The dtype. Raises ValueError for an unknown name."""
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype must be float32 or bfloat16, got {self.dtype!r}")
         return getattr(torch, self.dtype)
@@ -89,11 +89,11 @@ def source_folder(source: str) -> str:
 def build_model(
     config: ModelConfig, head: HeadConfig, decoding: DecodingConfig, task: Task
 ) -> tuple[Any, PromptFormat]:
-    """The model, on the CPU, and the text format it speaks.
+    """The model, on the CPU, and its prompt format.
 
-    The head of a pretrained main that has none is initialized here. Weights drawn at random use
-    torch's global generator. Raises ValueError naming the key of an impossible setting, or saying
-    what keeps main from decoding by the pass loop (`contract.py`).
+    If a pretrained main has no head, the head is initialized here. Random initialization uses
+    torch's global generator. Raises ValueError naming the key of an impossible setting, or the
+    reason why main cannot decode in the pass loop (`contract.py`).
     """
     config.validate()
     head.validate()
@@ -102,7 +102,7 @@ def build_model(
     else:
         with reading(f"model.source={config.source!r}"):
             model, tokenizer = _from_source(config, head)
-    text = PromptFormat(
+    fmt = PromptFormat(
         tokenizer,
         decoding.phases,
         head.num_slots + 1,
@@ -111,24 +111,24 @@ def build_model(
         chat_template=decoding.chat_template,
         end_ids=end_ids(model.generation_config),
     )
-    model.generation_config = generation_config(text, decoding.phases)
+    model.generation_config = generation_config(fmt, decoding.phases)
     if not has_head(config):
         start_from_main(model)
     model.to(config.torch_dtype())
     named = f"model.config of family {config.family}"
     check_slow_mode(model, named if config.source is None else f"model.source={config.source!r}")
-    return model, text
+    return model, fmt
 
 
 @torch.no_grad()
 def start_from_main(model: Any) -> None:
     """Make a new parallel head of main's width begin with main's own last hidden state.
 
-    Every slot then proposes what main proposes for slot 0, in main's own output space, which is a
-    better place to learn from than noise (the residual blocks of Medusa, Cai et al. 2024, begin
-    so). The message is the last tap, the slots' projections and what they recall are zero, and the
-    rows that leave the head have the size of main's. Heads of another type or width, or with
-    matrices of their own, stay as they are, and so does one that does not hear the last layer.
+    Every slot then proposes the token that main proposes for slot 0, in main's own output space,
+    which is a better initialization than noise (the residual blocks of Medusa, Cai et al. 2024,
+    begin so). The message is the last tap, the slots' projections and recall are zero, and the
+    head's output rows have the size of main's. Heads of another type or width, or with their own
+    matrices, are not changed, nor is one that does not read the last layer.
     """
     settings, head = model.mtp_settings, model.mtp_head
     main = model.main_config
@@ -147,11 +147,11 @@ def start_from_main(model: Any) -> None:
 
 @torch.no_grad()
 def final_norm_size(model: Any) -> Tensor:
-    """Root mean square of the rows that main's final norm gives, whatever norm it is.
+    """Root mean square of the output rows of main's final norm, of any kind.
 
-    The norm is found by running the decoder: it is the module whose output the decoder returns.
-    A row of alternating signs and its negative go through it. All their numbers have the same
-    size, so a norm that multiplies by w gives the root mean square of w.
+    The norm is found by running the decoder: it is the module whose output the decoder returns. A
+    row of alternating signs and its negative go through it. All their numbers have the same size,
+    so a norm that multiplies by w gives the root mean square of w.
     """
     called: list[tuple[nn.Module, Any]] = []
     decoder = model.mtp_decoder
@@ -173,12 +173,12 @@ def final_norm_size(model: Any) -> Tensor:
             "choose another head.hidden_size"
         )
     signs = 1.0 - 2.0 * (torch.arange(last.shape[-1], device=last.device) % 2)
-    rows = 1e3 * torch.stack([signs, -signs])  # so large that the norm's epsilon does not matter
+    rows = 1e3 * torch.stack([signs, -signs])  # so large that the norm's epsilon has no effect
     return deepcopy(norm).float()(rows).square().mean().sqrt()
 
 
 def has_head(config: ModelConfig) -> bool:
-    """True if the source is a checkpoint that comes with a head."""
+    """True if the source is a checkpoint with a head."""
     if config.source is None or config.gguf_file is not None:
         return False
     found = read_config(source_folder(config.source), f"model.source={config.source!r}")
@@ -234,7 +234,7 @@ ELSEWHERE = {
     "eos_token_id": "the task's tokenizer sets it",
     "pad_token_id": "the task's tokenizer sets it",
 }
-"""Fields of a transformers config that `model.config` must leave alone."""
+"""Fields of a transformers config that `model.config` must not set, with the reason."""
 
 AT_LEAST_ONE = (
     "hidden_size",
@@ -250,7 +250,7 @@ AT_LEAST_ONE = (
 def check_fields(config: ModelConfig, config_class: type[PretrainedConfig]) -> None:
     """Raises ValueError naming the first field of `model.config` that the family cannot have.
 
-    transformers keeps unknown fields without a word, and divides by sizes before it checks them.
+    transformers keeps unknown fields without an error, and divides by sizes before it checks them.
     """
     misfit = f"model.config does not fit {config.family}"
     known = {f.name for f in fields(config_class)} | {"rope_theta"}
@@ -338,23 +338,23 @@ def check_same_head(head: HeadConfig, saved: HeadConfig, num_layers: int, what: 
         )
 
 
-def generation_config(text: PromptFormat, phases: dict[str, Phase]) -> GenerationConfig:
-    """What `generate` needs to know of the phases, saved beside the weights."""
-    eos = text.eos_ids if len(text.eos_ids) > 1 else text.eos_id
-    out: Any = GenerationConfig(eos_token_id=eos, pad_token_id=text.pad_id)
-    out.mtp_phases = phases_to_json(phases, text.delimiter_id)
-    out.mtp_segments = asdict(text.segments)
+def generation_config(fmt: PromptFormat, phases: dict[str, Phase]) -> GenerationConfig:
+    """Settings of the phases for `generate`, saved with the weights."""
+    eos = fmt.eos_ids if len(fmt.eos_ids) > 1 else fmt.eos_id
+    out: Any = GenerationConfig(eos_token_id=eos, pad_token_id=fmt.pad_id)
+    out.mtp_phases = phases_to_json(phases, fmt.delimiter_id)
+    out.mtp_segments = asdict(fmt.segments)
     return out
 
 
 def end_ids(config: GenerationConfig) -> list[int]:
-    """Ids that end a text by a generation config."""
+    """Ids of the end tokens in a generation config."""
     eos = config.eos_token_id
     return [eos] if isinstance(eos, int) else list(eos or [])
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, PromptFormat]:
-    """A model that mtp saved, with its text format, from its own folder.
+    """A model that mtp saved, with its prompt format, from a folder.
 
     Raises ValueError naming the folder if it holds no such model, or a damaged one.
     """
@@ -391,10 +391,10 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Pro
     )
 
 
-def save_model(model: Any, text: PromptFormat, folder: Path) -> None:
+def save_model(model: Any, fmt: PromptFormat, folder: Path) -> None:
     """Weights, config, generation config and tokenizer, in Hugging Face's layout."""
-    model.generation_config.mtp_system_prompt = text.system_prompt
-    model.generation_config.mtp_chat_template = text.chat_template
+    model.generation_config.mtp_system_prompt = fmt.system_prompt
+    model.generation_config.mtp_chat_template = fmt.chat_template
     with quiet():
         model.save_pretrained(folder)
-    text.tokenizer.save_pretrained(folder)
+    fmt.tokenizer.save_pretrained(folder)

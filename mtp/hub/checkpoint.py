@@ -1,4 +1,4 @@
-"""Files that survive a crash: atomic writes, and checkpoints that name their own damage.
+"""Crash-safe checkpoints that detect their own damage.
 
 A checkpoint is one safetensors file. Its tensors are the model's and the optimizers'; everything
 else is JSON in the file's header, so reading one cannot run code. The header also holds the SHA-256
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import TEMPORARY, _link, _remove, save_atomically
+from ..common.files import TEMPORARY, _link, _remove, save_atomically
 
 FORMAT = "mtp-checkpoint-1"
 SUFFIX = ".safetensors"
@@ -48,12 +48,12 @@ def save_checkpoint(folder: Path, global_step: int, state: dict[str, Any], is_be
 
 
 def path_of(folder: Path, global_step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """Path of the checkpoint of a step."""
     return folder / f"step_{global_step:08d}{SUFFIX}"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints by global step, the last one last; without the best."""
+    """Checkpoints sorted by global step, without the best."""
     return sorted(folder.glob(f"step_*{SUFFIX}"))
 
 
@@ -67,8 +67,8 @@ def remove_later(folder: Path, global_step: int) -> None:
 def choose_checkpoint(folder: Path, resume: bool | str) -> Path | None:
     """The checkpoint that `resume` names: `true` and `auto` the last, else a file's name.
 
-    None if `auto` finds none. Raises ValueError if the one that is named is missing or damaged; an
-    earlier one is offered and not taken.
+    None if `auto` finds none. Raises ValueError if the named one is missing or damaged; the error
+    offers an earlier one.
     """
     for path in list(folder.glob(f".*{TEMPORARY}")):
         _remove(path)
@@ -105,7 +105,7 @@ def _where(path: Path) -> str:
 
 
 def _check_missing(folder: Path, resume: bool | str) -> None:
-    """Raises ValueError unless it is right that there is no checkpoint."""
+    """Raises ValueError unless a missing checkpoint is correct."""
     if (folder / "last.ckpt").is_file():
         raise ValueError(
             f"{folder / 'last.ckpt'} was written by an earlier version of mtp as a pickle, which "
@@ -142,7 +142,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def damage_of(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None if every byte is as it was written."""
+    """Description of a checkpoint's damage; None if every byte is as it was written."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
@@ -160,7 +160,7 @@ def damage_of(path: Path) -> str | None:
 
 
 def _digest(path: Path) -> tuple[int, str]:
-    """Where the header holds the digest, and the SHA-256 of the file with that set to zeros."""
+    """Position of the digest in the header, and the SHA-256 of the file with it set to zeros."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         size = file.read(8)
@@ -177,7 +177,7 @@ def _digest(path: Path) -> tuple[int, str]:
 
 
 def _pack(node: Any, name: str, tensors: dict[str, Tensor], seen: dict[Any, str]) -> Any:
-    """The node as JSON; its tensors go into `tensors`, one that stands twice only once."""
+    """The node as JSON; its tensors are added to `tensors`, shared ones only once."""
     if isinstance(node, Tensor):
         where = (node.data_ptr(), node.shape, node.stride(), node.dtype)
         if node.numel() == 0 or where not in seen:

@@ -1,13 +1,13 @@
-"""Exports: a model as a folder that others open, in one of the formats of `mtp.hub.formats`.
+"""Exports: a model as a folder in one of the formats of `mtp.hub.formats`.
 
-A folder is written under a temporary name and moved, so it is never half there. An earlier export
-is replaced as a whole, and nothing else is.
+A folder is written under a temporary name and moved, so it is never incomplete. An earlier export
+is replaced as a whole; no other folder is replaced.
 """
 
 from pathlib import Path
 from typing import Any
 
-from ..files import save_atomically
+from ..common.files import save_atomically
 from ..rollouts.prompt_format import PromptFormat
 from .formats import FORMATS, Format, find_format
 from .formats.huggingface import MODELING
@@ -19,7 +19,7 @@ TEMPLATES = "additional_chat_templates"
 
 def export(
     model: Any,
-    text: PromptFormat,
+    fmt: PromptFormat,
     folder: Path,
     summary: dict[str, Any],
     config: Any,
@@ -29,14 +29,14 @@ def export(
 
     Args:
         model: a model with a head, of any family.
-        text: its tokenizer, phases and system prompt.
+        fmt: its tokenizer, phases and system prompt.
         folder: made with its parents if it is missing.
-        summary: content of `summary.json`; `stages` may be empty where nothing was measured.
+        summary: content of `summary.json`; `stages` may be empty if nothing was measured.
         config: the run's `RunConfig`.
         format: name of a registered format.
 
     Raises:
-        ValueError: if `folder` is a file or holds something that no export wrote, or if there is no
+        ValueError: if `folder` is a file or holds files that no export wrote, or if there is no
             such format.
     """
     found = find_format(format)
@@ -44,8 +44,8 @@ def export(
     check_replaceable(folder)
 
     def write(path: Path) -> None:
-        found.write(model, text, path, config)
-        write_card(found, model, text, path, summary, config)
+        found.write(model, fmt, path, config)
+        write_card(found, model, fmt, path, summary, config)
 
     save_atomically(folder, write)
 
@@ -53,13 +53,13 @@ def export(
 def write_card(
     format: Format,
     model: Any,
-    text: PromptFormat,
+    fmt: PromptFormat,
     folder: Path,
     summary: dict[str, Any],
     config: Any,
 ) -> None:
     """Write the model card."""
-    (folder / CARD).write_text(format.card(model, text, summary, config))
+    (folder / CARD).write_text(format.card(model, fmt, summary, config))
 
 
 def check_replaceable(folder: Path) -> None:
@@ -81,7 +81,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    """True for a folder with a card of ours, or with the code that earlier versions wrote."""
+    """True for a folder with a card of mtp, or with the code that earlier versions wrote."""
     if (folder / MODELING.name).is_file():
         return True
     card = folder / CARD

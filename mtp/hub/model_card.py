@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, how to load it, what was measured, and its limits."""
+"""The model card of an export: description, loading, metrics and limits."""
 
 import json
 from importlib.metadata import PackageNotFoundError, version
@@ -15,21 +15,21 @@ from .build import ModelConfig, source_folder
 
 CARD = "README.md"
 TAG = "mtp-eavesdrop"
-"""Tag of every card, by which an export is recognised."""
+"""Tag of every card, which identifies an export."""
 MODES = ("fast", "slow")
 """Modes of the card's example; plain `generate` on main writes the text of `slow`."""
 NUM_TRIED = 8
 """Held-out problems among which the example is chosen."""
 
 
-def model_card(model: Any, text: PromptFormat, summary: dict[str, Any], config: Any) -> str:
+def model_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: Any) -> str:
     """README.md of main with its head: how to open it, metrics, provenance, limits."""
     counts = _parameters(model)
-    modes = {mode: [n for n, p in text.phases.items() if p.mode == mode] for mode in PHASE_MODES}
+    modes = {mode: [n for n, p in fmt.phases.items() if p.mode == mode] for mode in PHASE_MODES}
     verified = modes["verified"]
     checked = f" In a verified phase ({_listed(verified)}) main checks them." if verified else ""
     slots = model.block_size
-    prompt, wrong = sample_prompt(model, text, config)
+    prompt, wrong = sample_prompt(model, fmt, config)
     caveat = [
         f"This prompt is the best of {NUM_TRIED} that were tried, and the answer of "
         f"{_listed(wrong)} mode to it is wrong."
@@ -48,29 +48,31 @@ def model_card(model: Any, text: PromptFormat, summary: dict[str, Any], config: 
         "## Use",
         "Main alone, with nothing but transformers. The loading report lists the head's weights "
         "(`mtp_head.*`) as unexpected: they are ignored.",
-        _snippet(text, prompt, head=False),
+        _snippet(fmt, prompt, head=False),
         "Main with its head. The code is in this folder, so no other package is needed.",
-        _snippet(text, prompt, head=True),
+        _snippet(fmt, prompt, head=True),
         *caveat,
         "`fast` decodes each phase in its own mode, `slow` all of them one token per pass, "
         "`verified` gives main's own text in fewer passes: the head proposes and main decides. "
         "Without `mtp_mode`, `generate` is the stock one on main. "
         '`model.search(**given, config={"method": "best_of_n", "n": 8}, do_sample=True)` looks for '
-        "the likeliest of several texts; `beam` and `mcts` are the other methods, and `judge`, a "
-        "function of the branches, ranks them by anything else.",
-        *_segments(text),
+        "the likeliest of several texts; `beam` and `mcts` are the other methods, and `scorer`, a "
+        "function of the branches, ranks them by another score.",
+        *_segments(fmt),
         "## Measured",
         _table(summary),
         "## Provenance",
-        _provenance(text, config),
+        _provenance(fmt, config),
         "## Limitations",
         "\n".join([*UNVERIFIED, *_limitations(config), *GENERATE]),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def main_card(model: Any, text: PromptFormat, summary: dict[str, Any], config: Any) -> str:
+def main_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: Any) -> str:
     """README.md of main without its head: how to open it, metrics, provenance, limits."""
+    prompt, wrong = sample_prompt(model, fmt, config)
+    caveat = [f"The answer to this prompt, the best of {NUM_TRIED} that were tried, is wrong."]
     parts = [
         _front_matter(config),
         f"# {config.name}: main of a language model with an eavesdropping head",
@@ -80,13 +82,14 @@ def main_card(model: Any, text: PromptFormat, summary: dict[str, Any], config: A
         "not in this folder: this model writes one token per pass, as in the slow mode of the "
         "whole.",
         "## Use",
-        _snippet(text, config, head=False),
+        _snippet(fmt, prompt, head=False),
+        *(caveat if "slow" in wrong else []),
         "## Measured",
         "Slow accuracy and slow passes are those of this folder; fast and verified mode need the "
         "head.",
         _table(summary),
         "## Provenance",
-        _provenance(text, config),
+        _provenance(fmt, config),
         "## Limitations",
         "\n".join(_limitations(config)),
     ]
@@ -94,7 +97,7 @@ def main_card(model: Any, text: PromptFormat, summary: dict[str, Any], config: A
 
 
 def _front_matter(config: Any, *tags: str) -> str:
-    """What the Hub reads of a card."""
+    """Metadata of a card for the Hub."""
     _, hub_id, licence = base_model(config.model)
     meta = ["library_name: transformers", "pipeline_tag: text-generation"]
     meta += [f"license: {licence}"] if licence else []
@@ -115,21 +118,21 @@ def _listed(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names) or "none here"
 
 
-def _snippet(text: PromptFormat, prompt: str, *, head: bool) -> str:
-    """Python that loads the folder through one door and answers a prompt."""
-    if not text.uses_template:
-        tokenizer: Any = text.tokenizer
-        shown, special = prompt + (text.opener or ""), ""
-        if not text.leading_ids or tokenizer.encode(shown) != text.prompt_ids(prompt):
+def _snippet(fmt: PromptFormat, prompt: str, *, head: bool) -> str:
+    """Python that loads the folder, with or without its head, and answers a prompt."""
+    if not fmt.uses_template:
+        tokenizer: Any = fmt.tokenizer
+        shown, special = prompt + (fmt.opener or ""), ""
+        if not fmt.leading_ids or tokenizer.encode(shown) != fmt.prompt_ids(prompt):
             shown, special = (
-                tokenizer.decode(text.leading_ids) + shown,
+                tokenizer.decode(fmt.leading_ids) + shown,
                 ", add_special_tokens=False",
             )
         inputs = [f'inputs = tokenizer({json.dumps(shown)}, return_tensors="pt"{special})']
     else:
         messages = [{"role": "user", "content": prompt}]
-        if text.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": text.system_prompt})
+        if fmt.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": fmt.system_prompt})
         inputs = [
             f"messages = {json.dumps(messages, ensure_ascii=False)}",
             "inputs = tokenizer.apply_chat_template(",
@@ -159,14 +162,14 @@ def _snippet(text: PromptFormat, prompt: str, *, head: bool) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-def _segments(text: PromptFormat) -> list[str]:
-    """How to write text in segments; nothing for a model that writes one."""
-    settings = text.segments
+def _segments(fmt: PromptFormat) -> list[str]:
+    """Instructions to write text in segments; empty for a model that writes one segment."""
+    settings = fmt.segments
     if settings.max_segments == 1:
         return []
     return [
         f"It was trained to think in up to {settings.max_segments} segments: a summary edits a "
-        f"memory file of at most {settings.memory_tokens} tokens, and thinking goes on with the "
+        f"memory file of at most {settings.memory_tokens} tokens, and thinking continues with the "
         f"prompt, that file and the last {settings.recent_tokens} tokens of the thought.",
         "```python\nsegments = model.generate_segments(**given, tokenizer=tokenizer)\n"
         "print(tokenizer.decode(segments.out.completion(-1)))  # the last, with the answer\n"
@@ -174,7 +177,7 @@ def _segments(text: PromptFormat) -> list[str]:
     ]
 
 
-def sample_prompt(model: Any, text: PromptFormat, config: Any) -> tuple[str, list[str]]:
+def sample_prompt(model: Any, fmt: PromptFormat, config: Any) -> tuple[str, list[str]]:
     """A held-out prompt for the card, and the modes that answer it wrong.
 
     It is the first of a few prompts that every mode answers right, else the first that most do.
@@ -182,15 +185,19 @@ def sample_prompt(model: Any, text: PromptFormat, config: Any) -> tuple[str, lis
     try:
         task = config.task.build()
         examples = held_out(task, NUM_TRIED)
-    except (ImportError, OSError, ValueError):  # its data may not be where the export is made
+    except (
+        ImportError,
+        OSError,
+        ValueError,
+    ):  # its data may be missing on the machine of the export
         return "Hello", []
     wrong: list[list[str]] = [[] for _ in examples]
-    for mode in MODES if task.judges else ():
+    for mode in MODES if task.has_verifier else ():
         (batch,) = decode_all(
-            model, text, examples, mode, config.decoding, NUM_TRIED, impl=config.kernels
+            model, fmt, examples, mode, config.decoding, NUM_TRIED, impl=config.kernels
         )
         for row, example in enumerate(examples):
-            answer = text.answer_text(batch.completion(row))
+            answer = fmt.answer_text(batch.completion(row))
             if answer is None or not task.outcome(example, answer):
                 wrong[row].append(mode)
     best = min(range(len(examples)), key=lambda row: len(wrong[row]))
@@ -198,7 +205,7 @@ def sample_prompt(model: Any, text: PromptFormat, config: Any) -> tuple[str, lis
 
 
 def _table(summary: dict[str, Any]) -> str:
-    """The metrics in Markdown, one row a stage, and what they mean."""
+    """The metrics in Markdown, one row per stage, and their meaning."""
     stages = summary["stages"]
     if not stages:
         return "Nothing was measured: the run had not ended when this was exported."
@@ -217,9 +224,9 @@ def _table(summary: dict[str, Any]) -> str:
 
 
 def _released(package: str) -> str:
-    """The package and the version that was released, such as "torch 2.13.0".
+    """The package and its released version, such as "torch 2.13.0".
 
-    Its build (`+cu130`, `+cpu`) is left out: no other machine can be asked to install it, and some
+    Its build (`+cu130`, `+cpu`) is left out: other machines may be unable to install it, and some
     indexes do not record it.
     """
     try:
@@ -229,19 +236,19 @@ def _released(package: str) -> str:
 
 
 def _explained(metric: Metric) -> str:
-    """A list item that says what a metric means."""
+    """A list item that explains a metric."""
     better = f"; {metric.better} is better" if metric.better else ""
     return f"- {metric.title[0].upper()}{metric.title[1:]}: {metric.meaning}{better}."
 
 
-def _provenance(text: PromptFormat, config: Any) -> str:
+def _provenance(fmt: PromptFormat, config: Any) -> str:
     base, _, licence = base_model(config.model)
     versions = [_released(package) for package in ("mtp-eavesdrop", "torch", "transformers")]
     head = ", ".join(f"{key} {value}" for key, value in sorted(vars(config.head).items()))
     task = ", ".join(f"{key} {value}" for key, value in sorted(vars(config.task).items()))
     phases = ", ".join(
         f"{name} ({p.mode}{f', opened by `{p.opened_by}`' if p.opened_by else ''})"
-        for name, p in text.phases.items()
+        for name, p in fmt.phases.items()
     )
     lines = [
         f"- Base model: {base}; licence: {licence or 'not recorded'}",
@@ -268,11 +275,11 @@ UNVERIFIED = [
     "how often each is right.",
 ]
 GENERATE = [
-    "- With `mtp_mode`, `generate` takes `max_new_tokens`, `max_length`, `do_sample`, "
+    "- With `mtp_mode`, `generate` supports `max_new_tokens`, `max_length`, `do_sample`, "
     "`temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`, `stop_strings`, "
     "`return_dict_in_generate`, `logits_processor`, `stopping_criteria`, `streamer`, "
     "`num_return_sequences`, `cache_implementation` (dynamic or static), `mtp_k`, "
-    "`max_thought_tokens` and the options that transformers does with logits processors; "
+    "`max_thought_tokens` and the options that transformers implements by logits processors; "
     "any other option is an error.",
 ]
 
@@ -289,9 +296,9 @@ def _limitations(config: Any) -> list[str]:
 
 
 def base_model(config: ModelConfig) -> tuple[str, str | None, str | None]:
-    """What main was before training: its name, its hub id and its licence, None where unknown.
+    """Main before training: its name, its hub id and its licence, None where unknown.
 
-    Only what is on this machine is read: the header of a GGUF file, or the model card.
+    Only files of this machine are read: the header of a GGUF file, or the model card.
     """
     if config.source is None:
         return f"none ({config.family} trained from scratch)", None, None

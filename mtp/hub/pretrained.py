@@ -1,7 +1,7 @@
-"""Open a checkpoint's config, tokenizer and weights; a damaged one is one line that names it.
+"""Open a checkpoint's config, tokenizer and weights; a damaged one gives one line that names it.
 
-transformers reports damage in many ways: errors of the JSON, safetensors or GGUF reader, or
-weights that it initialises at random with a warning. Here each is a ValueError.
+transformers reports damage in many ways: errors of the JSON, safetensors or GGUF reader, or weights
+that it initialises at random with a warning. Here each is a ValueError.
 """
 
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers import logging as hf_logging
 
-from ..errors import one_line
+from ..common.errors import one_line
 
 
 @contextmanager
 def quiet(*, progress: bool = True, warnings: bool = False) -> Iterator[None]:
-    """Silence transformers' progress bars, and its warnings if asked, for a while."""
+    """Context without transformers' progress bars and, with `warnings`, without its warnings."""
     level, had_bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     if progress:
         hf_logging.disable_progress_bar()
@@ -37,7 +37,7 @@ def quiet(*, progress: bool = True, warnings: bool = False) -> Iterator[None]:
 def blame(trouble: str, remedy: str) -> Iterator[None]:
     """Turn any error of a library into the ValueError `trouble: cause; remedy`.
 
-    Only for calls whose failure is a matter of what the user gave. Errors of this project pass.
+    Only for calls that fail because of the user's input. Errors of this project pass.
     """
     try:
         yield
@@ -48,9 +48,9 @@ def blame(trouble: str, remedy: str) -> Iterator[None]:
 
 
 def _cause(error: Exception) -> str:
-    """An error's text in one line, with its kind where the text alone says little."""
+    """An error's text in one line, with its kind if the text alone is unclear."""
     if isinstance(error, StrictDataclassError):
-        # Its own text is a heading; the cause, or what is below the heading, says what is wrong.
+        # Its own text is a heading; the cause is the `__cause__` or the text below the heading.
         return str(error.__cause__ or error).splitlines()[-1].strip()
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # A first line that ends in a colon heads a list, which is the cause.
@@ -99,7 +99,7 @@ def read_model(
             config=config,
             dtype=dtype,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to say below which they are
+            ignore_mismatched_sizes=True,  # to name them below
             **options,
         )
     wrong = sorted(info["mismatched_keys"])
@@ -117,7 +117,7 @@ def read_model(
             f"{what} must hold all weights of {cls.__name__}, but {lacking[0]} is missing"
             f"{_more(lacking)}; {WHOLE}"
         )
-    # Weights of other parts, such as a value head, are left aside; main's must not be.
+    # Weights of other parts, such as a value head, are ignored; main's must not be.
     parts = (f"{model.base_model_prefix}.", "lm_head.", "mtp_head.")
     unused = sorted(name for name in info["unexpected_keys"] if name.startswith(parts))
     if unused:

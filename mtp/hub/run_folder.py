@@ -1,8 +1,9 @@
-"""The folder of a run: who may write there, what may be removed, and which settings may change.
+"""The folder of a run: who may write there, which files may be removed, and which settings may
+change.
 
-A run writes only into a folder that is new, empty, or carries the mark of a run. It removes only
-what a run wrote, and only when that run is replaced. While a process writes, it holds a lock that
-the system releases when the process ends, however it ends.
+A run writes only into a folder that is new, empty, or marked as a run's. It removes only files that
+a run wrote, and only when that run is replaced. While a process writes, it holds a lock that the
+system releases when the process ends, in any way.
 """
 
 import fcntl
@@ -13,13 +14,13 @@ import socket
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..files import remove_temporary, save_text
+from ..common.files import remove_temporary, save_text
 from ..reports.loggers import SINKS
 from .checkpoint import choose_checkpoint
 from .export import check_replaceable
 
 MARK = ".mtp-run"
-"""File that says that a folder is a run's."""
+"""File that marks a folder as a run's."""
 LOCK = ".mtp-lock"
 FOLDERS = ("checkpoints", "stages", "start", "export")
 FILES = ("config.yaml", "curves.png", "summary.json")
@@ -34,7 +35,7 @@ def check_name(name: str) -> None:
     if path.is_absolute() or any(part.strip() in ("", ".", "..") for part in parts):
         raise ValueError(
             f"name must be a folder below runs/, such as mine or study/mine, got {name!r}; "
-            "run_dir=... puts a run elsewhere"
+            "use run_dir=... for another place"
         )
 
 
@@ -55,7 +56,7 @@ class RunFolder:
         return config.is_file() and config.read_bytes()[:10] == b"task_name:"
 
     def check(self) -> None:
-        """Raises ValueError if the folder holds what no run wrote, or cannot hold a run."""
+        """Raises ValueError if the folder holds files that no run wrote, or cannot hold a run."""
         here, target = Path.cwd().resolve(), self.path.resolve()
         if here == target or target in here.parents:
             raise ValueError(
@@ -108,7 +109,7 @@ class RunFolder:
         self._lock = lock
 
     def release(self) -> None:
-        """Give the folder back. One that `lock` made and that is still empty is removed."""
+        """Release the folder. One that `lock` made and that is still empty is removed."""
         if self._lock is None:
             return
         (self.path / LOCK).unlink(missing_ok=True)
@@ -120,12 +121,12 @@ class RunFolder:
             path.rmdir()
 
     def begin(self) -> None:
-        """Remove what an earlier run wrote, and mark the folder as that of a new one."""
+        """Remove the files of an earlier run, and mark the folder as that of a new one."""
         self.remove()
         save_text(self.path / MARK, json.dumps({"format": 1}) + "\n")
 
     def remove(self) -> None:
-        """Remove what a run wrote, if one did, and nothing else."""
+        """Remove the files that a run wrote, if one did, and no others."""
         if not self.is_marked:
             return
         logs = [name for kind in SINKS.values() for name in kind.writes]
@@ -134,7 +135,7 @@ class RunFolder:
                 shutil.rmtree(self.path / name)
             else:
                 (self.path / name).unlink(missing_ok=True)
-        # Last, so that a removal that was interrupted can be begun again.
+        # Last, so that an interrupted removal can be repeated.
         (self.path / MARK).unlink(missing_ok=True)
 
     def tidy(self) -> None:
@@ -157,13 +158,13 @@ DECIDES = (
     "fabric.processes",
     "fabric.device_type",
 )
-"""Settings that decide a run's numbers."""
+"""Settings that determine a run's numbers."""
 PER_START = ("resume", "overwrite", "dry_run", "experiment")
-"""Settings that concern one start of the program only."""
+"""Settings that affect one start of the program only."""
 
 
 def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
-    """A tree of dicts as one dict from dotted keys to what is no dict."""
+    """A tree of dicts as one dict from dotted keys to leaves."""
     if not isinstance(node, dict) or not node:
         return {prefix: node}
     return {
@@ -211,8 +212,8 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tu
 def claim(folder: RunFolder, resume: bool | str, overwrite: bool) -> str | None:
     """Claim the run's folder and return the checkpoint to continue from; None for a new run.
 
-    Raises ValueError if the folder is another's, is in use, or holds a run that is neither
-    continued nor replaced.
+    Raises ValueError if the folder belongs to something else, is in use, or holds a run that is
+    neither continued nor replaced.
     """
     folder.check()
     folder.lock()

@@ -1,3 +1,5 @@
-"""What ships with every checkpoint: main with its head, and decoding. Flat, since transformers
-copies a modeling file's relative imports by file name; imports torch, transformers and siblings.
+"""The code that ships with every checkpoint: main with its head, and decoding.
+
+The folder is flat, since transformers copies a modeling file's relative imports by file name. It
+imports torch, transformers and siblings only.
 """

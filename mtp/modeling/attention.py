@@ -5,9 +5,9 @@ transformers builds the mask of each type of layer through a registry of mask fu
 the registered function the family's own rule (causal, sliding, chunked, combinations). The masks
 here evaluate that rule at the rows' own positions, which come from the cache (`BlockCache`).
 
-Where several query heads share a key head, transformers' SDPA copies the cache for each of them if
-a mask is given and there is more than one query. Here the queries of such heads are put one behind
-the other instead: the same products, of the cache as it is.
+Where several query heads share a key head, transformers' SDPA copies the cache for each query head
+if it is given a mask and more than one query. Here the queries of such heads are concatenated
+instead: the products are the same, and the cache is read as it is.
 
 A model that attends by `sdpa` or `eager` does so by `attend` or `attend_eagerly`, registered with
 transformers as `sdpa_of_blocks` and `eager_of_blocks`. Both are transformers' own functions, except
@@ -55,7 +55,7 @@ def attend(
     is_plain = kwargs.get("position_bias") is None and kwargs.get("softcap") is None
     has_one_mask = attention_mask is not None and attention_mask.shape[1] == 1
     if not (in_pass and has_one_mask and is_plain) or num in (1, key.shape[2]):
-        # One token, or a prompt of which nothing is cached: as transformers, to the last bit.
+        # One token, or a prompt with nothing cached: identical to transformers, to the last bit.
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

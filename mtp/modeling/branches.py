@@ -1,13 +1,13 @@
 """Branches of a text at pass boundaries, and the pass loop that grows them.
 
-What every search has in common: a `Branch` is a text that has been written up to a pass boundary;
+All searches share this: a `Branch` is a text that has been written up to a pass boundary.
 `BranchLoop` runs one pass of many branches at a time, samples several blocks from one read of each,
-and goes on with those that the search chooses. A boundary is a place to branch because all that the
-next pass knows of the last is a few discrete tokens: a copy of the key-value cache and those tokens
-are the whole state, and nothing that was sampled has to be averaged or rounded.
+and continues the branches that the search chooses. A text can branch at a boundary because the next
+pass depends on the last one only through a few discrete tokens. A copy of the key-value cache and
+these tokens are the whole state, and no sampled quantity has to be averaged or rounded.
 
-Drafts of a verified phase that nobody has verified yet stay with a branch while its loop runs. A
-branch that a new loop goes on with has none: main's text follows the same distribution without.
+In a verified phase, a branch keeps its unverified drafts while its loop runs. Drafts are dropped
+when a new loop takes over a branch; the distribution of main's text does not change.
 
 Ships with checkpoints: imports torch and siblings only.
 
@@ -34,25 +34,27 @@ CHOICES = ("score", "majority")
 
 @dataclass(eq=False, kw_only=True)
 class Branch:
-    """A text at a pass boundary: its parent's and one block more. A prompt's first has no block."""
+    """A text at a pass boundary: its parent's text and one more block. A prompt's first branch has
+    no block.
+    """
 
     prompt: int
     """Row of the batch of prompts that it continues."""
     parent: "Branch | None" = None
     tokens: list[int] = field(default_factory=list)
-    """Of the block."""
+    """Token ids of the block."""
     slots: list[int] = field(default_factory=list)
-    """Of the block's tokens, see `Decoded`."""
+    """Slot of each token of the block, see `Decoded`."""
     accepted: list[int] = field(default_factory=list)
-    """Of the block's tokens, see `Decoded`."""
+    """Slot that proposed each accepted token of the block, see `Decoded`."""
     logprobs: list[float] = field(default_factory=list)
-    """Of the block's tokens, see `Decoded`."""
+    """Log-probability of each token of the block, see `Decoded`."""
     is_open: bool = True
-    """False where the text has ended, or has as many tokens as it may."""
+    """False if the text has ended or has reached its maximum number of tokens."""
     finished: bool = False
-    """The text ended by an end token or a stopping criterion, not by the limit."""
+    """True if the text ended by an end token or a stopping criterion, not by the limit."""
     score: float = math.nan
-    """By which searches rank: the judge's, or made of log-probabilities."""
+    """Number that searches rank by: the scoring function's, or computed from log-probabilities."""
     row: int = -1
     """Running row of the loop that holds it."""
     phase: int = 0
@@ -65,17 +67,17 @@ class Branch:
     def __post_init__(self) -> None:
         before = self.parent
         self.num_passes: int = 0 if before is None else before.num_passes + 1
-        """Passes of main that the whole text took."""
+        """Forward passes of main for the whole text."""
         self.num_tokens: int = len(self.tokens) + (0 if before is None else before.num_tokens)
-        """Of the whole text."""
-        self.num_drawn: int = 0 if before is None else before.num_drawn
-        """Tokens of the whole text that were drawn, not forced."""
-        self.num_drawn += sum(slot != FORCED for slot in self.slots)
+        """Tokens of the whole text."""
+        self.num_sampled: int = 0 if before is None else before.num_sampled
+        """Sampled tokens of the whole text; forced ones are not counted."""
+        self.num_sampled += sum(slot != FORCED for slot in self.slots)
         self.logprob: float = sum(self.logprobs) + (0.0 if before is None else before.logprob)
-        """Of the whole text, in nats."""
+        """Log-probability of the whole text, in nats."""
 
     def path(self) -> list["Branch"]:
-        """The branches that lead here, the prompt's first and this one included."""
+        """The branches from the prompt's first to this one, both included."""
         out, branch = [], self
         while branch.parent is not None:
             out.append(branch)
@@ -91,36 +93,37 @@ class Branch:
         return [value for branch in self.path() for value in getattr(branch, name)]
 
 
-Judge = Callable[[list[Branch]], Sequence[float]]
-"""Scores of branches, the higher the better: a reward of ended ones, a value of open ones."""
+Scorer = Callable[[list[Branch]], Sequence[float]]
+"""Gives each branch a score, higher is better: a reward for ended texts, a value for open ones."""
 AnswerOf = Callable[[list[int]], Hashable | None]
-"""Token ids of an output -> its final answer, None if it has none."""
+"""Maps the token ids of an output to its final answer, None if it has none."""
 
 
 @dataclass(kw_only=True)
 class SearchConfig:
-    """How to search."""
+    """Settings of a search."""
 
     method: str = "best_of_n"
-    """`best_of_n`: sample n texts. `beam`: keep n branches at every pass boundary. `mcts`: a tree
-    of n simulations whose edges are passes."""
+    """Search algorithm. `best_of_n`: sample n texts. `beam`: keep n branches at every pass
+    boundary. `mcts`: a tree of n simulations whose edges are passes."""
     n: int = 8
-    """Texts, branches or simulations of each prompt."""
+    """Number of texts, branches or simulations per prompt."""
     expand: int = 4
-    """Blocks drawn from every pass, of `beam` and `mcts`. Those that say the same count once."""
+    """Number of blocks that `beam` and `mcts` sample from every pass. Identical blocks count
+    once."""
     choose: str = "score"
-    """Among the texts that were found: `score` takes the best, `majority` the best of those whose
-    final answer is the most frequent."""
+    """Choice among the texts that were found: `score` takes the best, `majority` the best one with
+    the most frequent final answer."""
     length_penalty: float = 1.0
-    """Without a judge, a score is the sum of the log-probabilities over the number of tokens to
-    this power: 1 is their mean, 0 their sum."""
+    """Exponent of the number of tokens in the score without a scoring function, which is the sum of
+    the log-probabilities divided by this power: 1 is their mean, 0 their sum."""
     exploration: float = 1.25
-    """Weight of PUCT's bonus for what was visited little, of `mcts`; scores are brought to 0-1."""
+    """Weight of PUCT's bonus for rarely visited branches (`mcts`); scores are scaled to 0-1."""
     rollouts: bool = True
-    """`mcts` scores the text that a simulation comes to at its end. False: what it has after one
-    new pass, so the judge must be able to judge open branches."""
+    """Score the text at the end of each simulation (`mcts`). False: score it after one new pass, so
+    the scoring function must accept open branches."""
 
-    def check(self, sampler: Sampler, judge: Judge | None, answer_of: AnswerOf | None) -> None:
+    def check(self, sampler: Sampler, scorer: Scorer | None, answer_of: AnswerOf | None) -> None:
         """Raises ValueError naming the key of a setting that no search can follow."""
         if self.method not in METHODS:
             raise ValueError(f"search.method must be one of {list(METHODS)}, got {self.method!r}")
@@ -136,10 +139,13 @@ class SearchConfig:
         if self.exploration < 0:
             raise ValueError(f"search.exploration must be 0 or above, got {self.exploration}")
         if not self.rollouts and self.method != "mcts":
-            raise ValueError(f"search.rollouts=False is of method mcts, got {self.method}")
-        if not self.rollouts and judge is None:
             raise ValueError(
-                "search.rollouts=False needs a judge of open branches; give one, or keep rollouts"
+                f"search.rollouts=False requires search.method=mcts, got {self.method}"
+            )
+        if not self.rollouts and scorer is None:
+            raise ValueError(
+                "search.rollouts=False needs a scorer of open branches; give one, or set "
+                "search.rollouts=True"
             )
         if self.choose == "majority" and answer_of is None:
             raise ValueError(
@@ -155,18 +161,18 @@ class SearchConfig:
 
 
 class Spent:
-    """What a search has cost, by prompt; work that branches share counts once."""
+    """Cost of a search, by prompt; work that branches share counts once."""
 
     def __init__(self, num_prompts: int):
         self.passes = [0] * num_prompts
         """Rows of main's forward passes."""
         self.tokens = [0] * num_prompts
-        """Tokens that main has read."""
+        """Tokens that main reads."""
 
 
 @dataclass(kw_only=True)
 class SearchRequest:
-    """Prompts to search for, how to decode them, and what has been spent."""
+    """Prompts to search for, how to decode them, and the cost so far."""
 
     model: DecodableModel
     prompts: Tensor
@@ -190,10 +196,11 @@ class SearchRequest:
 
 @dataclass
 class Parts:
-    """What was made of each branch's block when main read it."""
+    """Keys and values of each branch's block, kept from the pass in which main read it."""
 
     by_branch: dict[Branch, Tensor] = field(default_factory=dict)
-    """[W, numbers] keys and values of the positions from the branch's `start` on, all layers'."""
+    """[W, numbers] keys and values of each branch's positions from its `start` on, all layers
+    concatenated."""
     shapes: list[tuple[int, int]] = field(default_factory=list)
     """(heads, width) of each layer's keys and values."""
 
@@ -214,10 +221,10 @@ class BranchLoop(PassLoop):
         num_copies: int,
         parts: Parts | None = None,
     ):
-        """Begin at open branches, of which the next pass draws `num_copies` blocks each.
+        """Begin at open branches; the next pass samples `num_copies` blocks of each.
 
-        The branches are all without a block, or `parts` holds those of all branches that they come
-        from. The loop adds the parts of what it reads.
+        Either no branch has a block, or `parts` holds the blocks of all their ancestors. The loop
+        adds the parts of the blocks that it reads.
         """
         of = [branch.prompt for branch in branches for _ in range(num_copies)]
         super().__init__(
@@ -234,7 +241,7 @@ class BranchLoop(PassLoop):
             self.resume(branches, num_copies)
 
     def resume(self, branches: list[Branch], num_copies: int) -> None:
-        """Put the loop's rows where the branches are."""
+        """Set the loop's rows to the states of the branches."""
         device = self.running.rows.device
 
         def rows_of(values: list[Any]) -> Tensor:
@@ -264,7 +271,7 @@ class BranchLoop(PassLoop):
         self.cache.load(parts, self.parts.shapes)
 
     def read(self) -> Tensor:
-        """As in the pass loop; notes its cost and, where they are kept, the branches' parts."""
+        """Read as the pass loop does; record the cost and, if kept, the branches' parts."""
         num_copies, running = self.num_copies, self.running
         read = running.num_fresh + running.num_drafts
         first = [x[::num_copies] for x in (running.rows, running.active, running.start, read)]
@@ -283,7 +290,7 @@ class BranchLoop(PassLoop):
         return hidden
 
     def step(self) -> list[Branch]:
-        """One pass: what each open branch grew into, in order, as often as blocks were drawn."""
+        """Run one pass. Returns the children of the open branches, one per sampled block."""
         running = self.running
         added, _ = self.run_pass()
         columns = (added.tokens, added.slots, added.accepted, added.logprobs)
@@ -315,12 +322,12 @@ class BranchLoop(PassLoop):
         return grown
 
     def fork(self, branches: list[Branch], num_copies: int) -> None:
-        """Go on with open branches of this loop only, of which the next pass draws `num_copies`
-        blocks each.
+        """Continue with open branches of this loop only; the next pass samples `num_copies` blocks
+        of each.
 
-        Their key-value cache is copied once, whatever `num_copies` is. The first of a branch's
-        blocks begins with what main accepts of its drafts. The others are sampled as if there were
-        none: copies that all verify the same drafts would be identical.
+        Their key-value cache is copied once, whatever `num_copies` is. The first block of a branch
+        begins with the drafts that main accepts. The others are sampled without drafts: copies that
+        all verify the same drafts would be identical.
         """
         running = self.running
         chosen = torch.tensor([branch.row for branch in branches], device=running.rows.device)
@@ -335,26 +342,26 @@ class BranchLoop(PassLoop):
 
 
 def padded(rows: list[list[Any]], fill: Any) -> list[list[Any]]:
-    """The rows, each filled up on the right to the longest."""
+    """The rows, each padded on the right to the longest."""
     longest = max(map(len, rows))
     return [row + [fill] * (longest - len(row)) for row in rows]
 
 
-def give_scores(config: SearchConfig, judge: Judge | None, branches: list[Branch]) -> None:
+def give_scores(config: SearchConfig, scorer: Scorer | None, branches: list[Branch]) -> None:
     """Write each branch's `score`.
 
-    Raises ValueError if the judge does not give a finite number for every branch.
+    Raises ValueError if the scorer does not give a finite number for every branch.
     """
-    if judge is None:
+    if scorer is None:
         for branch in branches:
-            branch.score = branch.logprob / max(1, branch.num_drawn) ** config.length_penalty
+            branch.score = branch.logprob / max(1, branch.num_sampled) ** config.length_penalty
         return
-    scores = [float(score) for score in judge(branches)]
+    scores = [float(score) for score in scorer(branches)]
     if len(scores) != len(branches):
         raise ValueError(
-            f"the judge must give a score for each of {len(branches)} branches, got {len(scores)}"
+            f"the scorer must give a score for each of {len(branches)} branches, got {len(scores)}"
         )
     for branch, score in zip(branches, scores, strict=True):
         if not math.isfinite(score):
-            raise ValueError(f"the judge must give finite scores, got {score} for {branch.text()}")
+            raise ValueError(f"the scorer must give finite scores, got {score} for {branch.text()}")
         branch.score = score

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:
-    """A tensor as autocast would cast it for a product, so that it need not at every pass."""
+    """A tensor as autocast would cast it for a product, so that no pass has to cast it again."""
     if not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
@@ -33,7 +33,7 @@ class BlockCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Rotated keys are wider than autocast's products; they need not be cast at every pass.
+        # Rotated keys are wider than autocast's products; casting them here saves a cast per pass.
         key_states, value_states = in_autocast_dtype(key_states), in_autocast_dtype(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -64,7 +64,7 @@ class BlockCacheLayer(CacheLayerMixin):
 
 
 class BlockCache(Cache):
-    """A cache whose index is the token's position, so that rows may grow at different rates.
+    """A cache indexed by token position, so that rows may grow at different rates.
 
     Rows are padded on the right. A padded position is overwritten by the row's next block before
     any query can reach it, so a mask is the family's rule (causal, sliding, ...) on positions. To
@@ -75,9 +75,9 @@ class BlockCache(Cache):
     attention reads them all, most under the mask: more work, for one memory address and one shape
     throughout, as compiled forwards and CUDA graphs want.
 
-    Main's layers are `layers`; a family that keeps more than one state in a layer adds to them. The
-    head's are `head_layers`. For a main that reads the whole text at every pass, `text` holds the
-    tokens and main's layers stay empty.
+    Main's layers are `layers`, the head's are `head_layers`. Main may write to more layers than it was
+    made with, which are added then. For a main that reads the whole text at every pass, `text` holds
+    the tokens and main's layers stay empty.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class BlockCache(Cache):
     def whole_text(self, tokens: Tensor) -> Tensor:
         """Write the tokens [B, L] of a pass and return the texts [B, length] up to its end.
 
-        Tokens behind a row's own are whatever was there.
+        Positions after a row's last token hold padding or tokens that were rejected.
         """
         if self.text is None:
             self.text = tokens.new_zeros(len(tokens), self.capacity)
@@ -150,9 +150,9 @@ class BlockCache(Cache):
         return self.text[:, : self.length]
 
     def select(self, rows: Tensor) -> None:
-        """Go on with the given rows, some of which may be the same.
+        """Continue with the given rows, which may repeat.
 
-        They are copied at the next `place`, so choosing twice copies once.
+        Rows are copied at the next `place`, so selecting twice copies once.
         """
         self.num_rows = len(rows)
         self.chosen = rows if self.chosen is None else self.chosen[rows]
@@ -160,7 +160,7 @@ class BlockCache(Cache):
     def part(self, rows: Tensor, start: Tensor, width: int) -> Tensor:
         """Keys and values of `width` positions from `start` [R] on, of the given rows [R].
 
-        Returns [R, width, numbers], those of all layers in a row.
+        Returns [R, width, numbers], with all layers concatenated.
         """
         rows = rows if self.chosen is None else self.chosen[rows]
         where = start[:, None] + torch.arange(width, device=start.device)
@@ -187,7 +187,9 @@ class BlockCache(Cache):
         ]
 
     def load(self, parts: Tensor, shapes: list[tuple[int, int]]) -> None:
-        """Hold what `part` of a cache of these shapes gave, from position 0 on: [R, T, numbers]."""
+        """Write the result of `part` of a cache of these shapes from position 0 on: [R, T,
+        numbers].
+        """
         self.num_rows, self.capacity, self.chosen = len(parts), parts.shape[1], None
         sizes = [heads * width for heads, width in shapes]
         num_head_states = 2 * len(self.head_layers)

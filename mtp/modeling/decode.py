@@ -1,19 +1,19 @@
 """The pass loop: one forward of main and one block of up to K + 1 tokens at a time, batched.
 
 At the last position of the context (the anchor) main samples t_0 and the head t_1..t_K. A row in a
-fast phase keeps all, in a slow phase t_0 only. A block is cut after the first phase delimiter or
-end-of-sequence token in it, so no token of a slow phase is ever the head's. Kept tokens go through
-main in the next pass, as ordinary tokens.
+fast phase keeps all of them, a row in a slow phase t_0 only. A block is cut after its first phase
+delimiter or end-of-sequence token, so the head never writes a token of a slow phase. Kept tokens go
+through main in the next pass, as ordinary tokens.
 
-In a verified phase the head's tokens are drafts. They go through main behind t_0 in the next pass,
-which keeps the longest prefix that main accepts and samples its own next token after it: no pass is
-spent on verifying alone, and the text follows main's distribution. Rows of one batch may be in
-different modes.
+In a verified phase the head's tokens are drafts. They go through main after t_0 in the next pass.
+This pass keeps the longest prefix that main accepts and samples main's own next token after it. No
+pass is spent on verification alone, and the text follows main's distribution. Rows of one batch may
+be in different modes.
 
 Ships with checkpoints: imports torch, transformers and siblings only.
 
-Shapes: B rows of the batch, R rows still running, L tokens fed to a pass, J drafts, K head slots,
-V vocabulary, D main width.
+Shapes: B rows of the batch, R rows still running, L tokens fed to a pass, J drafts, K head slots, V
+vocabulary, D main width.
 """
 
 from collections.abc import Callable, Sequence
@@ -79,7 +79,7 @@ def decode(
 
 
 class PassLoop:
-    """Asks main and the head for the blocks of a batch, pass by pass."""
+    """Samples the blocks of a batch from main and the head, pass by pass."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class PassLoop:
         options: DecodeOptions,
         num_copies: int = 1,
     ):
-        """num_copies: rows next to each other that are the same, and are read once."""
+        """num_copies: number of adjacent rows that are identical, and are read once."""
         self.model = model
         limits = options.max_new_tokens, options.pad_id, options.stop
         self.running = RunningRows(prompts, prompt_lengths, plans, *limits)
@@ -100,9 +100,9 @@ class PassLoop:
         self.main_output = main.in_autocast_dtype()
         self.head_output = self.main_output if head is main else head.in_autocast_dtype()
         self.samples = TokenSampler(options, self.tables, self.main_output, self.head_output)
-        self.num_copies = num_copies  # rows next to each other that are still the same
+        self.num_copies = num_copies  # adjacent rows that are still identical
         self.head = model.mtp_head
-        # A plan without head slots needs nothing remembered.
+        # A plan without head slots needs no head state.
         num_cache_layers = self.head.num_cache_layers if self.tables.num_head_slots else 0
         self.cache = BlockCache(
             model.main_config.num_hidden_layers,
@@ -111,11 +111,11 @@ class PassLoop:
             options.static_cache,
             num_cache_layers,
         )
-        self.observed: list[Tensor] = []  # the head's, of the last pass
-        self.head_settled: Settled | None = None  # slots made together with main's token
+        self.observed: list[Tensor] = []  # the head's observations of the last pass
+        self.head_settled: Settled | None = None  # slots computed together with main's token
 
     def run_pass(self) -> tuple[Block, bool]:
-        """One pass of all running rows: what it added, and whether any row goes on."""
+        """One pass of all running rows: the tokens that it added, and whether any row continues."""
         running = self.running
         hidden = self.read()
         self.head_settled = None
@@ -144,8 +144,9 @@ class PassLoop:
         return added, goes_on
 
     def read(self) -> Tensor:
-        """Main's forward over what is fed, equal rows once, observed by the head if some row uses
-        it: hidden rows [R, L, D].
+        """Main's forward over the fed tokens: hidden rows [R, L, D].
+
+        Identical rows are read once. The head observes the pass if some row uses it.
         """
         running = self.running
         copies, self.num_copies = self.num_copies, 1
@@ -173,11 +174,11 @@ class PassLoop:
         return kept
 
     def context(self, at: Tensor) -> list[Tensor]:
-        """The head's context at anchors `at` [R] of what was fed."""
+        """The head's context at anchors `at` [R] among the fed tokens."""
         return self.head.context(self.observed, at, self.running.start + at)
 
     def main_tokens(self, hidden: Tensor) -> Verdict:
-        """What main accepts of the drafts, and its own token after them: hidden [R, L, D]."""
+        """The drafts that main accepts, and its own token after them: hidden [R, L, D]."""
         running = self.running
         row, at = torch.arange(len(running.rows), device=hidden.device), running.num_fresh - 1
         width, position = running.drafts.shape[1], running.known()
@@ -204,10 +205,11 @@ class PassLoop:
         )
 
     def anchor_rows(self, hidden: Tensor, at: Tensor) -> Tensor:
-        """Rows that go through main's output layer at the anchors `at` [R]: hidden [R, D].
+        """Rows for main's output layer at the anchors `at` [R]: hidden [R, D].
 
-        Main's own [R, 1, D]. The slots of a parallel head do not wait for main's token: where all
-        rows use them and the output layer is shared, one read of it serves both, [R, 1 + K, D].
+        Main's own row is [R, 1, D]. The slots of a parallel head do not depend on main's token:
+        where all rows use them and the output layer is shared, one read of it serves both, [R, 1 +
+        K, D].
         """
         shared = self.head_output is self.main_output and not self.head.sequential
         if not (shared and self.running.all_use_head):
@@ -218,15 +220,15 @@ class PassLoop:
     def head_tokens(self, verdict: Verdict, ended: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Main's token and, in rows that use the head, the head's after it.
 
-        ended [R]: rows whose last accepted draft ended the sequence. Returns the block [R, 1 + K]
-        and its log-probabilities, how many of its tokens are kept [R] and, of those of the head,
-        how many are drafts [R].
+        ended [R]: rows whose last accepted draft ended the sequence. Returns the block [R, 1 + K],
+        its log-probabilities, the number of its tokens that are kept [R] and the number of the
+        head's tokens that are drafts [R].
         """
         running = self.running
         prefix, token = verdict.num_accepted, verdict.token
         runs, width = running.active & ~ended, self.tables.num_head_slots
         if not width and not self.tables.has_budgets:
-            # Nothing but main's token, which an active row has room for.
+            # Only main's token, for which an active row has room.
             return token[:, None], verdict.logprobs, runs.long(), torch.zeros_like(prefix)
         row = torch.arange(len(token), device=token.device)
         left = running.max_new_tokens - running.out.lengths[running.rows] - prefix
@@ -273,10 +275,10 @@ class PassLoop:
         token: Tensor,
         floor: Tensor,
     ) -> Slots:
-        """Sample the head's tokens in `chosen` rows [F] behind t_0, `token` [F].
+        """Sample the head's tokens after t_0, `token` [F], in `chosen` rows [F].
 
-        `at` [R] are the anchors, `prefix` [F] the drafts accepted before t_0.
-        Slots after one whose likeliest token is below `floor` [F, 1] in every row are left out.
+        `at` [R] are the anchors, `prefix` [F] the number of drafts accepted before t_0. Sampling
+        stops after a slot whose likeliest token is below `floor` [F, 1] in every row.
         """
         running = self.running
         width = self.tables.num_head_slots
@@ -285,7 +287,7 @@ class PassLoop:
         if self.head_settled is not None:
             settled = self.head_settled.part(chosen, slice(None))
         else:
-            # Of all rows: to choose among them would copy what the head remembers.
+            # For all rows: selecting some would copy the head's state.
             context = [part[chosen] for part in self.context(at)]
             if not self.head.sequential:
                 states = self.head(context, None)[:, :width]

@@ -1,4 +1,5 @@
-"""How to decode: the options that travel together, and what the pass loop needs of a model.
+"""Options of decoding, passed around as one object, and the interface that the pass loop needs of a
+model.
 
 Ships with checkpoints: imports torch and siblings only.
 """
@@ -17,7 +18,7 @@ from .output_layer import OutputLayer
 from .sampler import Sampler
 
 Process = Callable[[Tensor, Tensor], Tensor]
-"""What a `LogitsProcessor` does: token ids [B, T] and scores [B, V] -> scores [B, V]."""
+"""Signature of a `LogitsProcessor`: token ids [B, T] and scores [B, V] -> scores [B, V]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,18 +34,17 @@ class DecodeOptions:
     generator: torch.Generator | None = None
     """Source of randomness for sampling."""
     process: Process | None = None
-    """Changes the scores of every slot, main's and the head's, before the sampler. It is given the
-    texts up to the slot, padded on the left to T and the tokens written since: rows of one width at
-    a time."""
+    """Changes the scores of every slot, main's and the head's, before the sampler. It receives rows
+    of one width at a time: texts up to the slot, padded on the left to T plus the new tokens."""
     stop: Stop | None = None
-    """Stopping criterion, asked after every token with texts as above; a block is cut where it says
-    True."""
+    """Stopping criterion, called after every token with texts as above; a block is cut where it
+    returns True."""
     static_cache: bool = False
     """Keep keys and values at one length from the first pass on, see `BlockCache`."""
     impl: str | None = None
     """Implementation of `mtp_kernels` that samples tokens and verifies drafts without logits,
-    `auto` for one where it pays; None: none. Logits are made in any case where something else asks
-    for them: top-k and top-p, a `process`, thresholds."""
+    `auto` for the faster choice; None: none. Logits are computed in any case where top-k, top-p, a
+    `process` or thresholds need them."""
 
     def check(self) -> None:
         """Raises ValueError for an impossible value."""
@@ -53,7 +53,7 @@ class DecodeOptions:
 
 
 class DecodableModel(Protocol):
-    """What decoding needs of a model; an `MTPMixin` model has it."""
+    """Interface that decoding needs of a model; an `MTPMixin` model has it."""
 
     config: Any
     main_config: Any
@@ -65,7 +65,7 @@ class DecodableModel(Protocol):
 
     @property
     def block_size(self) -> int:
-        """K + 1: the most tokens of one pass."""
+        """Maximum number of tokens per pass, K + 1."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters."""
@@ -74,7 +74,7 @@ class DecodableModel(Protocol):
         """Switch to training, or to evaluation."""
 
     def output_layers(self, channel_gradient: float = 1.0) -> tuple[OutputLayer, OutputLayer]:
-        """The output layers of main and of the head, one object where the head uses main's."""
+        """The output layers of main and of the head, one object if the head uses main's."""
 
     def main_states(
         self,
@@ -86,7 +86,7 @@ class DecodableModel(Protocol):
         is_even: bool = False,
         with_taps: bool = True,
     ) -> tuple[Tensor, list[Tensor]]:
-        """One pass of main over tokens [B, L] through the cache: hidden rows, and those of taps."""
+        """One pass of main over tokens [B, L] through the cache: hidden rows and tap rows."""
 
     def head_embed(self, tokens: Tensor, channel_gradient: float = 1.0) -> Tensor:
         """Embeddings of tokens as the head reads them."""

@@ -1,4 +1,5 @@
-"""The rows of a batch between two passes: what is written, and what the next pass is fed.
+"""The state of a batch's rows between two passes: the output so far, and the input of the next
+pass.
 
 Ships with checkpoints: imports torch and siblings only.
 
@@ -18,13 +19,16 @@ from .phases import PhasePlan, PlanTables
 from .records import FORCED, Block, Decoded
 
 Stop = Callable[[Tensor, Any], Tensor]
-"""What a `StoppingCriteria` does: token ids [B, T] and None -> [B] bool."""
+"""Signature of a `StoppingCriteria`: token ids [B, T] and None -> [B] bool."""
 Texts = Iterator[tuple[Tensor, Tensor]]
-"""Of F rows, those of one length at a time: which they are [G], and their texts [G, W]."""
+"""Groups of F rows by length: the indices of a group's rows [G], and their texts [G, W]."""
 
 
 def splice(count: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """`count` [R] columns of `first` [R, J], then `second` [R, W], then anything: [R, J + W]."""
+    """Concatenate row-wise: the first `count` [R] columns of `first` [R, J], then `second` [R, W].
+
+    Returns [R, J + W]; the rest of each row is padding with undefined values.
+    """
     width = first.shape[1]
     if not width:
         return second
@@ -46,15 +50,15 @@ class RunningRows:
         pad_id: int,
         stop: Stop | None,
     ):
-        """Before the first pass of prompts [B, T] with lengths [B]."""
+        """State before the first pass of prompts [B, T] with lengths [B]."""
         device, num_rows = prompts.device, len(prompts)
         self.plan, self.tables = plans[0], PlanTables(plans, max_new_tokens + 1, device)
         self.prompts, self.prompt_lengths = prompts, prompt_lengths
         self.max_new_tokens, self.pad_id, self.stop = max_new_tokens, pad_id, stop
-        # Beyond the limit there is room for what a cut drops.
+        # Room beyond the limit for the tokens that a cut drops.
         self.room = max_new_tokens + 2 * (self.tables.num_head_slots + 1)
 
-        # What is written: rows of the batch.
+        # Output, for all rows of the batch.
         self.out = Decoded(
             tokens=torch.full((num_rows, self.room), pad_id, device=device),
             slots=torch.full((num_rows, self.room), -1, device=device),
@@ -66,27 +70,27 @@ class RunningRows:
             closed=torch.zeros(num_rows, dtype=torch.bool, device=device),
         )
 
-        # Rows still running; `rows` says where they belong in the above.
+        # Rows still running; `rows` gives their indices in the batch.
         self.rows = torch.arange(num_rows, device=device)
         self.active = torch.ones(num_rows, dtype=torch.bool, device=device)
         self.phase = self.plan.phase_after(prompts).gather(1, prompt_lengths[:, None] - 1)[:, 0]
         self.in_phase = torch.zeros_like(prompt_lengths)  # output tokens of the current phase
         self.closed = torch.zeros_like(self.active)  # the segment was closed (`Phase.closed_by`)
-        # A pass is fed `num_fresh` tokens that are kept, then `num_drafts` that may be.
+        # A pass is fed `num_fresh` tokens that are kept, then `num_drafts` that are to be verified.
         self.fed, self.num_fresh = prompts, prompt_lengths
         self.drafts, self.num_drafts = prompts[:, :0], torch.zeros_like(prompt_lengths)
         self.draft_source: Tensor | None = None  # of sampled drafts, see `Slots`
-        self.start = torch.zeros_like(prompt_lengths)  # position of the first token that is fed
-        self.length = prompts.shape[1]  # positions of the longest row, with what is fed
+        self.start = torch.zeros_like(prompt_lengths)  # position of the first fed token
+        self.length = prompts.shape[1]  # positions of the longest row, with the fed tokens
         self.is_even = bool((prompt_lengths == self.length).all())  # running rows end at `length`
         self.num_active = num_rows
         self.all_use_head = bool((self.kept_of_block() > 1).all())
 
     def resume(self, written: Decoded, phase: Tensor, in_phase: Tensor, start: Tensor) -> None:
-        """Begin not at the prompts but at texts that are partly `written` and go on, one a row.
+        """Begin at partly `written` texts instead of the prompts, one per row.
 
         Args:
-            written: what the rows have so far.
+            written: the rows' output so far.
             phase: [R] index of the phase that the next pass begins in.
             in_phase: [R] output tokens of that phase so far.
             start: [R] position of the first token that main has not read.
@@ -105,7 +109,7 @@ class RunningRows:
         self.all_use_head, self.is_even = fewest > 1, False
 
     def kept_of_block(self) -> Tensor:
-        """[R] most tokens of a block that the mode of each running row's phase may keep."""
+        """[R] maximum number of tokens per block that the phase of each running row keeps."""
         return self.tables.keep.gather(1, self.phase[:, None])[:, 0]
 
     def known(self) -> Tensor:
@@ -113,11 +117,11 @@ class RunningRows:
         return self.prompt_lengths[self.rows] + self.out.lengths[self.rows]
 
     def texts(self, index: Tensor, extra: Tensor, num_extra: Tensor) -> Texts:
-        """Texts of running rows, `index` [F], with `num_extra` [F] tokens of `extra` [F, E] behind.
+        """Texts of running rows, `index` [F], followed by `num_extra` [F] tokens of `extra` [F, E].
 
-        Rows with equally many new tokens come together: which of the F they are [G], and their
-        texts [G, T + new], padded on the left. So a text has the width that it has in transformers'
-        `generate`, whatever the other rows of the batch have written.
+        Yields rows with the same number of new tokens together: their indices among the F [G], and
+        their texts [G, T + new], padded on the left. Hence a text has the same width as in
+        transformers' `generate`, however long the other rows of the batch are.
         """
         rows = self.rows[index]
         new = self.out.lengths[rows] + num_extra
@@ -132,8 +136,10 @@ class RunningRows:
             yield where, torch.where(source < 0, self.pad_id, known)
 
     def enter_phases(self, tokens: Tensor, count: Tensor) -> Tensor:
-        """Take note of `count` [R] more tokens of `tokens` [R, J], of which only the last may be a
-        delimiter or an end token. Returns [R] bool, True where it ends the row's text.
+        """Update the phases for `count` [R] more tokens of `tokens` [R, J], of which only the last
+        may be a delimiter or an end token.
+
+        Returns [R] bool, True where this token ends the row's text.
         """
         if not tokens.shape[1]:
             return torch.zeros_like(self.active)
@@ -146,8 +152,9 @@ class RunningRows:
         return (count > 0) & self.plan.is_end(last) | self.closed
 
     def close_phases(self, added: Block, ended: Tensor) -> tuple[Block, Tensor]:
-        """Write a delimiter (`PhasePlan.forced`) behind what is added to rows whose phase is used
-        up. ended [R] -> the same, with rows counted whose segment that closed.
+        """Append a delimiter (`PhasePlan.forced`) in rows whose phase has used up its budget.
+
+        Returns the block and `ended` [R] with the rows added whose segment was closed.
         """
         total = added.lengths
         row = torch.arange(len(total), device=total.device)
@@ -175,9 +182,9 @@ class RunningRows:
         return added, ended | self.closed
 
     def stop_rows(self, added: Block, ended: Tensor) -> tuple[Block, Tensor]:
-        """Cut what is added after the first token at which the stopping criterion is met.
+        """Cut the added tokens after the first token at which the stopping criterion is met.
 
-        ended [R] -> the same, with rows that it stopped counted as ended.
+        Returns the block and `ended` [R] with the stopped rows added.
         """
         assert self.stop is not None
         total, stopped = added.lengths.clone(), torch.zeros_like(ended)
@@ -192,7 +199,7 @@ class RunningRows:
         return replace(added, lengths=total), ended | stopped
 
     def write(self, added: Block, ended: Tensor) -> None:
-        """Copy what a pass added to the output."""
+        """Copy the tokens that a pass added to the output."""
         out, rows = self.out, self.rows
         columns = torch.arange(added.tokens.shape[1], device=rows.device)
         is_kept = columns < added.lengths[:, None]
@@ -208,10 +215,10 @@ class RunningRows:
         self.active = self.active & ~ended & (out.lengths[rows] < self.max_new_tokens)
 
     def advance(self, added: Block, prefix: Tensor, drafts: Tensor, proposed: Tensor) -> bool:
-        """Prepare the next pass; False if no row goes on.
+        """Prepare the next pass; False if no row continues.
 
-        prefix [R]: added tokens that main has already read, as drafts. proposed [R]: how many of
-        `drafts` [R, K] are fed behind the tokens that it has not.
+        prefix [R]: added tokens that main has already read, as drafts. proposed [R]: the number of
+        `drafts` [R, K] that are fed after the unread tokens.
         """
         fresh, columns = added.tokens, torch.arange(added.tokens.shape[1], device=prefix.device)
         if self.drafts.shape[1]:
@@ -223,7 +230,7 @@ class RunningRows:
         num_fed = self.num_fresh + self.num_drafts
         widest_row, farthest_row = num_fed.max(), self.start.max()
         end = widest_row + farthest_row
-        figures = (
+        counts = (
             self.active.sum(),
             widest_row,
             farthest_row,
@@ -231,8 +238,9 @@ class RunningRows:
             torch.where(self.active, self.kept_of_block(), 2).min(),
             torch.where(self.active, self.start + num_fed, end).min(),
         )
-        counts = torch.stack(figures).tolist()
-        self.num_active, widest, farthest, num_drafts, fewest, nearest = counts
+        self.num_active, widest, farthest, num_drafts, fewest, nearest = torch.stack(
+            counts
+        ).tolist()
         self.all_use_head, self.is_even = fewest > 1, nearest == farthest + widest
         if not self.num_active:
             return False
@@ -248,7 +256,7 @@ class RunningRows:
         return True
 
     def select(self, chosen: Tensor) -> None:
-        """Go on with the chosen rows only."""
+        """Continue with the chosen rows only."""
         self.tables.select(chosen)
         for name in ("rows", "active", "phase", "in_phase", "closed", "start"):
             setattr(self, name, getattr(self, name)[chosen])
@@ -258,7 +266,7 @@ class RunningRows:
             self.draft_source = self.draft_source[chosen]
 
     def renumber(self) -> None:
-        """Make the running rows, of which some may be the same, all the rows of the batch."""
+        """Make the running rows, which may repeat, all the rows of the batch."""
         kept = self.rows
         self.prompts, self.prompt_lengths = self.prompts[kept], self.prompt_lengths[kept]
         self.out, self.rows = self.out.select(kept), torch.arange(len(kept), device=kept.device)

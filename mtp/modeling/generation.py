@@ -1,8 +1,8 @@
 """`generate` with `mtp_mode`: transformers' conventions around the pass loop.
 
-What is here: the mixin that reads a request (padding, generation config, processors, criteria,
-streamer), refuses impossible ones before any pass, and runs `decode.decode`. This module is
-also the door to decoding for the rest of the library.
+The mixin here reads a request (padding, generation config, processors, criteria, streamer), refuses
+impossible ones before any pass, and runs `decode.decode`. The rest of the library imports decoding
+from this module.
 
 Ships with checkpoints: imports torch, transformers and siblings only.
 
@@ -64,7 +64,7 @@ __all__ = [
 
 @dataclass
 class MTPGenerateOutput(ModelOutput):
-    """`generate(..., mtp_mode=..., return_dict_in_generate=True)`."""
+    """Output of `generate(..., mtp_mode=..., return_dict_in_generate=True)`."""
 
     sequences: Tensor | None = None
     """[B, T + L] the prompt as given and the output, padded on the right."""
@@ -77,7 +77,7 @@ class MTPGenerateOutput(ModelOutput):
     accepted: Tensor | None = None
     """[B, L] slot of the head that proposed a token which main accepted (verified mode), else 0."""
     finished: Tensor | None = None
-    """[B] bool, ended by an end token or a stopping criterion."""
+    """[B] bool, True if the text ended by an end token or a stopping criterion."""
 
 
 class Request(NamedTuple):
@@ -129,9 +129,9 @@ class MTPGenerationMixin:
     ) -> tuple[Tensor, list[Tensor]]:
         """Feed tokens [B, L] whose first is at position `start` [B]; the cache then holds `length`.
 
-        is_even: every row that counts ends there, which spares one token a row its mask.
-        Returns main's hidden rows after its final norm [B, L, D], and each tap's [B, L, D], none
-        without taps.
+        is_even: every active row ends at `length`, so one token per row needs no mask. Returns
+        main's hidden rows after its final norm [B, L, D], and each tap's [B, L, D]; no taps if
+        `with_taps` is False.
         """
         taps = self.mtp_taps if with_taps else []
         positions = start[:, None] + torch.arange(fed.shape[1], device=fed.device)
@@ -168,8 +168,8 @@ class MTPGenerationMixin:
         Args:
             mode: `fast` runs each phase in its own mode, `slow` and `verified` all in that mode.
             k: head slots of a pass; None: all that the head has.
-            max_thought_tokens: after so many tokens of the first phase it is closed by force.
-            config: of the request, whose phases and end tokens count more than the checkpoint's.
+            max_thought_tokens: number of tokens after which the first phase is closed by force.
+            config: the request's config, whose phases and end tokens override the checkpoint's.
 
         Raises ValueError for settings that the checkpoint cannot follow.
         """
@@ -214,25 +214,25 @@ class MTPGenerationMixin:
         generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' `generate`; with `mtp_mode`, the pass loop.
+        """Transformers' `generate`; with `mtp_mode`, the pass loop.
 
         Args:
-            inputs: [B, T] token ids, padded on either side; `input_ids` is the same.
-            generation_config: of this call; the model's own by default.
+            inputs: [B, T] token ids, padded on either side; `input_ids` is a synonym.
+            generation_config: config of this call; the model's own by default.
             mtp_mode: `fast`, `slow` or `verified`, or one of them for each row; `stock`:
-                transformers' own `generate` on main alone, with all its arguments. None: what the
-                generation config says under this name, `stock` if it says nothing.
-            mtp_k: head slots of a pass; None: as the generation config says, else all that the
+                transformers' own `generate` on main alone, with all its arguments. None: the value
+                in the generation config, `stock` if it has none.
+            mtp_k: head slots of a pass; None: the value in the generation config, else all that the
                 head has.
             max_thought_tokens: budget of the first phase, whose closing delimiter is then forced;
-                None: as the generation config says, else that of the phase.
+                None: the value in the generation config, else that of the phase.
             generator: source of randomness for sampling.
-            kwargs: with a mode, what `requests.OPTIONS` honours, as logits_processor (applied
-                to every slot), stopping_criteria (asked after every token) and streamer (given a
-                block at a time).
+            kwargs: with a mode, the supported options of `requests.OPTIONS`, such as
+                logits_processor (applied to every slot), stopping_criteria (called after every
+                token) and streamer (receives a block at a time).
 
         Returns [B * num_return_sequences, T + L] ids, or `MTPGenerateOutput`. Raises ValueError,
-        before any pass, for what the pass loop cannot do.
+        before any pass, for options that the pass loop does not support.
         """
         check_own(generation_config, self.generation_config)
         mode = first_set("mtp_mode", generation_config, self.generation_config)
@@ -246,7 +246,7 @@ class MTPGenerationMixin:
             for name, value in ours.items():
                 if value is not None:
                     raise ValueError(
-                        f"{name} must be left out without an mtp_mode, which is {mode!r}, got "
+                        f"{name} must be left out if mtp_mode is {mode!r}, got "
                         f"{value}; give one of {list(MODES)}"
                     )
             return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
@@ -296,26 +296,26 @@ class MTPGenerationMixin:
         on_segment: Callable[[int, list[int], Memory], None] | None = None,
         **kwargs: Any,
     ) -> Segments:
-        """Trajectories that summarize into a memory file and think on; see `segments.py`.
+        """Trajectories that summarize into a memory file and continue thinking; see `segments.py`.
 
-        The settings saved with the checkpoint (`generation_config.mtp_segments`) say what a next
-        segment is given. Arguments are those of `generate`, `max_new_tokens` being a segment's, and
+        The settings saved with the checkpoint (`generation_config.mtp_segments`) define the context
+        of the next segment. `max_new_tokens` is the limit of a segment.
 
         Args:
             inputs: [B, T] token ids, padded on either side.
-            generation_config: of this call; the model's own by default.
-            tokenizer: of the model; it reads summaries and writes the memory file.
-            mtp_mode: for all phases' modes, or one for each row; None: as the generation config
-                says, else `fast`.
+            generation_config: config of this call; the model's own by default.
+            tokenizer: the model's; it reads summaries and writes the memory file.
+            mtp_mode: mode of all phases, or one for each row; None: the value in the generation
+                config, else `fast`.
             mtp_k: as in `generate`.
-            max_segments: of a trajectory; None: as saved.
+            max_segments: maximum number of segments per trajectory; None: as saved.
             generator: source of randomness for sampling.
             on_block: called after each pass.
             on_segment: called with a trajectory's number, its next context and its memory.
-            kwargs: as in `generate`, without a streamer and whatever counts from the beginning of a
-                text that is not one.
+            kwargs: as in `generate`, without a streamer and without options that count from the
+                beginning of a single text.
 
-        Raises ValueError, before any pass, for what cannot be done.
+        Raises ValueError, before any pass, for unsupported options.
         """
         saved = first_set("mtp_segments", generation_config, self.generation_config)
         settings = SegmentSettings(**(saved or {}))
@@ -334,7 +334,7 @@ class MTPGenerationMixin:
             one_context=settings.max_segments == 1,
         )
         if request.streamer is not None:
-            raise ValueError("generate_segments takes no streamer; give it on_block")
+            raise ValueError("generate_segments does not support streamer; use on_block")
         return decode_segments(
             self,  # type: ignore[arg-type]
             request.prompts,
@@ -359,10 +359,10 @@ class MTPGenerationMixin:
         kwargs: dict[str, Any],
         one_context: bool = True,
     ) -> Request:
-        """What `decode` is asked for. Raises ValueError for what it cannot do.
+        """The request as `decode` takes it. Raises ValueError for unsupported options.
 
-        mtp_mode, mtp_k, max_thought_tokens: None: the generation config's. one_context: a text
-        continues its prompt throughout.
+        mtp_mode, mtp_k, max_thought_tokens: None takes the generation config's. one_context: True
+        if a text continues its prompt throughout.
         """
         check_attention(self)
         check_own(generation_config, self.generation_config)
@@ -408,14 +408,14 @@ class MTPGenerationMixin:
             process=process if len(process) else None,  # type: ignore[arg-type]
             stop=stop if len(stop) else None,
             static_cache=cache == "static",
-            # Greedy tokens are the same with and without; a draw from the generator is not.
+            # Greedy tokens are the same with and without; a sample from the generator is not.
             impl=None if wanted["do_sample"] else "auto",
         )
         padded, lengths = prompts.gather(1, order), mask.sum(1)
         return Request(prompts, wanted, padded, lengths, plans, options, copies, wanted["streamer"])
 
     def _read_mask(self, given: Tensor | None, prompts: Tensor, stock: GenerationConfig) -> Tensor:
-        """[B, T] int64: 1 where a prompt has a token; not given, it is inferred as in transformers.
+        """[B, T] int64: 1 where a prompt has a token; if not given, inferred as in transformers.
 
         Raises ValueError for a mask that does not belong to the prompts.
         """
@@ -440,7 +440,7 @@ class MTPGenerationMixin:
         stock: GenerationConfig,
         one_context: bool,
     ) -> LogitsProcessorList:
-        """The processors that are given, and transformers' own for the options that these do.
+        """The given processors, and transformers' own for the options that they implement.
 
         Raises ValueError for options that do not suit the prompts.
         """
@@ -451,7 +451,7 @@ class MTPGenerationMixin:
         if not one_context:
             raise ValueError(
                 f"{asked[0]} must be left out where a text has several contexts, got "
-                f"{wanted[asked[0]]}; give a logits_processor that knows of them"
+                f"{wanted[asked[0]]}; give a logits_processor that handles them"
             )
         if "repetition_penalty" in asked and not bool(mask.all()):
             raise ValueError(
@@ -470,9 +470,9 @@ class MTPGenerationMixin:
 
 
 def read_prompts(inputs: Tensor | None, input_ids: Tensor | None) -> Tensor:
-    """[B, T] the prompts of a call, which has two names for them."""
+    """[B, T] prompts of a call, given by either of the two names."""
     if inputs is not None and input_ids is not None:
-        raise ValueError("input_ids must be left out beside inputs, which is the same; give one")
+        raise ValueError("input_ids must be left out if inputs is given; give one of them")
     prompts = input_ids if inputs is None else inputs
     if prompts is None:
         raise ValueError("input_ids must be given to generate with mtp_mode")

@@ -27,25 +27,27 @@ class HeadConfig:
     """The eavesdropping head. Saved as `config.mtp` in a checkpoint's config.json."""
 
     type: str = "eavesdrop"
-    """`eavesdrop`: a causal transformer over the slots of a block. `parallel`: one projection of
-    the message per slot, all slots in one step, blind to the block's own tokens. Or the name of a
-    head that was added with `register_head`."""
+    """Type of the head. `eavesdrop`: a causal transformer over the slots of a block. `parallel`:
+    one projection of the message per slot, all slots in one step, independent of the block's own
+    tokens. Or the name of a head that was added with `register_head`."""
     num_slots: int = field(default=5, metadata={"at_least": 1, "at_most": 1000})
-    """K: head tokens per pass; a pass yields at most K + 1."""
+    """Number of head tokens per pass, K; a pass yields at most K + 1 tokens."""
     taps: list[int] | None = field(default=None, metadata={"at_least": 0})
     """Layers of main that the head reads, as indices into Hugging Face `hidden_states` (0: the
-    embeddings, num_hidden_layers: after the final norm). None: a third, two thirds and the last."""
+    embeddings, num_hidden_layers: after the final norm). None: one third, two thirds and the
+    last."""
     hidden_size: int = field(default=96, metadata={"at_least": 1, "at_most": 1_000_000})
-    """H, the head's width."""
+    """Width of the head, H."""
     num_layers: int = field(default=1, metadata={"at_least": 1, "at_most": 10_000})
     num_attention_heads: int = field(default=4, metadata={"at_least": 1})
     intermediate_size: int = field(default=256, metadata={"at_least": 1, "at_most": 10_000_000})
     shared_embeddings: bool = True
-    """Read and write tokens through main's embedding and output matrices. False: matrices of the
-    head's own, [V, H], cheaper per slot where the vocabulary is large."""
+    """Read and write tokens through main's embedding and output matrices. False: the head has its
+    own matrices, [V, H], which are cheaper per slot where the vocabulary is large."""
     recall: bool = False
-    """Read main at all earlier positions too: slot j attends to what came j positions after those
-    that resemble the anchor. Keeps keys and values of width H for each position of the text."""
+    """Let the head attend to earlier positions, like an induction head: slot j reads the message j
+    tokens after positions similar to the anchor. Keeps keys and values of width H for each position
+    of the text."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of a head that was added with `register_head`: fields of its `options_class`."""
 
@@ -91,8 +93,9 @@ class HeadConfig:
             raise ValueError(f"head.taps must name each layer once, got {taps}")
 
     def read_options(self) -> Any:
-        """`options` as the type's `options_class`; None for a type without. Raises ValueError for
-        settings that it does not have.
+        """`options` as the type's `options_class`; None for a type that has none.
+
+        Raises ValueError for settings that the class does not have.
         """
         options_class = HEADS[self.type].options_class
         known = [] if options_class is None else [f.name for f in fields(options_class)]
@@ -116,7 +119,9 @@ class HeadConfig:
         Raises ValueError for fields that this version does not know, and as `validate` does.
         """
         if not isinstance(saved, dict):
-            raise ValueError(f"mtp in config.json must be a head's settings by name, got {saved!r}")
+            raise ValueError(
+                f"mtp in config.json must be a mapping of a head's settings, got {saved!r}"
+            )
         unknown = sorted(set(saved) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(
@@ -129,14 +134,14 @@ class HeadConfig:
 
 
 class HeadLinear(nn.Linear):
-    """A bias-free matrix of the head, told apart from main's for its initialization."""
+    """A bias-free matrix of the head; its class distinguishes it from main's in initialization."""
 
     def __init__(self, num_in: int, num_out: int):
         super().__init__(num_in, num_out, bias=False)
 
 
 class HeadRMSNorm(nn.RMSNorm):
-    """In the weight's dtype: under autocast rows may be narrower, which torch warns of."""
+    """RMSNorm in the weight's dtype; torch warns of narrower rows, as under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype))
@@ -183,9 +188,10 @@ class HeadBlock(nn.Module):
 
 
 class Message(nn.Module):
-    """The vector that the head makes of the taps: [N, taps, D] -> [N, H].
+    """The vector that the head computes from the taps: [N, taps, D] -> [N, H].
 
-    Each tap is divided by its own root mean square first: the residual stream grows with depth.
+    Each tap is first divided by its own root mean square, since the residual stream grows with
+    depth.
     """
 
     def __init__(self, num_taps: int, main_width: int, width: int):
@@ -200,11 +206,15 @@ class Message(nn.Module):
 class Recall(nn.Module):
     """Attention over main's messages at all positions up to the anchor, one value for each slot.
 
-    Slot j at anchor t weighs position s <= t - j by how much it resembles t, and reads the message
-    of s + j: what main was about to say j tokens after it last stood where it stands now. So all
-    slots can continue a copy at once, which neither the anchor's message alone nor attention
-    without that shift can tell them. Weights sum to less than 1: slot j has j keys of zeros, whose
-    value is zero, so that it can recall nothing.
+    Slot j at anchor t scores position s <= t - j by its similarity to t, and reads the message of
+    position s + j. This is an induction head (Olsson et al., arXiv 2209.11895) with a shift per
+    slot: if the text repeats, the message j tokens after the earlier occurrence encodes the token
+    of slot j. Hence all slots can continue a copy at once. The anchor's message alone, or attention
+    without the shift, does not carry that. j zero key-value pairs are added for slot j, so
+    attention can select nothing.
+
+    Example: "A B C ... A" with the anchor at the second A. Slot 1 reads the message at B, slot 2
+    the one at C.
     """
 
     def __init__(self, settings: HeadConfig):
@@ -233,7 +243,7 @@ class Recall(nn.Module):
         return self.k_norm(keys).to(values.dtype).transpose(1, 2), values.transpose(1, 2)
 
     def forward(self, messages: Tensor) -> Tensor:
-        """Each position of a text as an anchor: [B, T, H] -> [B, T, K, H]."""
+        """Recall at each position of a text as an anchor: [B, T, H] -> [B, T, K, H]."""
         queries, (keys, values) = self.queries(messages), self.states(messages)
         num = keys.shape[2]
         slots = []
@@ -248,10 +258,10 @@ class Recall(nn.Module):
         return self.o_proj(torch.stack(slots, 3).permute(0, 2, 3, 1, 4).flatten(-2))
 
     def step(self, message: Tensor, anchors: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """The same at one anchor of each row: message [B, H] at position [B] -> [B, K, H].
+        """Recall at one anchor of each row: message [B, H] at position [B] -> [B, K, H].
 
-        keys and values [B, heads, S, d] of the positions from 0 on; those behind the anchor are
-        not read.
+        keys and values [B, heads, S, d] are those of positions 0 to S - 1; positions after the
+        anchor are not read.
         """
         num_slots, num = self.num_slots, keys.shape[2]
         queries = self.queries(message[:, None]).to(keys.dtype)
@@ -265,33 +275,33 @@ class Recall(nn.Module):
 
 
 Remember = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Writes keys and values [R, heads, L, d] of what a pass has read into one of the head's cache
+"""Writes keys and values [R, heads, L, d] of the tokens of a pass into one of the head's cache
 layers (0 to `num_cache_layers` - 1) and returns that layer's from position 0 on, [R, heads, S, d].
 
-Positions behind a row's anchor may hold rejected drafts or nothing; later passes overwrite them.
+Positions after a row's anchor may hold rejected drafts or be empty; later passes overwrite them.
 """
 
 
 class Head(nn.Module, ABC):
-    """A small LM that reads main's taps at an anchor and gives hidden rows of the next K tokens.
+    """A small LM that reads main's taps at an anchor and returns hidden rows for the next K tokens.
 
     A head may remember past positions, in layers of its own in main's cache. In decoding, `observe`
-    is given each pass that main has read, then `context` the anchors; in replay, `replay_context`
-    is given whole texts. All three must agree: the context of an anchor depends on the text up to
-    it, and not on the passes that it was read in.
+    receives each pass that main has read, then `context` the anchors; in replay, `replay_context`
+    receives whole texts. All three must agree: the context of an anchor depends on the text up to
+    it, and not on how the text was divided into passes.
 
-    A context is a list of tensors with a row for each anchor; what they hold is the head's own.
+    A context is a list of tensors with a row for each anchor; their meaning is private to the head.
 
     Matrices are `HeadLinear` and norms `HeadRMSNorm`, which are initialized for a head. Without
     `settings.shared_embeddings` a head has `lm_head`, and `embed_tokens` if it reads tokens.
     """
 
     sequential: ClassVar[bool] = True
-    """Whether slot j reads the token of slot j - 1, so that decoding takes one step per slot."""
+    """True if slot j reads the token of slot j - 1, so that decoding takes one step per slot."""
     options_class: ClassVar[Any] = None
     """Dataclass of the settings in `head.options`; None for a head that has none."""
     num_cache_layers: int = 0
-    """Layers of main's cache that the head keeps keys and values in."""
+    """Number of layers of main's cache in which the head keeps keys and values."""
 
     def __init__(self, settings: HeadConfig, config: PretrainedConfig, num_taps: int):
         """settings: the head's; config: main's; num_taps: the number of tapped layers."""
@@ -301,7 +311,7 @@ class Head(nn.Module, ABC):
     def observe(self, taps: list[Tensor], tokens: Tensor, remember: Remember) -> list[Tensor]:
         """Read a pass: taps [R, L, D] each, of tokens [R, L].
 
-        Returns tensors with a row for each of R, from which `context` reads; by default the taps.
+        Returns tensors with R rows, which `context` reads; by default the taps.
         """
         return taps
 
@@ -331,16 +341,17 @@ class Head(nn.Module, ABC):
     ) -> tuple[Tensor, Any]:
         """Slots from `slot` (0: the head's first) on, given the state of the earlier ones.
 
-        embeds [N, J, .] of the preceding tokens -> hidden rows [N, J, E] and the new state. Only a
-        `sequential` head is asked.
+        embeds [N, J, .] of the preceding tokens -> hidden rows [N, J, E] and the new state. Called
+        for a `sequential` head only.
         """
         raise NotImplementedError
 
 
 class MessageHead(Head):
-    """A head whose context is the message at the anchor and, with `recall`, what it recalls there.
+    """A head whose context is the message at the anchor and, with `recall`, the result of recall
+    there.
 
-    Without `recall` it keeps nothing across passes: main has already read what came before.
+    Without `recall` it keeps nothing across passes: main has already read the earlier text.
     """
 
     def __init__(self, settings: HeadConfig, config: PretrainedConfig, num_taps: int):
@@ -410,7 +421,9 @@ class EavesdropHead(MessageHead):
 
 
 class ParallelHead(MessageHead):
-    """One residual projection of the message per slot: the cheapest head, with incoherent slots."""
+    """One residual projection of the message per slot: the cheapest head; its slots are
+    independent.
+    """
 
     sequential = False
 
@@ -434,7 +447,7 @@ class ParallelHead(MessageHead):
 
 
 HEADS: dict[str, type[Head]] = {"eavesdrop": EavesdropHead, "parallel": ParallelHead}
-"""`head.type` -> class."""
+"""Class of each `head.type`."""
 
 
 def register_head(name: str, head_class: type[Head]) -> None:

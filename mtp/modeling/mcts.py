@@ -1,21 +1,21 @@
 """Monte-Carlo tree search whose edges are passes.
 
-A node is a text at a pass boundary. Its pass of main is run once, when the search first comes to
-it; E blocks are drawn from that pass, and the distinct ones are its children: the actions of
-Sampled MuZero (Hubert et al., arXiv 2104.06303), their prior being the share of the draws that said
-them. A simulation descends by PUCT (AlphaZero's rule: Silver et al., arXiv 1712.01815)
+A node is a text at a pass boundary. Its pass of main is run once, when the search first reaches it.
+E blocks are sampled from that pass, and the distinct ones are its children: the actions of Sampled
+MuZero (Hubert et al., arXiv 2104.06303). The prior of a child is the share of the samples that are
+equal to it. A simulation descends by PUCT (AlphaZero's rule: Silver et al., arXiv 1712.01815)
 
     Q(child) + exploration * prior * sqrt(visits(node)) / (1 + visits(child))
 
-to a node whose pass has not been run, runs it, and goes on with the first block drawn: to the end
-of the text (a rollout, every pass of which stays in the tree), or no further where the judge can
-judge open branches. The score of what it came to is added to all nodes above. Q is the mean score,
-brought to 0..1 by the lowest and the highest seen in the tree; a child that was never visited has
-its parent's.
+to a node whose pass has not been run, runs it, and continues with the first sampled block. It
+continues to the end of the text (a rollout, all passes of which stay in the tree), or stops there
+if the scoring function accepts open branches. The score of the result is added to all nodes above.
+Q is the mean score, scaled to 0..1 by the lowest and the highest score in the tree; a child without
+visits has its parent's.
 
-A node all of whose texts have been seen is closed, so every simulation sees something new, and a
-tree that is closed as a whole ends the search. Main reads every token of a tree once: keys and
-values are kept by node and put together along the path where a simulation branches off.
+A node is closed when all its texts have been visited, so every simulation finds something new, and
+a search ends when its whole tree is closed. Main reads every token of a tree once: keys and values
+are kept by node and concatenated along the path where a simulation branches off.
 
 Ships with checkpoints: imports torch and siblings only.
 """
@@ -25,12 +25,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .branches import Branch, BranchLoop, Judge, Parts, SearchConfig, SearchRequest, give_scores
+from .branches import Branch, BranchLoop, Parts, Scorer, SearchConfig, SearchRequest, give_scores
 
 
 @dataclass(eq=False)
 class Node:
-    """A branch, and what the simulations that came through it were worth."""
+    """A branch, and the scores of the simulations that passed through it."""
 
     branch: Branch
     prior: float = 1.0
@@ -40,10 +40,10 @@ class Node:
     total: float = 0.0
     """Sum of the scores of its visits."""
     is_closed: bool = False
-    """All texts below it have been visited."""
+    """True if all texts below it have been visited."""
 
     def expand(self, sampled: list[Branch]) -> None:
-        """Make blocks that were sampled from the branch's pass its children, in the same order."""
+        """Make the blocks sampled from the branch's pass its children, in the same order."""
         children: dict[tuple[int, ...], Node] = {}
         for branch in sampled:
             child = children.setdefault(tuple(branch.tokens), Node(branch, 0.0))
@@ -70,7 +70,7 @@ class Tree:
         return path
 
     def worth(self, node: Node, child: Node, exploration: float) -> float:
-        """PUCT of a child."""
+        """PUCT value of a child."""
         known = child if child.visits else node
         spread = self.high - self.low
         quality = (known.total / known.visits - self.low) / spread if spread else 0.5
@@ -93,12 +93,12 @@ class Tree:
 
 
 @torch.no_grad()
-def mcts(request: SearchRequest, config: SearchConfig, judge: Judge | None) -> list[list[Branch]]:
-    """The ended texts that the simulations came to, of each prompt.
+def mcts(request: SearchRequest, config: SearchConfig, scorer: Scorer | None) -> list[list[Branch]]:
+    """The ended texts that the simulations reached, by prompt.
 
-    The trees of a batch grow side by side, one simulation of each at a time. Where the judge scores
-    open branches and no simulation has ended a text, the last one goes on to the end, down the tree
-    without a bonus.
+    The trees of a batch grow in parallel, one simulation of each at a time. If the scoring function
+    scores open branches and no simulation has ended a text, the last one continues to the end, down
+    the tree without the exploration bonus.
     """
     trees = [Tree(root) for root in request.roots()]
     parts = Parts()
@@ -112,7 +112,7 @@ def mcts(request: SearchRequest, config: SearchConfig, judge: Judge | None) -> l
             for tree, is_last in zip(growing, last, strict=True)
         ]
         grow(request, config, parts, paths, [config.rollouts or is_last for is_last in last])
-        give_scores(config, judge, [path[-1].branch for path in paths])
+        give_scores(config, scorer, [path[-1].branch for path in paths])
         for tree, path in zip(growing, paths, strict=True):
             tree.back_up(path)
     return [tree.ended for tree in trees]

@@ -1,11 +1,11 @@
 """The memory file: a few named lines of text that the model edits with commands in its summaries.
 
-    write KEY text     put `KEY: text` in the file, or in place of what KEY had
-    delete KEY         take KEY out
+    write KEY text     add the line `KEY: text`, or replace the line of KEY
+    delete KEY         remove the line of KEY
 
-One command a line, one word a key. A line that is no command, deletes what is not there or writes
-more than there is room for changes nothing and is counted. What the model reads of the file, and
-what is saved with a trajectory, is its plain text, `KEY: text` line by line.
+There is one command per line, and a key is one word. A line is ignored and counted if it is no
+command, deletes a missing key, or writes more than there is room for. The model reads the file as
+plain text, `KEY: text` line by line; the same text is saved with a trajectory.
 
 Ships with checkpoints: imports nothing.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 DONE = "done"
 """The key under which solved examples note the last step of a thought."""
 ALPHABET = f"write delete {DONE}:\n"
-"""Characters of commands and of the file, beside those of keys and texts."""
+"""Characters of commands and of the file, in addition to those of keys and texts."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Memory:
     entries: Mapping[str, str] = field(default_factory=dict)
     """Text by key, in the order in which the keys were first written."""
     num_edits: int = 0
-    """Commands that were followed."""
+    """Number of commands that changed the file."""
     num_ignored: int = 0
-    """Lines of summaries that changed nothing: malformed, without effect or without room."""
+    """Number of summary lines that changed nothing: malformed, without effect or without room."""
 
     @property
     def text(self) -> str:
-        """The file: `KEY: text` line by line."""
+        """Text of the file: `KEY: text` line by line."""
         return "\n".join(f"{key}: {text}" for key, text in self.entries.items())
 
     @classmethod
@@ -50,8 +50,8 @@ class Memory:
         """The memory after the commands of a summary, in their order.
 
         Args:
-            summary: anything that a model wrote.
-            limit: a write after which `measure` of the file's text would be above it is ignored.
+            summary: text that a model wrote, in any form.
+            limit: maximum `measure` of the file's text; a write that exceeds it is ignored.
             measure: size of a text; by default its characters.
         """
         entries, num_edits, num_ignored = dict(self.entries), 0, 0
@@ -66,7 +66,7 @@ class Memory:
 
 
 def _followed(entries: dict[str, str], line: str) -> dict[str, str] | None:
-    """The entries after one command; None for a line that is none or has nothing to delete."""
+    """The entries after one command; None for no command or for deleting a missing key."""
     match line.split(maxsplit=2):
         case ["write", key, text] if key.rstrip(":"):
             return entries | {key.rstrip(":"): text}

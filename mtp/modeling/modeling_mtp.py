@@ -1,4 +1,5 @@
-"""A causal LM that is overheard by a small head, which writes the next tokens of each pass.
+"""A causal LM with a small head that reads its hidden states and writes the next tokens of each
+pass.
 
 What is here: the mixin that gives any Hugging Face causal LM a head, and the classes that have it,
 made on demand: `LlamaMTPForCausalLM` is transformers' `LlamaForCausalLM` with a head, and so on for
@@ -7,8 +8,8 @@ all that `AutoModelForCausalLM` knows. What is left out: heads (`heads.py`), dec
 
 This file ships with checkpoints: imports torch, transformers and siblings only.
 
-Shapes: B batch, T time, N anchors, K head slots, D main width, H head width, V vocabulary,
-E width of the output matrix that the head uses (D when it shares main's, else H).
+Shapes: B batch, T time, N anchors, K head slots, D main width, H head width, V vocabulary, E width
+of the output matrix that the head uses (D when it shares main's, else H).
 """
 
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ class ReplayRows(NamedTuple):
     """[N, K, E] the head's hidden rows; row (n, j) predicts slot j + 1 of anchor n. None without
     anchors."""
     head_output: OutputLayer
-    """The head's output layer: the same object as main's where both are one, gradient included."""
+    """The head's output layer: the same object as main's if both are one, gradient included."""
 
 
 class MTPMixin(MTPSearchMixin):
@@ -100,7 +101,9 @@ class MTPMixin(MTPSearchMixin):
         return getattr(self, self._decoder_name)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Main as its family does; the head's matrices by fan-in, whatever main's range is."""
+        """Initialize main as its family does, and the head's matrices by fan-in, whatever main's
+        range is.
+        """
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, HeadLinear):
             initialization.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
@@ -113,7 +116,7 @@ class MTPMixin(MTPSearchMixin):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> nn.Embedding:
-        """Main's matrices, and those of the head's own with them: one row a token in each."""
+        """Resize main's matrices, and the head's own with them: one row per token in each."""
         embeddings = super()._resize_token_embeddings(
             new_num_tokens, pad_to_multiple_of, mean_resizing
         )
@@ -123,7 +126,7 @@ class MTPMixin(MTPSearchMixin):
         if hasattr(head, "lm_head"):
             old = head.lm_head
             new = self._get_resized_lm_head(old, size, mean_resizing=mean_resizing).weight
-            # In its own module, which `_init_weights` tells apart from main's.
+            # In its own module, so that `_init_weights` does not confuse it with main's.
             old.weight, old.out_features = (
                 nn.Parameter(new.detach(), bool(old.weight.requires_grad)),
                 size,
@@ -132,7 +135,7 @@ class MTPMixin(MTPSearchMixin):
 
     @property
     def block_size(self) -> int:
-        """K + 1: the tokens of one pass."""
+        """Number of tokens per pass, K + 1."""
         return self.mtp_settings.num_slots + 1
 
     def main_hidden(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -150,9 +153,9 @@ class MTPMixin(MTPSearchMixin):
         return own(tokens) if own is not None else tokens.new_empty(*tokens.shape, 0).float()
 
     def output_layers(self, channel_gradient: float = 1.0) -> tuple[OutputLayer, OutputLayer]:
-        """The output layers of main and of the head, one object where the head uses main's.
+        """The output layers of main and of the head, one object if the head uses main's.
 
-        channel_gradient: scale of the head's gradient on main's layer. Below or above 1 the head's
+        channel_gradient: scale of the head's gradient on main's layer. If it is not 1, the head's
         layer is another object, whose tensors hold the same numbers.
         """
         main = OutputLayer.of_main(
@@ -178,10 +181,10 @@ class MTPMixin(MTPSearchMixin):
         Args:
             input_ids: [B, T] int64; padding on the right only, so no mask is needed.
             anchors: [N] int64 indices into the flattened B * T positions.
-            slot_inputs: [N, K] int64, t_0..t_{K-1}: what each head slot reads.
-            channel_gradient: scale of the head's gradient on every parameter of main, its
-                embedding and output matrices included; 0 makes none.
-            logits_detach: keep the head's gradient off an output layer shared with main.
+            slot_inputs: [N, K] int64, t_0..t_{K-1}: the token that each head slot reads.
+            channel_gradient: scale of the head's gradient on every parameter of main, its embedding
+                and output matrices included; 0 detaches.
+            logits_detach: detach the head's gradient from an output layer shared with main.
         """
         main_output, head_output = self.output_layers(0.0 if logits_detach else channel_gradient)
         if anchors is None or slot_inputs is None:

@@ -1,9 +1,9 @@
-"""The output layer of an emitter: what turns its hidden rows into logits.
+"""The output layer of an emitter, which maps its hidden rows to logits.
 
     logits = softcap * tanh((scale * hidden @ weight.T + bias) / softcap)
 
-The model returns it beside hidden rows. Whoever samples or scores uses `logits`, or hands `rows`,
-`weight` and `options` to an op of `mtp_kernels`, which makes no logits.
+The model returns it together with hidden rows. Samplers and losses use `logits`, or pass `rows`,
+`weight` and `options` to an op of `mtp_kernels`, which computes no logits.
 
 Ships with checkpoints: imports torch and siblings only.
 
@@ -20,7 +20,7 @@ from .matrices import plain_matrix
 
 
 class OutputOptions(TypedDict):
-    """Arguments of an op of `mtp_kernels` beside the rows and the matrix."""
+    """Arguments of an op of `mtp_kernels` in addition to the rows and the matrix."""
 
     bias: Tensor | None
     softcap: float | None
@@ -75,8 +75,8 @@ class OutputLayer:
     def from_module(cls, module: Any, name: str) -> "OutputLayer":
         """The layer that a module computes.
 
-        Raises ValueError, by the `name` that a reader knows the module by, if it does anything that
-        its weight does not say (`matrices.py`).
+        Raises ValueError, with the given `name` of the module, if it has any effect beyond its
+        weight (`matrices.py`).
         """
         return cls(plain_matrix(module, name))
 
@@ -95,7 +95,7 @@ class OutputLayer:
         return {"bias": self.bias, "softcap": self.softcap}
 
     def rows(self, hidden: Tensor) -> Tensor:
-        """Hidden rows [..., E] with the scale in them."""
+        """Hidden rows [..., E], multiplied by the scale."""
         return hidden if self.scale == 1.0 else hidden * self.scale
 
     def logits(self, hidden: Tensor) -> Tensor:

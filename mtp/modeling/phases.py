@@ -12,52 +12,55 @@ from torch import Tensor
 
 MODES = ("fast", "slow", "verified")
 DELIMITERS = ("opened_by", "closed_by")
-"""Fields of a `Phase` that name a token."""
+"""Fields of a `Phase` that name a delimiter token."""
 
 
 @dataclass(kw_only=True)
 class Phase:
-    """A stretch of the output with its own mode."""
+    """A part of the output with its own mode."""
 
     mode: str = "slow"
-    """`fast`: keep all slots of a pass. `slow`: keep slot 0 only. `verified`: the head's tokens are
-    proposals, of which the next pass keeps the longest prefix that main itself accepts."""
+    """Mode of the phase. `fast`: keep all slots of a pass. `slow`: keep slot 0 only. `verified`:
+    the head's tokens are proposals, and the next pass keeps the longest prefix that main
+    accepts."""
     opened_by: str | None = None
-    """The delimiter, one token, that ends the phase before and begins this one."""
+    """Delimiter, one token, that ends the previous phase and begins this one."""
     min_probability: float = field(default=0.0, metadata={"at_least": 0, "at_most": 1})
-    """A block ends before the first head slot whose likeliest token is less probable than this."""
+    """Threshold on the probability of the likeliest token: a block ends before the first head slot
+    below it."""
     max_tokens: int | None = field(default=None, metadata={"at_least": 1})
-    """After so many tokens the phase is closed by force: its own `closed_by`, else the delimiter of
-    the next phase, is written in the model's stead."""
+    """Maximum number of tokens in the phase. It is then closed by force: its own `closed_by`, else
+    the delimiter of the next phase, is appended in place of a sampled token."""
     closed_by: str | None = None
-    """A token that ends this phase and with it the segment, as `</summary>` does: the next segment
-    has a context of its own (`segments.py`)."""
+    """Token that ends this phase and with it the segment, as `</summary>` does: the next segment
+    has its own context (`segments.py`)."""
 
 
 @dataclass
 class PhasePlan:
     """Phases as the pass loop needs them: token ids and numbers of kept slots.
 
-    Example, K = 5: `PhasePlan(keep=[6, 1], opened_by=[7, 8], eos_ids=[2])` begins fast, turns fast
-    at token 7, slow at token 8 and ends at token 2. The last delimiter of a prompt decides the
-    phase that the output begins in; without any it is the first phase.
+    Example, K = 5: `PhasePlan(keep=[6, 1], opened_by=[7, 8], eos_ids=[2])` begins fast, becomes
+    fast at token 7, slow at token 8 and ends at token 2. The last delimiter of a prompt determines
+    the phase that the output begins in; without any it is the first phase.
     """
 
     keep: list[int]
-    """Slots kept of a pass, by phase: 1 (slow) to K + 1 (fast); proposed, in a verified phase."""
+    """Slots kept of a pass, by phase: 1 (slow) to K + 1 (fast); in a verified phase, slots
+    proposed."""
     opened_by: list[int | None]
     """Token id that begins the phase, by phase."""
     eos_ids: list[int] = field(default_factory=list)
     verified: list[bool] = field(default_factory=list)
-    """By phase, whether the head's tokens are proposals; left empty: in none."""
+    """True for phases where the head's tokens are proposals; if empty: False for all."""
     min_probability: list[float] = field(default_factory=list)
-    """By phase, see `Phase`; left empty: 0 in all."""
+    """Threshold of each phase, see `Phase`; if empty: 0 for all."""
     max_tokens: list[int | None] = field(default_factory=list)
-    """By phase, see `Phase`; left empty: without limit in all."""
+    """Maximum number of tokens of each phase, see `Phase`; if empty: no limit."""
     closed_by: list[int | None] = field(default_factory=list)
-    """By phase, the token id that ends it and the segment; left empty: none in any."""
+    """Token id that ends each phase and the segment; if empty: none for any."""
     forced: list[int | None] = field(default_factory=list)
-    """By phase, the token id that is written when `max_tokens` are used up; left empty: the phase's
+    """Token id that closes each phase when its `max_tokens` are used up; if empty: the phase's
     `closed_by`, else the next phase's `opened_by`."""
 
     def __post_init__(self) -> None:
@@ -92,7 +95,7 @@ class PhasePlan:
         return replace(self, keep=[block_size] * number, verified=[True] * number)
 
     def as_last_segment(self) -> "PhasePlan":
-        """The same phases where no segment follows: none closes it, and budgets lead to the last
+        """The same phases for the last segment: no token closes it, and budgets lead to the last
         phase, the answer.
         """
         if not self.closers:
@@ -123,9 +126,9 @@ class PhasePlan:
         return closes
 
     def stops(self, tokens: Tensor) -> Tensor:
-        """[...] token ids -> [...] bool, True for delimiters and end tokens: a block is cut there.
+        """[...] token ids -> [...] bool, True for delimiters and end tokens, which cut a block.
 
-        A token that closes a segment is one in every phase.
+        A token that closes a segment is a delimiter in every phase.
         """
         stops = (self.opened(tokens) >= 0) | self.is_end(tokens)
         for token in self.closers:
@@ -141,7 +144,7 @@ class PhasePlan:
         return torch.where(last >= 0, opened.gather(1, last.clamp(min=0)), before[:, None])
 
     def cut(self, block: Tensor) -> Tensor:
-        """[B, J] tokens -> [B] how many there are up to the first delimiter or end token."""
+        """[B, J] tokens -> [B] number of tokens up to the first delimiter or end token."""
         stops = self.stops(block)
         width = block.shape[1]
         first = torch.where(stops, torch.arange(width, device=block.device), width).min(1).values
@@ -261,7 +264,7 @@ class PlanTables:
 
 
 def check_phases(phases: dict[str, Phase], where: str) -> None:
-    """Raises ValueError for a setting that no phase can have, its key beginning with `where`."""
+    """Raises ValueError for an impossible setting; `where` is the beginning of its key."""
     names = list(phases)
     for name, phase in phases.items():
         key = f"{where}.{name}"
@@ -296,7 +299,7 @@ def check_phases(phases: dict[str, Phase], where: str) -> None:
 def phases_to_json(
     phases: dict[str, Phase], token_id: Callable[[str], int]
 ) -> list[dict[str, Any]]:
-    """What `generation_config.mtp_phases` holds; `token_id` maps a delimiter to its id."""
+    """Content of `generation_config.mtp_phases`; `token_id` maps a delimiter to its id."""
     out = []
     for name, phase in phases.items():
         entry = {"name": name, **asdict(phase)}

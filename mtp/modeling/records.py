@@ -1,9 +1,10 @@
-"""What the pass loop writes: a whole batch, one pass of it, the head's slots of one pass.
+"""Records that the pass loop writes: of a whole batch, of one pass, of the head's slots in one
+pass.
 
 Ships with checkpoints: imports torch only.
 
 Shapes: B rows of the batch, L their tokens, R rows still running, W tokens of a pass, F rows that
-use the head, J of its slots, V vocabulary, H width of the rows that its output matrix is given.
+use the head, J of its slots, V vocabulary, H width of the rows that its output matrix reads.
 """
 
 from dataclasses import dataclass, field
@@ -14,18 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FORCED = -2
-"""In place of a slot: the token was written in the model's stead, to close a phase."""
+"""Slot of a token that was not sampled but written to close a phase."""
 
 
 @dataclass
 class Decoded:
-    """What the pass loop wrote, per row of the batch: B rows, at most L tokens."""
+    """Output of the pass loop, per row of the batch: B rows, at most L tokens."""
 
     tokens: Tensor
     """[B, L] int64, padded on the right with the pad id."""
     slots: Tensor
-    """[B, L] int64: whose distribution each token follows. 0: main's; 1..K: the head's slot; -1 on
-    padding; -2 (`FORCED`): nobody's. All tokens of a verified phase follow main's."""
+    """[B, L] int64: the slot whose distribution each token follows. 0: main's; 1..K: the head's
+    slot; -1: padding; -2 (`FORCED`): none. All tokens of a verified phase follow main's."""
     logprobs: Tensor
     """[B, L] float32 under that distribution, as the sampler makes it; 0 on padding and forced."""
     lengths: Tensor
@@ -33,13 +34,14 @@ class Decoded:
     passes: Tensor
     """[B] int64 forward passes of main."""
     finished: Tensor
-    """[B] bool: ended by an end-of-sequence token or a stopping criterion, not by the limit."""
+    """[B] bool: True if an end-of-sequence token or a stopping criterion ended the row, not the
+    limit."""
     accepted: Tensor = field(default_factory=lambda: torch.empty(0))
-    """[B, L] int64: the slot of the head that had proposed the token, which main accepted; 0 for
-    all others. Left empty: 0 everywhere."""
+    """[B, L] int64: the slot of the head that proposed the token, if main accepted it; 0 for all
+    others. If empty: 0 everywhere."""
     closed: Tensor = field(default_factory=lambda: torch.empty(0))
-    """[B] bool: ended by a token that closes a segment (`Phase.closed_by`), and so not `finished`.
-    Left empty: False everywhere."""
+    """[B] bool: True if a token that closes a segment (`Phase.closed_by`) ended the row, which is
+    then not `finished`. If empty: False everywhere."""
 
     def __post_init__(self) -> None:
         if self.accepted.shape != self.tokens.shape:
@@ -57,7 +59,7 @@ class Decoded:
 
     @classmethod
     def join(cls, parts: list["Decoded"], pad_id: int) -> "Decoded":
-        """Records one below the other, each padded to the longest."""
+        """Records concatenated along rows, each padded to the longest."""
         longest = max(part.tokens.shape[1] for part in parts)
         fills = {"tokens": pad_id, "slots": -1}
 
@@ -71,11 +73,11 @@ class Decoded:
         return cls(**{name: joined(name) for name in vars(parts[0])})
 
     def completion(self, row: int) -> list[int]:
-        """Token ids that a row wrote."""
+        """Token ids of a row's output."""
         return self.tokens[row, : int(self.lengths[row])].tolist()
 
     def ended_by(self, row: int) -> str:
-        """Why a row ended.
+        """Reason why a row ended.
 
         `end`: an end token or a stopping criterion; `limit`: `max_new_tokens`; `delimiter` and
         `budget`: a token that closes a segment, written by the model or by force.
@@ -100,7 +102,7 @@ class Block:
     """The tokens that a pass added to each running row: R rows, at most W tokens."""
 
     rows: Tensor
-    """[R] int64 which rows of the batch."""
+    """[R] int64 indices of the rows in the batch."""
     tokens: Tensor
     """[R, W] int64."""
     slots: Tensor
@@ -110,21 +112,22 @@ class Block:
     logprobs: Tensor
     """[R, W] float32, see `Decoded`."""
     lengths: Tensor
-    """[R] int64 tokens that count; 0 for a row that has ended."""
+    """[R] int64 valid tokens; 0 for a row that has ended."""
 
 
 class Slots(NamedTuple):
-    """What the head wrote in J slots of F rows."""
+    """Output of the head in J slots of F rows."""
 
     tokens: Tensor
     """[F, J] int64."""
     logprobs: Tensor
     """[F, J] float32 of the tokens."""
     likeliest: Tensor
-    """[F, J] float32: log-probability of the likeliest token, which a threshold is held to."""
+    """[F, J] float32: log-probability of the likeliest token, which is compared with a
+    threshold."""
     source: Tensor
-    """What the tokens were drawn from: [F, J, V] float32 log-probabilities or, where a kernel drew
-    them, [F, J, H] hidden rows; [F, J, 0] where nobody will ask."""
+    """The distributions that the tokens were sampled from: [F, J, V] float32 log-probabilities or,
+    if a kernel sampled them, [F, J, H] hidden rows; [F, J, 0] if they are not needed."""
 
     @classmethod
     def join(cls, parts: list["Slots"]) -> "Slots":

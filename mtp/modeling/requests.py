@@ -1,8 +1,9 @@
-"""What a call of `generate` with `mtp_mode` may ask for: every option of transformers, by name.
+"""Options of `generate` with `mtp_mode`: every option of transformers, by name.
 
-`OPTIONS` holds each field of a `GenerationConfig` and each argument of `generate`, and says whether
-the pass loop honours it, a processor of transformers does, or it is refused unless its value asks
-for nothing. A field that is not in it fails a test, so none is ever passed over in silence.
+`OPTIONS` holds each field of a `GenerationConfig` and each argument of `generate`. It states
+whether the pass loop supports the option, whether a processor of transformers implements it, or
+whether it is refused unless it is set to a neutral value. A test fails if a field is missing, so no
+option is ignored silently.
 
 Ships with checkpoints: imports torch, transformers and siblings only.
 
@@ -21,17 +22,17 @@ from .sampler import Sampler
 
 DEFAULT_NEW_TOKENS = 256
 STOCK = "stock"
-"""In place of a mode: transformers' own `generate`, whatever the generation config says."""
+"""Value of `mtp_mode` for transformers' own `generate`, which overrides the generation config."""
 
 
 class Kind(Enum):
-    """What becomes of an option."""
+    """Treatment of an option."""
 
-    HONOURED = "read by the pass loop"
-    PROCESSED = "done by transformers' own processor, as in the stock `generate`"
-    REFUSED = "an error unless it asks for nothing"
-    SAMPLING = "an error if tokens are sampled, unless it asks for nothing; nothing reads it if not"
-    IDLE = "read by nobody, whatever it says: it belongs to options that are refused"
+    SUPPORTED = "read by the pass loop"
+    PROCESSED = "implemented by transformers' own processor, as in the stock `generate`"
+    REFUSED = "an error unless its value is neutral"
+    SAMPLING = "an error if tokens are sampled and its value is not neutral; ignored if greedy"
+    IDLE = "ignored: it only modifies options that are refused"
 
 
 class Option(NamedTuple):
@@ -39,7 +40,7 @@ class Option(NamedTuple):
 
     kind: Kind
     neutral: tuple[Any, ...] = (None,)
-    """Values that ask for nothing, as None always does. The first is the default."""
+    """Values without effect; None always is one. The first is the default."""
     remedy: str = "call generate with mtp_mode='stock' for it"
 
 
@@ -53,17 +54,17 @@ NO_LOGITS = "return_dict_in_generate=True gives the log-probability of every tok
 
 OPTIONS: dict[str, Option] = {
     # Length and end.
-    **_each("max_new_tokens max_length", Option(Kind.HONOURED)),
-    **_each("eos_token_id pad_token_id max_time stop_strings", Option(Kind.HONOURED)),
+    **_each("max_new_tokens max_length", Option(Kind.SUPPORTED)),
+    **_each("eos_token_id pad_token_id max_time stop_strings", Option(Kind.SUPPORTED)),
     "min_length": Option(Kind.PROCESSED, (0,)),
     "min_new_tokens": Option(Kind.PROCESSED, (None, 0)),
     **_each("forced_bos_token_id forced_eos_token_id", Option(Kind.PROCESSED)),
     "exponential_decay_length_penalty": Option(Kind.PROCESSED),
-    # The distribution. transformers samples from the 50 likeliest tokens if nobody says otherwise.
-    "do_sample": Option(Kind.HONOURED, (False,)),
-    "temperature": Option(Kind.HONOURED, (1.0,)),
-    "top_k": Option(Kind.HONOURED, (50,)),
-    "top_p": Option(Kind.HONOURED, (1.0,)),
+    # The distribution. By default transformers samples from the 50 likeliest tokens.
+    "do_sample": Option(Kind.SUPPORTED, (False,)),
+    "temperature": Option(Kind.SUPPORTED, (1.0,)),
+    "top_k": Option(Kind.SUPPORTED, (50,)),
+    "top_p": Option(Kind.SUPPORTED, (1.0,)),
     "repetition_penalty": Option(Kind.PROCESSED, (1.0,)),
     "no_repeat_ngram_size": Option(Kind.PROCESSED, (0,)),
     "remove_invalid_values": Option(Kind.PROCESSED, (False,)),
@@ -81,7 +82,7 @@ OPTIONS: dict[str, Option] = {
     "prefix_allowed_tokens_fn": Option(Kind.REFUSED, (None,), PROCESSOR),
     **_each("negative_prompt_ids negative_prompt_attention_mask", Option(Kind.REFUSED)),
     "token_healing": Option(Kind.REFUSED, (False,)),
-    # Who decodes.
+    # Decoding algorithms.
     "num_beams": Option(Kind.REFUSED, (1,), BEAMS),
     "num_beam_groups": Option(Kind.REFUSED, (1,), BEAMS),
     "diversity_penalty": Option(Kind.REFUSED, (0.0,), BEAMS),
@@ -106,38 +107,38 @@ OPTIONS: dict[str, Option] = {
     "trust_remote_code": Option(Kind.IDLE),  # of custom_generate
     # The cache and the machine.
     "use_cache": Option(Kind.REFUSED, (True,), "the pass loop needs its cache"),
-    "cache_implementation": Option(Kind.HONOURED, (None,)),
+    "cache_implementation": Option(Kind.SUPPORTED, (None,)),
     **_each("cache_config max_cache_len prefill_chunk_size", Option(Kind.REFUSED)),
     "continuous_batching_config": Option(Kind.REFUSED),
     "compile_config": Option(Kind.REFUSED, (None,), "compile model.model.forward yourself"),
     "disable_compile": Option(Kind.IDLE),  # nothing is compiled
     "synced_gpus": Option(Kind.REFUSED, (None, False), "each process decodes for itself"),
-    # What is given and returned.
-    "num_return_sequences": Option(Kind.HONOURED, (1,)),
-    "return_dict_in_generate": Option(Kind.HONOURED, (False,)),
+    # Inputs and outputs.
+    "num_return_sequences": Option(Kind.SUPPORTED, (1,)),
+    "return_dict_in_generate": Option(Kind.SUPPORTED, (False,)),
     **_each("output_scores output_logits", Option(Kind.REFUSED, (None, False), NO_LOGITS)),
     **_each("output_attentions output_hidden_states", Option(Kind.REFUSED, (None, False))),
-    **_each("inputs input_ids generation_config attention_mask", Option(Kind.HONOURED)),
-    **_each("logits_processor stopping_criteria streamer tokenizer", Option(Kind.HONOURED)),
+    **_each("inputs input_ids generation_config attention_mask", Option(Kind.SUPPORTED)),
+    **_each("logits_processor stopping_criteria streamer tokenizer", Option(Kind.SUPPORTED)),
     **_each("bos_token_id decoder_start_token_id", Option(Kind.IDLE)),  # of a call without prompts
     "transformers_version": Option(Kind.IDLE),
 }
 
 OF_MTP = ("mtp_mode", "mtp_k", "max_thought_tokens")
-"""Arguments of our own that a generation config may hold too."""
+"""Arguments of mtp that a generation config may hold too."""
 
 KEEPS_ROWS = (
     "PrefixConstrainedLogitsProcessor",
     "EncoderNoRepeatNGramLogitsProcessor",
     "EncoderRepetitionPenaltyLogitsProcessor",
 )
-"""Processors of transformers that take the i-th row that they are given for row i of the batch."""
+"""Processors of transformers that take the i-th row of their input for row i of the batch."""
 KEEPS_STATE = (
     "ClassifierFreeGuidanceLogitsProcessor",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor",
     "SynthIDTextWatermarkLogitsProcessor",
 )
-"""Processors that count on one call a token, the whole batch in each."""
+"""Processors that rely on one call per token, with the whole batch in each."""
 
 
 class Wanted:
@@ -154,21 +155,23 @@ class Wanted:
         return found[0] if found else OPTIONS[name].neutral[0]
 
     def is_neutral(self, name: str) -> bool:
-        """Whether an option asks for nothing."""
+        """True if an option's value has no effect."""
         value = self[name]
         is_plain = isinstance(value, bool | int | float | str)
         return value is None or (is_plain and value in OPTIONS[name].neutral)
 
     def asked(self, kind: Kind) -> list[str]:
-        """Names of the options of a kind that ask for something."""
+        """Names of the options of a kind whose values are not neutral."""
         return [n for n, o in OPTIONS.items() if o.kind is kind and not self.is_neutral(n)]
 
     def check(self) -> None:
-        """Raises ValueError for what the pass loop cannot do."""
+        """Raises ValueError for options that the pass loop does not support."""
         unknown = sorted(n for n, v in self.given.items() if n not in OPTIONS and v is not None)
         if unknown:
-            taken = [n for n, o in OPTIONS.items() if o.kind in (Kind.HONOURED, Kind.PROCESSED)]
-            raise ValueError(f"generate with mtp_mode does not take {unknown}; it takes {taken}")
+            taken = [n for n, o in OPTIONS.items() if o.kind in (Kind.SUPPORTED, Kind.PROCESSED)]
+            raise ValueError(
+                f"generate with mtp_mode does not support {unknown}; use some of {taken}"
+            )
         refused = self.asked(Kind.REFUSED) + (
             self.asked(Kind.SAMPLING) if self["do_sample"] else []
         )
@@ -180,11 +183,11 @@ class Wanted:
             )
 
     def max_new_tokens(self, width: int | None) -> int:
-        """Most tokens of a text that continues prompts of a width.
+        """Maximum number of new tokens of a text that continues prompts of a width.
 
-        Where both limits are set side by side `max_new_tokens` counts, as in transformers; a limit
-        among the arguments counts more than one in a config. None: raises ValueError for
-        `max_length`, since there is no one width that it includes.
+        If both limits are set in one place `max_new_tokens` takes precedence, as in transformers; a
+        limit among the arguments takes precedence over one in a config. With width None, raises
+        ValueError for `max_length`, which includes the prompt and has no meaning without one width.
         """
         for layer in (self.given, *self.configs):
             if layer.get("max_new_tokens") is not None:
@@ -195,7 +198,7 @@ class Wanted:
             if width is None:
                 raise ValueError(
                     f"max_length={most} must be left out where a text has several contexts; give "
-                    "max_new_tokens, which is a segment's"
+                    "max_new_tokens, the limit of a segment"
                 )
             if most <= width:
                 raise ValueError(
@@ -206,7 +209,7 @@ class Wanted:
         return DEFAULT_NEW_TOKENS
 
     def sampler(self) -> Sampler:
-        """The distribution that is asked for."""
+        """The distribution that the options define."""
         if not self["do_sample"]:
             return Sampler(temperature=0.0)
         temperature, top_k, top_p = (self[name] for name in ("temperature", "top_k", "top_p"))
@@ -217,21 +220,21 @@ class Wanted:
         )
 
     def criteria(self) -> StoppingCriteriaList:
-        """What is asked after every token."""
+        """Stopping criteria, called after every token."""
         out = StoppingCriteriaList(self["stopping_criteria"] or [])
         if self["max_time"] is not None:
             out.append(MaxTimeCriteria(self["max_time"]))
         if self["stop_strings"] is not None:
             if self["tokenizer"] is None:
                 raise ValueError(
-                    f"stop_strings={self['stop_strings']!r} needs tokenizer=, which says what text "
-                    "the tokens are; give the model's"
+                    f"stop_strings={self['stop_strings']!r} needs tokenizer=, which maps tokens "
+                    "to text; give the model's"
                 )
             out.append(StopStringCriteria(self["tokenizer"], self["stop_strings"]))
         return out
 
     def stock_config(self, eos_ids: list[int], pad_id: int | None, device: Any) -> GenerationConfig:
-        """What transformers' own helpers need to infer a mask and to make processors."""
+        """Config for transformers' own helpers, which infer a mask and build processors."""
         names = self.asked(Kind.PROCESSED)
         out: Any = GenerationConfig(**{name: self[name] for name in names})
         if out.min_new_tokens is not None:
@@ -256,13 +259,13 @@ def token_ids(value: Any) -> list[int]:
 
 
 def first_set(name: str, *layers: Any) -> Any:
-    """The first value of a name that is not None; a layer has names as attributes."""
+    """The first value of a name that is not None; each layer holds names as attributes."""
     found = (getattr(layer, name, None) for layer in layers)
     return next((value for value in found if value is not None), None)
 
 
 def check_own(given: GenerationConfig | None, own: GenerationConfig) -> None:
-    """Raises ValueError for a field of ours that a given config names and nobody reads."""
+    """Raises ValueError for a field of mtp in a given config that no option reads."""
     if given is None:
         return
     known = [*OF_MTP, *(name for name in vars(own) if name.startswith("mtp_"))]
@@ -273,16 +276,16 @@ def check_own(given: GenerationConfig | None, own: GenerationConfig) -> None:
 
 
 def check_processors(processors: Sequence[Any], num_rows: int) -> None:
-    """Raises ValueError for a processor of transformers that the pass loop cannot do justice to."""
+    """Raises ValueError for a processor of transformers that the pass loop does not support."""
     for processor in processors:
         names = {cls.__name__ for cls in type(processor).__mro__}
         if names & set(KEEPS_STATE):
             raise ValueError(
-                f"logits_processor {type(processor).__name__} counts on one call a token, and a "
-                "pass asks about several; call generate with mtp_mode='stock'"
+                f"logits_processor {type(processor).__name__} relies on one call per token, and "
+                "a pass samples several; call generate with mtp_mode='stock'"
             )
         if num_rows > 1 and names & set(KEEPS_ROWS):
             raise ValueError(
-                f"logits_processor {type(processor).__name__} tells rows by their number, and a "
-                f"pass gives it some of {num_rows}; decode one sequence at a time"
+                f"logits_processor {type(processor).__name__} identifies rows by number, and "
+                f"a pass gives it some of {num_rows}; decode one sequence at a time"
             )

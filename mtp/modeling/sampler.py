@@ -1,8 +1,8 @@
-"""The distribution that tokens are drawn from, and the verdict of main on drafted tokens.
+"""The distribution that tokens are sampled from, and main's verification of drafts.
 
-Verification is speculative sampling (Leviathan et al., arXiv 2211.17192): a draft y of distribution
-q is kept with probability min(1, p(y) / q(y)), p being main's; the first that is not kept is drawn
-again from max(p - q, 0), normalised. What comes out is distributed as p.
+Verification is speculative sampling (Leviathan et al., arXiv 2211.17192): a draft y from
+distribution q is accepted with probability min(1, p(y) / q(y)), where p is main's. The first
+rejected one is resampled from max(p - q, 0), normalised. The resulting tokens are distributed as p.
 
 Ships with checkpoints: imports torch, and mtp_kernels where that is installed.
 
@@ -18,14 +18,15 @@ from torch import Tensor
 
 @dataclass(kw_only=True)
 class Sampler:
-    """The distribution that tokens are drawn from. Replay scores under the very same one."""
+    """The distribution that tokens are sampled from. Replay scores under the same one."""
 
     temperature: float = 1.0
-    """0: greedy; log-probabilities are then those of the unscaled distribution."""
+    """Sampling temperature. 0: greedy; log-probabilities are then those of the unscaled
+    distribution."""
     top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all."""
+    """Number of likeliest tokens to keep; 0 keeps all."""
     top_p: float = 1.0
-    """Keep the smallest set of likeliest tokens whose probability reaches top_p; 1 keeps all."""
+    """Probability that the smallest set of likeliest tokens must reach to be kept; 1 keeps all."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -72,28 +73,28 @@ class Sampler:
 
 
 class Verdict(NamedTuple):
-    """What main says of the drafts of each row."""
+    """Result of verifying the drafts of each row."""
 
     num_accepted: Tensor
-    """[B] int64: so many of the row's drafts are kept."""
+    """[B] int64: number of the row's drafts that are accepted."""
     token: Tensor
-    """[B] int64: the token after them, main's own."""
+    """[B] int64: main's own token after them."""
     logprobs: Tensor
-    """[B, J + 1] float32: main's log-probability of each draft, and in column num_accepted of
+    """[B, J + 1] float32: main's log-probability of each draft and, in column num_accepted, of
     `token`."""
 
 
 def length_of_prefix(holds: Tensor) -> Tensor:
-    """[B] how many columns of `holds` [B, J] are True before the first that is not."""
+    """[B] number of columns of `holds` [B, J] that are True before the first that is not."""
     return holds.long().cumprod(1).sum(1)
 
 
 MANY_TOKENS = 1 << 13
-"""Vocabulary from which sampling on a CPU is faster without logits."""
+"""Vocabulary size from which sampling on a CPU is faster without logits."""
 
 
 NO_DRAFT = -100
-"""In place of a draft's id, for `mtp_kernels.linear_verify`."""
+"""Id in place of a missing draft, for `mtp_kernels.linear_verify`."""
 
 
 def verify(
@@ -104,16 +105,17 @@ def verify(
     sampler: Sampler,
     generator: torch.Generator | None,
 ) -> Verdict:
-    """Keep the longest prefix of each row's drafts that main accepts, and draw the token after it.
+    """Keep the longest prefix of each row's drafts that main accepts, and sample the token after
+    it.
 
     Args:
         logits: [B, J + 1, V] main's; row j predicts what draft j proposes.
         drafts: [B, J] int64.
-        num_drafts: [B] int64, at most J; what lies beyond is no draft. A row of none is a plain
-            draw from its first row.
-        draft_log_probs: [B, J, V] float32, the distributions that the drafts were drawn from; None
-            where the sampler is greedy.
-        sampler: of main's distribution. Greedy keeps a draft where it is main's likeliest token.
+        num_drafts: [B] int64, at most J; later columns hold no drafts. A row without drafts is
+            sampled from its first row of logits.
+        draft_log_probs: [B, J, V] float32, the distributions that the drafts were sampled from;
+            None if the sampler is greedy.
+        sampler: main's sampler. A greedy one accepts a draft if it is main's likeliest token.
         generator: source of randomness.
     """
     num_rows, width = drafts.shape
@@ -136,7 +138,7 @@ def verify(
         at = num_accepted.clamp(max=width - 1)
         q = torch.where((num_accepted < num_drafts)[:, None], draft_log_probs[row, at].exp(), 0.0)
         residual = (p - q).clamp(min=0)
-        # Where p = q but for rounding nothing is left over, and a draw from p is right.
+        # Where p = q except for rounding the residual is empty, and sampling from p is correct.
         weights = torch.where(residual.sum(1, keepdim=True) > 0, residual, p)
         token = torch.multinomial(weights, 1, generator=generator)[:, 0]
     logprob = log_p[row, num_accepted, token]

@@ -1,12 +1,12 @@
-"""Search over thoughts: the best of n texts, a beam of branches, the choice among what is found.
+"""Search over thoughts: the best of n texts, a beam of branches, the choice among the results.
 
 A text is a chain of passes, and each pass samples discrete tokens from known distributions. A text
 can therefore be branched at any pass boundary, identical branches can be recognised, answers can be
 counted, and every branch has an exact log-probability. `branches.py` has branches and their
 settings, `mcts.py` the tree search.
 
-`model.search` is the mixin's. What is left out: searching within a block. Blocks are sampled, never
-enumerated.
+`model.search` is a method of the mixin. Search within a block is left out: blocks are sampled,
+never enumerated.
 
 Ships with checkpoints: imports torch, transformers and siblings only.
 
@@ -27,7 +27,7 @@ from .branches import (
     AnswerOf,
     Branch,
     BranchLoop,
-    Judge,
+    Scorer,
     SearchConfig,
     SearchRequest,
     give_scores,
@@ -42,21 +42,22 @@ from .records import Decoded
 
 @dataclass
 class Searched:
-    """What a search found for B prompts."""
+    """Result of a search for B prompts."""
 
     chosen: list[Branch]
-    """[B] the text that was chosen for each prompt."""
+    """[B] text chosen for each prompt."""
     out: Decoded
-    """The same as the pass loop records texts: B rows. `passes` are those of a text alone."""
+    """The chosen texts as a record of the pass loop, B rows. `passes` counts the passes of the text
+    alone."""
     scores: Tensor
-    """[B] float64 of the chosen texts."""
+    """[B] float64 scores of the chosen texts."""
     texts: list[list[Branch]]
-    """[B] all texts that were found for a prompt, the highest score first. `best_of_n`: its n
-    samples. `beam`: the last beam. `mcts`: those that simulations came to the end of."""
+    """[B] all texts that were found for a prompt, sorted by falling score. `best_of_n`: its n
+    samples. `beam`: the last beam. `mcts`: the ends of its simulations."""
     passes: Tensor
     """[B] int64 forward passes of main that the search took; a shared one counts once."""
     tokens_read: Tensor
-    """[B] int64 tokens that main has read, of the prompt and of all branches."""
+    """[B] int64 tokens that main read, of the prompt and of all branches."""
 
 
 def search(
@@ -67,7 +68,7 @@ def search(
     options: DecodeOptions,
     config: SearchConfig,
     *,
-    judge: Judge | None = None,
+    scorer: Scorer | None = None,
     answer_of: AnswerOf | None = None,
 ) -> Searched:
     """Look for the best continuation of each prompt.
@@ -76,19 +77,19 @@ def search(
         model: an `MTPMixin` model.
         prompts: [B, T] int64, padded on the right.
         prompt_lengths: [B] int64, at least 1.
-        plan: phases, one for all prompts or one for each, as in `decode`. A search is of one
+        plan: phases, one for all prompts or one for each, as in `decode`. A search covers one
             segment: no summary closes it.
         options: as in `decode`, without a static cache; log-probabilities are under its sampler.
         config: method and settings.
-        judge: scores many branches at once: a reward, or the value of text that has not ended. It
-            is asked about ended texts (`best_of_n`, `mcts` with rollouts) or about every branch
-            (`beam`, `mcts` without). None: the mean log-probability, see `length_penalty`.
-        answer_of: what `choose=majority` counts.
+        scorer: scoring function of branches, many at once: a reward, or the value of unfinished
+            text. It is called with ended texts (`best_of_n`, `mcts` with rollouts) or with every
+            branch (`beam`, `mcts` without). None: the mean log-probability, see `length_penalty`.
+        answer_of: maps an output to the answer that `choose=majority` counts.
 
     Raises ValueError, before any pass, for settings that cannot be followed, and later for scores
-    that are no finite numbers.
+    that are not finite.
     """
-    config.check(options.sampler, judge, answer_of)
+    config.check(options.sampler, scorer, answer_of)
     plans = [plan] * len(prompts) if isinstance(plan, PhasePlan) else list(plan)
     request = SearchRequest(
         model=model,
@@ -99,7 +100,7 @@ def search(
     )
     request.check()
     method = {"best_of_n": best_of_n, "beam": beam, "mcts": mcts}[config.method]
-    found = [sorted(texts, key=rank) for texts in method(request, config, judge)]
+    found = [sorted(texts, key=rank) for texts in method(request, config, scorer)]
     chosen = [choose(texts, config, answer_of) for texts in found]
     return Searched(
         chosen=chosen,
@@ -112,17 +113,17 @@ def search(
 
 
 def read_config(values: dict[str, Any]) -> SearchConfig:
-    """Settings by name. Raises ValueError for a name that is none."""
+    """Settings by name. Raises ValueError for an unknown name."""
     known = [field.name for field in fields(SearchConfig)]
     unknown = [name for name in values if name not in known]
     if unknown:
-        raise ValueError(f"a search's config does not take {unknown}; it takes {known}")
+        raise ValueError(f"a search's config must not hold {unknown}; use some of {known}")
     return SearchConfig(**values)
 
 
 @torch.no_grad()
 def best_of_n(
-    request: SearchRequest, config: SearchConfig, judge: Judge | None
+    request: SearchRequest, config: SearchConfig, scorer: Scorer | None
 ) -> list[list[Branch]]:
     """n sampled texts of each prompt, which is read once for all of them."""
     loop = BranchLoop(request, request.roots(), config.n)
@@ -134,17 +135,17 @@ def best_of_n(
             if not branch.is_open:
                 found[branch.prompt].append(branch)
         goes_on = any(branch.is_open for branch in grown)
-    give_scores(config, judge, [branch for texts in found for branch in texts])
+    give_scores(config, scorer, [branch for texts in found for branch in texts])
     return found
 
 
 @torch.no_grad()
-def beam(request: SearchRequest, config: SearchConfig, judge: Judge | None) -> list[list[Branch]]:
-    """The n branches of each prompt that stay when all have ended.
+def beam(request: SearchRequest, config: SearchConfig, scorer: Scorer | None) -> list[list[Branch]]:
+    """The n branches of each prompt that are left when all have ended.
 
-    After every pass a beam keeps the n best of what its branches grew into and of its texts that
-    have ended, which hold their place until better ones displace them. Of branches that say the
-    same the likeliest is kept.
+    After every pass a beam keeps the n best of the new branches and of its ended texts, which keep
+    their place until better ones displace them. Of branches with the same tokens the likeliest is
+    kept.
     """
     beams: list[list[Branch]] = [[] for _ in request.prompts]
     loop = BranchLoop(request, request.roots(), config.expand)
@@ -156,7 +157,7 @@ def beam(request: SearchRequest, config: SearchConfig, judge: Judge | None) -> l
             if text not in known[branch.prompt]:
                 known[branch.prompt][text] = branch
                 new.append(branch)
-        give_scores(config, judge, new)
+        give_scores(config, scorer, new)
         beams = [sorted(branches.values(), key=rank)[: config.n] for branches in known]
         growing = [branch for branches in beams for branch in branches if branch.is_open]
         if not growing:
@@ -165,15 +166,15 @@ def beam(request: SearchRequest, config: SearchConfig, judge: Judge | None) -> l
 
 
 def rank(branch: Branch) -> float:
-    """Sorts the highest score first."""
+    """Sort key with the highest score first."""
     return -branch.score
 
 
 def choose(texts: list[Branch], config: SearchConfig, answer_of: AnswerOf | None) -> Branch:
     """One of the texts, which are sorted by score.
 
-    A text without an answer has no vote; the best text is chosen where none has an answer, and the
-    better one where answers are equally frequent.
+    A text without an answer has no vote. The best text is chosen if none has an answer, and the
+    better one if answers are equally frequent.
     """
     if config.choose == "score":
         return texts[0]
@@ -191,7 +192,7 @@ def choose(texts: list[Branch], config: SearchConfig, answer_of: AnswerOf | None
 
 
 def decoded(branches: list[Branch], pad_id: int, device: torch.device) -> Decoded:
-    """Branches as the pass loop records them, one row each."""
+    """Branches as a record of the pass loop, one row each."""
     fills = {"tokens": pad_id, "slots": -1, "accepted": 0, "logprobs": 0.0}
     columns = {
         name: torch.tensor(padded([branch.whole(name) for branch in branches], fill), device=device)
@@ -207,23 +208,23 @@ def decoded(branches: list[Branch], pad_id: int, device: torch.device) -> Decode
 
 @dataclass
 class MTPSearchOutput(ModelOutput):
-    """`search(...)`: for each prompt the chosen text, and all that were found."""
+    """Output of `search(...)`: for each prompt the chosen text, and all that were found."""
 
     sequences: Tensor | None = None
     """[B, T + L] the prompt as given and the chosen text, padded on the right."""
     slots: Tensor | None = None
-    """[B, L] as in `MTPGenerateOutput`; so are the next three."""
+    """[B, L] as in `MTPGenerateOutput`; the next three fields too."""
     logprobs: Tensor | None = None
     accepted: Tensor | None = None
     finished: Tensor | None = None
     scores: Tensor | None = None
-    """[B] float64 of the chosen texts."""
+    """[B] float64 scores of the chosen texts."""
     texts: list[list[Branch]] | None = None
-    """[B] all texts that were found for a prompt, the highest score first."""
+    """[B] all texts that were found for a prompt, sorted by falling score."""
     passes: Tensor | None = None
     """[B] forward passes of main that the search took; a shared one counts once."""
     tokens_read: Tensor | None = None
-    """[B] tokens that main has read."""
+    """[B] tokens that main read."""
 
 
 class MTPSearchMixin(MTPGenerationMixin):
@@ -236,7 +237,7 @@ class MTPSearchMixin(MTPGenerationMixin):
         *,
         config: SearchConfig | dict[str, Any],
         mtp_mode: str | Sequence[str] | None = None,
-        judge: Judge | None = None,
+        scorer: Scorer | None = None,
         answer_of: AnswerOf | None = None,
         mtp_k: int | None = None,
         max_thought_tokens: int | None = None,
@@ -246,14 +247,14 @@ class MTPSearchMixin(MTPGenerationMixin):
         """Look for the best continuation of each prompt among sampled branches.
 
         Args:
-            inputs: as in `generate`, and so are generation_config, mtp_mode (`fast` if nobody sets
-                it), mtp_k, max_thought_tokens, generator and kwargs, of which streamer,
-                num_return_sequences and a static cache_implementation are not taken.
-            config: method and settings; a dict of `SearchConfig` fields is the same.
-            judge: scores branches (a list of `Branch`), many at once; see `search.search`.
+            inputs: as in `generate`; so are generation_config, mtp_mode (default `fast`), mtp_k,
+                max_thought_tokens, generator and kwargs. streamer, num_return_sequences and a
+                static cache_implementation are not supported.
+            config: method and settings; a dict of `SearchConfig` fields is accepted too.
+            scorer: scores branches (a list of `Branch`), many at once; see `search.search`.
             answer_of: ids of an output -> its final answer or None, which `majority` counts.
 
-        Raises ValueError, before any pass, for what no search can do.
+        Raises ValueError, before any pass, for unsupported options.
         """
         if isinstance(config, dict):
             config = read_config(config)
@@ -261,11 +262,13 @@ class MTPSearchMixin(MTPGenerationMixin):
             inputs, generation_config, mtp_mode, mtp_k, max_thought_tokens, generator, kwargs
         )
         if request.streamer is not None:
-            raise ValueError("search takes no streamer: it shows nothing before it has ended")
+            raise ValueError(
+                "search does not support streamer: no text is final until it ends; leave it out"
+            )
         if request.num_return_sequences > 1:
-            raise ValueError("search does not take num_return_sequences; set n in its config")
+            raise ValueError("search does not support num_return_sequences; set n in its config")
         if request.options.static_cache:
-            raise ValueError("search takes no cache_implementation=static: branches share prefixes")
+            raise ValueError("search does not support cache_implementation=static; leave it out")
         found = search(
             self,  # type: ignore[arg-type]
             request.prompts,
@@ -273,7 +276,7 @@ class MTPSearchMixin(MTPGenerationMixin):
             request.plans,
             request.options,
             config,
-            judge=judge,
+            scorer=scorer,
             answer_of=answer_of,
         )
         out = found.out

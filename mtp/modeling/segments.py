@@ -1,19 +1,18 @@
-"""Trajectories of several segments: think, summarize into a memory file, think on with that.
+"""Trajectories of several segments: think, summarize into a memory file, continue with that.
 
-A segment is one run of the pass loop with a context of its own. Where a phase has a `closed_by`
-token (the summary, as in `<summary> ... </summary>`), that token ends the segment. The commands in
-the summary edit the trajectory's memory file (`memory.py`), and the next segment continues
+A segment is one run of the pass loop with its own context. Where a phase has a `closed_by` token
+(the summary, as in `<summary> ... </summary>`), that token ends the segment. The commands in the
+summary edit the trajectory's memory file (`memory.py`), and the next segment continues
 
     prompt <summary> memory </summary> <think> recent tokens
 
-with the prompt as given, the memory as it is now and the last tokens of the thought so far. All
-else is dropped, so a context is bounded however long the thinking goes on. A phase's `max_tokens`
-closes a thought, or a summary, that is too long; in the last segment budgets lead to the answer and
-nothing closes the segment.
+with the prompt as given, the memory after the edits and the last tokens of the thought so far. All
+other tokens are dropped, so a context is bounded however long the thought is. A phase's
+`max_tokens` closes a thought, or a summary, that is too long. In the last segment budgets lead to
+the answer and no token closes the segment.
 
-What a segment's context is follows from the tokens of the segments before it. So the
-log-probability of a trajectory is the sum over its segments', and replay reads each segment as a
-text of its own.
+A segment's context is a function of the tokens of the segments before it. Hence the log-probability
+of a trajectory is the sum over its segments', and replay reads each segment as a separate text.
 
 Ships with checkpoints: imports torch and siblings only.
 
@@ -36,14 +35,14 @@ from .records import Block, Decoded, pad
 
 @dataclass(kw_only=True)
 class SegmentSettings:
-    """What the next segment of a trajectory is given. Budgets are those of the phases."""
+    """Settings of a trajectory's segments. Their budgets are those of the phases."""
 
     max_segments: int = field(default=1, metadata={"at_least": 1, "at_most": 1_000_000})
-    """Of a trajectory. 1: nothing closes a segment."""
+    """Maximum number of segments of a trajectory. 1: no token closes a segment."""
     recent_tokens: int = field(default=16, metadata={"at_least": 0})
-    """Last tokens of the thought that the next segment's context keeps."""
+    """Number of last tokens of the thought that the next segment's context keeps."""
     memory_tokens: int = field(default=64, metadata={"at_least": 0})
-    """Most tokens that the memory file may have; a write beyond them is ignored."""
+    """Maximum number of tokens of the memory file; a write beyond them is ignored."""
 
 
 def check_segments(
@@ -67,29 +66,29 @@ def check_segments(
         raise ValueError(
             f"{key}.max_segments={settings.max_segments} needs closed_by in one phase of "
             f"{of_phases}, neither the first nor the last, got it in "
-            f"{', '.join(closing) or 'none'}; as in summary: {{mode: slow, opened_by: <summary>, "
-            "closed_by: </summary>}"
+            f"{', '.join(closing) or 'none'}; for example summary: {{mode: slow, "
+            "opened_by: <summary>, closed_by: </summary>}"
         )
     for name in (names[0], closing[0]):
         if phases[name].opened_by is None:
             raise ValueError(
                 f"{of_phases}.{name}.opened_by must name a token where {key}.max_segments is "
-                "above 1: the next context is put together with it"
+                "above 1: the next context is built with it"
             )
 
 
 @dataclass
 class Segments:
-    """The segments of B trajectories, one below the other: those of one follow one another."""
+    """The segments of B trajectories, concatenated; those of one trajectory are adjacent."""
 
     prompts: list[list[int]]
-    """[S] the context that each segment continues: token ids."""
+    """[S] context of each segment: token ids."""
     out: Decoded
-    """[S] rows: what each segment wrote."""
+    """Output of each segment, S rows."""
     owners: list[int]
-    """[S] number of the trajectory that each belongs to, 0..B-1, never falling."""
+    """[S] number of the trajectory that each segment belongs to, 0..B-1, never falling."""
     memories: list[Memory]
-    """[S] the memory file after each segment."""
+    """[S] memory file after each segment."""
 
     def of(self, trajectory: int) -> list[int]:
         """Numbers of a trajectory's segments, in order."""
@@ -111,17 +110,17 @@ def decode_segments(
 ) -> Segments:
     """Run the pass loop segment after segment until every trajectory has ended.
 
-    Segment i of all trajectories that have one is one batch. Trajectory i continues prompt
-    i // num_return_sequences. Arguments are those of `decode`, and
+    Segment i of all trajectories that have one is one batch. Trajectory i continues prompt i //
+    num_return_sequences. Further arguments are those of `decode`.
 
     Args:
         model: an `MTPMixin` model.
         prompts: [B, T] int64, padded on the right.
         prompt_lengths: [B] int64, at least 1.
         plan: with `closed_by` in one phase if `settings.max_segments` is above 1.
-        options: as in `decode`; `max_new_tokens` is a segment's.
-        settings: what a next context holds.
-        tokenizer: reads summaries and writes the memory file as tokens; may be None where
+        options: as in `decode`; `max_new_tokens` is the limit of a segment.
+        settings: contents of the next context.
+        tokenizer: reads summaries and writes the memory file as tokens; may be None if
             `settings.max_segments` is 1.
         on_block: called after each pass; `Block.rows` are numbers of trajectories.
         on_segment: called with a trajectory's number, its next context and memory.
@@ -174,21 +173,21 @@ def decode_segments(
 
 
 class Trajectory:
-    """One trajectory between its segments."""
+    """State of one trajectory between its segments."""
 
     def __init__(
         self, prompt: list[int], plan: PhasePlan, settings: SegmentSettings, tokenizer: Any
     ):
         self.prompt, self.plan, self.settings, self.tokenizer = prompt, plan, settings, tokenizer
         self.context = prompt
-        """What the next segment continues: token ids."""
+        """Token ids that the next segment continues."""
         self.memory = Memory()
         self.recent: list[int] = []
         self.contexts: list[list[int]] = []
         self.memories: list[Memory] = []
 
     def add(self, written: list[int], closed: bool) -> None:
-        """Take note of a segment. A closed one edits the memory and makes the next context."""
+        """Add the tokens of a segment. A closed one edits the memory and makes the next context."""
         self.contexts.append(self.context)
         if closed:
             thought, summary = split_summary(written, self.plan)
@@ -204,7 +203,7 @@ class Trajectory:
         self.memories.append(self.memory)
 
     def plain_ids(self, text: str) -> list[int]:
-        """Token ids of a text that a model wrote: a delimiter spelt out in it is left out."""
+        """Token ids of a text that a model wrote, without delimiters that are spelt out in it."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return [token for token in ids if token not in self.plan.marks]
 
@@ -225,9 +224,9 @@ def summary_marks(plan: PhasePlan) -> tuple[int, int]:
 
 
 def split_summary(written: list[int], plan: PhasePlan) -> tuple[list[int], list[int]]:
-    """Ids that a closed segment wrote -> those before its summary's delimiter, and the summary's.
+    """Ids of a closed segment -> those before its summary's delimiter, and those of the summary.
 
-    A segment that began in its summary has nothing before.
+    A segment that began in its summary has no ids before it.
     """
     opener, _ = summary_marks(plan)
     last = max((i for i, token in enumerate(written) if token == opener), default=-1)
@@ -235,7 +234,7 @@ def split_summary(written: list[int], plan: PhasePlan) -> tuple[list[int], list[
 
 
 def _renumbered(on_block: Callable[[Block], None], running: list[int]) -> Callable[[Block], None]:
-    """`on_block` given the numbers of trajectories in place of rows of a segment's batch."""
+    """`on_block` called with numbers of trajectories instead of rows of a segment's batch."""
 
     def call(block: Block) -> None:
         on_block(replace(block, rows=torch.tensor(running, device=block.rows.device)[block.rows]))

@@ -1,7 +1,7 @@
-"""How the tokens of a block are sampled and its drafts verified: from logits, or by a kernel.
+"""Sampling of a block's tokens and verification of its drafts: from logits, or by a kernel.
 
 Random numbers are sampled for main's tokens of all running rows first, then for the head's slots of
-the rows that use them; for one generator the tokens of a batch are always the same.
+the rows that use them; with one generator the tokens of a batch are reproducible.
 
 Ships with checkpoints: imports torch and siblings only.
 
@@ -28,7 +28,7 @@ except ImportError:  # an export works without
 
 
 def processed(process: Process, texts: Texts, scores: Tensor) -> Tensor:
-    """Scores [F, V] as a `process` changes them; it is given the rows of one length at a time."""
+    """Scores [F, V] as a `process` changes them; it receives rows of one length at a time."""
     out = torch.empty_like(scores)
     for where, text in texts:
         if len(where) == len(scores):
@@ -41,9 +41,9 @@ class Settled(NamedTuple):
     """Slots after one read of an output layer: their tokens, or their logits only."""
 
     logits: Tensor | None
-    """[F, J, V] logits; None where a kernel has sampled."""
+    """[F, J, V] logits; None if a kernel has sampled."""
     sampled: Slots | None
-    """The slots that a kernel has sampled; None where there are logits."""
+    """The slots that a kernel has sampled; None if there are logits."""
 
     def part(self, rows: Tensor | slice, slots: slice) -> "Settled":
         """The given slots of the given rows."""
@@ -80,28 +80,28 @@ class TokenSampler:
             None if impl is None else KernelTokenSampler(impl, sampler, num_rows, device, generator)
         )
         self.always_verifies = self.keeps_source and self.kernel is not None
-        """Whether a pass without drafts is verified too, so that a row's noise is the same beside
-        rows with drafts."""
+        """True if a pass without drafts is verified too, so that a row's noise does not depend on
+        its neighbours."""
 
     def renew(self, num_rows: int) -> None:
-        """Noise of their own for rows of which some are copies of one another."""
+        """Sample separate noise for each row, since some rows are copies of one another."""
         if self.kernel is not None:
             self.kernel.renew(num_rows)
 
     def settle(self, hidden: Tensor, output: OutputLayer, row: Tensor, position: Tensor) -> Settled:
         """Slots of hidden rows [F, J, D] under an output layer.
 
-        row [F]: of the batch; position [F]: in its text, of the token of the first slot.
+        row [F]: index in the batch; position [F]: index in its text of the first slot's token.
         """
         if self.kernel is None:
             return Settled(output.logits(hidden), None)
         tokens, logprobs = self.kernel(hidden, output, row, position)
         source = hidden if self.keeps_source else hidden[..., :0]
-        # Nobody asks how likely the likeliest token was: there are no thresholds.
+        # The log-probability of the likeliest token is not needed: there are no thresholds.
         return Settled(None, Slots(tokens, logprobs, logprobs, source))
 
     def sample(self, settled: Settled, texts: Callable[[], Texts]) -> Slots:
-        """The tokens of slots that are settled; a `process` is given `texts` and a single slot."""
+        """The tokens of settled slots; a `process` receives `texts` and a single slot."""
         logits = settled.logits
         if logits is None:
             assert settled.sampled is not None
@@ -128,11 +128,11 @@ class TokenSampler:
         position: Tensor,
         texts: Callable[[int], Texts],
     ) -> Verdict:
-        """What main accepts of drafts [F, J], and its token after them.
+        """The drafts [F, J] that main accepts, and its token after them.
 
-        hidden [F, J + 1, D] of main; num_drafts [F] of each row, of which `source` is
-        `Slots.source`; row and position [F] as in `settle`, of the first draft;
-        texts(j): what a `process` is given before draft j.
+        hidden [F, J + 1, D]: main's rows; num_drafts [F]: drafts of each row; source: their
+        `Slots.source`; row and position [F]: as in `settle`, for the first draft; texts(j): the
+        texts that a `process` receives before draft j.
         """
         if self.kernel is not None:
             return self.kernel.verify(
@@ -152,8 +152,8 @@ class KernelTokenSampler:
     """Samples tokens and verifies drafts from hidden rows, without logits (`mtp_kernels`).
 
     The noise of a token is a function of its row's seed and its position in the text, so it does
-    not depend on the other rows of a batch. It is not what `Sampler.sample` samples from the same
-    generator.
+    not depend on the other rows of a batch. It differs from the noise of `Sampler.sample` with the
+    same generator.
     """
 
     def __init__(
@@ -178,13 +178,13 @@ class KernelTokenSampler:
     def resolve(
         impl: str | None, sampler: Sampler, weight: Tensor, samples_drafts: bool
     ) -> str | None:
-        """The implementation to use with an output matrix [V, D]; None: make logits.
+        """The implementation to use with an output matrix [V, D]; None: compute logits.
 
         `auto` takes the kernel, if it is installed, on accelerators, where logits cost memory and
-        its launch is one of few, and on a CPU where tokens are sampled from many: its chunks stay
-        in the cache, which a softmax of whole rows of logits does not. Not on a CPU where sampled
-        drafts are verified: that reads output matrices five times a pass, with logits twice. Raises
-        ValueError for a named implementation that is not there.
+        launches dominate. On a CPU it takes it for a large vocabulary: its chunks stay in the
+        cache, unlike a softmax over whole rows of logits. It does not on a CPU where sampled drafts
+        are verified, since that reads output matrices five times per pass, and twice with logits.
+        Raises ValueError for a named implementation that is not installed.
         """
         if impl is None:
             return None
@@ -194,7 +194,10 @@ class KernelTokenSampler:
             )
             return "auto" if pays and linear_sample is not None else None
         if linear_sample is None:
-            raise ValueError(f"impl={impl} needs the package mtp_kernels, which is missing")
+            raise ValueError(
+                f"impl={impl} (key kernels of a run) needs the package mtp_kernels, "
+                "which is missing; install it or use auto"
+            )
         return impl
 
     def __call__(
@@ -202,7 +205,7 @@ class KernelTokenSampler:
     ) -> tuple[Tensor, Tensor]:
         """Tokens [F, J] int64 and log-probabilities [F, J] float32 of hidden [F, J, D].
 
-        row [F]: of the batch; position [F]: in its text, of the token of the first of the J.
+        row [F]: index in the batch; position [F]: index in its text of the first of the J tokens.
         """
         sampled = linear_sample(
             output.rows(hidden),
@@ -234,8 +237,8 @@ class KernelTokenSampler:
             drafts, num_drafts: as in `verify`.
             draft_hidden: [B, J, H] rows that the drafts were sampled from; None if greedy, or if
                 there are no drafts.
-            draft_output: their output layer, of the same softcap.
-            row, position: [B] as in sampling, of the first draft.
+            draft_output: their output layer, with the same softcap.
+            row, position: [B] as in sampling, for the first draft.
         """
         column = torch.arange(drafts.shape[1], device=drafts.device)
         is_draft = column < num_drafts[:, None]
@@ -246,7 +249,7 @@ class KernelTokenSampler:
             return Verdict(num_accepted, likeliest.gather(1, num_accepted[:, None])[:, 0], logprobs)
         given = torch.where(is_draft, drafts, NO_DRAFT)
         if draft_hidden is None:
-            # One slot without a draft: the same sample as of such a row beside rows with drafts.
+            # One slot without a draft gives the same sample as such a row next to rows with drafts.
             given = drafts.new_full((len(drafts), 1), NO_DRAFT)
             hidden = hidden.expand(-1, 2, -1)
             draft_hidden = hidden.new_zeros(len(drafts), 1, draft_output.weight.shape[1])

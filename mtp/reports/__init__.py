@@ -1,1 +1,1 @@
-"""Where numbers go, and what a person sees: logs, tables, curves, comparisons, sweeps."""
+"""Logs, tables, curves, comparisons and sweeps."""

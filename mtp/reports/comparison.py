@@ -4,12 +4,12 @@
 as runs/rl_proof, and writes its summary.json, variants.png and frontier.png.
 
 A run's name gives its variant: `rl_proof/executed_open/3` is seed 3 of variant `executed_open`. The
-other variants begin where the runs of variant `start` ended. Metrics are those of the last stage.
+other variants begin with the models of variant `start`. Metrics are those of the last stage.
 
 A run that was kept without its weights (docs/results) has a `run.yaml` in place of its config: name
-and seed, the commit that recorded it, and the overrides of conf/ that make it again.
+and seed, the commit that recorded it, and the overrides of conf/ that reproduce it.
 
-Left out: tests between variants, and an interval where only one seed has ended.
+Left out: tests between variants, and an interval if only one seed has ended.
 """
 
 import argparse
@@ -32,9 +32,9 @@ from .metrics import Table as TableName
 from .progress import make_console
 
 START = "start"
-"""Variant whose runs are where the others begin."""
+"""Variant whose models the others begin with."""
 DESCRIPTIONS = ("config.yaml", "run.yaml")
-"""Files that give the name and seed of a run: of one in `runs`, of one in `docs/results`."""
+"""Files with the name and seed of a run: of one in `runs`, of one in `docs/results`."""
 ON_DISK = "arms"
 """Key of the variants in `summary.json`."""
 
@@ -90,9 +90,9 @@ def read_runs(folder: Path) -> list[VariantRun]:
 
 
 def aggregate(runs: list[VariantRun]) -> dict[str, Any]:
-    """Content of a comparison's `summary.json`: `{"arms": {variant: {metric: mean}}}`.
+    """Content of a comparison's `summary.json`, the metrics of each variant by name.
 
-    Metrics whose interval is shown have a dict in place of the mean, see `_interval`.
+    A metric is its mean, or a dict if its interval is shown, see `_interval`.
     """
     starts = {run.seed: run.metrics for run in runs if run.variant == START}
     with_interval = metrics_of("interval")
@@ -144,7 +144,9 @@ def shown_metrics(summary: dict[str, Any], table: TableName) -> list[Metric]:
 
 
 def save_plot(runs: list[VariantRun], summary: dict[str, Any], path: Path) -> None:
-    """Fast accuracy over steps, a line a variant, and each variant's means with their intervals."""
+    """Fast accuracy over steps, one line per variant, and each variant's means with their
+    intervals.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -183,7 +185,7 @@ def save_plot(runs: list[VariantRun], summary: dict[str, Any], path: Path) -> No
 def save_frontier(runs: list[VariantRun], summary: dict[str, Any], path: Path) -> None:
     """Fast accuracy over legibility: each run, and the mean of each variant.
 
-    A panel for each metric of the frontier that all runs have; no plot where that is none.
+    One panel for each metric of the frontier that all runs have; no plot if there is none.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -214,7 +216,7 @@ def save_frontier(runs: list[VariantRun], summary: dict[str, Any], path: Path) -
 
 
 def print_variants(console: Console, summary: dict[str, Any]) -> None:
-    """One row a variant."""
+    """One row per variant."""
     title = "held-out metrics by variant: means over seeds, ± half the 95 % interval"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("variant", no_wrap=True)
@@ -230,7 +232,7 @@ def print_variants(console: Console, summary: dict[str, Any]) -> None:
 
 
 def variant_cell(metric: Metric, value: Any) -> str:
-    """A mean as the table shows it, with its interval where it has one."""
+    """A mean as the table shows it, with its interval if it has one."""
     if not isinstance(value, dict) or value["low"] is None:
         return metric.cell(mean_of(value))
     return metric.cell(value["mean"], value["high"] - value["mean"])

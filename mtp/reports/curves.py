@@ -5,7 +5,9 @@ from typing import Any
 
 
 def save_curves(points: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against passes per problem, a line a stage; it and true steps against steps."""
+    """Accuracy against passes per problem, one line per stage; accuracy and true steps against
+    steps.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

@@ -1,17 +1,17 @@
-"""Files of one JSON object per line: written while a run goes on, mended when it is resumed."""
+"""Files of one JSON object per line: written during a run, repaired when it is resumed."""
 
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
-from ..files import save_text
+from ..common.files import save_text
 
 _log = logging.getLogger(__name__)
 
 
 class JsonLines:
-    """A file of one JSON object per line, which a resumed run can take back to an earlier state."""
+    """A file of one JSON object per line, which a resumed run can rewind to an earlier state."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -29,10 +29,10 @@ class JsonLines:
         self._file.flush()
 
     def rewind(self, offset: int, global_step: int) -> str | None:
-        """Forget the records after `offset` bytes, which a resumed run writes again.
+        """Remove the records after `offset` bytes, which a resumed run writes again.
 
         A damaged file keeps the records up to `global_step` that can be read. Returns a line that
-        says what was lost, or None if nothing was.
+        describes the loss, or None if there is none.
         """
         self._file.close()
         content = self.path.read_bytes() if self.path.is_file() else b""

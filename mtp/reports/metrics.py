@@ -1,7 +1,7 @@
 """Metrics of a trained model: each is declared once, with its title, unit and better direction.
 
-Tables, sweeps, comparisons and model cards show a declared metric wherever a summary has it. To
-add one, return it from an evaluation under a name of its own and declare it:
+Tables, sweeps, comparisons and model cards show a declared metric if a summary has it. To add one,
+return it from an evaluation under a new name and declare it:
 
     declare(Metric("mean_digits", "digits", unit="digits", better="lower"))
 
@@ -13,25 +13,25 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Table = Literal["run", "sweep", "comparison", "interval", "frontier", "search"]
-"""Where a metric is shown: the table that ends a run and its model card; the table of a sweep; the
-table of a comparison, there with the interval over seeds; the plot of accuracy against legibility;
-the table of `mtp evaluate --search`."""
+"""Table or plot that shows a metric: the table that ends a run and its model card; the table of a
+sweep; the table of a comparison, there with the interval over seeds; the plot of accuracy against
+legibility; the table of `mtp evaluate --search`."""
 
 Value = float | list[float] | None
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number that an evaluation gives, or a list of them: how it is named and shown."""
+    """Name and presentation of one number, or a list of numbers, from an evaluation."""
 
     name: str
     """Key in `summary.json`; `eval/<name>` in `metrics.jsonl`."""
     title: str
-    """Short name in tables; a column's head breaks it at its spaces."""
+    """Short name in tables; the head of a column breaks it at its spaces."""
     unit: str = ""
     """Unit of the value, such as `passes` or `nats`. `%`: a share, shown in per cent."""
     better: Literal["higher", "lower"] | None = None
-    """Direction that is better; None where neither is."""
+    """Direction that is better; None if neither is."""
     digits: int = 1
     """Digits shown after the decimal point."""
     meaning: str = ""
@@ -46,7 +46,7 @@ class Metric:
 
     @property
     def narrow_head(self) -> str:
-        """Head of a column, a word a line."""
+        """Head of a column, one word per line."""
         return self.title.replace(" ", "\n").replace("/", "/\n") + self.head[len(self.title) :]
 
     @property
@@ -55,7 +55,7 @@ class Metric:
         return self.name.replace("_", " ")
 
     def cell(self, value: Value, half_width: float | None = None) -> str:
-        """A value as tables show it, with half the width of its interval where it has one."""
+        """A value as tables show it, with half the width of its interval if it has one."""
         if value is None:
             return "-"
         if isinstance(value, list):
@@ -72,7 +72,7 @@ METRICS: dict[str, Metric] = {}
 
 
 def declare(metric: Metric) -> Metric:
-    """Make a metric known to all tables. Raises ValueError if its name is taken by another."""
+    """Add a metric to all tables. Raises ValueError if another has its name."""
     if METRICS.setdefault(metric.name, metric) != metric:
         raise ValueError(
             f"metric {metric.name} must be declared once, got {metric} after "
@@ -87,7 +87,7 @@ def metrics_of(table: Table) -> list[Metric]:
 
 
 def measured(table: Table, summaries: Iterable[Mapping[str, Any]]) -> list[Metric]:
-    """Metrics of a table that some summary has a value of."""
+    """Metrics of a table for which some summary has a value."""
     found = {name for summary in summaries for name, value in summary.items() if value is not None}
     return [metric for metric in metrics_of(table) if metric.name in found]
 
@@ -137,14 +137,14 @@ for _metric in (
         "empty_thought_accuracy",
         "empty thought",
         unit="%",
-        meaning="accuracy when the model is made to think nothing",
+        meaning="accuracy after an empty thought",
         shown_in=("run", "comparison"),
     ),
     Metric(
         "wrong_thought_accuracy",
         "wrong thought",
         unit="%",
-        meaning="accuracy when the model is given another problem's thought",
+        meaning="accuracy after another problem's thought",
         shown_in=("run", "comparison"),
     ),
     Metric(

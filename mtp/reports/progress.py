@@ -29,10 +29,10 @@ class StageProgress:
                 TimeElapsedColumn(),
                 TextColumn("eta"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.fields[metrics]}"),
                 console=console,
             )
-            self._task = self._bar.add_task(stage, total=steps, completed=done, figures="")
+            self._task = self._bar.add_task(stage, total=steps, completed=done, metrics="")
 
     def __enter__(self) -> "StageProgress":
         if self._bar is not None:
@@ -43,17 +43,17 @@ class StageProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def step(self, done: int, figures: dict[str, float | None]) -> None:
-        """Show that `done` steps are behind, with some figures."""
-        shown = "  ".join(f"{k} {v:.3g}" for k, v in figures.items() if v is not None)
+    def step(self, done: int, metrics: dict[str, float | None]) -> None:
+        """Show that `done` steps are completed, with some metrics."""
+        shown = "  ".join(f"{k} {v:.3g}" for k, v in metrics.items() if v is not None)
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, figures=shown)
+            self._bar.update(self._task, completed=done, metrics=shown)
         elif time.monotonic() - self._last > 30 or done == self.steps:
             self._last = time.monotonic()
             self.console.print(f"{self.stage} {done}/{self.steps}  {shown}")
 
 
 def make_console(quiet: bool = False) -> Console:
-    """Standard output; as wide as it takes where it is not a terminal."""
+    """Standard output; without a line limit if it is not a terminal."""
     width = None if sys.stdout.isatty() else 120
     return Console(width=width, quiet=quiet, highlight=False, soft_wrap=not sys.stdout.isatty())

@@ -1,10 +1,10 @@
-"""A sweep: what becomes of each job, and the table over them. `python -m mtp.reports.sweep FOLDER`.
+"""A sweep: the state of each job, and the table over them. `python -m mtp.reports.sweep FOLDER`.
 
-A job notes its overrides, and its error if it fails, in `job.json` of its folder; its metrics are
+A job writes its overrides, and its error if it fails, to `job.json` of its folder; its metrics are
 those of the last stage in `summary.json`. Jobs that differ by `seed` alone are a group, with the
 mean of each metric and its 95 % interval by Student's t: mean ± t(n - 1) * s / sqrt(n).
 
-Left out: tests between groups, and an interval where only one job has ended.
+Left out: tests between groups, and an interval if only one job has ended.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import read_json
-from ..files import save_text
-from ..process import run_command
+from ..common.errors import read_json
+from ..common.files import save_text
+from ..common.process import run_command
 from .interval import interval
 from .metrics import Metric, measured, metrics_of
 from .progress import make_console
@@ -33,15 +33,15 @@ class Job:
     """One row of the table."""
 
     folder: str
-    """Its name within the sweep's."""
+    """Name of the job within the sweep's folder."""
     overrides: dict[str, str]
-    """What sets it apart from the other jobs."""
+    """Overrides that distinguish it from the other jobs."""
     status: str
     """done, failed or unfinished (running, queued, interrupted or killed)."""
     error: str | None = None
-    """The first line, if it failed."""
+    """First line of its error, if it failed."""
     stage: str | None = None
-    """The last one, if it is done."""
+    """Last stage, if it is done."""
     metrics: dict[str, float | None] = field(default_factory=dict)
     """Metrics of the last stage by name, with the seconds of the whole run; empty unless it is
     done."""
@@ -49,10 +49,10 @@ class Job:
 
 @dataclass(kw_only=True)
 class Group:
-    """Jobs that are done and differ by seed alone."""
+    """Completed jobs that differ by seed alone."""
 
     overrides: dict[str, str]
-    """What they share, without the seed."""
+    """Overrides of all its jobs, without the seed."""
     seeds: list[str]
     mean: dict[str, float | None]
     half_width: dict[str, float | None]
@@ -93,7 +93,7 @@ def read_job(path: Path) -> Job:
     if (path / "job.json").is_file():
         noted = read_json(path / "job.json")
         if not (isinstance(noted, dict) and isinstance(noted.get("overrides"), dict)):
-            raise ValueError(f"{path / 'job.json'} is not what a job notes; remove it")
+            raise ValueError(f"{path / 'job.json'} is not the record of a job; remove it")
     job = Job(folder=path.name, overrides=noted["overrides"], status="unfinished")
     if noted.get("error") is not None:
         job.status, job.error = "failed", noted["error"]
@@ -143,7 +143,7 @@ def report(folder: Path, console: Console | None = None) -> int:
 
 
 def write_csv(path: Path, jobs: list[Job]) -> None:
-    """One row a job: its folder, its overrides by key, its status, metrics and error."""
+    """One row per job: its folder, its overrides by key, its status, metrics and error."""
     names = list(dict.fromkeys(name for job in jobs for name in job.metrics))
     keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
     with path.open("w", newline="") as file:
@@ -155,7 +155,7 @@ def write_csv(path: Path, jobs: list[Job]) -> None:
 
 
 def print_jobs(console: Console, folder: Path, jobs: list[Job], groups: list[Group]) -> None:
-    """A row a job that is done, a row a group, then the jobs that are not done."""
+    """One row per completed job, one row per group, then the jobs that are not done."""
     done = [job for job in jobs if job.status == "done"]
     keys = list(dict.fromkeys(key for job in done for key in job.overrides))
     if done:

@@ -1,4 +1,4 @@
-"""What a person sees of a run on a terminal: the table, and a few completions."""
+"""Output of a run on a terminal: the table, and a few completions."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from .metrics import measured
 
 
 def print_table(console: Console, summary: dict[str, Any]) -> None:
-    """The metrics of a run: a row each, a column a stage."""
+    """The metrics of a run: one row each, one column per stage."""
     stages = summary["stages"]
     title = f"{stages[-1]['num_problems']} held-out problems, greedy, seed {summary['seed']}"
     print_metrics(console, title, "run", {stage["name"]: stage for stage in stages})
@@ -36,19 +36,19 @@ def print_metrics(
 
 
 def is_right(task: Task, example: Example, answer: str | None) -> bool | None:
-    """Whether a completion's answer is right; None for a task that judges no answers."""
-    return bool(answer is not None and task.outcome(example, answer)) if task.judges else None
+    """True if a completion's answer is right; None for a task without a verifier."""
+    return bool(answer is not None and task.outcome(example, answer)) if task.has_verifier else None
 
 
 MARKS = {True: "[green]right[/green] ", False: "[red]wrong[/red] ", None: ""}
 
 
 def completions_rows(
-    batches: list[Rollouts], task: Task, text: PromptFormat, number: int, stage: str
+    batches: list[Rollouts], task: Task, fmt: PromptFormat, number: int, stage: str
 ) -> list[dict[str, Any]]:
-    """A few completions: each pass's tokens divided by `|`, each segment beginning a new line.
+    """A few completions: each pass's tokens separated by `|`, each segment beginning a new line.
 
-    Where text is written in segments, `segments` tells of each and `memory` is the file in the end.
+    If text is written in segments, `segments` describes each and `memory` is the last memory file.
     """
     rows: list[dict[str, Any]] = []
     for batch in batches:
@@ -56,41 +56,41 @@ def completions_rows(
             if len(rows) == number:
                 return rows
             mine = batch.segments_of(row)
-            answer = text.answer_text(batch.completion(row))
+            answer = fmt.answer_text(batch.completion(row))
             example = batch.example(row)
             rows.append(
                 {
                     "stage": stage,
                     "prompt": example.prompt,
-                    "completion": "\n".join(passes_text(batch, i, text) for i in mine),
+                    "completion": "\n".join(passes_text(batch, i, fmt) for i in mine),
                     "passes": int(batch.out.passes[mine].sum()),
                     "answer": example.answer,
                     "right": is_right(task, example, answer),
                 }
             )
-            if text.segments.max_segments > 1:
+            if fmt.segments.max_segments > 1:
                 rows[-1] |= {
-                    "segments": [segment_row(batch, i, text) for i in mine],
+                    "segments": [segment_row(batch, i, fmt) for i in mine],
                     "memory": batch.memories[mine[-1]].text,
                 }
     return rows
 
 
-def segment_row(batch: Rollouts, segment: int, text: PromptFormat) -> dict[str, str]:
-    """One segment: what it was given, what it wrote, why it ended, the memory file after it."""
+def segment_row(batch: Rollouts, segment: int, fmt: PromptFormat) -> dict[str, str]:
+    """One segment: its context, its text, why it ended, and the memory file after it."""
     return {
-        "context": str(text.tokenizer.decode(batch.prompts[segment])),
-        "completion": passes_text(batch, segment, text),
+        "context": str(fmt.tokenizer.decode(batch.prompts[segment])),
+        "completion": passes_text(batch, segment, fmt),
         "ended_by": batch.out.ended_by(segment),
         "memory": batch.memories[segment].text,
     }
 
 
-def passes_text(batch: Rollouts, segment: int, text: PromptFormat) -> str:
-    """What one segment wrote, each pass's tokens divided by `|`."""
+def passes_text(batch: Rollouts, segment: int, fmt: PromptFormat) -> str:
+    """Text of one segment, each pass's tokens separated by `|`."""
     ids, slots = batch.out.completion(segment), batch.out.slots[segment].tolist()
     return "".join(
-        ("|" if slot == 0 and i else "") + str(text.tokenizer.decode([token]))
+        ("|" if slot == 0 and i else "") + str(fmt.tokenizer.decode([token]))
         for i, (token, slot) in enumerate(zip(ids, slots, strict=False))
     )
 

@@ -1,1 +1,1 @@
-"""Prompts, sampling, rewards, advantages and how readable thoughts are."""
+"""Prompts, sampling, rewards, advantages and legibility of thoughts."""

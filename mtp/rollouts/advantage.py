@@ -1,4 +1,4 @@
-"""Advantages: outcomes and shaped rewards of groups in, one number per rollout out.
+"""Advantages: maps outcomes and shaped rewards of groups to one number per rollout.
 
 A rule is a function of `GroupRewards`. Example, one group of two right and two wrong rollouts:
 rewards [[1, 0, 0, 1]] -> `group_mean` [[0.5, -0.5, -0.5, 0.5]].
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..registry import Registry
+from ..common.registry import Registry
 
 EPSILON = 1e-4
 """Added to a standard deviation before dividing by it."""
@@ -40,7 +40,7 @@ def informative(outcomes: Tensor) -> Tensor:
 def where_informative(given: GroupRewards, advantages: Tensor) -> Tensor:
     """[P, G] -> [P, G]: zero for a group whose *outcomes* all agree.
 
-    Filtering on a shaped reward would keep groups in which nothing was solved.
+    A filter on shaped rewards would keep groups without a solved rollout.
     """
     return torch.where(informative(given.outcomes)[:, None], advantages, 0.0)
 
@@ -62,7 +62,7 @@ def group_mean(given: GroupRewards) -> Tensor:
 
 def leave_one_out(given: GroupRewards) -> Tensor:
     """r - mean of the group's other rollouts (RLOO)."""
-    size = max(2, given.rewards.shape[1])  # alone it has no advantage
+    size = max(2, given.rewards.shape[1])  # a single rollout has no advantage
     return where_informative(given, _centred(given) * (size / (size - 1)))
 
 
@@ -78,13 +78,13 @@ ADVANTAGES: Registry[Advantage] = Registry(
 
 @dataclass(kw_only=True)
 class AdvantageConfig:
-    """The baseline that a reward is compared with."""
+    """Baseline that a reward is compared with."""
 
     kind: str | None = None
-    """`group_std`: (r - mean of the group) / standard deviation of the group (GRPO). `group_mean`:
-    without the division (Dr.GRPO). `leave_one_out`: r - mean of the group's other rollouts (RLOO).
-    `batch_std`: (r - mean of the batch) / standard deviation of the batch (REINFORCE++). None: the
-    rule of `objective.policy.algorithm`."""
+    """Rule of the advantage. `group_std`: (r - mean of the group) / standard deviation of the group
+    (GRPO). `group_mean`: without the division (Dr.GRPO). `leave_one_out`: r - mean of the group's
+    other rollouts (RLOO). `batch_std`: (r - mean of the batch) / standard deviation of the batch
+    (REINFORCE++). None: the rule of `objective.policy.algorithm`."""
 
     def validate(self, key: str) -> None:
         """Raises ValueError naming the key of an unknown rule."""

@@ -1,7 +1,7 @@
-"""How readable thoughts are: ordinary to a frozen reference, true step by step, near the traces.
+"""Legibility of thoughts: likelihood under a frozen reference, true steps, token frequencies.
 
-Pure measures of rollouts. The reference that measures must not be the one that training is held to
-(`mtp.reference`).
+The measures are pure functions of rollouts. The reference of the measurement must not be the one
+that the training loss uses (`mtp.reference`).
 """
 
 import math
@@ -18,16 +18,16 @@ from .prompt_format import PromptFormat
 from .rollout import Rollouts
 
 ROWS_AT_ONCE = 256
-"""Segments of one forward of the reference."""
+"""Number of segments in one forward of the reference."""
 
 
 class ThoughtNats(NamedTuple):
-    """Of M tokens of thoughts, on the CPU. A thought of several segments is scored in each."""
+    """Statistics of M thought tokens, on the CPU; thoughts are scored in each segment."""
 
     nats: Tensor
     """[M] float32, -log p of the token under the reference."""
     rollouts: Tensor
-    """[M] int64, the rollout that wrote it, and that its segment belongs to."""
+    """[M] int64, the rollout of the token's segment."""
     slots: Tensor
     """[M] int64, the slot that wrote it; 0: main."""
 
@@ -63,10 +63,10 @@ def thought_nats(batch: Rollouts, fmt: PromptFormat, reference: Any) -> ThoughtN
     return ThoughtNats(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def reference_figures(
+def reference_metrics(
     batches: list[Rollouts], fmt: PromptFormat, reference: Any, block_size: int
 ) -> dict[str, float | None]:
-    """Mean nats per thought token, over all and by slot; None where no token is.
+    """Mean nats per thought token, over all and by slot; None where there are no tokens.
 
     The exponential of a mean is the reference's perplexity.
     """
@@ -76,14 +76,14 @@ def reference_figures(
         count = sum(len(values) for values in chosen)
         return sum(float(values.sum()) for values in chosen) / count if count else None
 
-    figures = {"reference_nats_per_token": mean([m.nats for m in measured])}
+    metrics = {"reference_nats_per_token": mean([m.nats for m in measured])}
     for slot in range(block_size):
-        figures[f"reference_nats_slot_{slot}"] = mean([m.nats[m.slots == slot] for m in measured])
-    return figures
+        metrics[f"reference_nats_slot_{slot}"] = mean([m.nats[m.slots == slot] for m in measured])
+    return metrics
 
 
 def mean_nats_of_rollouts(batch: Rollouts, fmt: PromptFormat, reference: Any) -> Tensor:
-    """[P * G] mean nats per thought token of each rollout; 0 for one without a thought."""
+    """[P * G] mean nats per thought token of each rollout; 0 for a rollout without a thought."""
     measured = thought_nats(batch, fmt, reference)
     number = len(batch)
     sums = torch.zeros(number).index_add(0, measured.rollouts, measured.nats)
@@ -92,7 +92,7 @@ def mean_nats_of_rollouts(batch: Rollouts, fmt: PromptFormat, reference: Any) ->
 
 
 def true_step_share(batches: list[Rollouts], task: Task, fmt: PromptFormat) -> float | None:
-    """Share of the thoughts' steps that are true; None for a task whose steps cannot be checked."""
+    """Share of the thoughts' steps that are true; None if a task cannot verify steps."""
     true = total = 0
     for batch in batches:
         for row in range(len(batch)):
@@ -106,7 +106,7 @@ def true_step_share(batches: list[Rollouts], task: Task, fmt: PromptFormat) -> f
 def unigram_drift(batches: list[Rollouts], fmt: PromptFormat) -> float | None:
     """Jensen-Shannon divergence, in bits, of the thoughts' tokens from the solver's traces.
 
-    0: the same frequencies; 1: no token in common. None where some problem has no trace.
+    0: the same frequencies; 1: no token in common. None if some problem has no trace.
     """
     written: Counter[int] = Counter()
     traced: Counter[int] = Counter()
@@ -121,7 +121,7 @@ def unigram_drift(batches: list[Rollouts], fmt: PromptFormat) -> float | None:
 
 
 def jensen_shannon(first: Counter[int], second: Counter[int]) -> float:
-    """Bits between two tables of counts."""
+    """Divergence in bits between two tables of counts."""
     totals = first.total(), second.total()
     bits = 0.0
     for token in first.keys() | second.keys():

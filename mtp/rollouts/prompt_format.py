@@ -1,4 +1,4 @@
-"""Text to tokens and back, in one place: prompts, chat templates, thoughts and final answers.
+"""Conversion of text to tokens and back: prompts, chat templates, thoughts and final answers.
 
 A completion is `thought </think> answer <eos>`: the prompt ends with the delimiter that opens the
 first phase, as chat templates of thinking models do. Delimiters come from the decoding phases.
@@ -28,7 +28,9 @@ PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor
 
 
 def character_tokenizer(alphabet: str, delimiters: list[str]) -> PreTrainedTokenizerFast:
-    """One token a character, for models trained from scratch on a closed alphabet."""
+    """A tokenizer with one token per character, for models trained from scratch on a closed
+    alphabet.
+    """
     special = ["<pad>", "<eos>", *delimiters]
     for delimiter in delimiters:
         if delimiter in ("<pad>", "<eos>", "") or delimiter in alphabet:
@@ -50,18 +52,18 @@ def character_tokenizer(alphabet: str, delimiters: list[str]) -> PreTrainedToken
 
 @dataclass
 class PromptFormat:
-    """How examples become token ids under one tokenizer and one set of phases."""
+    """Conversion of examples to token ids under one tokenizer and one set of phases."""
 
     tokenizer: PreTrainedTokenizerBase
     phases: dict[str, Phase]
     block_size: int
-    """K + 1."""
+    """Maximum number of tokens per pass, K + 1."""
     system_prompt: str | None = None
     segments: SegmentSettings = field(default_factory=SegmentSettings)
     chat_template: bool = True
-    """False gives prompts as they are, though the tokenizer has a chat template."""
+    """False: prompts are passed as they are, even if the tokenizer has a chat template."""
     end_ids: list[int] = field(default_factory=list)
-    """Tokens that end a text beside the tokenizer's EOS: from the source's generation config."""
+    """Tokens that end a text besides the tokenizer's EOS, from the source's generation config."""
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
@@ -94,7 +96,7 @@ class PromptFormat:
                         f"{delimiter!r}; choose another token"
                     )
         self.marks = self.plan().marks
-        """Ids of delimiters and end tokens, which no thought or answer may hold as text."""
+        """Ids of delimiters and end tokens, which no thought or answer may contain as text."""
         check_segments(self.segments, self.phases, "decoding")
         if self.segments.max_segments > 1:
             self._check_alphabet()
@@ -103,7 +105,7 @@ class PromptFormat:
 
     @property
     def pad_id(self) -> int:
-        """Fills rows on the right; never scored."""
+        """Token id that fills rows on the right; never scored."""
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)  # type: ignore[arg-type]
 
@@ -203,8 +205,9 @@ class PromptFormat:
             )
 
     def plan(self, mode: str = "fast") -> PhasePlan:
-        """The phases as the pass loop takes them: `fast` runs each in its own mode, `slow` and
-        `verified` run all in that mode.
+        """The phases as the pass loop takes them.
+
+        `fast` runs each phase in its own mode, `slow` and `verified` run all in that mode.
         """
 
         def ids(delimiters: list[str | None]) -> list[int | None]:
@@ -220,13 +223,13 @@ class PromptFormat:
         )
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """The prompt, through the chat template if it is used, ended by the first delimiter."""
+        """The prompt, through the chat template if it is used, followed by the first delimiter."""
         return self.conversation_ids([{"role": "user", "content": prompt}])
 
     def conversation_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """A conversation that the user spoke last in, as a prompt for the next answer.
+        """A conversation whose last message is the user's, as a prompt for the next answer.
 
-        Without a chat template there is no way to tell who speaks: the last message alone.
+        Without a chat template the speakers cannot be marked, so only the last message is used.
         """
         leading: list[int] = []
         if not self.uses_template:
@@ -241,17 +244,17 @@ class PromptFormat:
 
     @cached_property
     def leading_ids(self) -> list[int]:
-        """What the tokenizer puts before a text, such as BOS; a chat template writes its own.
+        """Ids that the tokenizer puts before a text, such as BOS; a chat template writes its own.
 
-        A token that it puts after a text is left out: the completion follows there.
+        A token that it puts after a text is left out, since the completion follows there.
         """
         return leading_ids(self.tokenizer)
 
     def is_longer(self, prompt: str, limit: int, completion: str = "") -> bool | None:
-        """Whether a prompt and a completion have more tokens than `limit`, by their characters.
+        """True if a prompt and a completion have more tokens than `limit`, by its characters.
 
-        None where characters alone do not tell. No token has more characters than the longest in
-        the vocabulary, and ASCII text has no more tokens than characters.
+        None if the number of characters does not decide. No token has more characters than the
+        longest in the vocabulary, and ASCII text has no more tokens than characters.
         """
         characters = len(prompt) + len(completion)
         if characters > limit * self._longest_token:
@@ -265,14 +268,14 @@ class PromptFormat:
 
     @cached_property
     def _frame(self) -> int:
-        """More tokens than a prompt, a thought and an answer get around their own."""
+        """Upper bound on the tokens around a prompt, a thought and an answer."""
         return len(self.prompt_ids("a")) + 32
 
     def check_prompt(self, prompt: str, where: str = "the prompt") -> None:
-        """Raises ValueError for a prompt that the model would read as something else.
+        """Raises ValueError for a prompt that the model would misread.
 
-        Text of a special token would break the roles of a chat template. Without a template it is
-        read as that token, as by the tokenizer itself.
+        The text of a special token would break the roles of a chat template. Without a template the
+        tokenizer reads it as that token, which is accepted.
         """
         if any(0xD800 <= ord(character) < 0xE000 for character in prompt):
             raise ValueError(f"{where} must be UTF-8 text, got {prompt!a:.80}")
@@ -300,7 +303,7 @@ class PromptFormat:
             )
 
     def checked(self, example: Example, where: str) -> Example:
-        """The example without the delimiters that data may bring around its thought.
+        """The example without the delimiters that data may have around its thought.
 
         Raises ValueError naming `where` the example is from if a delimiter or an end token is
         within its thought or answer, or if the tokenizer does not know a character.
@@ -326,7 +329,7 @@ class PromptFormat:
         return thought if bare == thought.strip() else bare.strip()
 
     def read_back(self, answer: str) -> str:
-        """An answer as it is read from a completion that holds it."""
+        """An answer as it would be read from a completion."""
         return str(self.tokenizer.decode(self._encode(answer))).strip()
 
     def completion_ids(self, thought: str | None, answer: str) -> list[int]:
@@ -334,7 +337,7 @@ class PromptFormat:
         return [*self.thought_ids(thought), *self._encode(answer), self.turn_end_id]
 
     def thought_ids(self, thought: str | None) -> list[int]:
-        """`thought </think>`, what stands between the prompt and the answer."""
+        """`thought </think>`, the part between the prompt and the answer."""
         if self.closer is None:
             return []
         return [*self._encode(thought or ""), self.delimiter_id(self.closer)]
@@ -361,7 +364,7 @@ class PromptFormat:
         return thought if summary is None else thought[: summary + 1]
 
     def thought_text(self, *segments: list[int]) -> str:
-        """Text of a thought, given what each segment wrote, without closing delimiters."""
+        """Text of a thought, given the ids of each segment, without closing delimiters."""
         ends = [*self.summary_ids, *self.thought_ids("")]
         thought: list[int] = []
         for ids in segments:
@@ -375,7 +378,7 @@ class PromptFormat:
         return None if answer is None else str(self.tokenizer.decode(answer)).strip()
 
     def bare_answer_text(self, ids: list[int]) -> str | None:
-        """The same for a completion that is the answer alone, its thought having been given."""
+        """The answer of a completion whose thought is part of its prompt."""
         if not ids or ids[-1] not in self.eos_ids:
             return None
         return str(self.tokenizer.decode(ids[:-1])).strip()
@@ -387,9 +390,9 @@ class PromptFormat:
     def example_segments(self, example: Example) -> list[tuple[list[int], list[int]]]:
         """(context ids, completion ids) of each segment of a solved example.
 
-        A thought within its budget is one segment. A longer one is told in segments of as many
-        whole steps as fit; steps end at `;` or a line's end, and each summary notes the last as
-        `write done STEP`. The last segment that is allowed holds the rest.
+        A thought within its budget is one segment. A longer one is split into segments of as many
+        whole steps as fit. Steps end at `;` or a line's end, and each summary records the last step
+        as `write done STEP`. The last allowed segment holds the rest.
 
         Raises ValueError naming the key if a summary is longer than its budget.
         """
@@ -419,7 +422,7 @@ class PromptFormat:
         return [*samples, (told.context, last)]
 
     def _check_summary(self, summary: list[int], plan: PhasePlan) -> None:
-        """Raises ValueError if a solved example's summary would be cut when it is decoded."""
+        """Raises ValueError if decoding would cut the summary of a solved example."""
         phase = next(p for p, closer in enumerate(plan.closed_by) if closer is not None)
         limit = plan.max_tokens[phase]
         if limit is not None and len(summary) > limit:

@@ -1,4 +1,4 @@
-"""Rewards: rollouts in, the raw outcome and named shaping terms out. Pure functions."""
+"""Rewards: pure functions from rollouts to the raw outcome and named shaping terms."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bounds import bounded
+from ..common.bounds import bounded
 from ..tasks.base import Task
 from .legibility import mean_nats_of_rollouts
 from .prompt_format import PromptFormat
@@ -15,34 +15,35 @@ from .rollout import Rollouts
 
 @dataclass(kw_only=True)
 class RewardConfig:
-    """Shaping terms, kept apart from the outcome: groups are filtered on the outcome alone.
+    """Shaping terms, separate from the outcome: groups are filtered on the outcome alone.
 
-    The reward that advantages are made of is the outcome plus the terms. Under the group rules none
-    of them can make a group in which nothing was solved teach; `batch_std` has no such filter.
+    The advantage uses the outcome plus the terms. Under the group rules the terms give no advantage
+    to a group without a solved rollout; `batch_std` has no such filter.
     """
 
     pass_cost: float = bounded(0.0, at_least=0)
-    """Subtracted per forward pass of main."""
+    """Cost subtracted per forward pass of main."""
     token_cost: float = bounded(0.0, at_least=0)
-    """Subtracted per token."""
+    """Cost subtracted per token."""
     format_cost: float = bounded(0.0, at_least=0)
-    """Subtracted from a rollout that has no final answer: its thought was never closed, or it never
-    ended."""
+    """Cost subtracted from a rollout without a final answer: its thought was never closed, or it
+    never ended."""
     overlong_buffer: int = bounded(0, at_least=0)
-    """Tokens before decoding.max_new_tokens within which a rollout loses evenly from 0 to 1 (DAPO's
-    soft overlong punishment), by its longest segment; 0: none."""
+    """Number of tokens before decoding.max_new_tokens over which a penalty rises from 0 to 1
+    (DAPO's soft overlong punishment), by the longest segment; 0: none."""
     legibility_cost: float = bounded(0.0, at_least=0)
-    """Subtracted per nat of the mean -log p of the thought's tokens under the stage's reference."""
+    """Cost subtracted per nat of the mean -log p of the thought's tokens under the stage's
+    reference."""
 
 
 @dataclass
 class Rewards:
-    """Of P prompts times G completions."""
+    """Rewards of P prompts times G completions."""
 
     outcomes: Tensor
-    """[P, G] 1.0 where the final answer is right, else 0.0."""
+    """[P, G] 1.0 if the final answer is right, else 0.0."""
     total: Tensor
-    """[P, G] outcome plus shaping terms: what advantages are made of."""
+    """[P, G] outcome plus shaping terms, the input of advantages."""
     terms: dict[str, Tensor]
     """[P, G] each shaping term."""
 
@@ -56,9 +57,9 @@ def score(
     max_new_tokens: int,
     reference: Any = None,
 ) -> Rewards:
-    """Judge every rollout's final answer; one that has none gets 0.
+    """Score every rollout's final answer; a rollout without one gets 0.
 
-    max_new_tokens is the limit that `overlong_buffer` counts from, reference the frozen model of
+    max_new_tokens is the limit that `overlong_buffer` is relative to, reference the frozen model of
     `legibility_cost`. Raises ValueError naming the task and the sample if the task's reward raises
     or is not a finite number.
     """

@@ -1,4 +1,4 @@
-"""Sampling: examples and a policy in, rollouts with their text out."""
+"""Sampling: completes examples with a policy and returns rollouts with their text."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..bounds import bounded
+from ..common.bounds import bounded
 from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.memory import Memory
 from ..modeling.phases import Phase, PhasePlan, check_phases
@@ -19,24 +19,25 @@ from .prompt_format import PromptFormat
 
 @dataclass(kw_only=True)
 class DecodingConfig:
-    """How text is written, in rollouts and in evaluations."""
+    """Settings of decoding, in rollouts and in evaluations."""
 
     phases: dict[str, Phase] = field(default_factory=dict)
     """Phases in order. A prompt ends with the delimiter of the first; see `Phase`."""
     segments: SegmentSettings = field(default_factory=SegmentSettings)
     max_new_tokens: int = bounded(64, at_least=1, at_most=10_000_000)
-    """Of each segment."""
+    """Maximum number of new tokens per segment."""
     max_prompt_tokens: int | None = bounded(None, at_least=1)
-    """Longest prompt of a task, in tokens with its chat template; None: what fits main's
+    """Maximum number of prompt tokens, chat template included; None: all that fits main's
     max_position_embeddings before `max_new_tokens`. Longer problems are dropped and counted."""
     temperature: float = bounded(1.0, at_least=0)
-    """Of rollouts. Evaluations are greedy."""
+    """Sampling temperature of rollouts. Evaluations are greedy."""
     top_k: int = bounded(0, at_least=0)
     top_p: float = bounded(1.0, above=0, at_most=1)
     system_prompt: str | None = None
-    """Put before every prompt through the chat template; None: what the template puts there."""
+    """System prompt of the chat template; None: the template's own."""
     chat_template: bool = True
-    """False gives prompts to the model as they are, as text that it goes on with."""
+    """Use the tokenizer's chat template. False: prompts are passed as they are, and the model
+    continues their text."""
 
     def sampler(self) -> Sampler:
         """The distribution of rollouts. Raises ValueError for impossible settings."""
@@ -63,9 +64,10 @@ class DecodingConfig:
             raise ValueError(f"decoding.{error}") from None
 
     def prompt_limit(self, positions: int | None) -> int | None:
-        """Most tokens of a prompt under a model of so many positions; None: no limit.
+        """Maximum number of prompt tokens of a model with this many positions; None: no limit.
 
-        Raises ValueError naming the key if there is no room for a prompt, or not for so long a one.
+        Raises ValueError naming the key if there is no room for a prompt, or not for such a long
+        one.
         """
         if positions is None:
             return self.max_prompt_tokens
@@ -104,22 +106,22 @@ class DecodingConfig:
 class Rollouts:
     """P prompts times G trajectories; trajectory i belongs to example i // G.
 
-    A trajectory is one or several segments, S of all of them, each a text of its own. Those of one
-    trajectory follow one another.
+    A trajectory is one or several segments, each a separate text; S counts the segments of all
+    trajectories. Segments of one trajectory are adjacent.
     """
 
     examples: list[Example]
-    """[P]"""
+    """[P] examples."""
     group_size: int
-    """G"""
+    """Number of trajectories per prompt, G."""
     prompts: list[list[int]]
     """[S] ids of the context that each segment continues."""
     out: Decoded
-    """On the CPU, [S] rows."""
+    """Output of the segments, on the CPU, [S] rows."""
     owners: list[int] = field(default_factory=list)
-    """[S] the trajectory of each segment; left empty: one segment each."""
+    """[S] the trajectory of each segment; if empty: one segment each."""
     memories: list[Memory] = field(default_factory=list)
-    """[S] the memory file after each segment; left empty: nothing in any."""
+    """[S] the memory file after each segment; if empty: no memory in any."""
 
     def __post_init__(self) -> None:
         self.owners = self.owners or list(range(len(self.prompts)))
@@ -142,11 +144,11 @@ class Rollouts:
         return [segments[-1] for segments in self._segments]
 
     def completions(self, row: int) -> list[list[int]]:
-        """Ids that each segment of one trajectory wrote."""
+        """Ids of each segment of one trajectory."""
         return [self.out.completion(segment) for segment in self.segments_of(row)]
 
     def completion(self, row: int) -> list[int]:
-        """Ids that one trajectory wrote in its last segment, where its answer is."""
+        """Ids of a trajectory's last segment, which has its answer."""
         return self.out.completion(self.segments_of(row)[-1])
 
     def example(self, row: int) -> Example:
@@ -154,16 +156,17 @@ class Rollouts:
         return self.examples[row // self.group_size]
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
-        """[S] of segments -> [P * G] sums over those of each trajectory, float32."""
+        """Sums over each trajectory's segments: [S] -> [P * G], float32."""
         owners = torch.tensor(self.owners)
         return torch.zeros(len(self)).index_add(0, owners, values.float())
 
 
 @contextmanager
 def keep_casts(model: DecodableModel) -> Iterator[None]:
-    """Inside, autocast casts a frozen weight once and not at every pass.
+    """Context in which autocast casts a frozen weight once, instead of in every pass.
 
-    It keeps the casts only of weights that require a gradient, until it is left.
+    Autocast's cache keeps the casts only of weights that require a gradient, until it is left. So
+    frozen weights are marked as requiring one for that time.
     """
     frozen = [weight for weight in model.parameters() if not weight.requires_grad]
     for weight in frozen:
@@ -185,10 +188,10 @@ def sample(
     group_size: int = 1,
     prefixes: list[list[int]] | None = None,
 ) -> Rollouts:
-    """Complete each example's prompt `group_size` times, in segments where `fmt` has them.
+    """Complete each example's prompt `group_size` times, in segments if `fmt` has them.
 
-    `prefixes`, one per example, are put after the prompts, as text that the model has written. Rows
-    are padded as `fmt` has it, whatever `options.pad_id` is.
+    `prefixes`, one per example, follow the prompts, as text that the model has written. Rows are
+    padded with the id of `fmt`, whatever `options.pad_id` is.
     """
     prompts = [fmt.prompt_ids(example.prompt) for example in examples]
     if prefixes is not None:

@@ -1,4 +1,4 @@
-"""What a tokenizer does with text: special tokens that it adds, finds or cannot do without."""
+"""Properties of a tokenizer: special tokens that it adds or finds, characters that it lacks."""
 
 import re
 from functools import lru_cache
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def name_of(tokenizer: Any) -> str:
-    """What errors call a tokenizer."""
+    """Name of a tokenizer in errors."""
     return f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r}"
 
 
@@ -34,7 +34,7 @@ def special_ids(tokenizer: Any) -> set[int]:
 
 
 def find_token(tokenizer: Any, text: str, ids: set[int]) -> str | None:
-    """The first of some tokens that a text is read as; None if it is read as none of them."""
+    """The first of the given tokens that a text contains; None if it contains none."""
     if not _written(tokenizer, frozenset(ids)).search(text):
         return None
     found = (i for i in tokenizer.encode(text, add_special_tokens=False) if i in ids)
@@ -43,7 +43,7 @@ def find_token(tokenizer: Any, text: str, ids: set[int]) -> str | None:
 
 @lru_cache(maxsize=8)
 def _written(tokenizer: Any, ids: frozenset[int]) -> re.Pattern[str]:
-    """Finds text that may be read as one of the tokens, so that little text is encoded for it."""
+    """Pattern of text that may be read as one of the tokens; other text is not encoded."""
     words = {str(tokenizer.decode([i])).strip() for i in ids}
     return re.compile("|".join(map(re.escape, sorted(words))), re.IGNORECASE)
 
@@ -55,7 +55,7 @@ def unknown_characters(tokenizer: Any, text: str) -> list[str]:
     new = [c for c in dict.fromkeys(text) if c not in known]
     lacking = [c for c in new if unknown & set(tokenizer.encode(c, add_special_tokens=False))]
     known |= set(new) - set(lacking)
-    # A tokenizer of word pieces may know a character within a word that it does not know alone.
+    # A tokenizer of word pieces may know a character only within a word.
     if lacking and not unknown & set(tokenizer.encode(text, add_special_tokens=False)):
         return []
     return lacking
@@ -63,5 +63,5 @@ def unknown_characters(tokenizer: Any, text: str) -> list[str]:
 
 @lru_cache(maxsize=8)
 def _known(tokenizer: Any) -> set[str]:
-    """Characters that a tokenizer is known to have tokens for; filled as they are met."""
+    """Characters that a tokenizer has tokens for; filled as they are found."""
     return set()

@@ -1,4 +1,4 @@
-"""What a task is: numbered examples in two disjoint splits, and an outcome for an answer.
+"""The interface of a task: numbered examples in two disjoint splits, and an outcome for an answer.
 
 Data flow: a task gives `Example`s; `mtp.rollouts.prompt_format` turns them into token ids; the
 sampler's text comes back to `Task.outcome`. A task knows nothing of tokens or models.
@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from ..bounds import bounded
+from ..common.bounds import bounded
 
 Split = Literal["train", "test"]
 
@@ -30,37 +30,39 @@ class Example:
     thought: str | None = None
     """A chain of thought that leads to the answer, without delimiters; None if there is none."""
     columns: dict[str, Any] = field(default_factory=dict)
-    """Whatever else a reward may want to see."""
+    """Further columns, which a reward may read."""
     where: str = field(default="", compare=False)
-    """Where it is from, for errors: `row 3 of rows.jsonl`; empty: its number in the task."""
+    """Origin of the example, for errors: `row 3 of rows.jsonl`; empty: its number in the task."""
 
 
 @dataclass(kw_only=True)
 class TaskConfig:
-    """Settings that every task has. Each task's own config lives beside it."""
+    """Settings that every task has. Each task's own config is in its file."""
 
     num_test: int = bounded(512, at_least=1, at_most=10_000_000)
-    """Held-out problems that evaluations use, at most what the task has."""
+    """Number of held-out problems for evaluations; fewer if the task has fewer."""
 
     def build(self) -> "Task":
-        raise ValueError("task must name a task; choose one of conf/task, as in task=running_sum")
+        raise ValueError(
+            "task must name a task; choose one of conf/task, for example task=running_sum"
+        )
 
 
 class Task(ABC):
-    """A source of problems and the judge of their answers."""
+    """A source of problems and the verifier of their answers."""
 
     name: str = ""
-    """What errors and reports call it."""
+    """Name of the task in errors and reports."""
     right_at: float = 1.0
-    """An answer is right if its score is at least this."""
-    judges: bool = True
-    """False where no answer is right or wrong: accuracies are null then, and outcomes 0."""
+    """Minimum score of a right answer."""
+    has_verifier: bool = True
+    """False if no answer is right or wrong: accuracies are then null, and outcomes 0."""
     is_listed: bool = False
-    """True where all examples are in memory: they are checked, and counted, before a run begins."""
+    """True if all examples are in memory: they are checked, and counted, before a run begins."""
 
     @abstractmethod
     def size(self, split: Split) -> int | None:
-        """Number of examples; None if there is no end of them."""
+        """Number of examples; None if it is unlimited."""
 
     @abstractmethod
     def example(self, split: Split, index: int) -> Example:
@@ -69,7 +71,7 @@ class Task(ABC):
     def score(self, example: Example, answer: str) -> float:
         """Raw score of the final answer (extracted, stripped): 1.0 if it equals the gold one.
 
-        A task overrides this, and lets what its reward raises pass.
+        Tasks override this; exceptions of their rewards may pass.
         """
         return float(same_text(answer, example.answer))
 
@@ -89,12 +91,12 @@ class Task(ABC):
         return float(value >= self.right_at)
 
     def true_steps(self, thought: str) -> tuple[int, int] | None:
-        """(true steps, steps) of a thought whose steps can be checked; None if they cannot."""
+        """(true steps, steps) of a thought whose steps can be verified; None if they cannot."""
         return None
 
 
 def same_text(first: str, second: str) -> bool:
-    """Whether two texts are equal but for white space around them and Unicode's form (NFC)."""
+    """True if two texts are equal except for white space around them and Unicode's form (NFC)."""
     a, b = (unicodedata.normalize("NFC", text.strip()) for text in (first, second))
     return a == b
 
@@ -121,7 +123,7 @@ def read_utf8(path: Path, key: str) -> str:
 
 
 def fingerprint(example: Example) -> str:
-    """A hash of the question, by which splits are checked to be disjoint."""
+    """A hash of the question, used to check that splits are disjoint."""
     return hashlib.sha256(example.prompt.encode()).hexdigest()[:16]
 
 
@@ -152,8 +154,8 @@ def _epoch_order(size: int, seed: int, epoch: int) -> list[int]:
 def training_index(position: int, size: int | None, seed: int) -> int:
     """Index of the `position`-th training example of a run.
 
-    Counted up where there is no end of examples, else a new order every epoch. A position is all
-    the state that the data has, so a run resumes exactly.
+    Counted up if the number of examples is unlimited, else a new order every epoch. A position is
+    the whole state of the data, so a run resumes exactly.
     """
     if size is None:
         return position

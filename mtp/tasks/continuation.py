@@ -1,11 +1,11 @@
-"""Stretches of plain text that a model goes on with; no answer is right or wrong.
+"""Parts of plain text that a model continues; no answer is right or wrong.
 
-What a drafter is trained and measured on: text that main writes by itself. The source is text files
-or, by default, Python's own documentation of the language (`pydoc_data.topics`, half a megabyte of
+A drafter is trained and measured on text that main writes by itself. The source is text files or,
+by default, Python's own documentation of the language (`pydoc_data.topics`, half a megabyte of
 English prose and code that comes with every Python).
 
-The text is cut into blocks, and the hash of a block decides its side. A stretch lies within one
-block, begins and ends at white space, and a test stretch occurs nowhere in the training blocks.
+The text is cut into blocks, and the hash of a block decides its split. A part lies within one block
+and begins and ends at white space; a test part occurs nowhere in the training blocks.
 """
 
 import glob
@@ -15,28 +15,29 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..bounds import bounded
+from ..common.bounds import bounded
 from .base import Example, Split, Task, TaskConfig, read_utf8
 
 _MAX_DRAWS = 1000
-"""Test stretches drawn in search of one that the training text does not hold."""
+"""Maximum number of test parts sampled to find one that the training text does not contain."""
 
 
 @dataclass(kw_only=True)
 class ContinuationConfig(TaskConfig):
-    """`task=continuation`, or `task=continuation task.files=[docs/*.md]`."""
+    """Settings for `task=continuation`, such as `task=continuation task.files=[docs/*.md]`."""
 
     files: list[str] = field(default_factory=list)
-    """Patterns of UTF-8 text files, `**` for any folders; none: Python's documentation."""
+    """Patterns of UTF-8 text files, `**` for any folders; empty: Python's documentation."""
     min_characters: int = bounded(100, at_least=1)
     max_characters: int = bounded(400, at_least=1)
-    """A stretch's length is drawn evenly from these two; white space decides where it ends."""
+    """Maximum length of a part; it is sampled uniformly between the two, and the part ends at white
+    space."""
     block_characters: int = bounded(4000, at_least=2)
-    """The text is divided into blocks of so many characters, at white space."""
+    """Number of characters of the blocks that the text is divided into, at white space."""
     test_share: float = bounded(0.1, above=0, below=1)
     """Share of the blocks that are held out."""
     seed: int = bounded(0, at_least=0, at_most=2**63 - 1)
-    """Numbers the stretches; the splits do not depend on it."""
+    """Seed of the parts; the splits do not depend on it."""
 
     def build(self) -> "Continuation":
         if not 1 <= self.min_characters <= self.max_characters:
@@ -55,15 +56,15 @@ class ContinuationConfig(TaskConfig):
 
 
 class Continuation(Task):
-    """See the module."""
+    """Parts of plain text as prompts, see the module."""
 
     name = "continuation"
-    judges = False
+    has_verifier = False
 
     def __init__(self, config: ContinuationConfig):
         self.config = config
         self.blocks: dict[Split, list[str]] = {"train": [], "test": []}
-        """Texts at least as long as the longest stretch, each once."""
+        """Texts at least as long as the longest part, each once."""
         found = [block for text in texts(config.files) for block in self._blocks(text)]
         for block in dict.fromkeys(found):
             byte = int.from_bytes(hashlib.sha256(block.encode()).digest()[:4], "big")
@@ -79,7 +80,7 @@ class Continuation(Task):
         self._train_text = "\n".join(self.blocks["train"])
 
     def _blocks(self, text: str) -> list[str]:
-        """The blocks of one text; a last one that is too short for a stretch is left out."""
+        """The blocks of one text; a last one that is too short for a part is left out."""
         size = self.config.block_characters
         blocks = []
         at = 0
@@ -93,13 +94,13 @@ class Continuation(Task):
         return None
 
     def example(self, split: Split, index: int) -> Example:
-        """A stretch; its `answer` is how the block goes on, for supervised stages."""
+        """A part of a block; its `answer` is the block's continuation, for supervised stages."""
         config = self.config
-        draw = random.Random(f"{config.seed}/{split}/{index}")
+        rng = random.Random(f"{config.seed}/{split}/{index}")
         for _ in range(_MAX_DRAWS):
-            block = draw.choice(self.blocks[split])
-            size = draw.randint(config.min_characters, config.max_characters)
-            start = begin(block, draw.randint(0, len(block) - size))
+            block = rng.choice(self.blocks[split])
+            size = rng.randint(config.min_characters, config.max_characters)
+            start = begin(block, rng.randint(0, len(block) - size))
             end = cut(block, start, size)
             prompt = block[start:end].strip()
             if prompt and (split == "train" or prompt not in self._train_text):
@@ -112,7 +113,7 @@ class Continuation(Task):
         )
 
     def score(self, example: Example, answer: str) -> float:
-        """0: there is nothing to be right about."""
+        """Always 0: no answer is right."""
         return 0.0
 
 
@@ -135,9 +136,9 @@ def texts(patterns: list[str]) -> list[str]:
 
 
 def cut(text: str, start: int, size: int) -> int:
-    """Where text of `size` characters from `start` ends: at the last white space in it.
+    """End of the text of `size` characters from `start`: the last white space in it.
 
-    At the very end of the text, or where there is no white space, it has its full size.
+    At the very end of the text, or if there is no white space, it has its full size.
     """
     end = start + size
     if end >= len(text) or text[end].isspace():

@@ -1,11 +1,11 @@
-"""Equality of mathematical answers, by math-verify in a process of its own with a time limit.
+"""Equality of mathematical answers, by math-verify in a separate process with a time limit.
 
 A policy may answer `9**9**9`, whose evaluation does not end and cannot be interrupted within a
-process: big integers are computed without a look at signals. So each comparison runs under an alarm
-that ends the worker, which is then started again; an answer that takes too long is wrong.
+process: computing big integers does not check signals. So each comparison runs under an alarm that
+ends the worker, which is then restarted; an answer that takes too long is wrong.
 
-Run as a script, this file is the worker: a JSON list [gold, answer, seconds] a line in, one of
-`true`, `false` and `null` (the gold answer cannot be read) a line out.
+Run as a script, this file is the worker: it reads a JSON list [gold, answer, seconds] per line and
+writes `true`, `false` or `null` (the gold answer cannot be read) per line.
 """
 
 import importlib.util
@@ -18,8 +18,8 @@ import weakref
 _START = "ready"
 
 
-class MathJudge:
-    """Compares answers; starts its worker when first asked."""
+class MathVerifier:
+    """Compares answers; starts its worker at the first call."""
 
     def __init__(self, seconds: int = 5):
         if importlib.util.find_spec("math_verify") is None:
@@ -28,7 +28,7 @@ class MathJudge:
                 "`pip install math-verify`"
             )
         self.seconds = seconds
-        """For one comparison."""
+        """Time limit of one comparison in seconds."""
         self._worker: subprocess.Popen[str] | None = None
 
     def __call__(self, gold: str, answer: str) -> float:
@@ -54,7 +54,7 @@ class MathJudge:
         if equal is None:
             raise ValueError(
                 f"the gold answer must be a mathematical expression for task.reward=math, got "
-                f"{gold!r}; mend the row or choose task.reward=exact"
+                f"{gold!r}; correct the row or choose task.reward=exact"
             )
         return float(equal)
 

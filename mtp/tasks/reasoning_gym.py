@@ -1,8 +1,8 @@
 """Any dataset of reasoning-gym, with its own scorer, in two disjoint splits.
 
-Item i of a dataset is drawn with `Random(seed + i)`, so two seeds share most of their items. The
-splits are therefore index ranges of one seed: test items come first, training items after them,
-and a training item whose question is also a test question is replaced by another training item.
+Item i of a dataset is generated with `Random(seed + i)`, so two seeds share most of their items.
+The splits are therefore index ranges of one seed. Test items come first, training items after them,
+and a training item whose question is also a test question is replaced by another one.
 
 An answer is right if the dataset's scorer gives exactly 1.0: scorers give 0.01 to 0.05 to wrong
 answers and part of the score to answers that contain the right one. A scorer that raises on an
@@ -18,12 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..bounds import bounded
+from ..common.bounds import bounded
 from .base import Example, Split, Task, TaskConfig, fingerprint
 from .solvers import SOLVERS, true_steps
 
 _UNSTABLE = {"codeio", "list_functions"}
-"""Item i is not the same at every call: their generators use the global random state."""
+"""Datasets whose item i differs between calls: their generators use the global random state."""
 _HASH_ORDERED = {
     "isomorphic_strings",
     "knight_swap",
@@ -31,29 +31,30 @@ _HASH_ORDERED = {
     "ransom_note",
     "word_ladder",
 }
-"""Item i depends on the order of sets, which PYTHONHASHSEED fixes."""
+"""Datasets whose item i depends on the order of sets, which PYTHONHASHSEED fixes."""
 _NONSENSE = "qwx zvk"
 _NUM_CHECKED = 16
-"""Items whose gold answer must score 1.0 before a run begins."""
+"""Number of items whose gold answer must score 1.0 before a run begins."""
 _NUM_PROBES = 64
 _STRIDE = 7919
-"""From a training item that may not be used to the next candidate; a prime."""
+"""Distance from a training item that may not be used to the next candidate; a prime."""
 
 
 @dataclass(kw_only=True)
 class ReasoningGymConfig(TaskConfig):
-    """`task=reasoning_gym task.dataset=leg_counting task.options={max_animals: 4}`."""
+    """Settings for `task=reasoning_gym task.dataset=leg_counting task.options={max_animals: 4}`."""
 
     dataset: str = ""
-    """Name in reasoning-gym."""
+    """Name of the dataset in reasoning-gym."""
     options: Any = None
-    """Mapping of fields of the dataset's own config, but for seed and size; None: its defaults.
-    Not typed as a mapping, which could not be given whole on the command line."""
+    """Fields of the dataset's own config, without seed and size; None: its defaults. Not typed as a
+    mapping, which could not be given whole on the command line."""
     seed: int = bounded(0, at_least=0, at_most=2**63 - 1)
     num_train: int = bounded(100_000, at_least=1)
-    """Training items; some datasets generate all of theirs at once, or allow no more than 20000."""
+    """Number of training items; some datasets generate all of theirs at once, or allow at most
+    20000."""
     thoughts: bool = False
-    """Refuse a dataset without a solver in mtp/tasks/solvers.py. Where there is one, its chains of
+    """Refuse a dataset without a solver in mtp/tasks/solvers.py. With a solver, its chains of
     thought are given in any case."""
 
     def build(self) -> "ReasoningGym":
@@ -73,7 +74,9 @@ class ReasoningGymConfig(TaskConfig):
 
 
 class ReasoningGym(Task):
-    """See the module. Examples keep the whole item in the column `entry`."""
+    """A dataset of reasoning-gym, see the module. Examples keep the whole item in the column
+    `entry`.
+    """
 
     def __init__(self, config: ReasoningGymConfig):
         self.config = config
@@ -89,7 +92,7 @@ class ReasoningGym(Task):
             self._check_scorer(example)
 
     def size(self, split: Split) -> int:
-        """Test questions are distinct, so there may be fewer of them than `num_test`."""
+        """Number of examples. Test questions are distinct: there may be fewer than `num_test`."""
         return len(self._tests) if split == "test" else self.config.num_train
 
     def example(self, split: Split, index: int) -> Example:
@@ -147,8 +150,8 @@ class ReasoningGym(Task):
             )
         if nonsense == 1.0:
             raise ValueError(
-                f"the scorer of {self.name} takes {_NONSENSE!r} for the right answer, as it would "
-                "any; choose another dataset"
+                f"the scorer of {self.name} takes {_NONSENSE!r} for a right answer; choose another "
+                "dataset"
             )
 
 

@@ -1,20 +1,20 @@
 """Rewards named in a config: `exact`, `math`, or a function by its import path.
 
-Three signatures that people already have are taken as they are, for one answer at a time:
+Three common signatures are supported, for one answer at a time:
 
-| style | signature | what it gets |
+| style | signature | arguments |
 |---|---|---|
 | trl | `f(prompts, completions, completion_ids, **columns)` | lists of length one |
 | verl | `compute_score(data_source, solution_str, ground_truth, extra_info)` | one row |
 | reasoning_gym | `score_answer(answer, entry)` | entry: the row, with question, answer, metadata |
 
-Every style sees the extracted final answer, never the thought before it: a reward that searches a
-whole text can be paid by naming every candidate. A function may leave out parameters it does not
-need. Token ids are not known here; a function that looks into `completion_ids` is told so.
+Every style receives the extracted final answer, never the thought before it: a reward that searches
+a whole text can be exploited by naming every candidate. A function may leave out parameters that it
+does not need. Token ids are not known here; a function that reads `completion_ids` gets an error.
 
 A reward runs under a time limit: code that a policy's answer sends into an endless loop must not
 stop a run. An answer that takes too long is worth 0, with one warning. The limit interrupts Python
-code; a C function that never looks at signals, such as a power of huge integers, it cannot.
+code; it cannot interrupt a C function that never checks signals, such as a power of huge integers.
 
 Left out: rewards that compare the completions of a group, and TRL's message lists.
 """
@@ -34,7 +34,7 @@ from types import FrameType
 from typing import Any
 
 from .base import Example, same_text
-from .math_answer import MathJudge
+from .math_answer import MathVerifier
 
 Reward = Callable[[Example, str], float]
 """(example, final answer) -> score."""
@@ -48,22 +48,22 @@ _NEEDED = {
 
 
 def exact(example: Example, answer: str) -> float:
-    """1.0 if the answer is the gold one, character by character in Unicode's normal form."""
+    """1.0 if the answer equals the gold one, character by character in Unicode's normal form."""
     return float(same_text(answer, example.answer))
 
 
 def load_reward(path: str, style: str = "auto", seconds: float = 10.0) -> Reward:
-    """The reward that `task.reward` and `task.reward_style` name, `seconds` at most an answer.
+    """The reward named by `task.reward` and `task.reward_style`, with `seconds` per answer at most.
 
-    Raises ValueError naming the key if the path cannot be imported or the style not be told.
+    Raises ValueError naming the key if the path cannot be imported or the style is unclear.
     """
     if style not in ("auto", *STYLES):
         raise ValueError(f"task.reward_style must be auto or one of {STYLES}, got {style!r}")
     if path == "exact":
         return exact
     if path == "math":
-        judge = MathJudge()
-        return lambda example, answer: judge(example.answer, answer)
+        verifier = MathVerifier()
+        return lambda example, answer: verifier(example.answer, answer)
     function = import_function(path)
     style = detect_style(function, path) if style == "auto" else style
     adapter = {"trl": _trl, "verl": _verl, "reasoning_gym": _reasoning_gym}[style]
@@ -76,7 +76,7 @@ class TookTooLong(BaseException):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TookTooLong` in the body after so many seconds.
+    """Raise `TookTooLong` in the body after this many seconds.
 
     Raises RuntimeError outside the main thread, where Python delivers no signals.
     """
@@ -96,7 +96,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def limited(reward: Reward, path: str, seconds: float) -> Reward:
-    """The reward, worth 0 for an answer over which it takes longer than `seconds`."""
+    """The reward, worth 0 for an answer that takes it longer than `seconds`."""
     if seconds <= 0:
         raise ValueError(f"task.reward_seconds must be above 0, got {seconds}")
     warned = False
@@ -129,7 +129,7 @@ def import_function(path: str) -> Callable[..., Any]:
         raise ValueError(f"{expected}, got {path!r}")
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # whatever the module's own code raises
+    except (Exception, SystemExit) as error:  # any error that the module's own code raises
         raise ValueError(
             f"{expected}, but importing {module_name!r} failed: {error!r}; install it or put its "
             "folder on PYTHONPATH"
@@ -150,7 +150,7 @@ def detect_style(function: Callable[..., Any], path: str) -> str:
         if needed <= names:
             return style
     raise ValueError(
-        f"task.reward_style=auto cannot tell the style of {path} from its parameters "
+        f"task.reward_style=auto cannot determine the style of {path} from its parameters "
         f"{sorted(names)}; expected {' or '.join(str(sorted(n)) for n in _NEEDED.values())}: set "
         f"task.reward_style to one of {STYLES}"
     )
@@ -167,9 +167,9 @@ def _parameters(function: Callable[..., Any], path: str) -> Mapping[str, inspect
 
 
 def call(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """What a function returns, or what its coroutine does: `async def` rewards are awaited.
+    """Result of a function, or of its coroutine: `async def` rewards are awaited.
 
-    Each call has an event loop of its own.
+    Each call has its own event loop.
     """
     value = function(*arguments, **named)
     if not inspect.isawaitable(value):
@@ -182,7 +182,7 @@ def call(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
 
 
 def _accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that the function takes."""
+    """The arguments that the function accepts."""
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return arguments
@@ -190,11 +190,11 @@ def _accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[s
 
 
 def _number(value: Any) -> float:
-    """A reward's value. Raises TypeError for anything but one number."""
+    """Value of a reward. Raises TypeError unless it is one number."""
     if value is None:
-        raise TypeError("it returned None; one reward judges every row here, so leave out the rows")
+        raise TypeError("it returned None; one reward scores every row here, so leave out the rows")
     if not isinstance(value, numbers.Real | Decimal):
-        # numpy and torch have numbers of their own
+        # numpy and torch have their own number types
         size = getattr(value, "shape", None)
         if size is None or math.prod(size) != 1 or not isinstance(value.item(), numbers.Real):
             raise TypeError(f"it must return a number, got {value!r:.80} ({type(value).__name__})")
@@ -203,15 +203,15 @@ def _number(value: Any) -> float:
 
 
 class NoTokenIds(Sequence[list[int]]):
-    """Stands for `completion_ids`; raises TypeError when looked into."""
+    """Placeholder of `completion_ids`; raises TypeError when it is read."""
 
     def __len__(self) -> int:
         return 1
 
     def __getitem__(self, index: Any) -> Any:
         raise TypeError(
-            "completion_ids are not known to outcomes, which judge the final answer's text; use "
-            "completions, and reward.token_cost for a price on length"
+            "completion_ids are not known to outcomes, which verify the final answer's text; use "
+            "completions, and reward.token_cost for a cost of length"
         )
 
 

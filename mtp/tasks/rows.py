@@ -1,9 +1,9 @@
 """Problems from files: JSONL, Parquet, a folder of `datasets` or a dataset of the Hugging Face hub.
 
 A row has a prompt, an answer, perhaps a thought, and any other columns, which a reward may read.
-Without a test set of its own, a question belongs to the test split if its hash says so: copies of a
-question go to one side, and rows added later move none. With one, training rows whose question is
-in it are dropped and counted in a warning. Test problems are ordered by hash, so that the first
+Without separate test rows, the hash of a question decides its split: copies of a question are in
+one split, and rows added later move none. With test rows, training rows whose question is among
+them are dropped and counted in a warning. Test problems are ordered by hash, so that the first
 `num_test` of them are a fair sample.
 
 Left out: streaming, and prompts of several messages.
@@ -19,7 +19,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from ..bounds import bounded
+import numpy
+
+from ..common.bounds import bounded
 from .base import Example, Split, Task, TaskConfig, fingerprint, read_utf8
 from .reward_functions import load_reward
 
@@ -28,32 +30,34 @@ _log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class RowsConfig(TaskConfig):
-    """`task=rows task.source=problems.jsonl task.reward=math`."""
+    """Settings for `task=rows task.source=problems.jsonl task.reward=math`."""
 
     source: str | None = None
-    """A file ending in .jsonl or .parquet, a folder or a hub id that `datasets` opens."""
+    """Source of the rows: a file ending in .jsonl or .parquet, a folder or a hub id that `datasets`
+    opens."""
     subset: str | None = None
-    """Of a hub id or folder: its configuration, such as `main` of gsm8k."""
+    """Configuration of a hub id or folder, such as `main` of gsm8k."""
     train_split: str = "train"
-    """Of a hub id or folder."""
+    """Training split of a hub id or folder."""
     test_source: str | None = None
-    """Explicit test rows; None: those of `test_split`, else a share of the rows is held out."""
+    """Source of test rows; None: the rows of `test_split`, else a held-out share of the rows."""
     test_split: str | None = None
-    """Of a hub id or folder; with no `test_source`, a split of `source`."""
+    """Test split of a hub id or folder; without `test_source`, a split of `source`."""
     test_share: float = bounded(0.1, above=0, below=1)
-    """Share of the questions that is held out where there are no explicit test rows."""
+    """Share of the questions that is held out if there are no test rows."""
     prompt_column: str = "prompt"
     answer_column: str = "answer"
     thought_column: str = "thought"
-    """May be absent from the rows. Columns within columns are written `outer.inner`."""
+    """Column of the thought, which rows may lack. Columns within columns are written
+    `outer.inner`."""
     reward: str = "exact"
-    """exact, math (equality by math-verify) or `package.module:function`."""
+    """Reward of an answer: exact, math (equality by math-verify) or `package.module:function`."""
     reward_style: str = "auto"
-    """Signature of that function: trl, verl, reasoning_gym; auto tells it by parameter names."""
+    """Signature of that function: trl, verl, reasoning_gym; auto detects it by parameter names."""
     reward_seconds: float = bounded(10.0, above=0)
-    """Longest that function may take over an answer, which is then worth 0."""
+    """Time limit of that function per answer in seconds; an answer that takes longer is worth 0."""
     right_at: float = bounded(1.0, at_least=-1e9)
-    """An answer is right if its reward is at least this."""
+    """Minimum reward of a right answer."""
 
     def build(self) -> "Rows":
         if not self.source:
@@ -71,7 +75,7 @@ class RowsConfig(TaskConfig):
 
 
 class Rows(Task):
-    """See the module."""
+    """Problems from rows, see the module."""
 
     def __init__(self, config: RowsConfig):
         assert config.source is not None
@@ -118,7 +122,7 @@ class Rows(Task):
         return (self._test if split == "test" else self._train)[index]
 
     def score(self, example: Example, answer: str) -> float:
-        """What the reward gives."""
+        """The reward's value."""
         return self._reward(example, answer)
 
     def _examples(self, rows: Sequence[dict[str, Any]], source: str) -> list[tuple[str, Example]]:
@@ -131,7 +135,7 @@ class Rows(Task):
 
 
 def in_test_share(question_hash: str, share: float) -> bool:
-    """Whether a question, by its hexadecimal hash, is among the share that is held out."""
+    """True if a question, by its hexadecimal hash, is in the held-out share."""
     return int(question_hash[:13], 16) < share * 16**13
 
 
@@ -173,7 +177,7 @@ def _prompt(value: Any) -> Any:
 
 
 def _text(value: Any, key: str, where: str) -> str:
-    """Text or a number, stripped. Whole numbers have no decimal point, and none has an exponent."""
+    """Text or a number, stripped. Whole numbers get no decimal point, no number an exponent."""
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise ValueError(
             f"task.{key} must hold text or numbers, got {value!r:.80} in {where}"
@@ -182,10 +186,10 @@ def _text(value: Any, key: str, where: str) -> str:
     if isinstance(value, float | Decimal):
         if not math.isfinite(value):
             raise ValueError(
-                f"task.{key} must hold finite numbers, got {value} in {where}; mend or leave out "
+                f"task.{key} must hold finite numbers, got {value} in {where}; correct or drop "
                 "the row"
             )
-        # A float's own digits are the fewest that tell it from others: 1e16, not what it is exactly
+        # A float's shortest digits that identify it: 1e16, not its exact value
         value = f"{Decimal(repr(value) if isinstance(value, float) else value):f}"
         value = value.rstrip("0").rstrip(".") if "." in value else value
         value = "0" if value == "-0" else value
@@ -195,7 +199,7 @@ def _text(value: Any, key: str, where: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(
             f"task.{key} must hold Unicode text, got the lone surrogate {text[error.start]!r} in "
-            f"{where}; mend the row"
+            f"{where}; correct the row"
         ) from None
     return text
 
@@ -204,9 +208,9 @@ def load_rows(source: str, subset: str | None, split: str, key: str) -> Sequence
     """Rows of a file, folder or hub id. Raises ValueError naming `key` if there are none.
 
     Args:
-        source: path or hub id; a path that exists wins.
+        source: path or hub id; an existing path takes precedence.
         subset: configuration of a folder or hub id.
-        split: of a folder or hub id.
+        split: split of a folder or hub id.
         key: the config's name of the source.
     """
     path = Path(source).expanduser()
@@ -227,7 +231,7 @@ def load_rows(source: str, subset: str | None, split: str, key: str) -> Sequence
 
 def _jsonl(path: Path, key: str) -> list[dict[str, Any]]:
     rows = []
-    # split at line feeds alone: JSON strings may hold other line separators
+    # split at line feeds only: JSON strings may hold other line separators
     for number, line in enumerate(read_utf8(path, key).split("\n"), start=1):
         if not line.strip():
             continue
@@ -251,7 +255,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parquet(path: Path, key: str) -> list[dict[str, Any]]:
-    import numpy
     import pyarrow
     from pyarrow import parquet
 
@@ -267,11 +270,19 @@ def _parquet(path: Path, key: str) -> list[dict[str, Any]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{key}={path} must hold UTF-8 text: {error}; convert the file") from None
     for column in table.schema:
-        if column.type == pyarrow.float32():  # 0.1, which as a double is 0.10000000149
+        if str(column.type) in NARROW_FLOATS:
             for row in rows:
-                value = row[column.name]
-                row[column.name] = None if value is None else float(str(numpy.float32(value)))
+                row[column.name] = shortest(row[column.name], NARROW_FLOATS[str(column.type)])
     return rows
+
+
+NARROW_FLOATS = {"float": "float32", "halffloat": "float16"}
+"""Arrow's names of the floats that are narrower than Python's, and NumPy's."""
+
+
+def shortest(value: float | None, dtype: str) -> float | None:
+    """The float with the fewest digits that `dtype` rounds to `value`: 0.1, not 0.10000000149."""
+    return None if value is None else float(str(numpy.dtype(dtype).type(value)))
 
 
 def _datasets(path: Path, source: str, subset: str | None, split: str, key: str) -> Any:
@@ -280,13 +291,33 @@ def _datasets(path: Path, source: str, subset: str | None, split: str, key: str)
     saved = path / "dataset_dict.json", path / "state.json"
     try:
         if not any(file.is_file() for file in saved):
-            return datasets.load_dataset(source, subset, split=split)
+            return _with_short_floats(datasets.load_dataset(source, subset, split=split))
         loaded = datasets.load_from_disk(str(path))
-        return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-    except Exception as error:  # datasets raises whatever its many loaders raise
+        chosen = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        return _with_short_floats(chosen)
+    except Exception as error:  # datasets raises any kind of error, by loader
         first = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"{key}={source!r} could not be opened by datasets as subset {subset!r}, split "
             f"{split!r}: {type(error).__name__}: {first}; give a .jsonl or .parquet file, a folder "
             "or a hub id, and task.subset, task.train_split, task.test_split where it has them"
         ) from error
+
+
+def _with_short_floats(rows: Any) -> Any:
+    """A dataset whose narrow floats come with the digits that were written, converted on access."""
+    narrow = {
+        name: feature.dtype
+        for name, feature in rows.features.items()
+        if getattr(feature, "dtype", None) in NARROW_FLOATS.values()
+    }
+    if not narrow:
+        return rows
+
+    def shortened(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return batch | {
+            name: [shortest(value, dtype) for value in batch[name]]
+            for name, dtype in narrow.items()
+        }
+
+    return rows.with_transform(shortened)

@@ -1,7 +1,7 @@
 """Sums of a few two-digit numbers, every step written out: `37+85+46=`, `37+85=122;122+46=168`.
 
-Small enough for a model of a million parameters, and every step of a thought can be checked.
-A question is a test question if its hash says so, so the splits are disjoint by construction.
+Small enough for a model of a million parameters, and every step of a thought can be verified. The
+hash of a question decides its split, so the splits are disjoint by construction.
 """
 
 import hashlib
@@ -9,24 +9,24 @@ import random
 import re
 from dataclasses import dataclass
 
-from ..bounds import bounded
+from ..common.bounds import bounded
 from .base import Example, Split, Task, TaskConfig
 
 _STEP = re.compile(r"(\d+)\+(\d+)=(\d+)")
 _TEST_SHARE = 16
-"""One question in so many is a test question."""
+"""One question in this many is a test question."""
 
 
 @dataclass(kw_only=True)
 class RunningSumConfig(TaskConfig):
-    """`task=running_sum`."""
+    """Settings for `task=running_sum`."""
 
     num_terms: int = bounded(3, at_least=2, at_most=1000)
     low: int = bounded(10, at_least=0)
     high: int = bounded(99, at_least=0)
-    """Terms are drawn evenly from low..high."""
+    """Largest term; terms are sampled uniformly from low..high."""
     seed: int = bounded(0, at_least=0, at_most=2**63 - 1)
-    """Numbers the examples; the splits do not depend on it."""
+    """Seed of the examples; the splits do not depend on it."""
 
     def build(self) -> "RunningSum":
         if self.num_terms < 2:
@@ -44,11 +44,11 @@ class RunningSumConfig(TaskConfig):
 
 
 class RunningSum(Task):
-    """See the module."""
+    """Sums with every step written out, see the module."""
 
     name = "running_sum"
     alphabet = "0123456789+=;"
-    """The characters that prompts, thoughts and answers are made of."""
+    """Characters of prompts, thoughts and answers."""
 
     def __init__(self, config: RunningSumConfig):
         self.config = config
@@ -58,9 +58,9 @@ class RunningSum(Task):
 
     def example(self, split: Split, index: int) -> Example:
         config = self.config
-        draw = random.Random(f"{config.seed}/{split}/{index}")
+        rng = random.Random(f"{config.seed}/{split}/{index}")
         while True:
-            terms = [draw.randint(config.low, config.high) for _ in range(config.num_terms)]
+            terms = [rng.randint(config.low, config.high) for _ in range(config.num_terms)]
             prompt = "+".join(map(str, terms)) + "="
             bucket = hashlib.sha256(prompt.encode()).digest()[0] % _TEST_SHARE
             if (bucket == 0) == (split == "test"):

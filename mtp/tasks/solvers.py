@@ -1,8 +1,8 @@
 """Chains of thought for a few reasoning-gym datasets, written by small solvers.
 
-A thought is a list of short steps joined by `;`, the last of which ends in the answer or leaves it
-one glance away (the last divisor of Euclid's algorithm, the order that comparisons prove). Numbers
-carry no spaces: tokenizers that split digits then spend one token a digit.
+A thought is a list of short steps joined by `;`. The last step ends in the answer or implies it
+directly (the last divisor of Euclid's algorithm, the order that comparisons prove). Numbers contain
+no spaces: tokenizers that split digits then use one token per digit.
 
 | dataset | thought |
 |---|---|
@@ -36,12 +36,12 @@ _SYMBOLS: dict[type[ast.operator], str] = {
 
 @dataclass(frozen=True)
 class Solver:
-    """How one dataset is thought about."""
+    """The chain of thought of one dataset, and the test of its steps."""
 
     think: Callable[[Entry], str]
     """The chain of thought of an item. Raises ValueError if the gold answer does not follow."""
     is_true: Callable[[str], bool] | None = None
-    """Whether one step is true; None where that takes more than the step."""
+    """True if one step is true; None if that cannot be decided from the step alone."""
 
 
 def true_steps(thought: str, is_true: Callable[[str], bool]) -> tuple[int, int]:
@@ -64,7 +64,7 @@ def apply(left: int, operator: str, right: int) -> int | None:
 
 
 def arithmetic_is_true(step: str) -> bool:
-    """Whether a step reads `a=c` or `a op b=c` and is so."""
+    """True if a step reads `a=c` or `a op b=c` and is correct."""
     match = _STEP.fullmatch(step)
     if match is None:
         return False
@@ -74,7 +74,7 @@ def arithmetic_is_true(step: str) -> bool:
 
 
 def legs_are_true(step: str) -> bool:
-    """Whether a step is true arithmetic or reads `3 cow*4=12`, with a cow's number of legs."""
+    """True if a step is true arithmetic or reads `3 cow*4=12`, with a cow's number of legs."""
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
     match = _LEGS.fullmatch(step)
@@ -85,7 +85,7 @@ def legs_are_true(step: str) -> bool:
 
 
 def comparison_is_true(step: str) -> bool:
-    """Whether a step reads `a<b`, `a>b` or `a=b` and is so."""
+    """True if a step reads `a<b`, `a>b` or `a=b` and is correct."""
     match = _COMPARISON.fullmatch(step)
     if match is None:
         return False
@@ -149,7 +149,7 @@ def letter_counting(entry: Entry) -> str:
 
 
 def number_sorting(entry: Entry) -> str:
-    """Comparisons of neighbours in the order asked for."""
+    """Comparisons of neighbours in the order that the question requests."""
     numbers = entry["metadata"]["sorted_numbers"]
     sign = "<" if entry["metadata"]["direction"] == "ascending" else ">"
     if len(numbers) == 1:
@@ -176,9 +176,9 @@ def gcd(entry: Entry) -> str:
 def basic_arithmetic(entry: Entry) -> str:
     """Operations in the order in which the gold answer was computed.
 
-    That is the usual one with parentheses allowed, and from left to right without regard to
-    precedence where `allow_parentheses` is false. There the gold answers of questions with a
-    division are wrong either way, which raises ValueError.
+    That is the usual order with parentheses allowed, and from left to right without precedence if
+    `allow_parentheses` is false. In the latter case the gold answers of questions with a division
+    are wrong either way, which raises ValueError.
     """
     expression = entry["metadata"]["expression"]
     steps: list[str] = []
@@ -214,4 +214,4 @@ SOLVERS: dict[str, Solver] = {
     "gcd": Solver(gcd, arithmetic_is_true),
     "basic_arithmetic": Solver(basic_arithmetic, arithmetic_is_true),
 }
-"""By dataset."""
+"""Solvers by dataset."""

@@ -37,7 +37,7 @@ AnyBatch = TypeVar("AnyBatch", bound="TextBatch")
 
 @dataclass
 class Rows:
-    """Tokens of one emitter that are scored, a row each."""
+    """Tokens of one emitter that are scored, one row each."""
 
     positions: Tensor
     """[R] int64 index into B * T of main's row that predicts the token: the token follows it."""
@@ -50,7 +50,7 @@ class Rows:
     main, where it equals `positions`, and into N * K for the head."""
 
     def __len__(self) -> int:
-        """R."""
+        """Number of rows, R."""
         return len(self.targets)
 
     @property
@@ -78,8 +78,8 @@ class PolicyRows(Rows):
     sampled: Tensor
     """[R] float32 log-probability under which the token was sampled, in nats."""
     old: Tensor
-    """[R] float32 log-probability that ratios are taken to, in nats: the sampler's, or that of a
-    replay before the update."""
+    """[R] float32 old log-probability of the ratio, in nats: the sampler's, or that of a replay
+    before the update."""
 
 
 @dataclass
@@ -104,7 +104,7 @@ class TextBatch:
 
 @dataclass
 class RolloutBatch(TextBatch):
-    """Text that the policy sampled. The rows of a rollout of several segments lie in several texts.
+    """Text that the policy sampled. The rows of a rollout of several segments are in several texts.
 
     Example, two rollouts with the text above, of advantages 1 and -1: one text, each row twice.
 
@@ -118,7 +118,7 @@ class RolloutBatch(TextBatch):
 
     @property
     def num_rollouts(self) -> int:
-        """G. Main samples tokens in every rollout."""
+        """Number of rollouts, G. Main samples tokens in every rollout."""
         return len(self.main.rollouts.unique())
 
     def blocks(self, rows: PolicyRows) -> Tensor:

@@ -1,4 +1,4 @@
-"""Solved examples and rollouts in, batches out: who samples which token, packed row by row.
+"""Batches made of solved examples and rollouts: which emitter samples each token, packed by row.
 
 Shapes as in `batch.py`; S is the number of segments of a sampler's record.
 """
@@ -17,7 +17,7 @@ from .batch import PolicyRows, RolloutBatch, Rows, TextBatch
 
 
 def _windows(tokens: Tensor, width: int, pad_id: int) -> Tensor:
-    """[B, T] -> [B, T, width]: at each position the tokens that follow it."""
+    """[B, T] -> [B, T, width]: the tokens that follow each position."""
     padded = torch.nn.functional.pad(tokens, (0, width), value=pad_id)
     return padded.unfold(1, width, 1)[:, 1:]
 
@@ -35,9 +35,9 @@ def collate_text(
     """Supervised batch of (prompt ids, completion ids): every completion token is main's target.
 
     Each position whose block would keep head slots under `plan` is an anchor, and only slots that
-    would be kept are scored. `block_anchors` takes only the positions where passes begin when the
-    text is decoded under `plan`; `num_anchors` > 0 samples so many of them per sequence, each
-    sequence by its own seed of `anchor_seeds`, so that they do not depend on the batch.
+    would be kept are scored. `block_anchors` keeps only the positions where passes begin when the
+    text is decoded under `plan`. `num_anchors` > 0 samples up to this many anchors per sequence,
+    each sequence with its own seed of `anchor_seeds`, so that they do not depend on the batch.
     """
     tokens, lengths = pad([p + c for p, c in samples], pad_id)
     prompt_lengths = torch.tensor([len(p) for p, _ in samples])
@@ -79,7 +79,7 @@ def _text_batch(
     """Packs the rows.
 
     positions [R] of main's rows and anchors [N] index into B * T; blocks [N, K + 1] are the tokens
-    after each anchor, and scored [N, K] says which slots have a row.
+    after each anchor, and scored [N, K] is True for slots that have a row.
     """
     main = Rows(
         positions=positions,
@@ -113,7 +113,7 @@ def collate_rollouts(
         prompts: [S] prompt ids of each segment; a rollout is one segment or several.
         record: the sampler's record of the segments, on the CPU.
         advantages: one per rollout.
-        segments: which segments to take.
+        segments: indices of the segments to take.
         block_size: K + 1.
         pad_id: fills texts on the right.
         owners: [S] the rollout of each segment; None: segment i is rollout i.
@@ -145,10 +145,11 @@ def collate_slow_rollouts(
 ) -> RolloutBatch:
     """Rollouts that main wrote alone, with the anchors of a solved example.
 
-    Main's tokens are its actions. The head's rows score what main wrote after each anchor, in which
-    the head had no part: their `sampled` is main's log-probability of the token. Arguments are
-    those of `collate_rollouts` and of `collate_text`; `plan` has the phases in fast mode. A text's
-    anchors are sampled by `anchor_seed` and the text, so that they do not depend on the batch.
+    Main's tokens are its actions. The head's rows score the tokens that main wrote after each
+    anchor, which the head did not influence: their `sampled` is main's log-probability of the
+    token. Arguments are those of `collate_rollouts` and of `collate_text`; `plan` has the phases in
+    fast mode. A text's anchors are sampled by `anchor_seed` and the text, so that they do not
+    depend on the batch.
     """
     chosen = ChosenSegments(prompts, record, segments, owners)
     samples = [(prompts[s], record.completion(s)) for s in chosen.segment_of_text]
@@ -165,7 +166,7 @@ def collate_slow_rollouts(
 
 
 class ChosenSegments:
-    """Segments picked for a batch, and which of them have the same tokens in the same blocks."""
+    """Segments chosen for a batch; those with the same tokens in the same blocks share a text."""
 
     def __init__(
         self,
@@ -174,7 +175,7 @@ class ChosenSegments:
         segments: list[int],
         owners: list[int] | None = None,
     ):
-        """Arguments as of `collate_rollouts`; C is the length of `segments`."""
+        """Arguments as in `collate_rollouts`; C is the length of `segments`."""
         self.prompts, self.record, self.segments = prompts, record, segments
         owner_of = segments if owners is None else [owners[segment] for segment in segments]
         number = {owner: index for index, owner in enumerate(dict.fromkeys(owner_of))}
@@ -194,7 +195,7 @@ class ChosenSegments:
                 self.segment_of_text.append(segment)
             text_of.append(text_by_key[key])
         self.owner_of = torch.tensor(owner_of)
-        """[C] rollout of each chosen segment, among all that were sampled."""
+        """[C] rollout of each chosen segment, among all sampled rollouts."""
         self.rollout_of = torch.tensor([number[owner] for owner in owner_of])
         """[C] the rollout's number in the batch, 0..G-1."""
         self.text_of = torch.tensor(text_of)
@@ -213,9 +214,9 @@ class ChosenSegments:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
     def batch(self, text: TextBatch, advantages: Tensor) -> RolloutBatch:
-        """Gives each segment rows of its own, with its advantage and log-probabilities.
+        """Give each segment its own rows, with its advantage and log-probabilities.
 
-        text: the rows of each text; advantages: one per rollout that was sampled.
+        text: the rows of each text; advantages: one per sampled rollout.
         """
         time = text.tokens.shape[1]
         sampled = torch.zeros(len(self.segments), time)
@@ -253,7 +254,7 @@ class ChosenSegments:
 
 
 def text_seed(seed: int, prompt: list[int], completion: list[int]) -> int:
-    """A seed of one text: equal for texts that are equal."""
+    """Seed of a text; equal texts have equal seeds."""
     digest = hashlib.sha256(repr((seed, prompt, completion)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 

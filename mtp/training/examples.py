@@ -1,10 +1,10 @@
 """A task's examples as a run can use them: short enough, and free of delimiters.
 
-A run's data is checked here, before anything trains: all rows that a task lists, the test problems
-of others, and each further problem as it is drawn. What would be read wrongly is refused, naming
-the row. What is too long for the model is dropped and counted.
+A run's data is checked here before anything trains: all rows of a task with a list, the test
+problems of others, and each further problem as it is used. Data that would be misread is refused,
+with an error that names the row. Problems that are too long for the model are dropped and counted.
 
-An index gives the same example at every call, so a position stays all the state that the data has.
+An index gives the same example at every call, so a position is the whole state of the data.
 """
 
 import logging
@@ -19,10 +19,10 @@ from .stage import StageConfig
 
 _log = logging.getLogger(__name__)
 _NUM_CHECKED = 256
-"""Training problems of a task without a list that are looked at before a run begins."""
+"""Number of training problems of a task without a list that are checked before a run begins."""
 _NUM_PROBES = 64
 _STRIDE = 7919
-"""From a problem that is too long to the next candidate; a prime."""
+"""Distance from a problem that is too long to the next candidate; a prime."""
 
 
 class FittedTask(Task):
@@ -31,29 +31,29 @@ class FittedTask(Task):
     def __init__(
         self,
         task: Task,
-        text: PromptFormat,
+        fmt: PromptFormat,
         *,
         prompt_limit: int | None = None,
         text_limit: int | None = None,
     ):
-        """Nothing is looked at before it is asked for.
+        """Nothing is checked until it is used.
 
         Args:
             task: the problems.
-            text: how they are read.
-            prompt_limit: most tokens of a prompt; None: no limit.
-            text_limit: most tokens of a solved training example; None: no limit.
+            fmt: tokens and phases.
+            prompt_limit: maximum number of tokens of a prompt; None: no limit.
+            text_limit: maximum number of tokens of a solved training example; None: no limit.
         """
-        self.task, self.text = task, text
-        self.name, self.right_at, self.judges = task.name, task.right_at, task.judges
+        self.task, self.fmt = task, fmt
+        self.name, self.right_at, self.has_verifier = task.name, task.right_at, task.has_verifier
         self.is_listed = task.is_listed
         self.prompt_limit, self.text_limit = prompt_limit, text_limit
         self._kept: dict[Split, list[Example]] = {}
         self._has_warned: set[Split] = set()
         answer = "".join(map(chr, range(33, 127)))
-        lacking = unknown_characters(text.tokenizer, answer)
+        lacking = unknown_characters(fmt.tokenizer, answer)
         answer = "".join(character for character in answer if character not in lacking)
-        self._keeps_ascii = text.read_back(answer) == answer
+        self._keeps_ascii = fmt.read_back(answer) == answer
 
     def size(self, split: Split) -> int | None:
         return len(self._list(split)) if self._lists(split) else self.task.size(split)
@@ -61,7 +61,7 @@ class FittedTask(Task):
     def example(self, split: Split, index: int) -> Example:
         """Raises ValueError if it cannot be read, or if nearly all problems are too long.
 
-        A task without a list gives the next problem that fits in place of one that is too long.
+        A task without a list replaces a problem that is too long by the next one that fits.
         """
         if self._lists(split):
             return self._list(split)[index]
@@ -120,7 +120,7 @@ class FittedTask(Task):
         if self._prompt_is_too_long(example.prompt):
             return None
         where = example.where or f"{split} problem {index} of task {self.name}"
-        example = self.text.checked(example, where)
+        example = self.fmt.checked(example, where)
         self._check_answer(example, where)
         is_solved = split == "train" and self.text_limit is not None
         return None if is_solved and self._text_is_too_long(example) else example
@@ -129,23 +129,23 @@ class FittedTask(Task):
         limit = self.prompt_limit
         if limit is None:
             return False
-        told = self.text.is_longer(prompt, limit)
-        return len(self.text.prompt_ids(prompt)) > limit if told is None else told
+        longer = self.fmt.is_longer(prompt, limit)
+        return len(self.fmt.prompt_ids(prompt)) > limit if longer is None else longer
 
     def _text_is_too_long(self, example: Example) -> bool:
         assert self.text_limit is not None
         solution = (example.thought or "") + example.answer
-        told = self.text.is_longer(example.prompt, self.text_limit, solution)
-        if told is False or (told and self.text.segments.max_segments == 1):
-            return told
-        segments = self.text.example_segments(example)
+        longer = self.fmt.is_longer(example.prompt, self.text_limit, solution)
+        if longer is False or (longer and self.fmt.segments.max_segments == 1):
+            return longer
+        segments = self.fmt.example_segments(example)
         return max(len(p) + len(c) for p, c in segments) > self.text_limit
 
     def _check_answer(self, example: Example, where: str) -> None:
-        """Raises ValueError if the gold answer, as a completion would hold it, is not right."""
-        if not self.judges or (self._keeps_ascii and example.answer.isascii()):
+        """Raises ValueError if the gold answer is wrong once it is read from a completion."""
+        if not self.has_verifier or (self._keeps_ascii and example.answer.isascii()):
             return
-        back = self.text.read_back(example.answer)
+        back = self.fmt.read_back(example.answer)
         if back == example.answer or not self.outcome(example, example.answer):
             return
         if not self.outcome(example, back):
@@ -173,7 +173,7 @@ def fit_task(
     decoding: DecodingConfig,
     stages: dict[str, StageConfig],
     model: Any,
-    text: PromptFormat,
+    fmt: PromptFormat,
 ) -> FittedTask:
     """The task as a run's model can read it; stages: those of the run that have steps.
 
@@ -183,7 +183,7 @@ def fit_task(
     solved = any(stage.reads_solved for stage in stages.values())
     return FittedTask(
         task,
-        text,
+        fmt,
         prompt_limit=decoding.prompt_limit(positions),
         text_limit=positions if solved else None,
     )
@@ -194,17 +194,17 @@ def checked_task(
     decoding: DecodingConfig,
     stages: dict[str, StageConfig],
     model: Any,
-    text: PromptFormat,
+    fmt: PromptFormat,
     num_test: int,
 ) -> FittedTask:
-    """The task as a run's model can read it, looked at before anything trains.
+    """The task as a run's model can read it, checked before anything trains.
 
-    num_test: test problems that a run looks at, of a task without an end of them.
+    num_test: number of test problems to check, of a task with unlimited problems.
 
     Raises ValueError naming the row that cannot be read, or the supervised stage whose head would
     have nothing to learn: no example has a token that the head writes.
     """
-    fitted = fit_task(task, decoding, stages, model, text)
+    fitted = fit_task(task, decoding, stages, model, fmt)
     for index in range(fitted.size("test") or num_test):
         fitted.example("test", index)
     number = fitted.size("train") or _NUM_CHECKED
@@ -212,19 +212,19 @@ def checked_task(
     examples = [fitted.example("train", index) for index in range(number)]
     # An example without a thought may have none of the head's tokens, so those with one come first.
     examples = sorted(examples, key=lambda example: not example.thought)[:8]
-    if not any(_has_head_rows(example, text) for example in examples):
+    if not any(_has_head_rows(example, fmt) for example in examples):
         _check_heads(fitted, stages)
     return fitted
 
 
-def _has_head_rows(example: Example, text: PromptFormat) -> bool:
-    samples = text.example_segments(example)
-    return len(collate_text(samples, text.plan("fast"), text.block_size, text.pad_id).head) > 0
+def _has_head_rows(example: Example, fmt: PromptFormat) -> bool:
+    samples = fmt.example_segments(example)
+    return len(collate_text(samples, fmt.plan("fast"), fmt.block_size, fmt.pad_id).head) > 0
 
 
 def _check_heads(task: FittedTask, stages: dict[str, StageConfig]) -> None:
-    """Raises ValueError for a supervised stage of the head: no example has a token of the head."""
-    phases = [name for name, phase in task.text.phases.items() if phase.mode != "slow"]
+    """Raises ValueError for a supervised stage of the head without a token of the head."""
+    phases = [name for name, phase in task.fmt.phases.items() if phase.mode != "slow"]
     for name, stage in stages.items():
         streams = [n for n, stream in stage.objective.active().items() if stream.scores_head]
         if stage.kind == "supervised" and stage.train_head and streams:

@@ -1,7 +1,7 @@
 """Optimizers of main and head: separate rates, schedules and clips.
 
 Muon (Jordan et al. 2024; its update scaled to AdamW's as in Liu et al. 2025, arXiv 2502.16982)
-moves the matrices of hidden layers, and AdamW everything else.
+updates the matrices of hidden layers, and AdamW all other parameters.
 """
 
 import math
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..bounds import bounded
+from ..common.bounds import bounded
 
 BETAS = (0.9, 0.95)
-"""AdamW's, as in most runs of language models."""
+"""AdamW's betas, as in most runs of language models."""
 
 
 @dataclass(kw_only=True)
@@ -23,18 +23,19 @@ class OptimizerConfig:
     """The optimizer of one emitter in one stage."""
 
     algorithm: str = "adamw"
-    """`adamw`, or `muon` for the matrices of hidden layers and AdamW for the rest."""
+    """Algorithm: `adamw`, or `muon` for the matrices of hidden layers and AdamW for the rest."""
     lr: float = bounded(1e-3, at_least=0, at_most=1000)
     muon_lr_ratio: float = bounded(3.0, above=0)
-    """Muon's rate over `lr`. At 1 an update has the root mean square of AdamW's in large models;
-    small models with noisy gradients make larger ones."""
+    """Ratio of Muon's rate to `lr`. At 1 an update has the root mean square of AdamW's in large
+    models; small models with noisy gradients make larger updates."""
     weight_decay: float = bounded(0.0, at_least=0)
-    """Applied to matrices only."""
+    """Weight decay, applied to matrices only."""
     clip_norm: float = bounded(1.0, above=0)
-    """The emitter's gradient is scaled down to this norm; main and head are clipped apart."""
+    """Maximum norm of the emitter's gradient; main and head are clipped separately."""
     warmup_steps: int = bounded(20, at_least=0)
     decay: str = "cosine"
-    """`constant`, `linear` or `cosine`, from lr to final_lr_ratio * lr at the stage's end."""
+    """Schedule of the rate: `constant`, `linear` or `cosine`, from lr to final_lr_ratio * lr at the
+    stage's end."""
     final_lr_ratio: float = bounded(0.1, at_least=0)
 
     def validate(self, key: str) -> None:
@@ -65,9 +66,9 @@ def split_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon and AdamW on parameters of their own, behind one interface.
+    """Muon and AdamW on separate parameters, behind one interface.
 
-    The groups are those of the two, so a rate that is set here is theirs.
+    The groups are those of the two, so setting a rate in a group sets it in its optimizer.
     """
 
     def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
@@ -75,7 +76,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step of both. A closure is not taken."""
+        """One step of both. Closures are not supported."""
         assert closure is None
         for part in self.parts.values():
             part.step()
@@ -85,7 +86,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What `state_dict` gave."""
+        """Restore the states that `state_dict` returned."""
         for name, part in self.parts.items():
             part.load_state_dict(state_dict[name])
         self.param_groups[:] = [g for part in self.parts.values() for g in part.param_groups]

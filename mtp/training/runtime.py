@@ -1,5 +1,5 @@
 """Devices, processes and folders of a run: Lightning Fabric from a config, a clean stop on signals,
-and errors of the machine named before or where they happen.
+and errors of the machine reported early and with their place.
 """
 
 import errno
@@ -18,7 +18,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from ..bounds import bounded
+from ..common.bounds import bounded
 
 
 @dataclass(kw_only=True)
@@ -27,14 +27,14 @@ class FabricConfig:
 
     accelerator: str = "auto"
     devices: int = bounded(1, at_least=1, at_most=1024)
-    """Processes per node, one device each."""
+    """Number of processes per node, one device each."""
     num_nodes: int = bounded(1, at_least=1, at_most=100_000)
     strategy: str = "auto"
-    """`auto` (one device, or DDP) or `ddp`."""
+    """Distribution strategy: `auto` (one device, or DDP) or `ddp`."""
     precision: str = "32-true"
-    """`32-true`, `bf16-mixed` or `bf16-true`."""
+    """Precision: `32-true`, `bf16-mixed` or `bf16-true`."""
     num_threads: int = bounded(0, at_least=0, at_most=4096)
-    """CPU threads of each process; 0 leaves torch's own choice."""
+    """Number of CPU threads of each process; 0 keeps torch's default."""
 
     def validate(self) -> None:
         """Raises ValueError naming the key of an impossible value."""
@@ -68,9 +68,9 @@ class FabricConfig:
 
 
 def check_writable(folder: Path, key: str) -> None:
-    """Raise ValueError naming `key` if a folder cannot be made and written, and leave no trace.
+    """Raise ValueError naming `key` if a folder cannot be made and written; leave no trace.
 
-    A megabyte is written beside it, so that a full disk is found before a model is built.
+    A megabyte is written next to it, so that a full disk is found before a model is built.
     """
     path = os.path.abspath(folder)
     below: list[str] = []
@@ -95,11 +95,11 @@ class NotFinite(ValueError):
 
 
 @contextmanager
-def naming_what_is_not_finite(model: Any, where: Callable[[], str]) -> Iterator[None]:
-    """Name place and weight if an error within comes from numbers that are not finite.
+def naming_what_is_not_finite(model: torch.nn.Module, where: Callable[[], str]) -> Iterator[None]:
+    """Add place and weight to an error that numbers which are not finite cause.
 
-    Libraries say of such a weight only that a distribution cannot be sampled from. Raises
-    `NotFinite`; any other error passes.
+    Libraries report only that a distribution cannot be sampled from. Raises `NotFinite`; any other
+    error passes.
     """
     try:
         yield
@@ -115,8 +115,8 @@ def naming_what_is_not_finite(model: Any, where: Callable[[], str]) -> Iterator[
         raise NotFinite(f"{where()}: {cause}; {remedy}") from error
 
 
-def weight_that_is_not_finite(model: Any) -> str | None:
-    """Name of the first weight that holds NaN or an infinite number; None if there is none."""
+def weight_that_is_not_finite(model: torch.nn.Module) -> str | None:
+    """Name of the first weight that holds NaN or infinity; None if there is none."""
     try:
         for name, parameter in model.named_parameters():
             if not bool(parameter.isfinite().all()):
@@ -127,13 +127,14 @@ def weight_that_is_not_finite(model: Any) -> str | None:
 
 
 SECONDS_TO_LIVE = 600.0
-"""How long a job that Slurm has asked to stop waits for it to end the process."""
+"""Seconds that a job which Slurm has asked to stop waits for Slurm to end the process."""
 
 
 class StopRequest:
-    """Turns the first Ctrl-C, SIGTERM, SIGUSR1 or 2 into a flag; a second Ctrl-C stops at once.
+    """Turns the first Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 into a flag; a second Ctrl-C stops at
+    once.
 
-    Of several signals SIGUSR2 counts: by it a launcher queues the job again.
+    Of several signals SIGUSR2 takes precedence: a launcher requeues the job by it.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -161,9 +162,9 @@ class StopRequest:
 def hand_on(number: int) -> None:
     """Let a launcher's own handler act on a signal now that the checkpoint is saved.
 
-    Submitit's handler of SIGUSR2 queues the job again and ends the process; that of SIGTERM ignores
-    it, since Slurm queues a preempted job again only if it has not ended by itself: so wait for
-    Slurm to end it. Without a launcher's handler the caller ends the run.
+    Submitit's handler of SIGUSR2 requeues the job and ends the process. Its handler of SIGTERM
+    ignores the signal, since Slurm requeues a preempted job only if the job has not ended by
+    itself: so wait for Slurm to end it. Without a launcher's handler the caller ends the run.
     """
     handler = signal.getsignal(number)
     if number == signal.SIGINT or not callable(handler):
@@ -179,7 +180,7 @@ T = TypeVar("T")
 def on_first_process(fabric: Fabric, function: Callable[[], T]) -> T:
     """Call `function` on the first process and give every process its result.
 
-    Raises on every process the ValueError that it raised, so that none waits for another.
+    Raises its ValueError on every process, so that none waits for another.
     """
     if fabric.world_size == 1:
         return function()
@@ -196,7 +197,7 @@ def on_first_process(fabric: Fabric, function: Callable[[], T]) -> T:
 
 
 def over_processes(fabric: Fabric, values: dict[str, float], op: str) -> dict[str, float]:
-    """The `sum`, `max` or `min` of each number over all processes, which hold the same names."""
+    """The `sum`, `max` or `min` of each number over all processes, which have the same names."""
     if fabric.world_size == 1:
         return values
     names = sorted(values)

@@ -1,12 +1,12 @@
-"""A stage: what is trained, on what, for how long. A run is a list of them.
+"""A stage: what it trains, on which data, for how long. A run is a list of stages.
 
-A stage trains on solved `examples` of the task or on the policy's own `rollouts`; which of the two
-is set says what kind of stage it is.
+A stage trains on solved `examples` of the task or on the policy's own `rollouts`; the one that is
+set determines the kind of the stage.
 """
 
 from dataclasses import dataclass, field
 
-from ..bounds import bounded
+from ..common.bounds import bounded
 from ..rollouts.advantage import ADVANTAGES, Advantage, AdvantageConfig
 from ..rollouts.reward import RewardConfig
 from .objectives import ObjectiveConfig
@@ -27,14 +27,14 @@ def check_unset(stage: "StageConfig", key: str, *names: str) -> None:
 
 @dataclass(kw_only=True)
 class AnchorsConfig:
-    """Where the head runs in a text that it did not help to write."""
+    """Anchors of the head in a text that it did not help to write."""
 
     num_anchors: int = bounded(0, at_least=0)
-    """Anchors sampled per sequence of solved examples or slow rollouts, 0 for all. Fewer save
-    memory and time."""
+    """Number of anchors sampled per sequence of solved examples or slow rollouts, 0 for all. Fewer
+    save memory and time."""
     block_anchors: bool = False
-    """Only the anchors at which passes begin when that text is decoded, a (K+1)-th of them. False
-    makes an anchor of every position of a fast phase."""
+    """Train the head only where a pass would begin at decoding time, about one position in K + 1.
+    False: every position of a fast phase is an anchor."""
 
 
 @dataclass(kw_only=True)
@@ -42,7 +42,7 @@ class ExamplesConfig(AnchorsConfig):
     """Solved examples of the task, which a supervised stage trains on."""
 
     batch_size: int = bounded(0, at_least=0)
-    """Sequences a step, over all processes; 0: the stage trains on rollouts."""
+    """Number of sequences per step, over all processes; 0: the stage trains on rollouts."""
 
 
 @dataclass(kw_only=True)
@@ -50,27 +50,27 @@ class RolloutsConfig(AnchorsConfig):
     """The policy's own rollouts, which an RL stage trains on."""
 
     num_prompts: int = bounded(0, at_least=0)
-    """P, prompts a step, over all processes; 0: the stage trains on solved examples."""
+    """Number of prompts per step over all processes, P; 0: the stage trains on solved examples."""
     group_size: int = bounded(16, at_least=1)
-    """G, rollouts of each prompt."""
+    """Number of rollouts per prompt, G."""
     mode: str = "fast"
-    """`fast`: the head's tokens are executed. `slow`: main writes alone, and the head's rows score
-    what main wrote (an auxiliary loss)."""
+    """Mode of the rollouts. `fast`: the head's tokens are executed. `slow`: main writes alone, and
+    the head's rows score main's tokens (an auxiliary loss)."""
     num_minibatches: int = bounded(1, at_least=1)
-    """Optimizer steps on each batch of rollouts, each on its own share of the prompts."""
+    """Number of optimizer steps per batch of rollouts, each on its own share of the prompts."""
     num_epochs: int = bounded(1, at_least=1)
-    """Times that each batch of rollouts is gone through, with anchors sampled anew."""
+    """Number of epochs over each batch of rollouts; anchors are resampled in each."""
     recompute_old: bool = False
-    """Take ratios to the log-probabilities of a replay before the update, one more forward, and not
-    to the sampler's. Then `objective.policy.correction_cap` corrects for their difference."""
+    """Recompute old log-probabilities with one extra forward pass before the update, instead of
+    using the sampler's. `objective.policy.correction_cap` then corrects for their difference."""
     drop_uninformative: bool = False
-    """Leave groups whose outcomes all agree out of the replay."""
+    """Exclude groups whose outcomes all agree from the update."""
     max_rounds: int = bounded(1, at_least=1)
-    """With `drop_uninformative`, sample `num_prompts` further prompts up to so many times until
-    there are `num_prompts` informative groups (DAPO's dynamic sampling)."""
+    """Maximum number of rounds of `num_prompts` prompts each. With `drop_uninformative`, sampling
+    continues until `num_prompts` groups are informative (DAPO's dynamic sampling)."""
     num_solved: int = bounded(0, at_least=0)
-    """Solved examples mixed into each optimizer step, for main_ce and head_ce (supervised replay),
-    over all processes."""
+    """Number of solved examples mixed into each optimizer step over all processes, for main_ce and
+    head_ce (supervised replay)."""
 
     def validate(self, key: str) -> None:
         """Raises ValueError naming the key of an impossible value."""
@@ -103,27 +103,28 @@ class StageConfig:
     """One stage of a run."""
 
     steps: int = bounded(100, at_least=0)
-    """Optimizer steps; a stage of 0 steps is left out of the run."""
+    """Number of optimizer steps; a stage of 0 steps is left out of the run."""
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
     """Solved examples of the task, if their `batch_size` is above 0."""
     rollouts: RolloutsConfig = field(default_factory=RolloutsConfig)
     """The policy's own rollouts, if their `num_prompts` is above 0."""
     train_main: bool = True
-    """True trains main's parameters."""
+    """Train main's parameters."""
     train_head: bool = True
-    """True trains the head's parameters."""
+    """Train the head's parameters."""
     channel_gradient: float = bounded(1.0, at_least=0)
     """Scale of the head's gradient on main: 1 opens the channel, 0 closes it."""
     channel_ramp_steps: int = bounded(0, at_least=0)
-    """Steps over which the scale rises evenly from 0 to `channel_gradient`; 0: constant."""
+    """Number of steps in which the scale rises linearly from 0 to `channel_gradient`; 0:
+    constant."""
     logits_detach: bool = False
-    """Keep the head's gradient off an output matrix that it shares with main. The channel, through
-    the taps, stays as `channel_gradient` has it."""
+    """Detach the head's gradient from an output matrix that it shares with main. The channel
+    through the taps is unchanged, see `channel_gradient`."""
     reference: str = "previous"
-    """Frozen model that reference_kl and preserve compare with: main as the `previous` stage, the
-    `first` or an earlier one by name left it; `start`: the model that the run began from."""
+    """Frozen model that reference_kl and preserve compare with: main at the end of the `previous`
+    stage, the `first` or an earlier one by name; `start`: the model that the run began from."""
     micro_batch_size: int = bounded(0, at_least=0)
-    """Sequences of one forward and backward; 0 takes a step's sequences at once."""
+    """Number of sequences per forward and backward; 0: all sequences of a step at once."""
     gradient_checkpointing: bool = False
     """Recompute main's layers in the backward: less memory, about a third more time."""
     optimizers: OptimizersConfig = field(default_factory=OptimizersConfig)
@@ -131,12 +132,12 @@ class StageConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     stop_accuracy: float = bounded(0.0, at_least=0, at_most=1)
-    """End the stage once fast accuracy reaches this on the training problems that come next; 0
-    takes all steps. Held-out problems have no say in it."""
+    """Early-stopping threshold on fast-mode accuracy, measured on the next unseen training
+    problems. 0 disables it. Held-out problems are never used."""
     stop_every: int = bounded(20, at_least=1)
-    """Steps between two looks at `stop_accuracy`."""
+    """Number of steps between two comparisons with `stop_accuracy`."""
     evaluate_every: int = bounded(0, at_least=0)
-    """Steps between two evaluations on a smaller set; 0 evaluates at the end only."""
+    """Number of steps between two evaluations on a smaller set; 0 evaluates at the end only."""
 
     @property
     def kind(self) -> str:
@@ -145,7 +146,7 @@ class StageConfig:
 
     @property
     def reads_solved(self) -> bool:
-        """True if the stage reads solved examples, alone or beside its rollouts."""
+        """True if the stage reads solved examples, alone or mixed with its rollouts."""
         return self.kind == "supervised" or bool(self.rollouts.num_solved)
 
     @property
@@ -164,7 +165,7 @@ class StageConfig:
         return ADVANTAGES.get(self.advantage.kind, "advantage.kind")
 
     def channel_gradient_at(self, step: int) -> float:
-        """The scale in a step counted from 0."""
+        """Channel gradient of a step counted from 0."""
         if step >= self.channel_ramp_steps:
             return self.channel_gradient
         return self.channel_gradient * step / self.channel_ramp_steps
@@ -218,7 +219,7 @@ class StageConfig:
         if reads and not rollouts.num_solved:
             raise ValueError(
                 f"{key}.objective.main_ce and head_ce read solved examples: set "
-                f"{key}.rollouts.num_solved to a number a step, or on_rollouts=true to score the "
+                f"{key}.rollouts.num_solved above 0, or on_rollouts=true to score the "
                 "rollouts"
             )
         if rollouts.num_solved and not reads:

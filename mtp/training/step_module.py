@@ -1,4 +1,4 @@
-"""The one module that Fabric wraps: replay and objective in its forward, all else in `call`.
+"""The one module that Fabric wraps: replay and objective in its forward, everything else in `call`.
 
 All weights are read within its forward: those of hidden layers by their own forwards, output
 matrices by the losses and by decoding. Hence a strategy that gathers sharded weights in a forward,
@@ -22,9 +22,10 @@ T = TypeVar("T")
 
 
 class Sealed(Generic[T]):
-    """An argument or a result that Fabric hands over as it is.
+    """An argument or a result that Fabric passes unchanged.
 
-    In collections and dataclasses it would cast the tensors that it finds to its precision.
+    Fabric casts tensors in collections and dataclasses to its precision; it does not look inside
+    this class.
     """
 
     def __init__(self, content: T):
@@ -33,12 +34,12 @@ class Sealed(Generic[T]):
 
 @dataclass
 class Step:
-    """One micro-batch and what its loss depends on."""
+    """One micro-batch and the arguments of its loss."""
 
     batch: TextBatch
     """Text and rows."""
     objective: ObjectiveConfig
-    """Streams and weights."""
+    """Streams and their weights."""
     counts: dict[str, float]
     """Count of each stream over all micro-batches and processes."""
     in_rl: bool = False
@@ -46,7 +47,7 @@ class Step:
     channel_gradient: float = 1.0
     """Scale of the head's gradient on main."""
     logits_detach: bool = False
-    """True keeps the head's gradient off an output matrix shared with main."""
+    """Detach the head's gradient from an output matrix shared with main."""
     sampler: Sampler = field(default_factory=Sampler)
     """The distribution that rollouts were sampled from."""
     reference: Any = None
@@ -105,7 +106,7 @@ def wrap(fabric: Fabric, model: Any) -> Any:
 def within(module: Any, function: Callable[[Any], T]) -> T:
     """`function(model)` inside the wrapped module and in its precision, without gradients.
 
-    For whatever reads weights and is no training step: decoding, evaluation, a replay before the
+    For code that reads weights and is no training step: decoding, evaluation, a replay before the
     update. All processes call it together.
     """
     results: list[T] = []

@@ -2,8 +2,8 @@
 
     loss = sum over streams of weight * (sum over tokens) / (count over all micro-batches and ranks)
 
-Main and head are clipped apart: their norms can differ twenty-fold, and a joint clip would shrink
-the smaller one's step to nothing.
+Main and head are clipped separately: their norms can differ by a factor of twenty, and a joint clip
+would reduce the smaller one's step to nearly zero.
 """
 
 import math
@@ -34,7 +34,7 @@ def global_counts(
 def update(
     fabric: Fabric,
     module: Any,
-    optimizers: Mapping[str, Any],
+    optimizers: Mapping[str, torch.optim.Optimizer],
     batches: list[TextBatch],
     objective: ObjectiveConfig,
     *,
@@ -50,22 +50,22 @@ def update(
 
     Args:
         fabric: runs backward, clipping and reduction.
-        module: the model as `step_module.wrap` gives it.
+        module: the model as `step_module.wrap` returns it.
         optimizers: by emitter, `main` and `head`; an absent emitter is not trained.
-        batches: micro-batches of this process, in their own sizes. If one is of rollouts, this is
+        batches: micro-batches of this process, each of its own size. If one is of rollouts, this is
             an RL step, and the others are solved examples for the supervised streams.
         objective: streams and weights.
-        clip_norms: largest gradient norm of each emitter.
+        clip_norms: maximum gradient norm of each emitter.
         channel_gradient: scale of the head's gradient on main.
-        logits_detach: keep the head's gradient off an output matrix shared with main.
-        sampler: the distribution that rollouts came from.
+        logits_detach: detach the head's gradient from an output matrix shared with main.
+        sampler: the distribution that rollouts were sampled from.
         reference: frozen model that streams compare with.
         impl: implementation of `mtp_kernels` ops.
-        check_gradients: raise if a parameter that is trained has got no gradient.
+        check_gradients: raise if a trained parameter has no gradient.
 
     Raises:
         NotFinite: if the gradient is not finite.
-        ValueError: if the gradient is missing where it was to be checked.
+        ValueError: if a gradient is missing that was to be checked.
     """
     in_rl = any(isinstance(batch, RolloutBatch) for batch in batches)
     counts = global_counts(fabric, objective, batches, in_rl)

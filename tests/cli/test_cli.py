@@ -1,4 +1,4 @@
-"""The command `mtp`: what it prints, and one line and exit code 2 where it cannot go on."""
+"""The command `mtp`: its output, and one line and exit code 2 for a mistake."""
 
 import io
 import json
@@ -76,10 +76,10 @@ def run(tmp_path_factory) -> Path:
 
 
 def figures_of(run: Path, stage: str) -> dict:
-    """What the trainer's evaluation of a stage gives."""
+    """The metrics that the trainer's evaluation of a stage gives."""
     config = load_run_config(run / "config.yaml")
     model, text = load_model(run / "stages" / stage)
-    figures, _ = evaluate(
+    metrics, _ = evaluate(
         model,
         text,
         config.task.build(),
@@ -89,7 +89,7 @@ def figures_of(run: Path, stage: str) -> dict:
         use_head=stage == "head",
         reference=load_model(run / "stages" / "main")[0],
     )
-    return figures
+    return metrics
 
 
 def greedy(run: Path, stage: str, prompt: str, mode: str, limit: int) -> tuple[list, list, int]:
@@ -245,8 +245,13 @@ def test_a_conversation_goes_on_until_it_is_quit():
         if "x" in message:
             raise ValueError("no x")
 
-    lines = ["1+", "", "2+x", "3+", "/mode slow", "/mode warp", "4+", "/new", "5+", "/quit", "6+"]
-    converse(lines, console, text, write, mode="fast", check=check)
+    def check_length(prompt):
+        if len(prompt) > 9:
+            raise ValueError("too long")
+
+    lines = ["1+", "", "2+x", "3+", "/mode slow", "/mode warp", "4+", "5+", "/new", "5+"]
+    lines += ["/quit", "6+"]
+    converse(lines, console, text, write, mode="fast", check=check, check_length=check_length)
     assert asked == [
         ("1+<think>", "fast"),
         ("1+13+<think>", "fast"),
@@ -254,6 +259,7 @@ def test_a_conversation_goes_on_until_it_is_quit():
         ("5+<think>", "slow"),
     ]
     shown = console.file.getvalue()
+    assert "error: too long, or type /new" in shown
     assert "error: no x" in shown and shown.count("/mode fast|slow|verified") == 1
 
 
@@ -338,6 +344,10 @@ def test_a_run_that_has_not_ended_gives_its_last_model_and_says_so(run, tmp_path
             "--temperature must be a finite",
         ),
         (["generate", "RUN", "1+2=", "--seed", "-1"], "--seed must be at least 0, got -1"),
+        (
+            ["generate", "RUN", "1+" * 125, "--max-new-tokens", "9"],
+            "a prompt of 251 tokens and 9 new ones must fit in the model's 256 positions",
+        ),
         (["generate", "RUN", "1+2=\udcff"], "the prompt must be UTF-8 text, got '1+2=\\udcff'"),
         (["export", "RUN", "RUN"], "holds files that no export wrote"),
         (["export", "RUN", "RUN/config.yaml"], "is a file"),

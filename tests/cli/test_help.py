@@ -6,7 +6,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-from mtp.cli.help import GROUPS, help_text
+from mtp.cli.help import GROUPS, described, help_text
 
 HEAVY = ("torch", "transformers", "lightning", "hydra", "datasets", "matplotlib", "triton", "wandb")
 
@@ -29,6 +29,12 @@ def test_help_of_train_works_from_any_folder_and_names_every_choice(tmp_path):
 def test_groups_stand_in_the_order_in_which_they_are_chosen():
     lines = help_text(ROOT / "conf").splitlines()
     assert [line.strip() for line in lines if line.strip() in GROUPS] == list(GROUPS)
+
+
+def test_experiments_of_a_study_come_after_those_that_stand_alone():
+    names = list(described(ROOT / "conf" / "experiment"))
+    in_study = ["/" in name for name in names]
+    assert in_study == sorted(in_study) and names[0] == "running_sum"
 
 
 @pytest.mark.parametrize("arguments", [["train.py", "--help"], ["-m", "mtp.cli.main", "--help"]])

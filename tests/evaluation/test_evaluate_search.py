@@ -1,4 +1,4 @@
-"""What a search is worth on held-out problems: figures of texts that are known in advance."""
+"""Evaluation of a search on held-out problems: metrics of texts that are known in advance."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import torch
 from helpers import tiny_model
 
 from mtp.evaluation import evaluate_search as module
-from mtp.evaluation.evaluate_search import evaluate_search, outcome_judge
+from mtp.evaluation.evaluate_search import evaluate_search, outcome_scorer
 from mtp.modeling.branches import Branch, SearchConfig
 from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.phases import Phase
@@ -48,16 +48,16 @@ def test_figures_are_shares_of_problems(monkeypatch):
 
     monkeypatch.setattr(module, "search", search)
     config = SearchConfig(n=3)
-    figures = evaluate_search(
+    metrics = evaluate_search(
         tiny_model(),
         TEXT,
         TASK,
         config,
         DecodeOptions(max_new_tokens=14),
-        judge="logprob",
+        scorer="logprob",
         **SETTINGS,
     )
-    assert figures == {
+    assert metrics == {
         "chosen_accuracy": 3 / 5,
         "any_right_accuracy": 4 / 5,
         "mean_accuracy": (0 + 1 + 2 + 3 + 4) / 4 / 5,
@@ -68,15 +68,15 @@ def test_figures_are_shares_of_problems(monkeypatch):
     }
 
 
-def test_the_outcome_judges_final_answers():
+def test_the_outcome_scores_final_answers():
     examples = [TASK.example("test", i) for i in range(2)]
-    judge = outcome_judge(TASK, TEXT, examples)
+    scorer = outcome_scorer(TASK, TEXT, examples)
     unfinished = Branch(prompt=0, tokens=said(examples[0].answer, 0).tokens[:-1])
     branches = [said(examples[0].answer, 0), said(examples[0].answer, 1), unfinished]
-    assert judge(branches) == [1.0, 0.0, 0.0]
+    assert scorer(branches) == [1.0, 0.0, 0.0]
 
 
-def test_with_the_reward_as_judge_what_was_found_right_is_chosen():
+def test_with_the_reward_as_scorer_what_was_found_right_is_chosen():
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight[TEXT.eos_id] *= 3
@@ -90,18 +90,19 @@ def test_with_the_reward_as_judge_what_was_found_right_is_chosen():
     task = OneDigit(RunningSumConfig(num_terms=2))
     config = SearchConfig(n=24)
     options = DecodeOptions(max_new_tokens=10, generator=torch.Generator().manual_seed(0))
-    figures = evaluate_search(model, TEXT, task, config, options, judge="reward", **SETTINGS)
-    assert figures["chosen_accuracy"] == figures["any_right_accuracy"] > figures["mean_accuracy"]
+    metrics = evaluate_search(model, TEXT, task, config, options, scorer="reward", **SETTINGS)
+    assert metrics["chosen_accuracy"] == metrics["any_right_accuracy"] > metrics["mean_accuracy"]
 
 
-def test_an_unknown_judge_is_an_error():
-    with pytest.raises(ValueError, match="judge must be one of .'logprob', 'reward'., got 'vibes'"):
+def test_an_unknown_scorer_is_an_error():
+    message = "scorer must be one of .'logprob', 'reward'., got 'vibes'"
+    with pytest.raises(ValueError, match=message):
         evaluate_search(
             tiny_model(),
             TEXT,
             TASK,
             SearchConfig(),
             DecodeOptions(max_new_tokens=14),
-            judge="vibes",
+            scorer="vibes",
             **SETTINGS,
         )

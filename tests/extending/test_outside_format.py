@@ -11,27 +11,27 @@ from mtp.hub.export import export
 from mtp.hub.formats import FORMATS, Format, register_format
 from mtp.hub.model_card import CARD
 from mtp.modeling.phases import Phase
-from mtp.rollouts.prompt_format import TextFormat, character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.tasks.running_sum import RunningSumConfig
 
 SUMMARY: dict[str, Any] = {"stages": [], "seed": 1}
 
 
-def write(model: Any, text: TextFormat, folder: Path, config: RunConfig) -> None:
+def write(model: Any, text: PromptFormat, folder: Path, config: RunConfig) -> None:
     """The format: the names of the weights, a line each."""
     folder.mkdir()
     (folder / "names.list").write_text("\n".join(model.state_dict()))
 
 
 @pytest.fixture
-def text() -> TextFormat:
+def text() -> PromptFormat:
     """Text of a model that thinks."""
     phases = {
         "thought": Phase(mode="fast", opened_by="<think>"),
         "answer": Phase(mode="slow", opened_by="</think>"),
     }
     tokenizer = character_tokenizer("0123456789+=;", ["<think>", "</think>"])
-    return TextFormat(tokenizer, phases, 4)
+    return PromptFormat(tokenizer, phases, 4)
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def summary(seed: int, digits: float | None) -> dict:
 
 
 def shown(print_it, *arguments) -> str:
-    """What a function prints on a console of 100 columns."""
+    """Output of a function on a console of 100 columns."""
     console = Console(width=100, record=True, quiet=False, file=None, force_terminal=False)
     print_it(console, *arguments)
     return console.export_text()

@@ -38,7 +38,7 @@ class Reversal(Task):
         return Example(f"{word}:", word[::-1], "|".join(word[::-1]))
 
     def score(self, example: Example, answer: str) -> float:
-        """The reward: the share of letters that stand where they should."""
+        """The reward: the share of letters in their right place."""
         right = sum(a == b for a, b in zip(answer, example.answer, strict=False))
         return right / max(len(answer), len(example.answer))
 

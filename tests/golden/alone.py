@@ -1,7 +1,4 @@
-"""What an exported folder gives where the given packages are not installed, as JSON.
-
-python -I alone.py FOLDER PROMPT [PACKAGE ...]
-"""
+"""Results of an exported folder where the given packages are not installed, as JSON."""
 
 import json
 import sys

@@ -35,7 +35,7 @@ from mtp.training.stage import RolloutsConfig
 ROOT = Path(__file__).parents[2]
 ARCHIVE = Path(__file__).with_name("old_run.tar.xz")
 PACKAGES = ("mtp", "mtp_kernels")
-"""What an exported folder has to do without."""
+"""Packages that an exported folder must work without."""
 
 Values = dict[str, dict[str, Any]]
 
@@ -44,7 +44,7 @@ NEAR_TIES = {"accuracy": 5e-3}
 leads by so little that rounding changes one token in a thousand."""
 
 UNSTEADY = {"step_time", "rollout_time", "tokens_per_second", "seconds", "global_step"}
-"""Clocks, and what only says where a record stands."""
+"""Fields with times, and those that only hold a record's position."""
 
 COMMON = [
     "seed=1",
@@ -178,7 +178,9 @@ def algorithm(name: str) -> Callable[[Path], Values]:
 
 
 def rl_options(folder: Path) -> Values:
-    """What the other cases leave at its default: costs, filters, estimators, replayed ratios."""
+    """Settings that other cases leave at their defaults: costs, filters, estimators, replayed
+    ratios.
+    """
     objective = "stages.rl.objective"
     return from_old_run(
         folder,
@@ -297,7 +299,7 @@ MODES: dict[str, Any] = {
 
 
 def decoded(model: Any, given: dict[str, torch.Tensor], modes: list[str], **options: Any) -> Values:
-    """What `generate` writes in each mode, and how likely it was."""
+    """Tokens of `generate` in each mode, and their log-probabilities."""
     values = {}
     for mode in modes:
         generator = torch.Generator().manual_seed(3)
@@ -363,7 +365,7 @@ def searched(folder: Path) -> Values:
 
 
 def exported(folder: Path) -> Values:
-    """What an export holds and tells Hugging Face."""
+    """Content of an export, as Hugging Face reads it."""
     numbers_of_run(folder, *SMALL, "stages.joint.steps=1", "stages.rl.steps=0", "task.num_test=50")
     export = folder / "run" / "export"
     values: Values = {"folder": {"files": sorted(path.name for path in export.iterdir())}}

@@ -12,7 +12,7 @@ from values import moved, read, report
 def test_a_run_gives_the_recorded_numbers(case: str, tmp_path: Path):
     if case in DRAWN_BY_MKL and not torch.backends.mkl.is_available():
         pytest.skip(
-            "the recorded tokens were drawn by MKL's random numbers, which torch lacks here"
+            "the recorded tokens were sampled with MKL's random numbers, which torch lacks here"
         )
     found = moved(read(case), CASES[case](tmp_path), NEAR_TIES)
     if found:

@@ -90,7 +90,7 @@ def moved(expected: Any, got: Any, slacks: dict[str, float]) -> list[Moved]:
 
 
 def report(case: str, found: list[Moved], most: int = 12) -> str:
-    """What moved, the first of it first: later numbers follow from earlier ones."""
+    """The values that moved, in order: later numbers follow from earlier ones."""
     lines = [f"{case}: {len(found)} recorded values moved, in the order of the run:"]
     lines += [f"  {one}" for one in found[:most]]
     if len(found) > most:

@@ -11,7 +11,7 @@ OWN = {"shared_embeddings": False}
 
 
 def matrices(model) -> dict[str, torch.Tensor]:
-    """Those with a row for each token."""
+    """Matrices with a row for each token."""
     names = ("embed_tokens.weight", "lm_head.weight")
     return {n: p.detach() for n, p in model.named_parameters() if n.endswith(names)}
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from toy import build_toy, save_toy, toy_tokenizer
 from transformers import LlamaForCausalLM
 
-from mtp.errors import one_line
+from mtp.common.errors import one_line
 from mtp.hub.build import load_model, save_model
 
 

@@ -9,7 +9,7 @@ from helpers import tiny_model
 from toy import HEAD, PHASES, SIZES, build_toy, save_toy
 from transformers import GemmaConfig, GemmaForCausalLM, OlmoConfig, OlmoForCausalLM
 
-from mtp.errors import one_line
+from mtp.common.errors import one_line
 from mtp.hub.build import ModelConfig, build_model, load_model, save_model, start_from_main
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.modeling_mtp import MTPMixin
@@ -153,7 +153,7 @@ def test_another_head_than_the_checkpoints_is_refused_with_the_difference(tmp_pa
     ("mtp", "message"),
     [
         ({"num_slots": 3, "colour": 1, "smell": 2}, r"does not know \(colour, smell\); open the"),
-        ("eavesdrop", "must be a head's settings by name, got 'eavesdrop'"),
+        ("eavesdrop", "must be a mapping of a head's settings, got 'eavesdrop'"),
         ({"num_slots": 0}, "head.num_slots must be .* got 0"),
     ],
 )

@@ -33,7 +33,7 @@ def plain_logits(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """What naive code does: the product in the operands' dtype, then float32 or float64."""
+    """Naive code: the product in the operands' dtype, then float32 or float64."""
     logits = hidden @ weight.T
     if bias is not None:
         logits = logits + bias

@@ -59,7 +59,7 @@ def test_addresses_of_rows_are_computed_in_64_bits():
     """40,960 rows of 128,256 logits pass 2**31: row times stride must not be an i32 product.
 
     What may be one: the row of a teacher's logits, of which a chunk holds less than 2**31. Where
-    noise is drawn, its 32-bit words are multiplied as well: there the operands' rows are counted.
+    noise is sampled, its 32-bit words are multiplied too: there the operands' rows are counted.
     """
     program = """
 import re

@@ -1,4 +1,4 @@
-"""What an argument may be: refused by name, or honoured with one number in all implementations."""
+"""Arguments: refused by name, or supported with one number in all implementations."""
 
 import math
 

@@ -1,4 +1,6 @@
-"""What every op owes: the same bits twice, no trace of tile sizes, nothing unwritten, no breaks."""
+"""Requirements of every op: reproducible bits, no trace of tile sizes, nothing unwritten, no
+breaks.
+"""
 
 import dataclasses
 
@@ -22,7 +24,7 @@ OPS = (*DIFFERENTIABLE, "linear_sample", "linear_verify")
 
 
 def outputs(op: str, hidden: Tensor, weight: Tensor, impl: str, masked: bool = False):
-    """What an op returns for hidden [R, D], all else made of R and V; every fourth row ignored."""
+    """Result of an op for hidden [R, D], all else made of R and V; every fourth row ignored."""
     rows, vocab = hidden.shape[0], weight.shape[0]
     row = torch.arange(rows)
     ignored = (row % 4 == 3) | masked

@@ -34,7 +34,7 @@ def offset(x: Tensor) -> Tensor:
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
-    """What the operand becomes in each layout, without those that are the same one in 1-D."""
+    """The operand in each layout, without those that are the same one in 1-D."""
     changed = {name: change(x) for name, change in LAYOUTS.items()}
     distinct = {(t.stride(), t.storage_offset()): name for name, t in reversed(changed.items())}
     distinct.pop((x.stride(), 0), None)

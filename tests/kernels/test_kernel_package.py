@@ -1,4 +1,4 @@
-"""The package stands alone: what it imports, and that its folder shadows nothing."""
+"""The package is self-contained: its imports, and that its folder shadows nothing."""
 
 import ast
 import subprocess

@@ -25,7 +25,7 @@ def case() -> tuple[list[torch.Tensor], torch.Tensor]:
 
 
 def results(rank: int | None, impl: str) -> dict[str, torch.Tensor]:
-    """What one rank of two, or one process alone, computes."""
+    """Results of one rank of two, or of one process alone."""
     (hidden, weight, bias), target = case()
     rows = slice(None) if rank is None else (slice(0, CUT), slice(CUT, VOCAB))[rank]
     weight = weight.detach()[rows].clone().requires_grad_()

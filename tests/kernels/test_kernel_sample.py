@@ -1,4 +1,4 @@
-"""`linear_sample`: what is drawn follows the distribution, and nothing but its key."""
+"""`linear_sample`: tokens follow the distribution and depend on their key only."""
 
 import numpy as np
 import pytest

@@ -185,7 +185,7 @@ def test_pipelines_decode_with_the_head():
         ({"max_thought_tokens": 0}, "max_thought_tokens must be at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"num_beams": 4}, "num_beams"),
-        ({"penalty": 2}, "does not take .'penalty'."),
+        ({"penalty": 2}, "does not support .'penalty'."),
         ({"do_sample": True, "top_p": 0.0}, "top_p must be above 0"),
         ({"attention_mask": torch.zeros(1, 4)}, "row without a token"),
     ],

@@ -255,7 +255,9 @@ def test_tokens_drawn_without_logits(mode, head, shared, plan, monkeypatch):
     assert completions(out)[0] == alone[0] != completions(expected)[0]
     monkeypatch.setattr("mtp.modeling.token_sampling.linear_sample", None)
     assert completions(run(model, RAGGED, plan, impl="auto")) == completions(expected)
-    with pytest.raises(ValueError, match="kernels=torch needs the package mtp_kernels"):
+    with pytest.raises(
+        ValueError, match=r"impl=torch \(key kernels of a run\) needs the package mtp_kernels"
+    ):
         run(model, RAGGED, plan, impl="torch")
 
 

@@ -1,4 +1,4 @@
-"""What a pass does beside its arithmetic: reads from the device, casts, copies."""
+"""Costs of a pass besides its arithmetic: reads from the device, casts, copies."""
 
 import pytest
 import torch

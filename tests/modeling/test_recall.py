@@ -1,4 +1,4 @@
-"""What a head recalls: the messages behind those that resemble the anchor's."""
+"""Recall of a head: the messages after positions that resemble the anchor's."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Options of `generate` with `mtp_mode`: each is honoured or refused by name, none passed over."""
+"""Options of `generate` with `mtp_mode`: each is supported or refused by name, none ignored."""
 
 import inspect
 
@@ -61,7 +61,7 @@ def test_every_field_of_transformers_is_classified():
     assert set(OPTIONS) <= fields | arguments | others | {"trust_remote_code"}
 
 
-@pytest.mark.parametrize("name", [n for n, o in OPTIONS.items() if o.kind is not Kind.HONOURED])
+@pytest.mark.parametrize("name", [n for n, o in OPTIONS.items() if o.kind is not Kind.SUPPORTED])
 def test_what_asks_for_nothing_is_accepted_and_the_rest_honoured_or_refused(name, monkeypatch):
     model, option = make(), OPTIONS[name]
     plain = written(model, max_new_tokens=4)
@@ -222,7 +222,7 @@ def test_the_mode_of_the_generation_config_is_the_default(tmp_path):
 def test_arguments_of_a_mode_are_refused_without_one(name):
     value = torch.Generator() if name == "generator" else 1
     for mode in (None, "stock"):
-        with pytest.raises(ValueError, match=f"{name} must be left out without an mtp_mode"):
+        with pytest.raises(ValueError, match=f"{name} must be left out if mtp_mode is"):
             make().generate(PROMPT, mtp_mode=mode, **{name: value})
 
 
@@ -305,19 +305,19 @@ def test_processors_that_cannot_know_their_row_are_refused(monkeypatch):
     monkeypatch.setattr(type(model), "main_states", None)
     by_row = PrefixConstrainedLogitsProcessor(lambda row, ids: [5], 1)
     for processor in (by_row, EncoderNoRepeatNGramLogitsProcessor(2, PROMPT)):
-        with pytest.raises(ValueError, match="tells rows by their number"):
+        with pytest.raises(ValueError, match="identifies rows by number"):
             written(model, PROMPT.repeat(2, 1), logits_processor=[processor])
     mark = SynthIDTextWatermarkLogitsProcessor(3, [1, 2], 16, 0, 8, torch.device("cpu"))
-    with pytest.raises(ValueError, match="counts on one call a token"):
+    with pytest.raises(ValueError, match="relies on one call per token"):
         written(model, logits_processor=[mark])
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"inputs_embeds": torch.zeros(1, 4, 32)}, "does not take .'inputs_embeds'."),
-        ({"position_ids": torch.arange(4)[None]}, "does not take .'position_ids'."),
-        ({"inputs": PROMPT}, "input_ids must be left out beside inputs"),
+        ({"inputs_embeds": torch.zeros(1, 4, 32)}, "does not support .'inputs_embeds'."),
+        ({"position_ids": torch.arange(4)[None]}, "does not support .'position_ids'."),
+        ({"inputs": PROMPT}, "input_ids must be left out if inputs is given"),
         ({"input_ids": PROMPT[0]}, r"input_ids must be token ids .* got torch.int64 \[4\]"),
         (
             {"attention_mask": torch.ones(1, 5)},

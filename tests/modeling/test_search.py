@@ -37,7 +37,7 @@ def look(
     sampler=None,
     seed=0,
     max_new_tokens=14,
-    judge=None,
+    scorer=None,
     answer_of=None,
     **options,
 ):
@@ -52,7 +52,7 @@ def look(
         plan,
         DecodeOptions(**given),
         config,
-        judge=judge,
+        scorer=scorer,
         answer_of=answer_of,
     )
 
@@ -252,7 +252,7 @@ PLANTED = [5, 6, 6, 5, 6, 5, 5, 6]
 
 
 def planted_reward(branches):
-    """What a branch has of the planted text, less what stands behind its first mistake."""
+    """Length of the correct beginning of a branch, less the tokens after its first mistake."""
     out = []
     for branch in branches:
         pairs = zip(branch.text(), PLANTED, strict=False)
@@ -273,7 +273,7 @@ def planted_reward(branches):
     ids=["best_of_n", "beam", "rollouts", "values"],
 )
 def test_a_planted_text_is_found(config, mode, plan):
-    options = {"process": only(5, 6), "judge": planted_reward, "max_new_tokens": 8}
+    options = {"process": only(5, 6), "scorer": planted_reward, "max_new_tokens": 8}
     found = look(tiny_model(), [[7], [8, 9]], plan_of(mode, plan), config, **options)
     for texts, score in zip(found.texts, found.scores.tolist(), strict=True):
         assert texts[0].text() == PLANTED and score == 1.0
@@ -285,7 +285,7 @@ def test_a_planted_text_is_found(config, mode, plan):
 
 
 def test_tree_search_needs_fewer_passes_than_sampling_for_the_same_text(plan):
-    options = {"process": only(5, 6), "judge": planted_reward, "max_new_tokens": 8}
+    options = {"process": only(5, 6), "scorer": planted_reward, "max_new_tokens": 8}
     config = SearchConfig(method="mcts", n=40, expand=6)
     sampled = look(tiny_model(), [[7]] * 8, plan.as_slow(), SearchConfig(n=40), **options)
     tree = look(tiny_model(), [[7]] * 8, plan.as_slow(), config, **options)
@@ -294,7 +294,7 @@ def test_tree_search_needs_fewer_passes_than_sampling_for_the_same_text(plan):
 
 
 @torch.no_grad()
-def test_without_a_judge_the_likeliest_text_is_found(plan):
+def test_without_a_scorer_the_likeliest_text_is_found(plan):
     model, prompt, process = tiny_model(), [7, 8], only(5, 6)
 
     def sharp(ids, scores):
@@ -336,11 +336,11 @@ def test_a_beam_holds_no_text_twice(plan):
 
 
 def test_an_ended_text_keeps_its_place_until_a_better_one_takes_it(plan):
-    def judge(branches):
+    def scorer(branches):
         return [9.0 if branch.text()[-1] == 1 else float(branch.num_tokens) for branch in branches]
 
     config = SearchConfig(method="beam", n=2, expand=24)
-    options = {"process": only(5, 1), "judge": judge}
+    options = {"process": only(5, 1), "scorer": scorer}
     found = look(tiny_model(), [[7]], plan.as_slow(), config, max_new_tokens=6, **options)
     assert [branch.text() for branch in found.texts[0]] == [[1], [5, 1]]
     found = look(tiny_model(), [[7]], plan.as_slow(), config, max_new_tokens=12, **options)
@@ -382,15 +382,15 @@ def test_a_vote_can_choose_another_text_than_the_score(plan):
     assert by_vote.scores < by_score.scores
 
 
-def test_a_judge_of_open_branches_is_asked_about_them_and_a_text_still_ends(plan):
+def test_a_scorer_of_open_branches_is_called_with_them_and_a_text_still_ends(plan):
     asked = []
 
-    def judge(branches):
+    def scorer(branches):
         asked.extend(branches)
         return [0.0] * len(branches)
 
     config = SearchConfig(method="mcts", n=2, rollouts=False)
-    found = look(tiny_model(), [[5, 6]], plan.as_slow(), config, judge=judge, max_new_tokens=9)
+    found = look(tiny_model(), [[5, 6]], plan.as_slow(), config, scorer=scorer, max_new_tokens=9)
     assert [branch.num_tokens for branch in asked] == [1, 9]
     assert len(found.texts[0]) == 1
 
@@ -440,17 +440,17 @@ def test_search_takes_what_generate_takes():
         ({"n": 0}, "search.n must be at least 1, got 0"),
         ({"method": "beam", "expand": 1}, "search.expand must be at least 2, got 1"),
         ({"method": "mcts", "exploration": -1.0}, "search.exploration must be 0 or above"),
-        ({"method": "mcts", "rollouts": False}, "needs a judge of open branches"),
-        ({"method": "beam", "rollouts": False}, "is of method mcts, got beam"),
+        ({"method": "mcts", "rollouts": False}, "needs a scorer of open branches"),
+        ({"method": "beam", "rollouts": False}, "requires search.method=mcts, got beam"),
         ({"choose": "majority"}, "needs answer_of"),
-        ({"width": 3}, "does not take .'width'."),
+        ({"width": 3}, "must not hold .'width'."),
         ({"do_sample": False}, "sampling must be on; got temperature=0"),
         ({"top_k": 1}, "sampling must be on; got temperature=1, top_k=1"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"num_return_sequences": 2}, "set n in its config"),
         ({"mtp_mode": "warp"}, "mtp_mode must be one of"),
         ({"mtp_mode": ["fast", "slow"]}, r"one per row \(1\), got 2"),
-        ({"streamer": object()}, "takes no streamer"),
+        ({"streamer": object()}, "does not support streamer"),
         ({"attention_mask": torch.zeros(1, 2)}, "row without a token"),
     ],
 )
@@ -469,6 +469,6 @@ def test_what_cannot_be_searched_is_refused_before_any_pass(given, message, monk
     ("scores", "message"),
     [([1.0], "for each of 2 branches, got 1"), ([1.0, math.nan], "finite scores, got nan for")],
 )
-def test_a_judge_that_does_not_judge_is_an_error(scores, message, plan):
+def test_a_scorer_that_gives_no_finite_scores_is_an_error(scores, message, plan):
     with pytest.raises(ValueError, match=message):
-        look(tiny_model(), [[5]], plan, SearchConfig(n=2), judge=lambda branches: scores)
+        look(tiny_model(), [[5]], plan, SearchConfig(n=2), scorer=lambda branches: scores)

@@ -103,7 +103,7 @@ def test_replay_of_segments_gives_the_samplers_log_probabilities(
 
 
 def check_contexts(out, prompts, plan, options, copies):
-    """Each context is prompt, memory and recent tokens, told again from the tokens alone."""
+    """Each context is prompt, memory and recent tokens, derived from the tokens alone."""
     tokenizer = Commands()
     assert sorted(set(out.owners)) == list(range(len(prompts) * copies))
     for trajectory in range(len(prompts) * copies):

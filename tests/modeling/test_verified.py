@@ -109,7 +109,7 @@ def test_each_row_of_a_mixed_batch_is_the_definition_of_its_own_modes(head, requ
 
 
 def chi_square_excess(seen, expected):
-    """How many standard deviations chi-square is above its mean; cells of under 5 are pooled."""
+    """Number of standard deviations of chi-square above its mean; cells of under 5 are pooled."""
     small = expected < 5
     seen = torch.cat([seen[~small], seen[small].sum()[None]])
     expected = torch.cat([expected[~small], expected[small].sum()[None]])

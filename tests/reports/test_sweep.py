@@ -25,10 +25,10 @@ def finished(folder: Path, overrides: dict[str, str], fast: float | None, second
     """A job that is done, its last stage `rl` with the given fast accuracy."""
     folder.mkdir(parents=True)
     (folder / "job.json").write_text(json.dumps({"overrides": overrides, "error": None}))
-    figures = {"slow_accuracy": 1.0, "slow_passes": 24.0, "fast_passes": 8.0, "true_steps": None}
+    metrics = {"slow_accuracy": 1.0, "slow_passes": 24.0, "fast_passes": 8.0, "true_steps": None}
     stages = [
-        {"name": "main", **figures, "fast_accuracy": None, "seconds": 1.0},
-        {"name": "rl", **figures, "fast_accuracy": fast, "seconds": 2.0},
+        {"name": "main", **metrics, "fast_accuracy": None, "seconds": 1.0},
+        {"name": "rl", **metrics, "fast_accuracy": fast, "seconds": 2.0},
     ]
     (folder / "summary.json").write_text(json.dumps({"stages": stages, "seconds": seconds}))
 

@@ -15,7 +15,7 @@ from mtp.rollouts.advantage import GroupRewards, group_std
 from mtp.rollouts.legibility import (
     jensen_shannon,
     mean_nats_of_rollouts,
-    reference_figures,
+    reference_metrics,
     thought_nats,
     unigram_drift,
 )
@@ -111,10 +111,10 @@ def test_reference_figures_by_slot_add_up_to_the_mean():
     measured = thought_nats(batch, TEXT, MODEL)
     assert measured.rollouts.tolist() == [0, 0, 0, 1, 1]
     assert measured.slots.tolist() == [0, 1, 2, 0, 1]
-    figures = reference_figures([batch], TEXT, MODEL, 3)
-    by_slot = [figures[f"reference_nats_slot_{slot}"] for slot in range(3)]
+    metrics = reference_metrics([batch], TEXT, MODEL, 3)
+    by_slot = [metrics[f"reference_nats_slot_{slot}"] for slot in range(3)]
     mean = (2 * by_slot[0] + 2 * by_slot[1] + by_slot[2]) / 5
-    assert figures["reference_nats_per_token"] == pytest.approx(mean, rel=1e-5)
+    assert metrics["reference_nats_per_token"] == pytest.approx(mean, rel=1e-5)
     assert len(mean_nats_of_rollouts(batch, TEXT, MODEL)) == 2
 
 
@@ -137,9 +137,9 @@ def test_a_reward_that_hangs_is_worth_nothing_and_is_reported_once(caplog):
                 continue
         return 1.0
 
-    judge = limited(reward, "rewards:slow", 0.05)
+    verifier = limited(reward, "rewards:slow", 0.05)
     with caplog.at_level(logging.WARNING):
-        assert [judge(EXAMPLE, answer) for answer in ("loop", "loop", "60")] == [0.0, 0.0, 1.0]
+        assert [verifier(EXAMPLE, answer) for answer in ("loop", "loop", "60")] == [0.0, 0.0, 1.0]
     assert len(caplog.records) == 1
     assert "rewards:slow took over task.reward_seconds=0.05" in caplog.text
     with pytest.raises(ValueError, match="task.reward_seconds must be above 0"):

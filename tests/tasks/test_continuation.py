@@ -87,5 +87,5 @@ def test_what_is_no_text_is_named(tmp_path):
 
 def test_no_answer_is_right():
     example = TASK.example("test", 0)
-    assert not TASK.judges
+    assert not TASK.has_verifier
     assert TASK.outcome(example, example.answer) == 0.0

@@ -102,7 +102,7 @@ def test_datasets_without_a_solver_have_no_thoughts():
         ({"dataset": ""}, "task.dataset must be a reasoning-gym dataset, got ''"),
         ({"dataset": "graph_color"}, "gold answers, but the answer of .* item 0 is None"),
         ({"dataset": "rush_hour"}, "gold answers"),
-        ({"dataset": "game_of_life_halting"}, "takes 'qwx zvk' for the right answer"),
+        ({"dataset": "game_of_life_halting"}, "takes 'qwx zvk' for a right answer"),
         ({"dataset": "list_functions"}, "same item at every call"),
         (
             {"dataset": "gcd", "options": {"digits": 3}},

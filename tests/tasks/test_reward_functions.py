@@ -41,10 +41,10 @@ async def waits(completions, answer):
     return [float(c == a) for c, a in zip(completions, answer)]
 async def sleeps(answer, entry):
     await asyncio.sleep(60)
-class Judge:
+class Verifier:
     async def __call__(self, solution_str, ground_truth):
         return {"score": float(solution_str == ground_truth)}
-judge = Judge()
+verifier = Verifier()
 def exits(answer, entry):
     sys.exit(0)
 def interrupts(answer, entry):
@@ -126,7 +126,9 @@ def test_reasoning_gym_style(rewards):
 
 def test_an_explicit_style_overrules_the_names(rewards):
     assert detect_style(rewards.trl, "trl") == "trl"
-    with pytest.raises(ValueError, match="cannot tell the style of .*:unclear .*task.reward_style"):
+    with pytest.raises(
+        ValueError, match="cannot determine the style of .*:unclear .*task.reward_style"
+    ):
         load_reward("rewards_for_test:unclear")
     reward = load_reward("rewards_for_test:unclear_but_named", "reasoning_gym")
     assert reward(EXAMPLE, "2") == 1.0 and reward(EXAMPLE, "3") == 0.0
@@ -171,7 +173,7 @@ def test_right_at_sets_the_bar(tmp_path, rewards):
 def test_an_async_reward_is_awaited(tmp_path, rewards):
     reward = load_reward("rewards_for_test:waits")
     assert (reward(EXAMPLE, "2"), reward(EXAMPLE, "3")) == (1.0, 0.0)
-    reward = load_reward("rewards_for_test:judge")
+    reward = load_reward("rewards_for_test:verifier")
     assert (reward(EXAMPLE, "2"), reward(EXAMPLE, "3")) == (1.0, 0.0)
 
 

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mtp.tasks.base import Example, Task, check_disjoint, fingerprint
-from mtp.tasks.math_answer import MathJudge
+from mtp.tasks.math_answer import MathVerifier
 from mtp.tasks.rows import RowsConfig, in_test_share, to_example
 
 
@@ -226,7 +226,7 @@ def test_numbers_become_text_as_they_are_written(value, text):
     "value", [float("nan"), float("inf"), Decimal("NaN"), Decimal("-Infinity")]
 )
 def test_numbers_that_are_none_are_refused(value):
-    message = "task.answer_column must hold finite numbers, got .* in row 3 of r; mend"
+    message = "task.answer_column must hold finite numbers, got .* in row 3 of r; correct or drop"
     with pytest.raises(ValueError, match=message):
         to_example({"prompt": "p", "answer": value}, RowsConfig(), "row 3 of r")
 
@@ -308,9 +308,25 @@ def test_parquet_columns_that_are_there_twice_or_hold_short_floats(tmp_path):
     assert (found["0"], found["1"], found["2"]) == ("0.1", "2.5", "6")
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_narrow_floats_of_a_dataset_and_of_parquet_keep_their_digits(tmp_path, dtype):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"prompt": datasets.Value("string"), "answer": datasets.Value(dtype)}
+    )
+    rows = [{"prompt": str(i), "answer": 0.1 if i else 2.5} for i in range(40)]
+    dataset = datasets.Dataset.from_list(rows, features=features)
+    dataset.save_to_disk(tmp_path / "saved")
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    for name in ("saved", "rows.parquet"):
+        task = RowsConfig(source=str(tmp_path / name), num_test=99).build()
+        found = {e.prompt: e.answer for e in every(task, "train") + every(task, "test")}
+        assert (found["0"], found["1"]) == ("2.5", "0.1"), name
+
+
 @pytest.fixture(scope="module")
-def judge():
-    return MathJudge(seconds=2)
+def verifier():
+    return MathVerifier(seconds=2)
 
 
 @pytest.mark.parametrize(
@@ -326,18 +342,18 @@ def judge():
         ("(1,2)", "(2,1)", 0.0),
     ],
 )
-def test_math_equality(judge, gold, answer, right):
-    assert judge(gold, answer) == right
+def test_math_equality(verifier, gold, answer, right):
+    assert verifier(gold, answer) == right
 
 
-def test_math_that_does_not_end_is_wrong_and_the_judge_goes_on(judge):
-    assert judge("12", "9**9**9") == 0.0
-    assert judge("12", "24/2") == 1.0
+def test_math_that_does_not_end_is_wrong_and_the_verifier_continues(verifier):
+    assert verifier("12", "9**9**9") == 0.0
+    assert verifier("12", "24/2") == 1.0
 
 
-def test_gold_answers_that_are_no_mathematics(judge):
+def test_gold_answers_that_are_no_mathematics(verifier):
     with pytest.raises(ValueError, match="gold answer must be a mathematical expression.*got ''"):
-        judge("", "1")
+        verifier("", "1")
 
 
 def test_the_math_reward(tmp_path):

@@ -31,7 +31,7 @@ def test_every_task_composes_and_builds(name, tmp_path):
     task = task_config(*overrides).build()
     check_disjoint(task, num_train=64)
     example = task.example("test", 0)
-    assert task.outcome(example, example.answer) == float(task.judges)
+    assert task.outcome(example, example.answer) == float(task.has_verifier)
 
 
 def test_settings_from_the_command_line():

@@ -10,7 +10,7 @@ from helpers import EOS, GREEDY, HEADS, PAD, completions, config, records, run, 
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import mtp.stage_loop as stage_loop
+import mtp.stages.loop as stage_loop
 from mtp.evaluation.evaluate import acceptance_by_slot
 from mtp.evaluation.evaluate_search import evaluate_search
 from mtp.hub.build import load_model, start_from_main
@@ -179,12 +179,14 @@ def test_a_system_prompt_needs_the_template():
 
 
 @pytest.fixture
-def unjudged(monkeypatch):
+def unverified(monkeypatch):
     """The task of the tiny run without right and wrong."""
-    monkeypatch.setattr(RunningSum, "judges", False)
+    monkeypatch.setattr(RunningSum, "has_verifier", False)
 
 
-def test_a_run_trains_a_drafter_and_reports_verified_mode(tmp_path, unjudged, monkeypatch, capsys):
+def test_a_run_trains_a_drafter_and_reports_verified_mode(
+    tmp_path, unverified, monkeypatch, capsys
+):
     updates = []
 
     def counted(fabric, model, optimizers, batches, *rest, **named):
@@ -221,7 +223,7 @@ def test_a_run_trains_a_drafter_and_reports_verified_mode(tmp_path, unjudged, mo
     assert not text.chat_template and text.phases["text"].mode == "verified"
 
 
-def test_outcomes_that_nobody_judges_are_no_reward(tmp_path, unjudged):
+def test_outcomes_that_nobody_verifies_are_no_reward(tmp_path, unverified):
     for setting in ("objective.policy.weight=1", "rollouts.drop_uninformative=true"):
         with pytest.raises(ValueError, match=rf"stages.rl.{setting.partition('=')[0]} needs answ"):
             train(
@@ -231,7 +233,7 @@ def test_outcomes_that_nobody_judges_are_no_reward(tmp_path, unjudged):
 
 def test_a_search_cannot_be_measured_without_right_answers():
     task, text, model = ContinuationConfig().build(), plain_text(), tiny_model()
-    given = {"mode": "fast", "judge": "logprob", "num_problems": 1}
+    given = {"mode": "fast", "scorer": "logprob", "num_problems": 1}
     with pytest.raises(ValueError, match="task continuation has none; evaluate without --search"):
         evaluate_search(
             model,

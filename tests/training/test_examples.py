@@ -80,7 +80,7 @@ def rows_task(folder, content, **given):
 
 
 class Counted(Task):
-    """Problem i is `i` and as many letters; drawn without end unless `number` says so."""
+    """Problem i is `i` and as many letters; unlimited unless `number` is set."""
 
     name = "counted"
 
@@ -136,7 +136,7 @@ def test_rows_that_are_too_long_are_dropped_and_counted(tmp_path, caplog, length
     dropped = sum(int(line.split("dropped ")[1].split()[0]) for line in caplog.messages)
     assert dropped == 3 and "240 tokens of a prompt" in caplog.text
     if length > 10_000:
-        assert max(encoded) < 10_000, "characters alone tell"
+        assert max(encoded) < 10_000, "characters alone decide"
 
 
 def test_solved_examples_that_are_too_long_are_dropped_from_training_alone(tmp_path, caplog):

@@ -150,11 +150,6 @@ def test_the_channel_opens_evenly():
             {"group_size": 1},
             "stages.x.rollouts.group_size must be at least 2, got 1: an advantage compares",
         ),
-        (
-            {"group_size": 0},
-            "stages.x.rollouts.group_size must be at least 1, got 0$",
-        ),
-        ({"num_epochs": 0}, "stages.x.rollouts.num_epochs must be at least 1, got 0"),
         ({"num_solved": 4}, "stages.x.rollouts.num_solved=4 examples are read by no stream"),
         (
             {"num_prompts": 3, "num_minibatches": 2},
@@ -192,7 +187,7 @@ def test_rollouts_that_contradict_each_other_name_their_keys(settings, message):
                 "rollouts": RolloutsConfig(num_prompts=4),
                 "objective": ObjectiveConfig(head_ce=HeadCE(weight=1.0)),
             },
-            "set stages.x.rollouts.num_solved to",
+            "set stages.x.rollouts.num_solved above 0",
         ),
     ],
 )

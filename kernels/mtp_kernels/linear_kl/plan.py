@@ -1,7 +1,7 @@
-"""Which student rows meet which teacher rows, in an order that makes every teacher row once.
+"""Pairs of student and teacher rows, in an order that computes every teacher row once.
 
 Student rows are sorted by their teacher row. A chunk is a range of distinct teacher rows together
-with the students that meet them; k students of one teacher row then share its logits.
+with their students; k students of one teacher row then share its logits.
 """
 
 from collections.abc import Iterator

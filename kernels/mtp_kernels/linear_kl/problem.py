@@ -1,4 +1,4 @@
-"""What a divergence is taken of: the arguments that every path of `linear_kl` shares."""
+"""The arguments of a divergence, which every path of `linear_kl` shares."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -23,7 +23,7 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """R student rows, N teacher rows over one vocabulary, and who meets whom."""
+    """R student rows, N teacher rows over one vocabulary, and the teacher of each student."""
 
     student: Layer
     teacher: Layer

@@ -1,4 +1,6 @@
-"""`linear_logprob` as plain PyTorch on all the logits: what the other paths are held to."""
+"""`linear_logprob` as plain PyTorch on all the logits: the definition that the other paths must
+match.
+"""
 
 import torch
 from torch import Tensor

@@ -13,7 +13,7 @@ from mtp_kernels.targets import resolve_targets
 
 
 class LinearLoss(NamedTuple):
-    """The loss, and what a log wants to know of each row, in hidden's leading shape.
+    """The loss, and statistics of each row for logs, in hidden's leading shape.
 
     All but the loss are without gradient; ignored rows hold 0, and -1 in argmax.
     """

@@ -1,4 +1,4 @@
-"""`linear_loss` as plain PyTorch on all the logits: the definition the other paths are held to."""
+"""`linear_loss` as plain PyTorch on all the logits, the definition of the other paths."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
-"""`linear_loss` in chunks of rows, with gradients made in the forward: three matrix products.
+"""`linear_loss` in chunks of rows, with gradients computed in the forward: three matrix products.
 
-A row-local loss knows its upstream gradient as soon as the row's statistics are there, so a chunk's
-logits are turned into their gradient in place and never made again.
+The upstream gradient of a row-local loss is known once the row's statistics are, so a chunk's
+logits are turned into their gradient in place and never recomputed.
 """
 
 import torch

@@ -18,7 +18,7 @@ class LinearSample(NamedTuple):
     token: Tensor
     """int64 vocabulary id."""
     logprob: Tensor
-    """float32, nats: log-probability of the token under the very distribution it was drawn from;
+    """float32, nats: log-probability of the token under the distribution that it was sampled from;
     for greedy choices, under temperature 1."""
 
 
@@ -35,23 +35,23 @@ def linear_sample(
     bias: Tensor | None = None,
     impl: str = "auto",
 ) -> LinearSample:
-    """Draws one token per row of hidden by the Gumbel-max trick: argmax(x + noise).
+    """Samples one token per row of hidden by the Gumbel-max trick: argmax(x + noise).
 
     All rows, such as the k slots of a parallel head, share one read of the weight. The noise is a
-    function of (seed, position, vocabulary id) only, so a draw does not depend on the batch it is
-    in, on tile sizes or on the implementation (but for rounding of the logits).
+    function of (seed, position, vocabulary id) only, so a sample does not depend on its batch,
+    on tile sizes or on the implementation (except for rounding of the logits).
 
     Args:
         hidden: [..., D] hidden states.
         weight: [V, D] output matrix, hidden's dtype.
         seed: an integer, or int64 that broadcasts to the rows [...]: one per sequence, or sequences
-            at the same position would be drawn alike.
-        position: [...] absolute position in tokens of the token to be drawn.
+            at the same position would share their noise.
+        position: [...] absolute position in tokens of the token to be sampled.
         temperature: divides the logits, after the softcap; 0 chooses the largest logit.
-        top_k: draw among this many largest logits only.
-        top_p: draw among the smallest set of likeliest tokens with this much probability. With
+        top_k: sample among this many largest logits only.
+        top_p: sample among the smallest set of likeliest tokens with this much probability. With
             top_k or top_p the logits of a chunk of rows are materialised and sorted, in PyTorch,
-            whichever impl is asked for: exact, bounded in memory, and slower.
+            whatever impl is: exact, bounded in memory, and slower.
         softcap: c of c * tanh(logits / c), or None.
         bias: [V] added to the logits, or None.
         impl: "auto", "reference", "torch" or "triton".

@@ -17,11 +17,12 @@ class LinearVerify(NamedTuple):
     """Per-sequence results: `num_accepted` drafts are kept, and `token` follows them."""
 
     num_accepted: Tensor
-    """[N] int64 number of drafts that are kept."""
+    """[N] int64 number of accepted drafts."""
     token: Tensor
-    """[N] int64 token after them: drawn again where a draft was rejected, else one more."""
+    """[N] int64 token after them: resampled where a draft was rejected, else one more."""
     logprob: Tensor
-    """[N, K + 1] float32, nats: main's log-probability of the kept drafts and `token`; then 0."""
+    """[N, K + 1] float32, nats: main's log-probability of the accepted drafts and `token`; then
+    0."""
 
 
 @torch.no_grad()
@@ -41,20 +42,21 @@ def linear_verify(
     ignore_index: int = -100,
     impl: str = "auto",
 ) -> LinearVerify:
-    """Speculative sampling (arXiv 2211.17192): what is kept is distributed as main's own samples.
+    """Speculative sampling (arXiv 2211.17192): the resulting tokens are distributed as main's
+    samples.
 
-    Draft j is kept while u < p_j(draft_j) / q_j(draft_j); the first rejected one is drawn again
-    from max(p_j - q_j, 0); after a whole accepted draft one more token is drawn from p_K. At
-    temperature 0 a draft is kept where it is main's largest logit. Each distribution is made of
-    hidden states as in `linear_logprob`; the drafts must have been drawn at this temperature and
-    softcap.
+    Draft j is accepted while u < p_j(draft_j) / q_j(draft_j); the first rejected one is resampled
+    from max(p_j - q_j, 0). If the whole draft is accepted, one more token is sampled from p_K. At
+    temperature 0 a draft is accepted if it is main's largest logit. Each distribution is computed
+    from hidden states as in `linear_logprob`; the drafts must have been sampled at this temperature
+    and softcap.
 
     Args:
         hidden: [N, K + 1, D] main's hidden states; row j predicts what draft j proposes.
         weight: [V, D] main's output matrix.
         draft: [N, K] proposed tokens; from the first ignore_index on there is no draft.
-        draft_hidden: [N, K, H] hidden states the drafts were drawn from.
-        draft_weight: [V, H] their output matrix; None where it is main's.
+        draft_hidden: [N, K, H] hidden states that the drafts were sampled from.
+        draft_weight: [V, H] their output matrix; None if it is main's.
         seed: as in `linear_sample`, an integer or one per sequence [N].
         position: [N] absolute position in tokens of draft 0.
         temperature, softcap: of both distributions.

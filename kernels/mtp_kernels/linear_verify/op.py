@@ -1,4 +1,4 @@
-"""The residual draw of `linear_verify` as a registered operator."""
+"""Residual sampling of `linear_verify` as a registered operator."""
 
 from typing import Any
 

@@ -1,8 +1,8 @@
 """`linear_verify` as plain PyTorch on all the logits: the definition.
 
 Speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318): a draft y
-of distribution q is accepted with probability min(1, p(y) / q(y)); the first rejected one is drawn
-again from max(p - q, 0), normalised. What comes out is distributed as p.
+from distribution q is accepted with probability min(1, p(y) / q(y)); the first rejected one is
+resampled from max(p - q, 0), normalised. The resulting tokens are distributed as p.
 """
 
 import torch
@@ -20,9 +20,9 @@ def count_accepted(accept: Tensor) -> Tensor:
 def residual_best(
     log_p: Tensor, log_q: Tensor, seed: Tensor, position: Tensor, start: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(best score, its token, its log p), each [R], for draws of max(p - q, 0).
+    """(best score, its token, its log p), each [R], for samples of max(p - q, 0).
 
-    A row whose log_q is all minus infinity draws from p. Scores without any residual stay below
+    A row whose log_q is all minus infinity samples from p. Scores without any residual stay below
     NEGATIVE / 2. start is the vocabulary id of the first column.
     """
     residual = log_p.exp() - log_q.exp()

@@ -48,7 +48,7 @@ def residual_torch(
     temperature: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """(token, its log p), each [R]: drawn from max(p - q, 0) where rejected, else from p."""
+    """(token, its log p), each [R]: sampled from max(p - q, 0) where rejected, else from p."""
     rows, vocab = hidden.shape[0], weight.shape[0]
     size = rows_per_chunk(rows, vocab, hidden, buffers=4)
     body = maybe_compiled(residual_of_chunk, rows, vocab, sampling=True)

@@ -1,4 +1,4 @@
-"""How a model becomes the files of an export: one file a format."""
+"""Export formats: one file per format writes a model's files."""
 
 from ..model_card import main_card, model_card
 from .base import FORMATS, Format, find_format, register_format

@@ -1,6 +1,6 @@
-"""Export formats: how a model becomes the files of an export's folder.
+"""Export formats: functions that write the files of an export's folder.
 
-A format is a file with a function that writes the folder and one that gives its model card:
+A format is a file with a function that writes the folder and one that returns its model card:
 
     register_format("mine", Format(write, card))
 
@@ -20,9 +20,9 @@ from ...rollouts.prompt_format import PromptFormat
 from ..model_card import model_card
 
 Write = Callable[[Any, PromptFormat, Path, Any], None]
-"""(model, text format, folder that may be missing, the run's `RunConfig`): writes the folder."""
+"""(model, prompt format, folder that may be missing, the run's `RunConfig`): writes the folder."""
 Card = Callable[[Any, PromptFormat, dict[str, Any], Any], str]
-"""(model, text format, content of `summary.json`, `RunConfig`) -> the text of README.md."""
+"""(model, prompt format, content of `summary.json`, `RunConfig`) -> the text of README.md."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ FORMATS: dict[str, Format] = {}
 
 
 def register_format(name: str, format: Format) -> None:
-    """Make a format known to `mtp export --format`. Raises ValueError if the name is taken."""
+    """Add a format to `mtp export --format`. Raises ValueError if the name is taken."""
     if FORMATS.setdefault(name, format) != format:
         raise ValueError(f"a format must have a name of its own, got {name!r}; choose another name")
 
@@ -59,14 +59,14 @@ def edit_json(path: Path, *, drop: tuple[str, ...] = (), **values: Any) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def open_first_phase(text: PromptFormat, folder: Path) -> None:
+def open_first_phase(fmt: PromptFormat, folder: Path) -> None:
     """Make the generation prompts of the chat templates end with the first phase's delimiter.
 
-    A tokenizer may have several: one for tools lies in a folder of its own.
+    A tokenizer may have several templates: one for tools is in a separate folder.
     """
-    if text.opener is None or not text.uses_template:
+    if fmt.opener is None or not fmt.uses_template:
         return
-    tokenizer: Any = text.tokenizer
+    tokenizer: Any = fmt.tokenizer
     question = [{"role": "user", "content": "?"}]
     for template in [folder / "chat_template.jinja", *sorted(folder.glob("*/*.jinja"))]:
         if not template.is_file():
@@ -79,6 +79,6 @@ def open_first_phase(text: PromptFormat, folder: Path) -> None:
             )
         except (TemplateError, TypeError, ValueError):
             prompt = ""  # a template for tools may not do without any
-        if not prompt.rstrip().endswith(text.opener):
-            opener = json.dumps(text.opener, ensure_ascii=False)
+        if not prompt.rstrip().endswith(fmt.opener):
+            opener = json.dumps(fmt.opener, ensure_ascii=False)
             template.write_text(f"{source}{{{{ {opener} if add_generation_prompt else '' }}}}")

@@ -2,7 +2,7 @@
 
 Plain `AutoModelForCausalLM.from_pretrained(folder)` opens main as the stock class of its family and
 ignores the head's weights. With `trust_remote_code=True` it opens main with its head, from the
-modeling files beside the weights: `mtp` need not be installed.
+modeling files next to the weights: `mtp` need not be installed.
 
 The chat template is that of the tokenizer with one addition: a generation prompt ends with the
 delimiter that opens the first phase, as it did in training.
@@ -24,13 +24,13 @@ MODELING = Path(modeling_mtp.__file__)
 """File that transformers imports to open main with its head."""
 
 
-def write(model: Any, text: PromptFormat, folder: Path, config: Any) -> None:
+def write(model: Any, fmt: PromptFormat, folder: Path, config: Any) -> None:
     """Write weights, configs, tokenizer and code."""
-    save_model(model, text, folder)
+    save_model(model, fmt, folder)
     write_code(model, folder)
     limit = config.decoding.max_new_tokens
     edit_json(folder / "generation_config.json", max_new_tokens=limit)
-    open_first_phase(text, folder)
+    open_first_phase(fmt, folder)
 
 
 def write_code(model: Any, folder: Path) -> None:

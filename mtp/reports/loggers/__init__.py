@@ -1,4 +1,4 @@
-"""Where a run's records go: one file a sink."""
+"""Sinks of a run's records, one file per sink."""
 
 from .base import (
     SINKS,

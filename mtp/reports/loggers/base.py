@@ -1,4 +1,4 @@
-"""Sinks: the places where a run's records go. A run may have several, each with its own config.
+"""Sinks, which store a run's records. A run may have several, each with its own config.
 
 A sink is a file with a dataclass of settings and a class that derives from `Sink`:
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ...bounds import bounded
+from ...common.bounds import bounded
 
 
 @dataclass(kw_only=True)
@@ -26,10 +26,10 @@ class SinkConfig:
 
 @dataclass(kw_only=True)
 class LoggerConfig:
-    """What a run logs, and where."""
+    """Settings of a run's log: interval and sinks."""
 
     log_every: int = bounded(10, at_least=1)
-    """Steps between two records of training metrics."""
+    """Number of steps between two records of training metrics."""
     sinks: dict[str, SinkConfig] = field(default_factory=lambda: {"files": SINKS["files"].config()})
     """Settings of each sink by its name, see `register_sink`. The files are always among them
     unless `~logger.sinks.files` removes them."""
@@ -59,7 +59,7 @@ class LoggedRun:
 
 
 class Sink:
-    """One place where records go. Methods that a sink has no use for do nothing.
+    """A store of records. Methods that a sink does not need do nothing.
 
     `start` comes first and `finish` last. Only the first process has sinks.
     """
@@ -68,9 +68,9 @@ class Sink:
     """Files and folders that the sink makes in a run's folder; `overwrite=true` removes them."""
 
     def start(self, run: LoggedRun, state: dict[str, Any] | None) -> list[str]:
-        """Begin, or continue from the `state` of a checkpoint: what was logged later is forgotten.
+        """Begin, or continue from the `state` of a checkpoint: later records are removed.
 
-        Returns lines for the console, such as what a damaged file has lost.
+        Returns lines for the console, such as a damaged file's loss.
         """
         return []
 
@@ -84,7 +84,7 @@ class Sink:
         """A file or folder that the run has written: its curves, its export."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that a resumed run can continue the same log."""
+        """State for a checkpoint, with which a resumed run can continue the same log."""
         return {}
 
     def finish(self) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...files import save_atomically
+from ...common.files import save_atomically
 from ..json_lines import JsonLines, read_records
 from .base import LoggedRun, Sink, SinkConfig
 
@@ -19,7 +19,7 @@ class FilesConfig(SinkConfig):
 
 
 class FilesSink(Sink):
-    """One line a record; the CSV is made of all records when the run ends or stops."""
+    """One line per record; the CSV is made of all records when the run ends or stops."""
 
     writes = ("metrics.jsonl", "metrics.csv", *(f"{name}.jsonl" for name in TABLES))
 
@@ -40,7 +40,7 @@ class FilesSink(Sink):
         self._files["metrics"].append(record)
 
     def table(self, name: str, rows: list[dict[str, Any]], global_step: int) -> None:
-        """A line a row."""
+        """One line per row."""
         for row in rows:
             self._files[name].append({"global_step": global_step, **row})
 
@@ -57,7 +57,7 @@ class FilesSink(Sink):
 
 
 def save_csv(path: Path) -> None:
-    """Write the records of a metrics.jsonl as a table beside it."""
+    """Write the records of a metrics.jsonl as a table next to it."""
     if path.is_file():
         records = read_records(path)
         save_atomically(path.with_suffix(".csv"), lambda file: _write_csv(file, records))

@@ -24,7 +24,7 @@ class WandbConfig(SinkConfig):
     tags: list[str] = field(default_factory=list)
 
     def validate(self, key: str) -> None:
-        """Raises ValueError for a mode that there is not."""
+        """Raises ValueError for an unknown mode."""
         if self.mode not in MODES:
             raise ValueError(f"{key}.mode must be one of {list(MODES)}, got {self.mode!r}")
 
@@ -60,7 +60,7 @@ class WandbSink(Sink):
         return []
 
     def metrics(self, record: dict[str, Any]) -> None:
-        """Numbers that are known."""
+        """Numbers that are not None."""
         self._run.log({name: value for name, value in record.items() if value is not None})
 
     def table(self, name: str, rows: list[dict[str, Any]], global_step: int) -> None:

@@ -1,9 +1,9 @@
 """Policy-gradient algorithms by name, for `stages.*.objective.policy.algorithm`.
 
-Another one is a file that ends in `ALGORITHMS.add("my_name", Algorithm(...))`.
+A new algorithm is a file that ends in `ALGORITHMS.add("my_name", Algorithm(...))`.
 """
 
-from ...registry import Registry
+from ...common.registry import Registry
 from .algorithm import Algorithm, PolicyTokens, clipped
 from .cispo import CISPO
 from .dapo import DAPO

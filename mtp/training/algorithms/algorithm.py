@@ -1,11 +1,11 @@
 """A policy-gradient algorithm: four functions and a clip range.
 
-advantage: rewards of groups -> an advantage per rollout (`mtp.rollouts.advantage`).
-ratio: log-probability differences -> importance ratios (`ratio.py`).
-surrogate: tokens of one emitter -> what to maximize, per token (this file, `cispo.py`).
-normalizer: tokens of one emitter -> what their sum is divided by (`normalizer.py`).
+    advantage: rewards of groups -> an advantage per rollout (`mtp.rollouts.advantage`).
+    ratio: log-probability differences -> importance ratios (`ratio.py`).
+    surrogate: tokens of one emitter -> value to maximize, per token (this file, `cispo.py`).
+    normalizer: tokens of one emitter -> divisor of their sum (`normalizer.py`).
 
-Everything is packed: one row per token, whoever sampled it. R rows.
+Everything is packed: one row per token of any emitter. R rows.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class PolicyTokens:
     logprob: Tensor
     """[R] float32 log-probability under the policy, in nats, with gradient."""
     old: Tensor
-    """[R] float32 log-probability that ratios are taken to, in nats."""
+    """[R] float32 old log-probability of the ratio, in nats."""
     entropy: Tensor
     """[R] float32 entropy of the policy's distribution, in nats, without gradient."""
     ratio: Tensor
@@ -34,9 +34,9 @@ class PolicyTokens:
     advantage: Tensor
     """[R] float32 advantage of the token's rollout."""
     clip_low: float
-    """Lower end of the clip range: ratios from 1 - clip_low."""
+    """Lower end of the clip range is 1 - clip_low."""
     clip_high: float
-    """Upper end of the clip range: ratios to 1 + clip_high."""
+    """Upper end of the clip range is 1 + clip_high."""
 
     @property
     def clipped_ratio(self) -> Tensor:
@@ -45,7 +45,7 @@ class PolicyTokens:
 
 
 Surrogate = Callable[[PolicyTokens], Tensor]
-"""Tokens -> [R] what to maximize."""
+"""Tokens -> [R] values to maximize."""
 
 
 def clipped(tokens: PolicyTokens) -> Tensor:
@@ -58,7 +58,7 @@ def clipped(tokens: PolicyTokens) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """A choice of the four, with its clip range."""
+    """Four functions and a clip range that define an algorithm."""
 
     advantage: Advantage = group_std
     ratio: Ratio = token

@@ -2,7 +2,7 @@
 
     maximize  sg(clip(r, 1 - low, 1 + high)) A log p
 
-The bound from below is left open (`clip_low` 1), and a ratio counts at most five times.
+There is no lower bound (`clip_low` 1), and the weight of a token is at most five.
 """
 
 from torch import Tensor

@@ -14,20 +14,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...registry import Registry
+from ...common.registry import Registry
 from ..batch import PolicyRows
 from .ratio import group_sum
 
 
 @dataclass(frozen=True)
 class Division:
-    """How the sum of one emitter's tokens in one micro-batch is divided."""
+    """Division of the sum of one emitter's tokens in one micro-batch."""
 
     divisors: Tensor
-    """[R] float32 what each token is divided by before the sum."""
+    """[R] float32 divisor of each token before the sum."""
     count: float
-    """Share of this micro-batch in what the sum is divided by: counts are added up over all
-    micro-batches and processes."""
+    """This micro-batch's part of the sum's divisor: counts are added over all micro-batches and
+    processes."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,17 @@ def _sequence(rows: PolicyRows, num_rollouts: int, length: int) -> Division:
 
 
 per_token = Normalizer(lambda rows, num_rollouts, length: Division(_ones(rows), len(rows)))
-"""The number of the emitter's tokens."""
+"""Divides by the number of the emitter's tokens."""
 per_sequence = Normalizer(_sequence)
-"""Each rollout's tokens by their number, then by the number of rollouts that have such tokens."""
+"""Divides each rollout's tokens by their number, then by the number of rollouts that have such
+tokens."""
 per_rollout = Normalizer(lambda rows, num_rollouts, length: Division(_ones(rows), num_rollouts))
-"""The number of rollouts."""
+"""Divides by the number of rollouts."""
 per_length = Normalizer(
     lambda rows, num_rollouts, length: Division(_ones(rows), num_rollouts * length),
     needs_length=True,
 )
-"""The number of rollouts times a fixed length."""
+"""Divides by the number of rollouts times a fixed length."""
 
 NORMALIZERS: Registry[Normalizer] = Registry(
     tokens=per_token, sequences=per_sequence, rollouts=per_rollout, length=per_length

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...registry import Registry
+from ...common.registry import Registry
 
 Ratio = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(differences, blocks, rollouts) -> [R] ratios."""

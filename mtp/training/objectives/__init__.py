@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from ...registry import Registry
+from ...common.registry import Registry
 from ..batch import RolloutBatch, TextBatch
 from .head_ce import HeadCE
 from .head_kl import HeadKL
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 STREAMS: Registry[type[Stream]] = Registry()
-"""Classes of the streams in `ObjectiveConfig.extra`, which code outside the package adds to."""
+"""Classes of the streams in `ObjectiveConfig.extra`; code outside the package adds them here."""
 
 
 @dataclass(kw_only=True)
@@ -45,12 +45,12 @@ class ObjectiveConfig:
     """Settings of streams that code outside the package has added to `STREAMS`, by name."""
 
     def all_streams(self) -> dict[str, Stream]:
-        """Every stream by its name."""
+        """All streams by name."""
         named = {name: stream for name, stream in vars(self).items() if name != "extra"}
         return named | {name: _outside_stream(name, given) for name, given in self.extra.items()}
 
     def active(self) -> dict[str, Stream]:
-        """Streams with a weight."""
+        """Streams with a weight above 0."""
         return {name: stream for name, stream in self.all_streams().items() if stream.weight}
 
     def validate(self, key: str) -> None:
@@ -64,7 +64,7 @@ class ObjectiveConfig:
         """Active streams that read a batch.
 
         In an RL step (`in_rl`) solved examples are read by the streams that read `solved`, and
-        rollouts by all others. A supervised step has one kind of batch, which all read.
+        rollouts by all others. A supervised step has one kind of batch, which all streams read.
         """
         is_solved = not isinstance(batch, RolloutBatch)
         return {
@@ -88,14 +88,14 @@ class ObjectiveConfig:
         return [name for name, stream in self.active().items() if stream.needs_reference]
 
     def counts(self, batch: TextBatch, in_rl: bool = False) -> dict[str, float]:
-        """Tokens of every active stream in one micro-batch, of those that read it."""
+        """Tokens of every active stream that reads this micro-batch."""
         out: dict[str, float] = {}
         for stream in self.streams(batch, in_rl).values():
             out |= stream.counts(batch)
         return out
 
     def terms(self, inputs: StreamInputs, in_rl: bool = False) -> dict[str, Term]:
-        """Every stream that reads one micro-batch."""
+        """Terms of all streams that read one micro-batch."""
         out: dict[str, Term] = {}
         for stream in self.streams(inputs.batch, in_rl).values():
             prefix = stream.metrics_prefix if in_rl else ""

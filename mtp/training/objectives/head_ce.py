@@ -5,17 +5,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...bounds import bounded
+from ...common.bounds import bounded
 from ..batch import TextBatch
 from .stream import StreamInputs, SupervisedStream, Term, mean_of
 
 
 @dataclass(kw_only=True)
 class HeadCE(SupervisedStream):
-    """`head_ce`"""
+    """Settings of the stream `head_ce`."""
 
     slot_weights: list[float] = bounded([], at_least=0)
-    """Weight of slots 1..K; empty weighs all alike. The sum is divided by the weights' sum."""
+    """Weights of slots 1..K; empty: equal weights. The sum is divided by the weights' sum."""
 
     def _weights(self, batch: TextBatch) -> Tensor:
         slots = batch.head.slots
@@ -25,12 +25,12 @@ class HeadCE(SupervisedStream):
         if len(self.slot_weights) != num_head_slots:
             raise ValueError(
                 f"head_ce.slot_weights must have {num_head_slots} entries, one per head slot, got "
-                f"{len(self.slot_weights)}; leave it empty to weigh all alike"
+                f"{len(self.slot_weights)}; leave it empty for equal weights"
             )
         return torch.tensor(self.slot_weights, device=slots.device)[slots - 1]
 
     def counts(self, batch: TextBatch) -> dict[str, float]:
-        """Tokens of the head, weighted."""
+        """Number of the head's tokens, weighted."""
         return {"head_ce": float(self._weights(batch).sum())}
 
     def terms(self, inputs: StreamInputs) -> dict[str, Term]:

@@ -1,4 +1,4 @@
-"""Distillation: the head's distribution trained towards main's own for the same token.
+"""Distillation: trains the head's distribution towards main's own for the same token.
 
 The divergence is KL(main || head), which covers main's mass. Teacher rows are main's at the
 position of the flat text that predicts the slot's token; no gradient flows into them.
@@ -12,10 +12,10 @@ from .stream import Stream, StreamInputs, Term
 
 @dataclass(kw_only=True)
 class HeadKL(Stream):
-    """`head_kl`"""
+    """Settings of the stream `head_kl`."""
 
     def counts(self, batch: TextBatch) -> dict[str, float]:
-        """Tokens of the head."""
+        """Number of the head's tokens."""
         return {"head_kl": len(batch.head)}
 
     def terms(self, inputs: StreamInputs) -> dict[str, Term]:

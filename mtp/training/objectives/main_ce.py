@@ -9,12 +9,12 @@ from .stream import StreamInputs, SupervisedStream, Term, mean_of
 
 @dataclass(kw_only=True)
 class MainCE(SupervisedStream):
-    """`main_ce`"""
+    """Settings of the stream `main_ce`."""
 
     scores_head: ClassVar[bool] = False
 
     def counts(self, batch: TextBatch) -> dict[str, float]:
-        """Tokens of main."""
+        """Number of main's tokens."""
         return {"main_ce": len(batch.main)}
 
     def terms(self, inputs: StreamInputs) -> dict[str, Term]:

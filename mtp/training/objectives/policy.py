@@ -1,4 +1,5 @@
-"""The policy objective: what rollouts teach through their advantages, each emitter over its count.
+"""The policy objective: learning from rollouts through their advantages, each emitter over its
+count.
 
     L = - sum_t w_t surrogate(r_t, A) / count
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...bounds import bounded
+from ...common.bounds import bounded
 from ..algorithms import ALGORITHMS, NORMALIZERS, RATIOS, Algorithm, Division, PolicyTokens
 from ..batch import PolicyRows, RolloutBatch, TextBatch
 from .stream import Reads, Stream, StreamInputs, Term, max_of, mean_of, rollouts_of
@@ -22,29 +23,32 @@ from .stream import Reads, Stream, StreamInputs, Term, max_of, mean_of, rollouts
 
 @dataclass(kw_only=True)
 class Policy(Stream):
-    """`policy`"""
+    """Settings of the stream `policy`."""
 
     weight: float = bounded(0.0, at_least=0)
     """Weight of main's tokens."""
     head_weight: float = bounded(1.0, at_least=0)
     """Weight of the head's tokens, times `weight`."""
     algorithm: str = "dapo"
-    """grpo, dapo, dr_grpo, rloo, gspo, cispo or reinforce_pp; sets whatever below is null."""
+    """Algorithm: grpo, dapo, dr_grpo, rloo, gspo, cispo or reinforce_pp; the default of the
+    settings below."""
     ratio: str | None = None
-    """`token`, `block`, `sequence` (GSPO's) or `rollout`; see `algorithms/ratio.py`."""
+    """Rule of importance ratios: `token`, `block`, `sequence` (GSPO's) or `rollout`; see
+    `algorithms/ratio.py`."""
     normalizer: str | None = None
-    """`tokens`, `sequences`, `rollouts` or `length`; see `algorithms/normalizer.py`."""
+    """Rule of division: `tokens`, `sequences`, `rollouts` or `length`; see
+    `algorithms/normalizer.py`."""
     length: int = bounded(0, at_least=0)
-    """Tokens, for the normaliser `length`; decoding.max_new_tokens is the usual choice."""
+    """Number of tokens for the normaliser `length`; decoding.max_new_tokens is the usual choice."""
     clip_low: float | None = bounded(None, at_least=0)
-    """Ratios of main's tokens are clipped to 1 - clip_low .. 1 + clip_high."""
+    """Clip range of main's ratios, 1 - clip_low .. 1 + clip_high."""
     clip_high: float | None = bounded(None, at_least=0)
     head_clip_low: float | None = bounded(None, at_least=0)
-    """Of the head's tokens; null: as main's."""
+    """Clip range of the head's ratios; null: main's."""
     head_clip_high: float | None = bounded(None, at_least=0)
     correction_cap: float = bounded(0.0, at_least=0)
-    """Largest truncated importance weight p_old / p_sampled of a token, 2 being usual; 0: none.
-    Has an effect where `stages.*.recompute_old` takes p_old from replay."""
+    """Maximum of a token's truncated importance weight p_old / p_sampled, usually 2; 0: no
+    correction. Has an effect only with `rollouts.recompute_old`, which takes p_old from replay."""
 
     @property
     def reads(self) -> Reads:
@@ -62,7 +66,7 @@ class Policy(Stream):
             )
 
     def rules(self) -> Algorithm:
-        """The named algorithm, with what the config sets in its place."""
+        """The named algorithm, with the parts that the config sets replaced."""
         algorithm = ALGORITHMS.get(self.algorithm, "algorithm")
         if self.ratio is not None:
             algorithm = replace(algorithm, ratio=RATIOS.get(self.ratio, "ratio"))
@@ -76,7 +80,7 @@ class Policy(Stream):
         return algorithm
 
     def clips(self) -> dict[str, tuple[float, float]]:
-        """(low, high) by emitter."""
+        """Clip range (low, high) by emitter."""
         rules = self.rules()
         return {
             "main": (rules.clip_low, rules.clip_high),
@@ -87,7 +91,7 @@ class Policy(Stream):
         }
 
     def counts(self, batch: TextBatch) -> dict[str, float]:
-        """What each emitter's sum is divided by, over all micro-batches."""
+        """Divisor of each emitter's sum, over all micro-batches."""
         batch = rollouts_of(batch)
         return {
             "policy_main": self._division(batch, batch.main).count,
@@ -126,7 +130,7 @@ class Policy(Stream):
 def _metrics(
     name: str, tokens: PolicyTokens, difference: Tensor
 ) -> tuple[dict[str, tuple[Tensor, int]], dict[str, Tensor]]:
-    """How far the policy is from the sampler, and how many tokens the clip holds back.
+    """Metrics of the distance between policy and sampler, and of the share of clipped tokens.
 
     difference: [R] log p - log p_sampled.
     """

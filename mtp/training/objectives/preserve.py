@@ -1,9 +1,9 @@
-"""Preservation of slow mode: main's distribution held to the reference at every written position.
+"""Preservation of slow mode: KL of main's distribution to the reference at every written position.
 
-In fast rollouts main samples one token of a block, so nothing else in the objective says what it
-would have written at the positions that the head filled. Slow mode reads just those. This stream is
-KL(reference || main), with a frozen reference, at all positions of the flat text, whoever wrote
-their tokens.
+In fast rollouts main samples one token of a block, so nothing else in the objective constrains main
+at the positions that the head filled. Slow mode reads exactly those. This stream is KL(reference ||
+main), with a frozen reference, at all positions of the flat text, whichever emitter wrote their
+tokens.
 """
 
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from .stream import Stream, StreamInputs, Term, mean_of
 
 @dataclass(kw_only=True)
 class Preserve(Stream):
-    """`preserve`"""
+    """Settings of the stream `preserve`."""
 
     scores_head: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
 
     def counts(self, batch: TextBatch) -> dict[str, float]:
-        """Written tokens of both emitters."""
+        """Number of written tokens of both emitters."""
         return {"preserve": len(batch.main) + len(batch.head)}
 
     def terms(self, inputs: StreamInputs) -> dict[str, Term]:

@@ -1,12 +1,12 @@
 """Reference KL: KL of each emitter to a frozen reference LM over the flat text.
 
-Main's distribution at each of its tokens, and the head's at each of its slots, against the
-reference's next-token distribution at the same position of the flat text. The second is on-policy
-self-distillation, and it is the one that keeps thoughts true: false tokens are mostly the head's.
+The stream compares main's distribution at each of its tokens, and the head's at each of its slots,
+with the reference's next-token distribution at the same position of the flat text. The second part
+is on-policy self-distillation; it keeps thoughts true, since most false tokens are the head's.
 
 Kinds. `full` sums over the vocabulary, at temperature 1. `k1` and `k3` (Schulman, "Approximating KL
-divergence", 2020) estimate KL(policy || reference) under the sampler's distribution from the tokens
-that it sampled, with d = log reference - log policy:
+divergence", 2020) estimate KL(policy || reference) under the sampler's distribution from the
+sampled tokens, with d = log reference - log policy:
 
     k1 = -d                      its gradient is that of the KL: sg(-d) grad log policy
     k3 = exp(d) - d - 1          never negative; its gradient is that of its own value, as in GRPO
@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...bounds import bounded
+from ...common.bounds import bounded
 from ...modeling.sampler import Sampler
 from ..batch import TextBatch
 from .scored import OutputRows
@@ -29,7 +29,7 @@ KINDS = ("full", "k1", "k3")
 
 @dataclass(kw_only=True)
 class ReferenceKL(Stream):
-    """`reference_kl`"""
+    """Settings of the stream `reference_kl`."""
 
     needs_reference: ClassVar[bool] = True
 
@@ -38,7 +38,8 @@ class ReferenceKL(Stream):
     head_weight: float = bounded(1.0, at_least=0)
     """Weight of the head's tokens, times `weight`."""
     kind: str = "full"
-    """`full`, or the estimator `k1` or `k3` of KL(policy || reference), which needs rollouts."""
+    """Kind of divergence: `full`, or the estimator `k1` or `k3` of KL(policy || reference), which
+    needs rollouts."""
     reverse: bool = False
     """Direction of `full`. False: KL(reference || policy). True: KL(policy || reference)."""
 
@@ -52,7 +53,7 @@ class ReferenceKL(Stream):
             raise ValueError(f"{key}.kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
 
     def counts(self, batch: TextBatch) -> dict[str, float]:
-        """Tokens of each emitter."""
+        """Number of tokens of each emitter."""
         return {"reference_kl_main": len(batch.main), "reference_kl_head": len(batch.head)}
 
     def terms(self, inputs: StreamInputs) -> dict[str, Term]:
@@ -78,8 +79,8 @@ class ReferenceKL(Stream):
 def estimate(kind: str, policy: OutputRows, reference: OutputRows, sampler: Sampler) -> Tensor:
     """[R] nats: the estimator of each token. Raises ValueError for a sampler that truncates.
 
-    Such a sampler gives probability 0 to tokens that the reference would write, and the divergence
-    from sampled tokens says nothing of them.
+    A truncating sampler gives probability 0 to tokens that the reference would write, so sampled
+    tokens cannot estimate the divergence there.
     """
     if sampler.truncates:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""What every stream reads: the scored rows of a batch under the model being trained.
+"""Input of all streams: the scored rows of a batch under the model being trained.
 
-Hidden rows and output layers, from which each stream takes what it needs: log-probability and
+Each stream computes its own quantity from hidden rows and output layers: log-probability and
 entropy of given tokens, or a divergence from other rows. Results are cached, so that two streams
 that need the same numbers share one computation.
 """
@@ -21,17 +21,17 @@ PLAIN = Sampler()
 
 
 class RowStats(NamedTuple):
-    """Per row, float32."""
+    """Statistics per row, float32."""
 
     logprob: Tensor
     """[R] log-probability of the target."""
     entropy: Tensor
-    """[R] nats; without gradient."""
+    """[R] entropy in nats, without gradient."""
 
 
 @dataclass
 class OutputRows:
-    """Hidden rows of one emitter, whose logits, `output.logits(hidden)`, are not made."""
+    """Hidden rows of one emitter; their logits, `output.logits(hidden)`, are not computed."""
 
     hidden: Tensor
     """[R, E] hidden rows."""
@@ -64,15 +64,15 @@ class OutputRows:
         return self._stats[key]
 
     def has_stats(self, sampler: Sampler) -> bool:
-        """Whether these statistics have been made."""
+        """True if these statistics have been computed."""
         return repr(sampler) in self._stats
 
     def stats_are(self, sampler: Sampler, stats: RowStats) -> None:
-        """Statistics that were made elsewhere, for whoever asks next."""
+        """Store statistics that were computed elsewhere, for the next call of `stats`."""
         self._stats[repr(sampler)] = stats
 
     def _truncated_stats(self, sampler: Sampler) -> RowStats:
-        """Top-k and top-p need all logits of a row: which tokens are left depends on them all."""
+        """Statistics from all logits of a row, on which top-k and top-p depend."""
         log_probs = sampler.log_probs(self.output.logits(self.hidden))
         with torch.no_grad():
             entropy = -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1)
@@ -81,7 +81,7 @@ class OutputRows:
     def cross_entropy(self, row_weight: Tensor | None = None) -> LinearLoss:
         """Sum over the rows of -log-probability of the target, weighted by `row_weight` [R].
 
-        Its gradient is made in the forward, so that logits are made once.
+        Its gradient is computed in the forward, so that logits are computed once.
         """
         if row_weight is None:
             row_weight = torch.ones_like(self.targets, dtype=torch.float32)
@@ -126,15 +126,15 @@ class Scored:
     main: OutputRows
     """Main's tokens."""
     head: OutputRows
-    """The head's tokens; none where no stream scores the head."""
+    """The head's tokens; empty if no stream scores the head."""
     flat_hidden: Tensor
     """[B * T, D] every row of main, for streams that compare the head with it."""
 
     def stats(self, sampler: Sampler = PLAIN) -> dict[str, RowStats]:
-        """Statistics of `main` and of `head`, as `OutputRows.stats` gives them.
+        """Statistics of `main` and of `head`, as `OutputRows.stats` returns them.
 
-        Where both use one output layer, one op serves both: each would make, cast and add up a
-        gradient of the whole matrix.
+        If both use one output layer, one op serves both: otherwise each would compute, cast and add
+        up a gradient of the whole matrix.
         """
         main, head = self.main, self.head
         shared = head.output is main.output and len(head.targets) and not sampler.truncates
@@ -164,18 +164,18 @@ def replay_batch(
     """One forward of main over the batch's text and of the head at its anchors.
 
     Args:
-        model: what runs the forward (wrapped by Fabric, or the bare model).
+        model: runs the forward (wrapped by Fabric, or the bare model).
         batch: text and rows.
         channel_gradient: scale of the head's gradient on main's parameters.
         use_head: False skips the head and its rows.
-        logits_detach: True keeps the head's gradient off an output layer shared with main.
+        logits_detach: detach the head's gradient from an output layer shared with main.
         impl: implementation of `mtp_kernels` ops.
     """
     if use_head:
         anchors, slot_inputs = batch.anchors, batch.slot_inputs
         if not len(anchors):
-            # No example has text for the head. It runs at one anchor, none of whose slots is
-            # scored, so that its gradient is zero and not missing.
+            # No example has text for the head. It runs at one anchor without scored slots, so that
+            # its gradient is zero and not missing.
             anchors = anchors.new_zeros(1)
             slot_inputs = batch.tokens[:1, :1].expand(1, slot_inputs.shape[1])
         rows = model.replay(

@@ -1,6 +1,6 @@
-"""A stream of the objective: what every one of them is given, gives back, and says of itself.
+"""A stream of the objective: its inputs, its terms and its properties.
 
-Another stream is one file: a dataclass that derives from `Stream`, and a line that names it,
+A new stream is one file: a dataclass that derives from `Stream`, and a line that names it,
 `STREAMS.add("my_stream", MyStream)`. A run sets it by `stages.*.objective.extra.my_stream.weight`.
 """
 
@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ...bounds import bounded
+from ...common.bounds import bounded
 from ...modeling.output_layer import OutputLayer
 from ...modeling.sampler import Sampler
 from ..batch import RolloutBatch, TextBatch
@@ -33,7 +33,7 @@ class ReferenceRows:
 
 @dataclass
 class StreamInputs:
-    """One micro-batch after its forward."""
+    """Inputs of a stream: one micro-batch after its forward."""
 
     scored: Scored
     """Rows of the batch under the model being trained."""
@@ -42,7 +42,7 @@ class StreamInputs:
     sampler: Sampler = field(default_factory=Sampler)
     """The distribution that rollouts were sampled from."""
     reference: ReferenceRows | None = None
-    """Rows of the frozen reference; there if the stream `needs_reference`."""
+    """Rows of the frozen reference; set if the stream `needs_reference`."""
 
     def reference_rows(self) -> ReferenceRows:
         """The reference's rows. Raises ValueError if there are none."""
@@ -56,13 +56,13 @@ class Term:
     """One stream over one micro-batch."""
 
     total: Tensor
-    """Sum over the stream's tokens, with gradient; divided by the stream's global count later."""
+    """Sum over the stream's tokens, with gradient; divided later by the stream's global count."""
     weight: float
     """Weight of the term in the loss."""
     metrics: dict[str, tuple[Tensor, int]]
-    """Name -> (sum, count), to be added over micro-batches and processes before dividing."""
+    """Name -> (sum, count), added over micro-batches and processes before dividing."""
     maxima: dict[str, Tensor] = field(default_factory=dict)
-    """Name -> largest value, of which the largest over micro-batches and processes is taken."""
+    """Name -> maximum, taken over micro-batches and processes."""
 
 
 @dataclass(kw_only=True)
@@ -70,18 +70,18 @@ class Stream:
     """A weighted sum of per-token losses."""
 
     scores_head: ClassVar[bool] = True
-    """True if it scores the head's tokens."""
+    """True if the stream scores the head's tokens."""
     needs_reference: ClassVar[bool] = False
-    """True if it compares with a frozen reference."""
+    """True if the stream compares with a frozen reference."""
     metrics_prefix: ClassVar[str] = ""
-    """Put before the names of its metrics in an RL step."""
+    """Prefix of its metrics' names in an RL step."""
 
     weight: float = bounded(0.0, at_least=0)
-    """Weight of the stream in the loss; 0: it is not computed."""
+    """Weight of the stream in the loss; 0: the stream is not computed."""
 
     @property
     def reads(self) -> Reads:
-        """Batches that it reads."""
+        """Batches that the stream reads."""
         return "text"
 
     def validate(self, key: str) -> None:
@@ -98,13 +98,13 @@ class Stream:
 
 @dataclass(kw_only=True)
 class SupervisedStream(Stream):
-    """A stream that reads solved examples, or rollouts as if they were."""
+    """A stream that reads solved examples, or rollouts in their place."""
 
     metrics_prefix: ClassVar[str] = "supervised/"
 
     on_rollouts: bool = False
-    """In an RL stage: score the policy's own rollouts. False: solved examples that are mixed into
-    the step, `num_solved` of them."""
+    """In an RL stage: score the policy's own rollouts. False: score the solved examples that are
+    mixed into the step, `num_solved` of them."""
 
     @property
     def reads(self) -> Reads:
@@ -125,6 +125,6 @@ def mean_of(values: Tensor) -> tuple[Tensor, int]:
 
 
 def max_of(values: Tensor) -> Tensor:
-    """A metric that is the largest of some values that are 0 or above; 0 if there are none."""
+    """Maximum of some values that are 0 or above; 0 if there are none."""
     with torch.no_grad():
         return values.float().max() if len(values) else values.new_zeros((), dtype=torch.float32)

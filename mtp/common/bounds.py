@@ -1,12 +1,12 @@
-"""Bounds of the config's numbers: declared beside each field, checked before anything is built.
+"""Bounds of the config's numbers: declared with each field, checked before anything is built.
 
     lr: float = bounded(1e-3, at_least=0)
 
 declares a field and its bounds. `check_numbers` walks over a tree of dataclasses and refuses the
-first number that is out of its bounds. Modeling files travel with exports and import nothing of
-mtp, therefore they write the metadata themselves: `field(default=5, metadata={"at_least": 1})`.
+first number that is out of its bounds. Modeling files ship with exports and import nothing of mtp,
+so they write the metadata themselves: `field(default=5, metadata={"at_least": 1})`.
 
-A number without an upper bound of its own may be as large as `LARGEST` says for its type.
+`LARGEST` limits a number whose field declares no upper bound.
 """
 
 import math
@@ -16,8 +16,8 @@ from dataclasses import field, fields, is_dataclass
 from typing import Any
 
 LARGEST = {int: 2**31 - 1, float: 1e9}
-"""Largest size of a number where its field declares no bound: the square of the second still fits
-in float32."""
+"""Largest absolute value of a number whose field declares no bound: the square of the second still
+fits in float32."""
 BOUNDS = ("at_least", "above", "at_most", "below")
 
 
@@ -74,9 +74,9 @@ def _holds(bound: str, value: float, limit: float) -> bool:
 def numbers(
     node: Any, key: str = "", bounds: dict[str, float] | None = None
 ) -> Iterator[tuple[str, float, dict[str, float] | None]]:
-    """(key, value, bounds) of every number below a node; those of a list share its bounds.
+    """(key, value, bounds) of every number below a node; the numbers of a list share its bounds.
 
-    Bounds are None where no field declares any: in a mapping that is passed on to another library.
+    Bounds are None where no field declares any: in a mapping that is passed to another library.
     """
     if isinstance(node, int | float) and not isinstance(node, bool):
         yield key, node, bounds

@@ -1,26 +1,26 @@
-"""A stage: its steps, its evaluations and checkpoints, and the model that it leaves."""
+"""A stage: its steps, its evaluations and checkpoints, and the model that it saves."""
 
 import time
 from typing import Any
 
+from ..common.files import save_atomically
+from ..hub.build import save_model
+from ..reference import frozen_for_stage
+from ..reports.progress import StageProgress
+from ..run import Run, StageRun
+from ..steps import step_batches
+from ..training.optimizers import build_optimizer, set_lr, split_parameters
+from ..training.stage import StageConfig
+from ..training.step_module import wrap
+from ..training.update import update
 from .checkpointing import interrupted, save_run, stop_signal
-from .files import save_atomically
-from .hub.build import save_model
-from .reference import frozen_for_stage
-from .reports.progress import StageProgress
-from .run import Run, StageRun
-from .stage_evaluation import evaluate_stage, has_learned, interim_evaluation
-from .steps import step_batches
-from .training.optimizers import build_optimizer, set_lr, split_parameters
-from .training.stage import StageConfig
-from .training.step_module import wrap
-from .training.update import update
+from .evaluation import evaluate_stage, has_learned, interim_evaluation
 
 
 def run_stage(
     run: Run, name: str, config: StageConfig, optimizer_states: dict[str, Any] | None
 ) -> None:
-    """Take the steps of a stage that are left, evaluate it and save its model.
+    """Take the remaining steps of a stage, evaluate it and save its model.
 
     optimizer_states: those of a checkpoint within the stage, by emitter; else empty or None.
     """
@@ -35,7 +35,9 @@ def run_stage(
 def begin_stage(
     run: Run, name: str, config: StageConfig, optimizer_states: dict[str, Any]
 ) -> StageRun:
-    """Make the stage's parameters trainable, wrap the model and build what trains it."""
+    """Make the stage's parameters trainable, wrap the model and build the optimizers and the
+    reference.
+    """
     parameters = split_parameters(run.model)
     trained = {"main": config.train_main, "head": config.train_head}
     for part, is_trained in trained.items():
@@ -59,7 +61,7 @@ def begin_stage(
 
 
 def train_stage(run: Run, stage: StageRun) -> None:
-    """Train one stage from where it stands."""
+    """Train one stage from its current step on."""
     config, progress, name = stage.config, run.progress, stage.name
     run.model.train()
     began = saved = time.monotonic()
@@ -120,7 +122,7 @@ def train_stage(run: Run, stage: StageRun) -> None:
 
 
 def over_updates(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Metrics of a step's optimizer updates: means, and maxima of what is a maximum."""
+    """Metrics of a step's optimizer updates: means, except that `_max` metrics are maxima."""
     merged = {}
     for key in dict.fromkeys(key for metrics in updates for key in metrics):
         values = [metrics[key] for metrics in updates if key in metrics]
@@ -131,7 +133,7 @@ def over_updates(updates: list[dict[str, float]]) -> dict[str, float]:
 def headline(
     metrics: dict[str, Any], points: list[dict[str, Any]], stage: str
 ) -> dict[str, float | None]:
-    """The figures that the progress bar shows."""
+    """The metrics that the progress bar shows."""
     last: dict[str, Any] = next((p for p in reversed(points) if p["stage"] == stage), {})
     return {
         "loss": metrics.get("loss"),
@@ -145,11 +147,11 @@ def headline(
 
 
 def end_stage(run: Run, stage: StageRun) -> None:
-    """Save the model as the stage leaves it, evaluate it, and go on to the next stage."""
+    """Save the model at the end of the stage, evaluate it, and advance to the next stage."""
     progress, name = run.progress, stage.name
     if run.fabric.is_global_zero:
         save_atomically(
-            run.stage_folder(name), lambda folder: save_model(run.model, run.text, folder)
+            run.stage_folder(name), lambda folder: save_model(run.model, run.fmt, folder)
         )
     run.fabric.barrier()
     evaluate_stage(run, stage)

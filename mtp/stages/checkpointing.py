@@ -1,23 +1,25 @@
-"""A checkpoint of a run, and the signals after which a run ends with one."""
+"""Checkpoints of a run, and the signals that end a run with one."""
 
 import signal
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
-from .hub.checkpoint import save_checkpoint
-from .run import Run
-from .training.runtime import over_processes
+from torch.optim import Optimizer
+
+from ..hub.checkpoint import save_checkpoint
+from ..run import Run
+from ..training.runtime import over_processes
 
 
 class Interrupted(Exception):
-    """The run was asked to stop by a signal and has saved a checkpoint."""
+    """A signal asked the run to stop, and it has saved a checkpoint."""
 
     def __init__(self, message: str, number: int):
         super().__init__(message)
         self.signal = number
 
 
-def save_run(run: Run, optimizers: dict[str, Any], is_best: bool = False) -> None:
+def save_run(run: Run, optimizers: Mapping[str, Optimizer], is_best: bool = False) -> None:
     """Write a checkpoint with everything that the run needs to continue."""
     if not run.fabric.is_global_zero:
         return
@@ -32,7 +34,7 @@ def save_run(run: Run, optimizers: dict[str, Any], is_best: bool = False) -> Non
 
 
 def stop_signal(run: Run) -> int | None:
-    """The signal by which any process was asked to stop, so that all stop after the same step."""
+    """The signal that any process received, so that all processes stop after the same step."""
     mine = run.stop.signal
     flags = {"signal": float(mine or 0), "requeue": float(mine == signal.SIGUSR2)}
     asked = over_processes(run.fabric, flags, "max")
@@ -40,7 +42,7 @@ def stop_signal(run: Run) -> int | None:
 
 
 def stop_if_asked(run: Run, where: str) -> None:
-    """Raise Interrupted if a signal came; the run's last checkpoint is then of this moment."""
+    """Raise Interrupted if a signal was received; the run must have just saved a checkpoint."""
     asked = stop_signal(run)
     if asked is not None:
         raise interrupted(run, where, asked)

@@ -1,4 +1,4 @@
-"""Files that survive a crash: temporary names, forced to disk, moved into place."""
+"""Files that survive a crash: temporary names, flushed to disk, moved into place."""
 
 import ctypes
 import os
@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 TEMPORARY = ".mtp-tmp"
-"""Suffix of what is being written; its name begins with a dot."""
+"""Suffix of an unfinished file or folder; its name begins with a dot."""
 
 
 REPLACED = ".mtp-old"
-"""Suffix of a folder while another takes its place; its name begins with a dot."""
+"""Suffix of a folder while another replaces it; its name begins with a dot."""
 
 
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
@@ -20,8 +20,8 @@ _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 def save_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` make a file or folder under a temporary name, then move it into place.
 
-    A crash, of the machine too, leaves the old one or the new one, never half of one. Files get the
-    permissions that the user's umask gives. The parent folder is made if it is missing.
+    A crash, even of the machine, leaves either the old one or the new one, complete. Files get the
+    permissions of the user's umask. The parent folder is made if it is missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     recover(path)
@@ -50,7 +50,7 @@ def _write_text(file: Path, text: str) -> None:
 
 
 def recover(path: Path) -> None:
-    """Mend what a crash left of `save_atomically(path)`: a temporary file, a replaced folder."""
+    """Repair what a crash left of `save_atomically(path)`: a temporary file, a replaced folder."""
     replaced = path.with_name(f".{path.name}{REPLACED}")
     if replaced.exists():
         if path.exists():
@@ -61,18 +61,18 @@ def recover(path: Path) -> None:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what interrupted `save_atomically` calls left directly in a folder."""
+    """Remove unfinished results of `save_atomically` calls directly in a folder."""
     for path in list(folder.glob(f".*{TEMPORARY}")) + list(folder.glob(f".*{REPLACED}")):
         suffix = TEMPORARY if path.name.endswith(TEMPORARY) else REPLACED
         recover(path.with_name(path.name[1 : -len(suffix)]))
 
 
 def _replace_folder(new: Path, path: Path) -> None:
-    """Put `new` in the place of the folder `path`, at no moment leaving nothing there."""
+    """Replace the folder `path` by `new`; the path exists at every moment."""
     if _exchange(new, path):
         _remove(new)
         return
-    # A filesystem without an atomic exchange: `recover` mends a crash between the two renames.
+    # A filesystem without an atomic exchange: `recover` repairs a crash between the two renames.
     replaced = path.with_name(f".{path.name}{REPLACED}")
     _remove(replaced)
     path.rename(replaced)
@@ -85,7 +85,7 @@ def _replace_folder(new: Path, path: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Exchange two names in one step; False where the system cannot."""
+    """Exchange two names in one step; False if the system does not support it."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -95,7 +95,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _settle(path: Path) -> None:
-    """Give a new file or folder the umask's permissions and force it to disk."""
+    """Give a new file or folder the umask's permissions and flush it to disk."""
     umask = os.umask(0o077)
     os.umask(umask)
     for root, _, names in os.walk(path) if path.is_dir() else ():
@@ -125,7 +125,7 @@ def _remove(path: Path) -> None:
 
 
 def _link(path: Path, file: Path) -> None:
-    """A second name for a file, or a copy where the filesystem has no hard links."""
+    """A second name for a file, or a copy if the filesystem has no hard links."""
     try:
         os.link(path, file)
     except OSError:

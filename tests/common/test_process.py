@@ -1,4 +1,4 @@
-"""How commands end: exit codes, one line, and quietly for Ctrl-C, closed streams and pipes."""
+"""The end of a command: exit codes, one line, and quietly for Ctrl-C, closed streams and pipes."""
 
 import errno
 import os
@@ -7,19 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import config, tiny_model
 
 import mtp.trainer as trainer
-from mtp.errors import in_quotes, one_line, reading
-from mtp.process import run_command
+from mtp.common.errors import in_quotes, one_line, reading
+from mtp.common.process import run_command
 from mtp.rollouts.prompt_format import character_tokenizer
 from mtp.training.runtime import NotFinite, check_writable, naming_what_is_not_finite
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def raiser(error: BaseException):
@@ -36,13 +35,17 @@ def raiser(error: BaseException):
         (KeyboardInterrupt(), 130, ""),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, ""),
         (OSError(errno.ENOSPC, "No space left", "a/b"), 2, "error: a/b: No space left\n"),
-        (MemoryError(), 2, "error: the memory is not enough (MemoryError); lower batch_size, "),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "error: the memory is not enough"),
+        (MemoryError(), 2, "error: there is not enough memory (MemoryError); lower batch_size, "),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried"),
+            2,
+            "error: there is not enough memory",
+        ),
         (ModuleNotFoundError("no", name="wandb.x"), 2, "error: the package wandb is not installed"),
     ],
 )
 def test_a_command_ends_with_a_code_and_at_most_one_line(monkeypatch, capsys, error, code, said):
-    monkeypatch.setattr("mtp.errors.OURS", ("test_process",))
+    monkeypatch.setattr("mtp.common.errors.OURS", ("test_process",))
     before = signal.getsignal(signal.SIGINT)
     assert run_command(raiser(error)) == code
     err = capsys.readouterr().err
@@ -126,21 +129,6 @@ def test_a_writable_folder_is_left_as_it_was(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_weight_that_is_not_finite_is_named_with_stage_and_step(tmp_path, monkeypatch):
-    original = trainer.step_batches
-
-    def poison(run, name, stage, step):
-        if name == "rl" and step == 1:
-            with torch.no_grad():
-                run.model.model.norm.weight[0] = torch.nan
-        return original(run, name, stage, step)
-
-    monkeypatch.setattr(trainer, "step_batches", poison)
-    message = "^stage rl, step 2: the weight model.norm.weight is not finite; lower the learning"
-    with pytest.raises(NotFinite, match=message):
-        trainer.train(config(tmp_path, "stages.head.steps=0", "stages.joint.steps=0"))
-
-
 def test_other_errors_within_a_step_pass_and_a_gradient_gets_its_place():
     model = tiny_model()
     with pytest.raises(RuntimeError, match="^of another kind$"):  # noqa: SIM117
@@ -149,28 +137,6 @@ def test_other_errors_within_a_step_pass_and_a_gradient_gets_its_place():
     with pytest.raises(NotFinite, match="^stage x, step 1: the gradient is; lower"):  # noqa: SIM117
         with naming_what_is_not_finite(model, lambda: "stage x, step 1"):
             raise NotFinite("the gradient is")
-
-
-@pytest.mark.parametrize(("other", "ends"), [(1.0, True), (0.0, False)])
-def test_a_stage_ends_early_only_if_all_processes_say_so(monkeypatch, tmp_path, other, ends):
-    """Ranks that disagree would wait for each other for ever."""
-    from contextlib import nullcontext
-
-    def all_reduce(mine, reduce_op):
-        assert reduce_op == "min"
-        return torch.minimum(mine, torch.tensor([other], dtype=mine.dtype))
-
-    fabric = SimpleNamespace(
-        world_size=2, device="cpu", autocast=nullcontext, all_reduce=all_reduce
-    )
-    settings = config(tmp_path, "stages.joint.stop_accuracy=0.5", "stages.joint.stop_every=1")
-    progress = SimpleNamespace(step=1, position=0)
-    run = SimpleNamespace(
-        fabric=fabric, config=settings, progress=progress, task=settings.task.build(),
-        model=None, text=None,
-    )  # fmt: skip
-    monkeypatch.setattr(trainer, "fast_accuracy", lambda *given: 0.75)
-    assert trainer.has_learned(run, settings.stages["joint"]) is ends
 
 
 @pytest.mark.parametrize("delimiter", ["<eos>", "<pad>", "7", ""])

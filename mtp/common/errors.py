@@ -1,6 +1,6 @@
-"""A user's mistake as one line: which key, what was expected, what was given, what is close.
+"""A user's mistake as one line: the key, the expected value, the given value and the closest match.
 
-Left out: anything unexpected. `one_line` returns None for it, and it keeps its traceback.
+Unexpected errors are left out: `one_line` returns None for them, and they keep their traceback.
 """
 
 import difflib
@@ -25,19 +25,19 @@ LAUNCHERS = {
     "submitit_local": "hydra-submitit-launcher",
     "submitit_slurm": "hydra-submitit-launcher",
 }
-"""Launchers of conf/sweep that are packages of their own."""
+"""Launchers of conf/sweep that are separate packages."""
 
 
 OURS = ("__main__", "hydra", "mtp", "mtp_kernels")
-"""Packages whose ValueError is meant for the user; a module that is run itself is `__main__`."""
+"""Packages whose ValueError is meant for the user; a module that is run directly is `__main__`."""
 
 
 def one_line(error: BaseException) -> str | None:
-    """What to tell the user; None if the error is not theirs.
+    """Message for the user; None if the error is no mistake of theirs.
 
-    Theirs are the errors of Hydra and OmegaConf, a ValueError that Hydra or this project raises
-    itself, and what the machine refuses: files, memory, encodings and packages. A ValueError that
-    comes out of another library is not.
+    Mistakes are the errors of Hydra and OmegaConf, a ValueError that Hydra or this project raises
+    itself, and errors of the machine: files, memory, encodings and packages. A ValueError from
+    another library is none.
     """
     if isinstance(error, OmegaConfBaseException):
         return _of_omegaconf(error, None)
@@ -49,7 +49,7 @@ def one_line(error: BaseException) -> str | None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises ValueError naming the file if it is none."""
+    """Content of a JSON file. Raises ValueError naming the file if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # of the encoding, or of the grammar
@@ -58,10 +58,10 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Name a folder or file whose damage some library finds while it reads it.
+    """Add the name of a folder or file to errors that a library raises while it reads it.
 
-    Such a file can fail in any of the libraries and with any error. Raises ValueError; errors of
-    this project, of the memory and of packages pass as they are.
+    A damaged file can fail in any of the libraries and with any error. Raises ValueError; errors of
+    this project, of memory and of packages pass unchanged.
     """
     try:
         yield
@@ -85,7 +85,7 @@ def _raised_in(error: BaseException) -> str:
 
 
 def _of_machine(error: BaseException) -> str | None:
-    """An error of a file, of the memory, of an encoding, or of a package that is missing."""
+    """Message for an error of a file, of memory, of an encoding, or of a missing package."""
     text = " ".join(str(error).split())
     if isinstance(error, UnicodeDecodeError):
         return f"text that is not {error.encoding} was read: {text}; save the file as UTF-8"
@@ -98,7 +98,7 @@ def _of_machine(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or _is_out_of_memory(error, text):
         reason = text.partition(". ")[0] or "MemoryError"
         keys = "batch_size, micro_batch_size, group_size or max_new_tokens"
-        return f"the memory is not enough ({reason}); lower {keys}"
+        return f"there is not enough memory ({reason}); lower {keys}"
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         package = error.name.partition(".")[0]
         if package not in ("mtp", "mtp_kernels"):
@@ -113,7 +113,7 @@ def _is_out_of_memory(error: BaseException, text: str) -> bool:
 
 
 def _of_hydra(error: BaseException) -> str:
-    """An error of composing the config."""
+    """Message for an error of composing the config."""
     text = str(error)
     options = getattr(error, "options", None)
     if options is not None:
@@ -142,7 +142,7 @@ def _of_hydra(error: BaseException) -> str:
 
 
 def _quoted(override: str) -> str:
-    """The remedy for an override that Hydra cannot read: its value in quotes, ready to paste."""
+    """Remedy for an override that Hydra cannot read: its value in quotes, ready to paste."""
     key, equals, value = override.partition("=")
     quoted = f"{key}={in_quotes(value)}"
     if not (equals and _KEY.fullmatch(key)):
@@ -151,14 +151,14 @@ def _quoted(override: str) -> str:
 
 
 def in_quotes(value: str) -> str:
-    """A text in quotes, which Hydra reads literally."""
+    """A quoted text, which Hydra reads literally."""
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)
     at_the_end = escaped[len(escaped.rstrip("\\")) :]
     return f'"{escaped}{at_the_end}"'
 
 
 def _unknown_choice(path: str, options: Iterable[str]) -> str:
-    """An option of a config group that is not there; `path` is group/option."""
+    """Message for an unknown option of a config group; `path` is group/option."""
     group, _, option = path.rpartition("/")
     if group == "hydra/launcher" and option in LAUNCHERS:
         return (
@@ -170,7 +170,9 @@ def _unknown_choice(path: str, options: Iterable[str]) -> str:
 
 
 def _of_omegaconf(error: OmegaConfBaseException, where: str | None) -> str:
-    """An error of a key; `where` is the config file that holds it, None: the command line."""
+    """Message for an error of a key; `where` is the config file that holds it, None: the command
+    line.
+    """
     key = error.full_key or (str(error.key) if error.key is not None else "")
     place = _place(where)
     if isinstance(error, MissingMandatoryValue):
@@ -196,14 +198,14 @@ def is_open_mapping(node: object) -> bool:
 
 
 def _place(where: str | None) -> str:
-    """The file that holds a mistake; nothing if it can only be the command line's."""
+    """Name of the file with the mistake; empty if it must be on the command line."""
     if where is None or where == "train" or where.startswith("hydra/"):
         return ""
     return f"conf/{where}.yaml: "
 
 
 _KEY = re.compile(r"(\+\+?)?[A-Za-z_][\w./-]*")
-"""A key that Hydra reads, whatever the value is."""
+"""A key that Hydra reads, whatever its value is."""
 _IN_FILE = re.compile(r"In '(.*?)': ")
 _WRONG_VALUE = (
     (
@@ -222,7 +224,7 @@ _WRONG_VALUE = (
     (r".* is not a subclass of \w+", "{key} holds keys of its own: set {key}.KEY=..."),
     (r"field .* is not Optional", "{key} must not be null"),
 )
-"""What OmegaConf says of a value, and what the user is told."""
+"""Patterns of OmegaConf's messages about a value, and the messages for the user."""
 _TYPES = {
     "Integer": "a whole number",
     "Float": "a number",
@@ -231,7 +233,7 @@ _TYPES = {
 
 
 def _closest(given: str, known: list[str]) -> str:
-    """`; did you mean ...?`, or all that there is if nothing is close."""
+    """`; did you mean ...?`, or all known names if none is close."""
     if not known:
         return ""
     close = difflib.get_close_matches(given, known, n=3, cutoff=0.6)

@@ -1,19 +1,19 @@
-"""A dry run: a few steps of each stage, and what they say of the whole run."""
+"""A dry run: a few steps of each stage, and an estimate of the whole run's cost."""
 
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from .config import RunConfig
-from .reports.json_lines import read_records
-from .reports.loggers import FilesConfig
+from ..config import RunConfig
+from ..reports.json_lines import read_records
+from ..reports.loggers import FilesConfig
 
 DRY_STEPS = 3
 """Steps of each stage in a dry run."""
 
 
 def dry_config(config: RunConfig) -> RunConfig:
-    """The same run with DRY_STEPS steps a stage and small evaluations, logged to files alone."""
+    """The same run with DRY_STEPS steps per stage and small evaluations, logged to files only."""
     config = deepcopy(config)
     config.logger.sinks = {"files": FilesConfig()}
     for stage in config.active_stages().values():
@@ -24,10 +24,10 @@ def dry_config(config: RunConfig) -> RunConfig:
 
 
 def estimate(full_steps: dict[str, int], summary: dict[str, Any], log: Path) -> str:
-    """What a full run costs, from the few steps of each stage that a dry run took.
+    """Estimated cost of a full run, from the few steps of each stage that a dry run took.
 
-    The first steps of a stage also pay for what is compiled, for one shape and then for any; the
-    others are taken to cost what the last, in the `log`, did.
+    The first steps of a stage include compilation, for one shape and then for any shape. All other
+    steps are assumed to take as long as the last one in the `log`.
     """
     steps = {r["stage"]: r["step_time"] for r in read_records(log) if "step_time" in r}
     minutes = {}

@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass, make_dataclass
 import pytest
 from test_config import mistake, run_config
 
-from mtp.bounds import BOUNDS, bounded, check_numbers, join, numbers
+from mtp.common.bounds import BOUNDS, bounded, check_numbers, join, numbers
 from mtp.config import RunConfig
 from mtp.tasks import TASK_CONFIGS
 
@@ -21,7 +21,7 @@ def parts(hint: object) -> list[object]:
 
 
 def declared(cls: type, key: str = "") -> dict[str, set[str]]:
-    """By key, the bounds that each numeric field below a dataclass declares."""
+    """Bounds that each numeric field below a dataclass declares, by key."""
     found = {}
     hints = typing.get_type_hints(cls)
     for entry in fields(cls):

@@ -1,19 +1,22 @@
-"""Evaluations within a stage and at its end, into log, curves and summary."""
+"""Evaluations within a stage and at its end, written to the log, the curves and the summary."""
 
 from typing import Any
 
-from .evaluation.evaluate import evaluate, fast_accuracy
-from .reference import frozen_for_evaluation, reference_in_loss
-from .reports.tables import completions_rows, print_completions
-from .rollouts.rollout import Rollouts
-from .run import Run, StageRun
-from .tasks.base import training_index
-from .training.runtime import over_processes
-from .training.step_module import within
+from ..evaluation.evaluate import evaluate, fast_accuracy
+from ..reference import frozen_for_evaluation, reference_in_loss
+from ..reports.tables import completions_rows, print_completions
+from ..rollouts.rollout import Rollouts
+from ..run import Run, StageRun
+from ..tasks.base import training_index
+from ..training.runtime import over_processes
+from ..training.step_module import within
 
 
 def has_learned(run: Run, stage: StageRun) -> bool:
-    """Whether a stage may end before its last step, see `StageConfig.stop_accuracy`."""
+    """True if a stage may end before its last step, see `StageConfig.stop_accuracy`.
+
+    Processes that round differently may disagree: the stage ends once all of them agree.
+    """
     progress, config = run.progress, run.config
     limit = stage.config.stop_accuracy
     if not (limit and progress.step) or progress.step % stage.config.stop_every:
@@ -27,7 +30,7 @@ def has_learned(run: Run, stage: StageRun) -> bool:
         stage.module,
         lambda model: fast_accuracy(
             model,
-            run.text,
+            run.fmt,
             examples,
             run.task,
             config.decoding,
@@ -35,8 +38,7 @@ def has_learned(run: Run, stage: StageRun) -> bool:
             config.kernels,
         ),
     )
-    # All processes stop together, whatever the rounding of each.
-    return over_processes(run.fabric, {"reached": reached or 0.0}, "max")["reached"] >= limit
+    return over_processes(run.fabric, {"reached": reached or 0.0}, "min")["reached"] >= limit
 
 
 def head_is_trained(run: Run) -> bool:
@@ -52,11 +54,11 @@ def interim_evaluation(run: Run, stage: StageRun) -> bool:
 
     Returns True if its accuracy, in fast mode if the head is trained, is the stage's best so far.
     """
-    figures, shown = within(
+    metrics, shown = within(
         stage.module,
         lambda model: evaluate(
             model,
-            run.text,
+            run.fmt,
             run.task,
             run.config.decoding,
             num_problems=run.config.evaluation.num_interim_problems,
@@ -67,9 +69,9 @@ def interim_evaluation(run: Run, stage: StageRun) -> bool:
             impl=run.config.kernels,
         ),
     )
-    record(run, stage.name, figures)
+    record(run, stage.name, metrics)
     log_completions(run, stage.name, shown)
-    reached = figures["slow_accuracy" if figures["fast_accuracy"] is None else "fast_accuracy"]
+    reached = metrics["slow_accuracy" if metrics["fast_accuracy"] is None else "fast_accuracy"]
     if reached is None or reached <= run.progress.best_accuracy:
         return False
     run.progress.best_accuracy = reached
@@ -77,14 +79,14 @@ def interim_evaluation(run: Run, stage: StageRun) -> bool:
 
 
 def evaluate_stage(run: Run, stage: StageRun) -> None:
-    """Evaluate on all held-out problems and note the stage's summary."""
+    """Evaluate on all held-out problems and record the stage's summary."""
     config, progress, name = run.config, run.progress, stage.name
     reference = frozen_for_evaluation(run)
-    figures, shown = within(
+    metrics, shown = within(
         stage.module,
         lambda model: evaluate(
             model,
-            run.text,
+            run.fmt,
             run.task,
             config.decoding,
             num_problems=config.evaluation.num_problems,
@@ -95,12 +97,12 @@ def evaluate_stage(run: Run, stage: StageRun) -> None:
             impl=config.kernels,
         ),
     )
-    record(run, name, figures)
+    record(run, name, metrics)
     in_loss = reference_in_loss(config, name)
     progress.summaries.append(
         {
             "name": name,
-            **figures,
+            **metrics,
             "reference_in_loss": in_loss,
             "steps": progress.step,
             "seconds": round(progress.stage_seconds, 1),
@@ -111,20 +113,20 @@ def evaluate_stage(run: Run, stage: StageRun) -> None:
 
 
 def log_completions(run: Run, name: str, shown: list[Rollouts]) -> list[dict[str, Any]]:
-    """A few completions of an evaluation into the log."""
+    """Write a few completions of an evaluation to the log."""
     number = run.config.evaluation.num_samples
-    rows = completions_rows(shown, run.task, run.text, number, name)
+    rows = completions_rows(shown, run.task, run.fmt, number, name)
     run.log.table("completions", rows, run.progress.global_step)
     return rows
 
 
-def record(run: Run, name: str, figures: dict[str, Any]) -> None:
-    """An evaluation into the log and the curves."""
+def record(run: Run, name: str, metrics: dict[str, Any]) -> None:
+    """Write an evaluation to the log and the curves."""
     progress = run.progress
-    point = {k: v for k, v in figures.items() if v is not None and k != "num_problems"}
+    point = {k: v for k, v in metrics.items() if v is not None and k != "num_problems"}
     at = {"stage": name, "step": progress.step, "global_step": progress.global_step}
     if progress.points and at.items() <= progress.points[-1].items():
-        progress.points.pop()  # a stage's last evaluation stands for one within it at the same step
+        progress.points.pop()  # a stage's last evaluation replaces one within it at the same step
     progress.points.append(at | point)
     tagged = {f"eval/{k}": v for k, v in point.items()}
     run.log.metrics(name, progress.step, progress.global_step, tagged)

@@ -1,12 +1,12 @@
-"""How a command ends: its exit code, one line for a user's mistake, quiet for Ctrl-C and pipes.
+"""The end of a command: its exit code, one line for a user's mistake, quiet for Ctrl-C and pipes.
 
     0    done
     1    the reader of standard output has gone, as in `mtp generate ... | head -1`
     2    a mistake: one line, `error: ...`, on standard error
     130  Ctrl-C
 
-Anything unexpected keeps its traceback; MTP_TRACEBACK=1 shows that of a mistake too. This module
-imports nothing heavy, therefore Ctrl-C is quiet from the first line of a command on.
+Unexpected errors keep their traceback; MTP_TRACEBACK=1 shows that of a mistake too. This module
+imports nothing heavy, so Ctrl-C is quiet from the first line of a command.
 """
 
 import os
@@ -19,20 +19,22 @@ from typing import Any
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
-    """A handler for Ctrl-C where nothing is there to be cleaned up."""
+    """Handler for Ctrl-C when there is nothing to clean up."""
     os._exit(130)
 
 
 def quiet_imports() -> None:
-    """Let Ctrl-C end the process at once, but for what `run_command` runs.
+    """Let Ctrl-C end the process at once, except in commands that `run_command` runs.
 
-    Libraries turn a KeyboardInterrupt within their imports into errors of their own.
+    Libraries turn a KeyboardInterrupt during their imports into other errors.
     """
     signal.signal(signal.SIGINT, end_at_once)
 
 
 def run_command(command: Callable[[], Any]) -> int:
-    """Run a command and return its exit code, see the module. A code that it returns is kept."""
+    """Run a command and return its exit code, see the module. A code that the command returns is
+    kept.
+    """
     fill_closed_streams()
     interrupted = False
 
@@ -60,7 +62,7 @@ def run_command(command: Callable[[], Any]) -> int:
         if line is None or os.environ.get("MTP_TRACEBACK"):
             raise
         if isinstance(error, OSError):
-            silence_stdout()  # if it is what could not be written, the last flush fails as well
+            silence_stdout()  # if it could not be written, the last flush fails as well
         print(f"error: {line}", file=sys.stderr)
         return 2
     finally:
@@ -77,7 +79,7 @@ def fill_closed_streams() -> None:
 
 
 def silence_stdout() -> None:
-    """Send what is left of standard output nowhere, so that the last flush cannot fail."""
+    """Redirect standard output to the null device, so that the last flush cannot fail."""
     try:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())

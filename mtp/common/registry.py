@@ -1,4 +1,4 @@
-"""Choices by name. Code outside the package adds its own before a run's config is read."""
+"""Choices by name. Code outside the package adds choices before a run's config is read."""
 
 from collections.abc import Iterator
 from typing import Generic, TypeVar
@@ -13,7 +13,7 @@ class Registry(Generic[T]):
         self._choices: dict[str, T] = dict(choices)
 
     def add(self, name: str, choice: T) -> T:
-        """Adds a choice and returns it. Raises ValueError if the name is taken by another."""
+        """Adds a choice and returns it. Raises ValueError if another choice has the name."""
         if self._choices.setdefault(name, choice) is not choice:
             raise ValueError(f"{name!r} is registered already; choose another name")
         return choice

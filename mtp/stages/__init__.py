@@ -1,0 +1,1 @@
+"""One stage of a run: its loop, its evaluations, its checkpoints and its dry run."""
