@@ -253,7 +253,7 @@ def check_fields(config: ModelConfig, config_class: type[PretrainedConfig]) -> N
     transformers keeps unknown fields without an error, and divides by sizes before it checks them.
     """
     misfit = f"model.config does not fit {config.family}"
-    known = {f.name for f in fields(config_class)} | {"rope_theta"}
+    known = {f.name for f in fields(config_class)} | {"rope_theta", *config_class.attribute_map}
     for name, value in config.config.items():
         if name in ELSEWHERE:
             raise ValueError(

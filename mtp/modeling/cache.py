@@ -75,9 +75,9 @@ class BlockCache(Cache):
     attention reads them all, most under the mask: more work, for one memory address and one shape
     throughout, as compiled forwards and CUDA graphs want.
 
-    Main's layers are `layers`, the head's are `head_layers`. Main may write to more layers than it was
-    made with, which are added then. For a main that reads the whole text at every pass, `text` holds
-    the tokens and main's layers stay empty.
+    Main's layers are `layers`, the head's are `head_layers`. Main may write to more layers than the
+    cache was made with, which are added then. For a main that reads the whole text at every pass,
+    `text` holds the tokens and main's layers stay empty.
     """
 
     def __init__(

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, PAD, tiny_family
-from family_contract import examine, verdict
+from families import EOS, FAMILIES, PAD, tiny_family
+from family_contract import PHASES, examine, verdict
 from family_table import read_table
 from helpers import run_alone
+from transformers import GenerationConfig
 
 from mtp.hub.formats.huggingface import write_code
 
@@ -43,7 +44,8 @@ def check_exports(folder: Path, names: list[str]) -> None:
     expected = {}
     for name in names:
         model = tiny_family(name)
-        model.generation_config.mtp_phases = [{"name": "text", "mode": "fast", "opened_by": None}]
+        model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
+        model.generation_config.mtp_phases = PHASES
         model.save_pretrained(folder / name)
         write_code(model, folder / name)
         given = {"attention_mask": ids != PAD, "max_new_tokens": 12, "pad_token_id": PAD}
