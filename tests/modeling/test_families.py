@@ -6,12 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 from families import EOS, FAMILIES, PAD, tiny_family
-from family_contract import PHASES, examine, verdict
+from family_contract import FAST, PHASES, PROMPTS, examine, rollout_batch, verdict
 from family_table import read_table
 from helpers import run_alone
 from transformers import GenerationConfig
 
 from mtp.hub.formats.huggingface import write_code
+from mtp.modeling.branches import SearchConfig
+from mtp.modeling.decode_options import DecodeOptions
+from mtp.modeling.records import pad
+from mtp.modeling.sampler import Sampler
+from mtp.modeling.search import search
+from mtp.training.objectives.scored import replay_batch
 
 QUICK = ("llama", "qwen3", "gemma2", "gpt_oss", "llama4_text", "deepseek_v3", "phi", "qwen3_next")
 """Families of the fast suite: of each kind of mask, output layer and state there is one."""
@@ -23,6 +29,22 @@ TABLE = read_table()
 @pytest.mark.parametrize("model_type", QUICK)
 def test_a_family_keeps_the_contract(model_type):
     examine(model_type, 20, generate=False)
+
+
+@pytest.mark.parametrize("method", ["beam", "mcts"])
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen3_next"])
+@torch.no_grad()
+def test_branches_of_a_search_keep_what_the_family_keeps(model_type, method):
+    model = tiny_family(model_type, recall=True)
+    tokens, lengths = pad(PROMPTS, PAD)
+    generator = torch.Generator().manual_seed(0)
+    options = DecodeOptions(sampler=Sampler(), max_new_tokens=12, pad_id=PAD, generator=generator)
+    config = SearchConfig(method=method, n=4, expand=2)
+    batch = rollout_batch(search(model, tokens, lengths, FAST, options, config).out)
+    scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
+    for emitter, rows in (("main", scored.main), ("head", scored.head)):
+        difference = rows.stats().logprob - getattr(batch, emitter).sampled
+        assert float(difference.abs().max()) < 1e-4, emitter
 
 
 def test_the_table_of_the_documentation_holds_every_family():
