@@ -278,7 +278,13 @@ def _slow_rows(model: Any, tokens: Tensor) -> list[Tensor]:
         width = max(new)
         fed = torch.stack([t[s : s + width] for t, s in zip(tokens, start, strict=True)])
         length = int(start.max()) + width
-        hidden, _ = model.main_states(fed, start, cache, length)
+        hidden, taps = model.main_states(fed, start, cache, length)
+        for tap in taps:
+            if tap.shape != hidden.shape:
+                raise ValueError(
+                    f"its layers give hidden states {list(tap.shape)}, which are not rows of the "
+                    f"width of its last ones {list(hidden.shape)}"
+                )
         for kept, states, number in zip(rows, hidden, new, strict=True):
             kept.append(states[:number])
         start = start + torch.tensor(new, device=start.device)

@@ -122,52 +122,45 @@ def check_replay(model: Any, stock: Any, num_tokens: int) -> Any:
 
 
 def check_losses(model: Any, stock: Any, rollouts: Any) -> None:
-    """The loss is the stock's; a supervised and an RL step each lower their own."""
+    """An RL step begins at ratios of 1; the supervised loss and its gradient are the stock's."""
+    scored = replay_batch(model, rollouts, channel_gradient=1.0, use_head=True)
+    terms = Policy(weight=1.0).terms(StreamInputs(scored, rollouts))
+    for term, rows in zip(terms.values(), (rollouts.main, rollouts.head), strict=True):
+        torch.testing.assert_close(
+            term.total.detach(), -rows.advantages.sum(), rtol=1e-3, atol=1e-3
+        )
+    check_gradient(model, torch.stack([term.total for term in terms.values()]).sum())
+
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(3, VOCABULARY, (3 * WINDOW,), generator=generator).tolist()
     batch = collate_text([(text[:2], text[2:])], FAST, 4, PAD)
-
-    def supervised() -> tuple[torch.Tensor, torch.Tensor]:
-        scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
-        inputs = StreamInputs(scored, batch)
-        main = MainCE(weight=1.0).terms(inputs)["main_ce"].total / len(batch.main)
-        (head,) = HeadCE(weight=1.0).terms(inputs).values()
-        return main, head.total / len(batch.head)
-
-    ids = torch.tensor([text])
-    labels = ids.clone()
+    ids, labels = torch.tensor([text]), torch.tensor([text])
     labels[:, :2] = -100
-    with torch.no_grad():
-        expected = stock(input_ids=ids, labels=labels, use_cache=False).loss
-    main, head = supervised()
-    torch.testing.assert_close(main.detach().float(), expected.float(), rtol=1e-4, atol=1e-4)
-    step(model, main + head)
-    after = supervised()
-    assert float((after[0] + after[1]).detach()) < float((main + head).detach())
+    expected = stock(input_ids=ids, labels=labels, use_cache=False).loss
+    expected.backward()
+    scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
+    inputs = StreamInputs(scored, batch)
+    main = MainCE(weight=1.0).terms(inputs)["main_ce"].total / len(batch.main)
+    torch.testing.assert_close(main.detach(), expected.detach(), rtol=1e-4, atol=1e-4)
+    (head,) = HeadCE(weight=1.0).terms(inputs).values()
+    model.zero_grad()
+    main.backward(retain_graph=True)
+    mine = dict(model.named_parameters())
+    for name, parameter in stock.named_parameters():
+        if parameter.grad is not None:
+            gradient, size = mine[name].grad, float(parameter.grad.abs().max())
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-3 * size + 1e-7)
+    check_gradient(model, head.total)
 
-    def policy() -> torch.Tensor:
-        scored = replay_batch(model, rollouts, channel_gradient=1.0, use_head=True)
-        terms = Policy(weight=1.0).terms(StreamInputs(scored, rollouts))
-        return torch.stack([term.total for term in terms.values()]).sum()
 
-    loss = policy()
-    step(model, loss)
-    assert float(policy().detach()) < float(loss.detach())
-
-
-def step(model: Any, loss: torch.Tensor) -> None:
-    """A small step down the gradient, which must reach main and the head."""
+def check_gradient(model: Any, loss: torch.Tensor) -> None:
+    """The gradient of a loss of both emitters is finite and reaches main and the head."""
     model.zero_grad()
     loss.backward()
     for part in (model.mtp_decoder, model.mtp_head):
-        assert any(float(p.grad.abs().max()) > 0 for p in part.parameters() if p.grad is not None)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-    assert bool(norm.isfinite())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter -= 1e-4 * parameter.grad / norm
+        gradients = [p.grad for p in part.parameters() if p.grad is not None]
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        assert bool(norm.isfinite()) and float(norm) > 0
 
 
 def examine(model_type: str, num_tokens: int, *, generate: bool) -> Any:
