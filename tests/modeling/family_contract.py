@@ -65,7 +65,12 @@ def check_slow(model: Any, stock: Any, num_tokens: int) -> None:
 def check_generate(model: Any, stock: Any, num_tokens: int) -> None:
     """`generate` in slow mode gives the stock `generate`'s tokens, whatever side is padded."""
     model.generation_config.mtp_phases = PHASES
-    given = {"max_new_tokens": num_tokens, "do_sample": False, "pad_token_id": PAD}
+    given = {
+        "max_new_tokens": num_tokens,
+        "do_sample": False,
+        "pad_token_id": PAD,
+        "use_cache": True,
+    }
     expected = decoded(model, FAST.as_slow(), GREEDY, num_tokens).tokens.tolist()
     width = max(map(len, PROMPTS))
     whole = torch.tensor([prompt for prompt in PROMPTS if len(prompt) == width])

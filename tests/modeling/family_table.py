@@ -85,7 +85,7 @@ def main() -> None:
         began = time.perf_counter()
         try:
             found = verdict(name)
-        except AssertionError:
+        except Exception:  # any failure of a family that was taken is one of the contract
             failed.append(name)
             traceback.print_exc()
             continue
