@@ -100,6 +100,15 @@ class MTPMixin(MTPSearchMixin):
         """Main without its output layer."""
         return getattr(self, self._decoder_name)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: weights are initialized by transformers' functions only, as in its own classes.
+
+        Loading would otherwise skip modules without weights of their own, such as a family's
+        decoder, some of which fill the buffers of modules below them.
+        """
+        return False
+
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize main as its family does, and the head's matrices by fan-in, whatever main's
         range is.
