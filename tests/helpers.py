@@ -14,7 +14,7 @@ from mtp.config import to_run_config
 from mtp.modeling.decode import decode
 from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.heads import HeadConfig
-from mtp.modeling.modeling_mtp import FAMILIES
+from mtp.modeling.modeling_mtp import family_class
 from mtp.modeling.output_layer import OutputLayer
 from mtp.modeling.phases import PhasePlan
 from mtp.modeling.records import pad
@@ -41,7 +41,7 @@ def tiny_model(
 ):
     """A random model of a few thousand parameters whose tokens vary from position to position."""
     torch.manual_seed(seed)
-    cls = FAMILIES[family]
+    cls = family_class(family)
     config = cls.config_class(
         vocab_size=VOCABULARY,
         hidden_size=32,

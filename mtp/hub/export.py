@@ -28,7 +28,7 @@ def export(
     """Write a model with its card; an earlier export in `folder` is replaced as a whole.
 
     Args:
-        model: an mtp model of one of `modeling_mtp.FAMILIES`.
+        model: a model with a head, of any family.
         fmt: its tokenizer, phases and system prompt.
         folder: made with its parents if it is missing.
         summary: content of `summary.json`; `stages` may be empty if nothing was measured.

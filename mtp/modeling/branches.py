@@ -261,6 +261,9 @@ class BranchLoop(PassLoop):
         )
         of_phase = ("phase", "in_phase", "start")
         phase, in_phase, start = (rows_of([getattr(b, n) for b in branches]) for n in of_phase)
+        if self.model.reads_whole_text:
+            self.running.resume(written, phase, in_phase, torch.zeros_like(start))
+            return
         self.running.resume(written, phase, in_phase, start)
         assert self.parts is not None
         read = [self.parts.before(branch) for branch in branches]
@@ -278,7 +281,7 @@ class BranchLoop(PassLoop):
             if active:
                 self.spent.passes[self.branches[row].prompt] += 1
                 self.spent.tokens[self.branches[row].prompt] += number
-        if self.parts is not None:
+        if self.parts is not None and not self.model.reads_whole_text:
             rows = torch.arange(len(reading), device=running.rows.device) * num_copies
             made = self.cache.part(rows, first[2], running.fed.shape[1])
             self.parts.shapes = self.cache.shapes

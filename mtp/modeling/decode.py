@@ -95,7 +95,7 @@ class PassLoop:
         limits = options.max_new_tokens, options.pad_id, options.stop
         self.running = RunningRows(prompts, prompt_lengths, plans, *limits)
         self.plan, self.tables = self.running.plan, self.running.tables
-        check_attention(model.config)
+        check_attention(model)
         main, head = model.output_layers()
         self.main_output = main.in_autocast_dtype()
         self.head_output = self.main_output if head is main else head.in_autocast_dtype()
@@ -105,10 +105,11 @@ class PassLoop:
         # A plan without head slots needs no head state.
         num_cache_layers = self.head.num_cache_layers if self.tables.num_head_slots else 0
         self.cache = BlockCache(
-            model.config.num_hidden_layers + num_cache_layers,
+            model.main_config.num_hidden_layers,
             len(prompts) // num_copies,
             prompts.shape[1] + self.running.room,
             options.static_cache,
+            num_cache_layers,
         )
         self.observed: list[Tensor] = []  # the head's observations of the last pass
         self.head_settled: Settled | None = None  # slots computed together with main's token
@@ -169,7 +170,8 @@ class PassLoop:
 
     def remember(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """See `heads.Remember`."""
-        return self.cache.update(keys, values, self.model.config.num_hidden_layers + layer)
+        kept: tuple[Tensor, Tensor] = self.cache.head_layers[layer].update(keys, values)
+        return kept
 
     def context(self, at: Tensor) -> list[Tensor]:
         """The head's context at anchors `at` [R] among the fed tokens."""

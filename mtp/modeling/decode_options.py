@@ -56,6 +56,10 @@ class DecodableModel(Protocol):
     """Interface that decoding needs of a model; an `MTPMixin` model has it."""
 
     config: Any
+    main_config: Any
+    """The config of main as a language model: `config`, or its part that is about text."""
+    reads_whole_text: bool
+    """True where main keeps nothing between passes and reads each row's text from its beginning."""
     training: bool
     mtp_head: Head
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.utils import ModelOutput
 
-from .attention import NAME, check_attention
+from .attention import check_attention, of_blocks
 from .cache import BlockCache
+from .contract import stock_class
 from .decode import decode
 from .decode_options import DecodeOptions
 from .memory import Memory
@@ -103,14 +104,18 @@ class Request(NamedTuple):
 class MTPGenerationMixin:
     """`generate` with `mtp_mode`. Without it, the stock `generate` runs on main alone."""
 
+    reads_whole_text: bool
+    mtp_decoder: Any
+    mtp_taps: list[int]
+
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
-        """Transformers' choice; `sdpa` becomes the one that reads a pass (`attention.py`)."""
+        """As transformers chooses; `sdpa` and `eager` become those that know a pass."""
         found: str = super().get_correct_attn_implementation(  # type: ignore[misc]
             requested_attention, is_init_check
         )
-        return NAME if found == "sdpa" else found
+        return found if self.reads_whole_text else of_blocks(found, stock_class(type(self)))
 
     def main_states(
         self,
@@ -130,14 +135,19 @@ class MTPGenerationMixin:
         """
         taps = self.mtp_taps if with_taps else []
         positions = start[:, None] + torch.arange(fed.shape[1], device=fed.device)
-        mask = cache.place(positions, length, is_even)
-        if mask is not None and self.config._attn_implementation == "eager":
-            mask = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill(
-                ~mask, torch.finfo(self.dtype).min
+        cache.place(positions, length, is_even)
+        if self.reads_whole_text:
+            # Nothing that a row reads is padding: texts are padded on the right.
+            out = self.mtp_decoder(
+                input_ids=cache.whole_text(fed),
+                use_cache=False,
+                output_hidden_states=taps or None,
             )
-        out = self.model(
+            rows = torch.arange(len(fed), device=fed.device)[:, None]
+            hidden = out.last_hidden_state[rows, positions]
+            return hidden, [out.hidden_states[tap][rows, positions] for tap in taps]
+        out = self.mtp_decoder(
             input_ids=fed,
-            attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -354,7 +364,7 @@ class MTPGenerationMixin:
         mtp_mode, mtp_k, max_thought_tokens: None takes the generation config's. one_context: True
         if a text continues its prompt throughout.
         """
-        check_attention(self.config)
+        check_attention(self)
         check_own(generation_config, self.generation_config)
         configs = generation_config, self.generation_config
         wanted = Wanted(kwargs, *configs)

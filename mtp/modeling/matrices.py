@@ -18,12 +18,14 @@ PLAIN = (nn.Linear.forward, nn.Embedding.forward)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def plain_matrix(module: Any, name: str) -> Tensor:
+def plain_matrix(module: Any, name: str, *, with_bias: bool = False) -> Tensor:
     """The weight [V, D] of a linear layer or an embedding that has no effect beyond its weight.
+
+    with_bias: the caller reads the layer's bias too, so it may have one.
 
     Raises ValueError for any other module; `name` is what the error calls it.
     """
-    found = beyond_weight(module)
+    found = beyond_weight(module, with_bias)
     if found is not None:
         raise ValueError(
             f"{name} must be a plain nn.Linear or nn.Embedding with a dense weight in memory: mtp "
@@ -34,7 +36,7 @@ def plain_matrix(module: Any, name: str) -> Tensor:
     return weight
 
 
-def beyond_weight(module: Any) -> str | None:
+def beyond_weight(module: Any, with_bias: bool = False) -> str | None:
     """Description of what a module does beyond multiplying by a dense weight; None: nothing."""
     kind = type(module)
     if getattr(kind, "forward", None) not in PLAIN:
@@ -46,7 +48,7 @@ def beyond_weight(module: Any) -> str | None:
         return f"a {kind.__name__} whose weight is computed or stored by other means"
     if weight.is_meta or weight.layout != torch.strided or weight.dtype not in DTYPES:
         return f"a weight of {weight.dtype} on {weight.device}"
-    if module._parameters.get("bias") is not None:
+    if not with_bias and module._parameters.get("bias") is not None:
         return f"a {kind.__name__} with a bias"
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     names = [getattr(hook, "__name__", type(hook).__name__) for hook in hooks]

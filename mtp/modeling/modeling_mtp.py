@@ -1,9 +1,10 @@
 """A causal LM with a small head that reads its hidden states and writes the next tokens of each
 pass.
 
-This module has the mixin that gives any Hugging Face causal LM a head, and one two-line class per
-base family. Heads are in `heads.py`, decoding in `generation.py`, search in `search.py`; losses are
-not shipped.
+What is here: the mixin that gives any Hugging Face causal LM a head, and the classes that have it,
+made on demand: `LlamaMTPForCausalLM` is transformers' `LlamaForCausalLM` with a head, and so on for
+all that `AutoModelForCausalLM` knows. What is left out: heads (`heads.py`), decoding
+(`generation.py`), search (`search.py`) and losses.
 
 This file ships with checkpoints: imports torch, transformers and siblings only.
 
@@ -14,13 +15,18 @@ of the output matrix that the head uses (D when it shares main's, else H).
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PretrainedConfig, Qwen3ForCausalLM, initialization
+from transformers import PretrainedConfig, initialization
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
-from .contract import check_config, check_layout
+from .contract import check_config, find_decoder, why_whole_text
 from .heads import HEADS, Head, HeadConfig, HeadLinear, HeadRMSNorm
 from .output_layer import OutputLayer
 from .search import MTPSearchMixin
+
+logger = logging.get_logger(__name__)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -69,12 +75,39 @@ class MTPMixin(MTPSearchMixin):
         check_config(config)
         settings = HeadConfig.from_checkpoint(config.mtp)
         config.mtp = settings.to_checkpoint()
+        reason = why_whole_text(type(self), config)
+        self.reads_whole_text = reason is not None
+        if self.reads_whole_text:
+            logger.warning_once(
+                f"{type(self).__name__} decodes with mtp_mode without a cache, because {reason}: "
+                "each pass reads the whole text again, which is right but slower"
+            )
         super().__init__(config)
-        check_layout(self)
+        self._decoder_name = find_decoder(self)
         self.mtp_settings = settings
-        self.mtp_taps = settings.resolved_taps(config.num_hidden_layers)
-        self.mtp_head: Head = HEADS[settings.type](settings, config, len(self.mtp_taps))
+        main = self.main_config
+        self.mtp_taps = settings.resolved_taps(main.num_hidden_layers)
+        self.mtp_head: Head = HEADS[settings.type](settings, main, len(self.mtp_taps))
         self.post_init()
+
+    @property
+    def main_config(self) -> Any:
+        """The config of main as a language model: `config`, or its part that is about text."""
+        return self.config.get_text_config(decoder=True)
+
+    @property
+    def mtp_decoder(self) -> Any:
+        """Main without its output layer."""
+        return getattr(self, self._decoder_name)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: weights are initialized by transformers' functions only, as in its own classes.
+
+        Loading would otherwise skip modules without weights of their own, such as a family's
+        decoder, some of which fill the buffers of modules below them.
+        """
+        return False
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize main as its family does, and the head's matrices by fan-in, whatever main's
@@ -116,7 +149,7 @@ class MTPMixin(MTPSearchMixin):
 
     def main_hidden(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Main's forward: hidden rows [B, T, D] after the final norm and taps [B, T, taps, D]."""
-        out = self.model(input_ids=input_ids, output_hidden_states=self.mtp_taps, **kwargs)
+        out = self.mtp_decoder(input_ids=input_ids, output_hidden_states=self.mtp_taps, **kwargs)
         taps = torch.stack([out.hidden_states[tap] for tap in self.mtp_taps], -2)
         return out.last_hidden_state, taps
 
@@ -134,7 +167,9 @@ class MTPMixin(MTPSearchMixin):
         channel_gradient: scale of the head's gradient on main's layer. If it is not 1, the head's
         layer is another object, whose tensors hold the same numbers.
         """
-        main = OutputLayer.from_module(self.get_output_embeddings(), "the model's output layer")
+        main = OutputLayer.of_main(
+            self.get_output_embeddings(), self.main_config, "the model's output layer"
+        )
         if not self.mtp_settings.shared_embeddings:
             return main, OutputLayer.from_module(self.mtp_head.lm_head, "mtp_head.lm_head")
         if channel_gradient == 1.0:
@@ -162,7 +197,7 @@ class MTPMixin(MTPSearchMixin):
         """
         main_output, head_output = self.output_layers(0.0 if logits_detach else channel_gradient)
         if anchors is None or slot_inputs is None:
-            hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
+            hidden = self.mtp_decoder(input_ids=input_ids, use_cache=False).last_hidden_state
             return ReplayRows(hidden, main_output, None, head_output)
         hidden, taps = self.main_hidden(input_ids, use_cache=False)
         taps = scale_gradient(taps, channel_gradient)
@@ -171,17 +206,33 @@ class MTPMixin(MTPSearchMixin):
         return ReplayRows(hidden, main_output, head_hidden, head_output)
 
 
-class LlamaMTPForCausalLM(MTPMixin, LlamaForCausalLM):
-    """Llama and its kin (SmolLM2, Mistral-shaped checkpoints saved as Llama) with a head."""
+def family_class(model_type: str) -> Any:
+    """The class with a head of a `config.model_type`.
+
+    Raises ValueError for a type that transformers has no causal LM of.
+    """
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if stock is None:
+        raise ValueError(
+            f"model_type must be one that transformers has a causal LM of, got {model_type!r}; "
+            "choose another base model, or a newer transformers"
+        )
+    return __getattr__(with_head(stock))
 
 
-class Qwen3MTPForCausalLM(MTPMixin, Qwen3ForCausalLM):
-    """Qwen3 with a head."""
+def with_head(stock: str) -> str:
+    """The name of a class with a head: LlamaForCausalLM -> LlamaMTPForCausalLM."""
+    at = max(stock.find("For"), stock.find("LMHead"), 0)
+    return f"{stock[:at]}MTP{stock[at:]}"
 
 
-FAMILIES: dict[str, type[MTPMixin]] = {
-    "llama": LlamaMTPForCausalLM,
-    "qwen3": Qwen3MTPForCausalLM,
-}
-"""Class of each `config.model_type`. A new family takes two lines: a class above and an entry
-here."""
+def __getattr__(name: str) -> Any:
+    """Make the class of a family when it is first asked for."""
+    stock = next(
+        (s for s in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() if with_head(s) == name), None
+    )
+    if stock is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    content = {"__module__": __name__, "__doc__": f"{stock} with a head."}
+    made = type(name, (MTPMixin, getattr(transformers, stock)), content)
+    return globals().setdefault(name, made)

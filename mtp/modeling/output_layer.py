@@ -26,6 +26,32 @@ class OutputOptions(TypedDict):
     softcap: float | None
 
 
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
+"""Fields of a config that multiply the logits."""
+DIVISOR = "logits_scaling"
+"""The field that divides them, except in the families of `MULTIPLIED_BY_DIVISOR`."""
+MULTIPLIED_BY_DIVISOR = ("hyperclovax",)
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_softcap")
+"""Fields of a config that bound the logits."""
+WITHOUT_SCALE = ("mpt",)
+"""Families whose config has a field of that name which their output layer does not read."""
+
+
+def scale_and_softcap(config: Any) -> tuple[float, float | None]:
+    """What main's config says of its logits. `contract.py` compares it with the stock forward's."""
+    scale = 1.0
+    if config.model_type not in WITHOUT_SCALE:
+        for name in MULTIPLIERS:
+            value = getattr(config, name, None)
+            scale *= 1.0 if value is None else float(value)
+    divisor = getattr(config, DIVISOR, None)
+    if divisor is not None:
+        in_family = config.model_type in MULTIPLIED_BY_DIVISOR
+        scale = scale * float(divisor) if in_family else scale / float(divisor)
+    caps = [getattr(config, name, None) for name in SOFTCAPS]
+    return scale, next((float(cap) for cap in caps if cap is not None), None)
+
+
 class OutputLayer:
     """Matrix, scale, bias and softcap of an output layer.
 
@@ -53,6 +79,15 @@ class OutputLayer:
         weight (`matrices.py`).
         """
         return cls(plain_matrix(module, name))
+
+    @classmethod
+    def of_main(cls, module: Any, config: Any, name: str) -> "OutputLayer":
+        """Main's: a module's weight and bias, with the scale and softcap that its config gives.
+
+        Raises ValueError as `from_module` does, but for a bias.
+        """
+        weight = plain_matrix(module, name, with_bias=True)
+        return cls(weight, module.bias, *scale_and_softcap(config))
 
     @property
     def options(self) -> OutputOptions:

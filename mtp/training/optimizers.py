@@ -94,16 +94,34 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     """True for the matrices of hidden layers: neither embeddings nor output matrices."""
-    return parameter.ndim == 2 and not ("embed" in name or "lm_head" in name)
+    names = ("embed", "lm_head", ".wte.", ".wpe.")
+    return parameter.ndim == 2 and not any(part in name for part in names)
+
+
+def is_stack_of_matrices(parameter: nn.Parameter) -> bool:
+    """True for the experts of a layer in one parameter [E, ., .]; the filters of a convolution over
+    each channel, [D, 1, width], are none.
+    """
+    return parameter.ndim == 3 and min(parameter.shape) > 1
 
 
 def build_optimizer(
     parameters: dict[str, nn.Parameter], config: OptimizerConfig
 ) -> torch.optim.Optimizer:
-    """The optimizer of an emitter's parameters, with weight decay on matrices only."""
+    """The optimizer of an emitter's parameters, with weight decay on matrices only.
+
+    Raises ValueError for Muon where a layer's experts are one parameter: it takes single matrices.
+    """
     muon_names = [n for n, p in parameters.items() if is_hidden_matrix(n, p)]
     if config.algorithm == "adamw":
         muon_names = []
+    stacks = [n for n, p in parameters.items() if is_stack_of_matrices(p)]
+    if muon_names and stacks:
+        raise ValueError(
+            f"optimizers.*.algorithm must be adamw for a mixture of experts, got muon: {stacks[0]} "
+            "holds the matrices of several experts, and most weights would be left to AdamW; set "
+            "it to adamw"
+        )
     rest = [p for n, p in parameters.items() if n not in set(muon_names)]
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},

@@ -84,10 +84,15 @@ DAMAGE = {
         lambda f: edit_config(f, model_type="llamma"),
         "{what} could not be read: .*llamma",
     ),
-    "type unknown to mtp": (
+    "type of another family": (
         "one",
         lambda f: edit_config(f, model_type="gpt2"),
-        r"{what} must be a model of one of the types \['llama', 'qwen3'\], got 'gpt2'; choose",
+        "{what} must hold all weights of GPT2MTPLMHeadModel, but transformer.h.0.attn",
+    ),
+    "type without a causal LM": (
+        "one",
+        lambda f: edit_config(f, model_type="vit"),
+        "{what} cannot get a head: .* has a causal LM of, got 'vit'; choose",
     ),
     "size is a word": (
         "one",

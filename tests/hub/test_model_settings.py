@@ -92,10 +92,16 @@ def test_widths_that_do_not_divide_are_one_line():
         scratch(config=SIZES | {"hidden_size": 33})
 
 
-def test_windows_from_scratch_are_refused():
+def test_windows_and_other_families_are_built_from_scratch():
     slides = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
-    with pytest.raises(ValueError, match="got 1: sliding_attention"):
-        scratch(family="qwen3", config=SIZES | {"head_dim": 8} | slides)
+    model = scratch(family="qwen3", config=SIZES | {"head_dim": 8} | slides)
+    assert model.config.layer_types == ["full_attention", "sliding_attention"]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = scratch(family="gpt2", config=sizes)
+    assert type(model).__name__ == "GPT2MTPLMHeadModel"
+    assert model.config.resid_pdrop == model.config.attn_pdrop == 0.0
+    with pytest.raises(ValueError, match="resid_pdrop must be 0 in main's config, got 0.5"):
+        scratch(family="gpt2", config=sizes | {"resid_pdrop": 0.5})
 
 
 @pytest.mark.parametrize(
@@ -104,7 +110,7 @@ def test_windows_from_scratch_are_refused():
         ({"dtype": "float16"}, "model.dtype must be float32 or bfloat16, got 'float16'"),
         ({"attention": "flex_attention"}, "model.attention must be sdpa or eager, got 'flex_atten"),
         ({"attention": "flash_attention_2"}, "model.attention must be sdpa or eager"),
-        ({"family": "gpt2"}, r"model.family must be one of \['llama', 'qwen3'\], got 'gpt2'"),
+        ({"family": "vit"}, "model.family names no family: .* has a causal LM of, got 'vit'"),
     ],
 )
 def test_impossible_settings_of_the_model_are_one_line(settings, message):

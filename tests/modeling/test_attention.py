@@ -7,7 +7,7 @@ import torch
 from helpers import CLOSE, PAD, VOCABULARY, run, tiny_model
 from transformers import LlamaForCausalLM
 
-from mtp.modeling.attention import NAME
+from mtp.modeling.attention import EAGER, NAME
 from mtp.modeling.phases import PhasePlan
 from mtp.modeling.sampler import Sampler
 
@@ -71,11 +71,11 @@ def test_outside_passes_a_model_attends_as_transformers_to_the_last_bit():
 def test_the_implementation_is_chosen_as_in_transformers():
     model = tiny_model()
     assert model.config._attn_implementation == NAME
-    for asked, found in (("eager", "eager"), ("sdpa", NAME), ("flex_attention", "flex_attention")):
+    for asked, found in (("eager", EAGER), ("sdpa", NAME), ("flex_attention", "flex_attention")):
         model.set_attn_implementation(asked)
         assert model.config._attn_implementation == found
-    assert "sdpa_of_blocks" not in tiny_model().config.to_json_string()
-    for asked, found in (("eager", "eager"), ("sdpa", NAME), (None, NAME)):
+    assert "of_blocks" not in tiny_model().config.to_json_string()
+    for asked, found in (("eager", EAGER), ("sdpa", NAME), (None, NAME)):
         config = tiny_model().config
         config._attn_implementation = asked
         assert type(model)(config).config._attn_implementation == found

@@ -3,158 +3,63 @@
 import pytest
 import torch
 from helpers import tiny_model
-from torch import nn
 from toy import SIZES, build_toy, save_toy
 from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GemmaConfig,
-    GemmaForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GraniteConfig,
-    GraniteForCausalLM,
+    BartConfig,
     LlamaConfig,
-    MistralConfig,
-    MistralForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
+    MixtralConfig,
     Qwen3Config,
 )
 
 from mtp.modeling.contract import check_config, check_slow_mode
-from mtp.modeling.modeling_mtp import LlamaMTPForCausalLM, MTPMixin, Qwen3MTPForCausalLM
-
-
-class MistralMTP(MTPMixin, MistralForCausalLM):
-    pass
-
-
-class GemmaMTP(MTPMixin, GemmaForCausalLM):
-    pass
-
-
-class Gemma2MTP(MTPMixin, Gemma2ForCausalLM):
-    pass
-
-
-class GraniteMTP(MTPMixin, GraniteForCausalLM):
-    pass
-
-
-class CohereMTP(MTPMixin, CohereForCausalLM):
-    pass
-
-
-class PhiMTP(MTPMixin, PhiForCausalLM):
-    pass
-
-
-class GPT2MTP(MTPMixin, GPT2LMHeadModel):
-    pass
-
+from mtp.modeling.modeling_mtp import LlamaMTPForCausalLM, family_class
 
 MAIN = SIZES | {"vocab_size": 23, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
-WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 
 
 @pytest.mark.parametrize(
-    ("cls", "config", "message"),
+    ("config", "message"),
     [
+        (LlamaConfig(**MAIN, rope_parameters=DYNAMIC), "rope_type must not be dynamic"),
+        (LlamaConfig(**MAIN, attention_dropout=0.1), r"attention_dropout must be 0 .* got 0\.1"),
         (
-            Qwen3MTPForCausalLM,
-            Qwen3Config(**MAIN, **WINDOW),
-            r"layer_types .* 0: sliding_attention, 1: sliding_attention \(sliding_window=8\)",
+            MixtralConfig(**MAIN, output_router_logits=True),
+            "output_router_logits must be false .* set it to false",
         ),
-        (
-            Qwen3MTPForCausalLM,
-            Qwen3Config(**MAIN, **WINDOW | {"max_window_layers": 1}),
-            r"layer_types .* got 1: sliding_attention \(sliding_window=8\).*use_sliding_window=fa",
-        ),
-        (
-            Qwen3MTPForCausalLM,
-            Qwen3Config(**MAIN, layer_types=["full_attention", "chunked_attention"]),
-            "layer_types must be full_attention .* got 1: chunked_attention",
-        ),
-        (
-            MistralMTP,
-            MistralConfig(**MAIN, sliding_window=8),
-            "sliding_window must be null .* got 8.*set sliding_window=null",
-        ),
-        (
-            # Mistral reads no layer_types: its layers slide whatever they say.
-            MistralMTP,
-            MistralConfig(**MAIN, sliding_window=8, layer_types=["full_attention"] * 2),
-            "sliding_window must be null",
-        ),
-        (
-            Gemma2MTP,
-            Gemma2Config(**MAIN, layer_types=["full_attention"] * 2),
-            r"final_logit_softcapping must be null .* got 30\.0",
-        ),
-        (
-            GraniteMTP,
-            GraniteConfig(**MAIN, logits_scaling=8.0),
-            r"logits_scaling must be 1\.0 .* got 8\.0",
-        ),
-        (CohereMTP, CohereConfig(**MAIN), r"logit_scale must be 1\.0 .* got 0\.0625"),
-        (PhiMTP, PhiConfig(**MAIN), r"lm_head\.bias is there"),
-        (GPT2MTP, GPT2Config(n_embd=32, n_head=4, n_layer=2), "in 'transformer'"),
-        (
-            LlamaMTPForCausalLM,
-            LlamaConfig(**MAIN, rope_parameters=DYNAMIC),
-            "rope_type must not be dynamic",
-        ),
-        (
-            LlamaMTPForCausalLM,
-            LlamaConfig(**MAIN, attention_dropout=0.1),
-            r"attention_dropout must be 0 .* got 0\.1",
-        ),
+        (BartConfig(), "model_type must be a decoder-only LM, got bart, which has an encoder"),
     ],
 )
-def test_what_the_pass_loop_cannot_follow_is_refused_by_name(cls, config, message):
-    for name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"):
-        if cls is not LlamaMTPForCausalLM and hasattr(config, name):
-            setattr(config, name, 0.0)
+def test_what_the_pass_loop_cannot_follow_is_refused_by_name(config, message):
+    with pytest.raises(ValueError, match=message):
+        family_class(config.model_type)(config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("electra", "must have embeddings of the width of its hidden rows, 32, but theirs is 128"),
+        ("prophetnet", "must be a decoder-only LM"),
+    ],
+)
+def test_a_layout_that_the_pass_loop_cannot_follow_is_refused(model_type, message):
+    cls = family_class(model_type)
+    given = MAIN if model_type == "electra" else {}
+    config = cls.config_class(**given, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     with pytest.raises(ValueError, match=message):
         cls(config)
 
 
-@pytest.mark.parametrize(
-    ("cls", "config"),
-    [
-        (Qwen3MTPForCausalLM, Qwen3Config(**MAIN, **WINDOW | {"use_sliding_window": False})),
-        (Qwen3MTPForCausalLM, Qwen3Config(**MAIN, **WINDOW | {"max_window_layers": 2})),
-        (Qwen3MTPForCausalLM, Qwen3Config(**MAIN, **WINDOW | {"sliding_window": None})),
-        (MistralMTP, MistralConfig(**MAIN, sliding_window=None)),
-        (GemmaMTP, GemmaConfig(**MAIN, head_dim=8)),
-        (GraniteMTP, GraniteConfig(**MAIN, embedding_multiplier=3.0, residual_multiplier=0.5)),
-        (CohereMTP, CohereConfig(**MAIN, logit_scale=1.0)),
-        (
-            LlamaMTPForCausalLM,
-            LlamaConfig(**MAIN, rope_parameters=DYNAMIC | {"rope_type": "linear"}),
-        ),
-    ],
-)
-def test_a_main_whose_layers_attend_to_everything_passes(cls, config):
-    torch.manual_seed(0)
-    check_slow_mode(cls(config))
+def test_classes_are_made_on_demand_for_what_transformers_knows():
+    from mtp.modeling import modeling_mtp
 
-
-def test_the_guard_holds_where_a_checkpoint_is_opened(tmp_path):
-    model = tiny_model("qwen3")
-    model.save_pretrained(tmp_path)
-    text = (tmp_path / "config.json").read_text()
-    slides = text.replace('"use_sliding_window": false', '"use_sliding_window": true')
-    slides = slides.replace('"sliding_window": null', '"sliding_window": 8')
-    (tmp_path / "config.json").write_text(
-        slides.replace('"full_attention"', '"sliding_attention"', 1)
-    )
-    with pytest.raises(ValueError, match="layer_types .* got 0: sliding_attention"):
-        Qwen3MTPForCausalLM.from_pretrained(tmp_path)
+    cls = modeling_mtp.GPT2MTPLMHeadModel
+    assert cls is family_class("gpt2") and cls.__module__ == modeling_mtp.__name__
+    assert modeling_mtp.Gemma2MTPForCausalLM is family_class("gemma2")
+    with pytest.raises(AttributeError, match="Gemma2MTP"):
+        modeling_mtp.Gemma2MTP  # noqa: B018
+    with pytest.raises(ValueError, match="has a causal LM of, got 'vit'"):
+        family_class("vit")
 
 
 def test_the_guard_holds_where_a_run_begins(tmp_path):
@@ -163,12 +68,17 @@ def test_the_guard_holds_where_a_run_begins(tmp_path):
         build_toy(folder)
 
 
+def test_a_pretrained_main_trains_without_its_dropout(tmp_path):
+    model, _ = build_toy(save_toy(tmp_path, attention_bias=False, attention_dropout=0.1))
+    assert model.config.attention_dropout == 0.0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_families_pass_the_comparison_in_each_precision(family, attention, dtype):
     model = tiny_model(family).to(dtype)
-    model.config._attn_implementation = attention
+    model.set_attn_implementation(attention)
     check_slow_mode(model)
 
 
@@ -200,22 +110,29 @@ def test_the_comparison_finds_a_window_that_no_field_names(monkeypatch, dtype):
         check_slow_mode(model)
 
 
-class Scaled(nn.Linear):
-    def forward(self, x):
-        return super().forward(x) * 1.1
-
-
-class Capped(nn.Linear):
-    def forward(self, x):
-        return 3 * torch.tanh(super().forward(x) / 3)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layer", [Scaled, Capped])
-def test_the_comparison_finds_a_quirk_of_the_output_layer_that_no_field_names(layer, dtype):
+@pytest.mark.parametrize("field", [{"logits_scaling": 1.1}, {"final_logit_softcapping": 1.0}])
+def test_the_comparison_finds_a_field_that_the_family_does_not_read(field, dtype):
     model = tiny_model().to(dtype)
-    model.lm_head.__class__ = layer
-    with pytest.raises(ValueError, match="last hidden rows times its output matrix"):
+    for name, value in field.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match="must give logits that its config says"):
+        check_slow_mode(model)
+
+
+def test_the_comparison_finds_dropout_that_no_field_names():
+    model = tiny_model()
+    mlp = model.model.layers[0].mlp
+    mlp.register_forward_hook(lambda module, args, out: torch.dropout(out, 0.5, module.training))
+    with pytest.raises(ValueError, match="same hidden rows in training as in evaluation"):
+        check_slow_mode(model)
+
+
+def test_a_family_that_stops_is_refused_in_one_sentence(monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(type(model.model), "forward", lambda self, **kwargs: 1 / 0)
+    message = "LlamaMTPForCausalLM must run in the pass loop, but it stops with ZeroDivisionError"
+    with pytest.raises(ValueError, match=message):
         check_slow_mode(model)
 
 
@@ -243,7 +160,7 @@ def test_the_comparison_leaves_no_trace():
 def test_a_nested_config_is_read_where_its_text_model_is():
     class Outer(LlamaConfig):
         def get_text_config(self, *args, **kwargs):
-            return Qwen3Config(**MAIN, **WINDOW)
+            return Qwen3Config(**MAIN, attention_dropout=0.5)
 
-    with pytest.raises(ValueError, match="sliding_window=8"):
+    with pytest.raises(ValueError, match=r"attention_dropout must be 0 .* got 0\.5"):
         check_config(Outer(**MAIN))

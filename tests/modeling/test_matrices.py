@@ -84,11 +84,7 @@ def integer(layer):
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
 
 
-def biased(layer):
-    layer.bias = nn.Parameter(torch.ones(layer.out_features))
-
-
-CHANGES = [hooked, prehooked, replaced, quantized, parametrized, offloaded, integer, biased]
+CHANGES = [hooked, prehooked, replaced, quantized, parametrized, offloaded, integer]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -189,3 +185,10 @@ def test_losses_and_references_refuse_it_too():
             replay_batch(model, batch, channel_gradient=1.0, use_head=use_head)
     with pytest.raises(ValueError, match="the model's output layer must be a plain"):
         model.replay(batch.tokens)
+
+
+def test_a_bias_is_read_where_the_caller_says_so():
+    layer = nn.Linear(4, 3)
+    assert plain_matrix(layer, "it", with_bias=True) is layer.weight
+    with pytest.raises(ValueError, match="it must be a plain .* got a Linear with a bias"):
+        plain_matrix(layer, "it")

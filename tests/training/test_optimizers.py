@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from helpers import tiny_model
 
@@ -52,3 +53,16 @@ def test_a_restored_optimizer_goes_on_alike():
         optimizer.step()
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_muon_is_refused_where_a_layers_experts_are_one_parameter():
+    experts = torch.nn.Parameter(torch.zeros(4, 16, 8))
+    convolution = torch.nn.Parameter(torch.zeros(16, 1, 4))
+    matrix = torch.nn.Parameter(torch.zeros(8, 8))
+    muon = OptimizerConfig(algorithm="muon")
+    build_optimizer({"conv.weight": convolution, "q_proj.weight": matrix}, muon)
+    parameters = {"mlp.experts.down_proj": experts, "q_proj.weight": matrix}
+    with pytest.raises(ValueError, match="must be adamw for a mixture of experts"):
+        build_optimizer(parameters, muon)
+    adamw = build_optimizer(parameters, OptimizerConfig(weight_decay=0.1))
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.1]

@@ -82,16 +82,3 @@ def open_first_phase(fmt: PromptFormat, folder: Path) -> None:
         if not prompt.rstrip().endswith(fmt.opener):
             opener = json.dumps(fmt.opener, ensure_ascii=False)
             template.write_text(f"{source}{{{{ {opener} if add_generation_prompt else '' }}}}")
-
-
-def stock_class(model: Any) -> type:
-    """The class of transformers for main alone."""
-    from transformers import PreTrainedModel
-
-    from ...modeling.modeling_mtp import MTPMixin
-
-    return next(
-        base
-        for base in type(model).__mro__
-        if issubclass(base, PreTrainedModel) and not issubclass(base, MTPMixin)
-    )

@@ -15,9 +15,10 @@ from typing import Any
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ...modeling import modeling_mtp
+from ...modeling.contract import stock_class
 from ...rollouts.prompt_format import PromptFormat
 from ..build import save_model
-from .base import edit_json, open_first_phase, stock_class
+from .base import edit_json, open_first_phase
 
 MODELING = Path(modeling_mtp.__file__)
 """File that transformers imports to open main with its head."""
@@ -26,13 +27,18 @@ MODELING = Path(modeling_mtp.__file__)
 def write(model: Any, fmt: PromptFormat, folder: Path, config: Any) -> None:
     """Write weights, configs, tokenizer and code."""
     save_model(model, fmt, folder)
-    edit_json(
-        folder / "config.json",
-        architectures=[stock_class(model).__name__],
-        auto_map={"AutoModelForCausalLM": f"{MODELING.stem}.{type(model).__name__}"},
-    )
+    write_code(model, folder)
     limit = config.decoding.max_new_tokens
     edit_json(folder / "generation_config.json", max_new_tokens=limit)
     open_first_phase(fmt, folder)
+
+
+def write_code(model: Any, folder: Path) -> None:
+    """Write the modeling files into a saved model's folder, and into its config how to open it."""
+    edit_json(
+        folder / "config.json",
+        architectures=[stock_class(type(model)).__name__],
+        auto_map={"AutoModelForCausalLM": f"{MODELING.stem}.{type(model).__name__}"},
+    )
     for file in [MODELING, *map(Path, get_relative_import_files(MODELING))]:
         shutil.copyfile(file, folder / file.name)

@@ -7,9 +7,10 @@ opens the first phase, as it did in training.
 from pathlib import Path
 from typing import Any
 
+from ...modeling.contract import stock_class
 from ...rollouts.prompt_format import PromptFormat
 from ..pretrained import quiet
-from .base import edit_json, open_first_phase, stock_class
+from .base import edit_json, open_first_phase
 
 HEAD = "mtp_head."
 """Prefix of the names of the head's weights."""
@@ -21,7 +22,7 @@ def write(model: Any, fmt: PromptFormat, folder: Path, config: Any) -> None:
     with quiet():
         model.save_pretrained(folder, state_dict=weights)
     fmt.tokenizer.save_pretrained(folder)
-    architecture = stock_class(model).__name__
+    architecture = stock_class(type(model)).__name__
     edit_json(folder / "config.json", drop=("mtp", "auto_map"), architectures=[architecture])
     limit = config.decoding.max_new_tokens
     edit_json(folder / "generation_config.json", drop=("mtp_",), max_new_tokens=limit)
