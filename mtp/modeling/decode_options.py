@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache import BlockCache
-from .decode_state import Stop
+from .decode_state import Stop, Stops
 from .heads import Head
 from .output_layer import OutputLayer
 from .sampler import Sampler
@@ -36,9 +36,9 @@ class DecodeOptions:
     """Changes the scores of every slot, main's and the head's, before the sampler. It is given the
     texts up to the slot, padded on the left to T and the tokens written since: rows of one width at
     a time."""
-    stop: Stop | None = None
+    stop: Stop | Stops | None = None
     """Stopping criterion, asked after every token with texts as above; a block is cut where it says
-    True."""
+    True. `Stops` for one that is asked about all rows of a batch at once."""
     static_cache: bool = False
     """Keep keys and values at one length from the first pass on, see `BlockCache`."""
     impl: str | None = None

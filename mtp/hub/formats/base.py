@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
 
 from ...rollouts.prompt_format import PromptFormat
@@ -59,39 +60,101 @@ def edit_json(path: Path, *, drop: tuple[str, ...] = (), **values: Any) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def open_first_phase(text: PromptFormat, folder: Path) -> None:
-    """Make the generation prompts of the chat templates end with the first phase's delimiter.
+def finish_templates(text: PromptFormat, folder: Path) -> None:
+    """Make the folder's chat templates give the prompts of training.
 
-    A tokenizer may have several: one for tools lies in a folder of its own.
+    A conversation without a system message begins with the run's, and a generation prompt ends with
+    the first phase's delimiter. Where training used no chat template, the template gives the last
+    message as it is. A tokenizer may have several: one for tools lies in a folder of its own.
     """
-    if text.opener is None or not text.uses_template:
-        return
     tokenizer: Any = text.tokenizer
+    main = folder / "chat_template.jinja"
+    if not text.uses_template:
+        leading = json.dumps(tokenizer.decode(text.leading_ids), ensure_ascii=False)
+        main.write_text(f"{{{{ {leading} }}}}{{{{ messages[-1]['content'] }}}}{_opening(text)}")
+        return
     question = [{"role": "user", "content": "?"}]
-    for template in [folder / "chat_template.jinja", *sorted(folder.glob("*/*.jinja"))]:
+    for template in [main, *sorted(folder.glob("*/*.jinja"))]:
         if not template.is_file():
             continue
         # Jinja drops one newline at the very end of a template.
-        source = template.read_text().removesuffix("\n")
+        source, begin = template.read_text().removesuffix("\n"), _with_system(text)
+        source = source if source.startswith(begin) else begin + source
         try:
             prompt = tokenizer.apply_chat_template(
                 question, chat_template=source, tokenize=False, add_generation_prompt=True
             )
         except (TemplateError, TypeError, ValueError):
             prompt = ""  # a template for tools may not do without any
-        if not prompt.rstrip().endswith(text.opener):
-            opener = json.dumps(text.opener, ensure_ascii=False)
-            template.write_text(f"{source}{{{{ {opener} if add_generation_prompt else '' }}}}")
+        if text.opener is not None and not prompt.rstrip().endswith(text.opener):
+            source += _opening(text)
+        template.write_text(source)
 
 
-def stock_class(model: Any) -> type:
-    """The class of transformers that main alone has."""
-    from transformers import PreTrainedModel
+def _opening(text: PromptFormat) -> str:
+    """Jinja that ends a generation prompt with the first phase's delimiter."""
+    if text.opener is None:
+        return ""
+    opener = json.dumps(text.opener, ensure_ascii=False)
+    return f"{{{{ {opener} if add_generation_prompt else '' }}}}"
 
-    from ...modeling.modeling_mtp import MTPMixin
 
-    return next(
-        base
-        for base in type(model).__mro__
-        if issubclass(base, PreTrainedModel) and not issubclass(base, MTPMixin)
+def _with_system(text: PromptFormat) -> str:
+    """Jinja that gives a conversation the run's system message where it has none."""
+    if text.system_prompt is None:
+        return ""
+    message = json.dumps({"role": "system", "content": text.system_prompt}, ensure_ascii=False)
+    return (
+        "{% if not messages or messages[0]['role'] != 'system' %}"
+        f"{{% set messages = [{message}] + messages %}}{{% endif %}}"
     )
+
+
+def export_dtype(config: Any) -> torch.dtype | None:
+    """The dtype that a run computed in, which its export is written in; None: that of its weights.
+
+    A run of mixed precision keeps float32 weights for its optimizer alone.
+    """
+    return torch.bfloat16 if str(config.fabric.precision).startswith("bf16") else None
+
+
+LOCAL = (
+    "name_or_path",
+    "is_local",
+    "local_files_only",
+    "tokenizer_file",
+    "vocab_file",
+    "cache_dir",
+)
+"""Fields of tokenizer_config.json that say where a tokenizer was opened."""
+
+
+def finish_tokenizer(text: PromptFormat, folder: Path) -> None:
+    """Finish the files of a tokenizer: templates, delimiters, no field of this machine.
+
+    Delimiters become ordinary added tokens.
+
+    They were special tokens in earlier versions, and may be so in a base model. Tools that skip
+    special tokens would run thought and answer together.
+    """
+    finish_templates(text, folder)
+    named = {d for phase in text.phases.values() for d in (phase.opened_by, phase.closed_by)}
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        content = json.loads(path.read_text())
+        for token in content.get("added_tokens", []):
+            token["special"] = token["special"] and token["content"] not in named
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False))
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text())
+    content = {name: value for name, value in content.items() if name not in LOCAL}
+    for name in ("extra_special_tokens", "additional_special_tokens"):
+        if isinstance(content.get(name), list):
+            content[name] = [t for t in content[name] if _content(t) not in named]
+    for token in content.get("added_tokens_decoder", {}).values():
+        token["special"] = token["special"] and token["content"] not in named
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _content(token: Any) -> Any:
+    return token["content"] if isinstance(token, dict) else token
