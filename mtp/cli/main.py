@@ -350,11 +350,12 @@ def export(arguments: argparse.Namespace) -> None:
     config = opened.config
     assert config is not None
     from ..common.errors import read_json
-    from ..hub.export import check_replaceable
+    from ..hub.export import check_default_mode, check_replaceable, push
     from ..hub.export import export as write
     from ..hub.formats import find_format
 
     find_format(arguments.format)
+    check_default_mode(arguments.default_mode, arguments.format)
     check_replaceable(arguments.out)
     measured = arguments.folder / "summary.json"
     summary: dict[str, Any] = {"stages": [], "seed": config.seed}
@@ -366,8 +367,10 @@ def export(arguments: argparse.Namespace) -> None:
     except (KeyError, TypeError, IndexError):
         raise ValueError(f"{measured} is not the summary of a run; remove it") from None
     model, fmt = opened.load("cpu")
-    write(model, fmt, arguments.out, summary, config, arguments.format)
+    write(model, fmt, arguments.out, summary, config, arguments.format, arguments.default_mode)
     print(f"exported {opened.folder} to {arguments.out}")
+    if arguments.push is not None:
+        print(f"uploaded to {push(arguments.out, arguments.push, arguments.private)}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -438,7 +441,20 @@ def make_parser() -> argparse.ArgumentParser:
         "--format",
         default="huggingface",
         metavar="NAME",
-        help="huggingface: main with its head (default); main: main alone, for any tool",
+        help="huggingface (main with its head, the default), main (main alone, for any tool) or "
+        "gguf (main alone in one file, for llama.cpp)",
+    )
+    sub.add_argument(
+        "--default-mode",
+        metavar="MODE",
+        help="fast, slow or verified: mode of `generate` where a call names none; without it, "
+        "the stock `generate` on main",
+    )
+    sub.add_argument(
+        "--push", metavar="USER/NAME", help="upload the folder to the Hugging Face Hub as well"
+    )
+    sub.add_argument(
+        "--private", action="store_true", help="with --push: make a private repository"
     )
     for name, sub in commands.choices.items():
         sub.add_argument(

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import json
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..modeling.phases import Phase, phases_from_json, phases_to_json
 from ..modeling.segments import SegmentSettings
 from ..rollouts.prompt_format import PromptFormat, character_tokenizer
 from ..rollouts.rollout import DecodingConfig
+from ..rollouts.tokenization import add_delimiters
 from ..tasks.base import Task
 from .pretrained import (
     blame,
@@ -313,9 +315,7 @@ def _from_source(config: ModelConfig, head: HeadConfig) -> tuple[Any, Any]:
     ids = tokenizer.get_vocab().items()
     if all(token in config.add_tokens for token, index in ids if index >= rows):
         if new:
-            tokenizer.add_special_tokens(
-                {"additional_special_tokens": new}, replace_extra_special_tokens=False
-            )
+            add_delimiters(tokenizer, new)
         if vocabulary_size(tokenizer) > rows:
             with quiet(progress=False, warnings=True):
                 model.resize_token_embeddings(vocabulary_size(tokenizer))
@@ -391,10 +391,22 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Pro
     )
 
 
-def save_model(model: Any, fmt: PromptFormat, folder: Path) -> None:
-    """Weights, config, generation config and tokenizer, in Hugging Face's layout."""
+def save_model(
+    model: Any, fmt: PromptFormat, folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Weights, config, generation config and tokenizer, in Hugging Face's layout.
+
+    dtype: of the saved weights; None: as they are.
+    """
     model.generation_config.mtp_system_prompt = fmt.system_prompt
     model.generation_config.mtp_chat_template = fmt.chat_template
+    state = model.state_dict()
+    if dtype is not None:
+        state = {n: w.to(dtype) if w.is_floating_point() else w for n, w in state.items()}
     with quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
+    if dtype is not None:
+        path = folder / "config.json"
+        content = json.loads(path.read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     fmt.tokenizer.save_pretrained(folder)

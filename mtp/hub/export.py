@@ -7,14 +7,20 @@ is replaced as a whole; no other folder is replaced.
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
+
 from ..common.files import save_atomically
+from ..modeling.phases import MODES
+from ..modeling.saving import HEAD_FILE
 from ..rollouts.prompt_format import PromptFormat
 from .formats import FORMATS, Format, find_format
+from .formats.base import edit_json
 from .formats.huggingface import MODELING
 from .model_card import CARD, TAG
+from .pretrained import blame
 
-TEMPLATES = "additional_chat_templates"
-"""Folder in which transformers keeps further chat templates of a tokenizer."""
+FOLDERS = {"additional_chat_templates": ".jinja", Path(HEAD_FILE).parent.name: ".safetensors"}
+"""Folders within an export, and the suffix of their files: further chat templates, the head."""
 
 
 def export(
@@ -24,6 +30,7 @@ def export(
     summary: dict[str, Any],
     config: Any,
     format: str = "huggingface",
+    default_mode: str | None = None,
 ) -> None:
     """Write a model with its card; an earlier export in `folder` is replaced as a whole.
 
@@ -34,6 +41,8 @@ def export(
         summary: content of `summary.json`; `stages` may be empty if nothing was measured.
         config: the run's `RunConfig`.
         format: name of a registered format.
+        default_mode: `fast`, `slow` or `verified`: mode of `generate` where a call names none.
+            None: the stock `generate` on main.
 
     Raises:
         ValueError: if `folder` is a file or holds files that no export wrote, or if there is no
@@ -42,12 +51,57 @@ def export(
     found = find_format(format)
     folder = Path(folder).resolve()
     check_replaceable(folder)
+    check_default_mode(default_mode, format)
 
     def write(path: Path) -> None:
         found.write(model, fmt, path, config)
+        if default_mode is not None:
+            edit_json(path / "generation_config.json", mtp_mode=default_mode)
         write_card(found, model, fmt, path, summary, config)
 
     save_atomically(folder, write)
+
+
+def check_default_mode(mode: str | None, format: str) -> None:
+    """Raises ValueError for a mode that is none, or for a format without the head."""
+    if mode is None:
+        return
+    if mode not in MODES:
+        raise ValueError(f"--default-mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if format != "huggingface":
+        raise ValueError(
+            f"--default-mode must be left out with --format {format}, which has no head, got "
+            f"{mode}; use --format huggingface"
+        )
+
+
+def push(
+    folder: Path,
+    repo: str,
+    private: bool = False,
+    *,
+    endpoint: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload an export to the Hugging Face Hub; returns the address of the commit.
+
+    The repository is made if it is missing, and files that the export does not have are deleted
+    from it. Without `endpoint` and `token`, huggingface_hub finds them (`HF_ENDPOINT`, `HF_TOKEN`,
+    `hf auth login`).
+
+    Raises ValueError if the Hub refuses.
+    """
+    api = HfApi(endpoint=endpoint, token=token)
+    remedy = f"log in with `hf auth login`, or upload {folder} with `hf upload`"
+    with blame(f"--push {repo} failed", remedy):
+        api.create_repo(repo, private=private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            commit_message="Export",
+            delete_patterns=["*.safetensors", "*.json", "*.py", "*.gguf", "*.jinja"],
+        )
+    return str(done.commit_url)
 
 
 def write_card(
@@ -70,9 +124,9 @@ def check_replaceable(folder: Path) -> None:
         raise ValueError(f"{folder} is a file; an export is a folder, so give another name")
     names = sorted(path.name for path in folder.iterdir())
     written = {suffix for format in FORMATS.values() for suffix in format.suffixes}
-    foreign = [n for n in names if n not in (CARD, TEMPLATES) and Path(n).suffix not in written] + [
-        path.name for path in (folder / TEMPLATES).glob("*") if path.suffix != ".jinja"
-    ]
+    foreign = [n for n in names if n not in (CARD, *FOLDERS) and Path(n).suffix not in written]
+    for name, suffix in FOLDERS.items():
+        foreign += [path.name for path in (folder / name).glob("*") if path.suffix != suffix]
     if names and (foreign or not _is_export(folder)):
         raise ValueError(
             f"{folder} holds files that no export wrote ({', '.join((foreign or names)[:3])}); "

@@ -46,8 +46,7 @@ def model_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: A
         f"{slots} tokens a pass; in a slow phase ({_listed(modes['slow'])}) only main's own token "
         f"is kept.{checked}",
         "## Use",
-        "Main alone, with nothing but transformers. The loading report lists the head's weights "
-        "(`mtp_head.*`) as unexpected: they are ignored.",
+        "Main alone, with nothing but transformers.",
         _snippet(fmt, prompt, head=False),
         "Main with its head. The code is in this folder, so no other package is needed.",
         _snippet(fmt, prompt, head=True),
@@ -63,13 +62,26 @@ def model_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: A
         _table(summary),
         "## Provenance",
         _provenance(fmt, config),
+        "## Fine-tuning",
+        FINE_TUNING,
         "## Limitations",
         "\n".join([*UNVERIFIED, *_limitations(config), *GENERATE]),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def main_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: Any) -> str:
+def gguf_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: Any) -> str:
+    """README.md of main in one GGUF file."""
+    return main_card(model, fmt, summary, config, "model.gguf")
+
+
+def main_card(
+    model: Any,
+    fmt: PromptFormat,
+    summary: dict[str, Any],
+    config: Any,
+    gguf_file: str | None = None,
+) -> str:
     """README.md of main without its head: how to open it, metrics, provenance, limits."""
     prompt, wrong = sample_prompt(model, fmt, config)
     caveat = [f"The answer to this prompt, the best of {NUM_TRIED} that were tried, is wrong."]
@@ -82,7 +94,8 @@ def main_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: An
         "not in this folder: this model writes one token per pass, as in the slow mode of the "
         "whole.",
         "## Use",
-        _snippet(fmt, prompt, head=False),
+        *(["`llama-cli -m model.gguf`, or with transformers:"] if gguf_file else []),
+        _snippet(fmt, prompt, head=False, gguf_file=gguf_file),
         *(caveat if "slow" in wrong else []),
         "## Measured",
         "Slow accuracy and slow passes are those of this folder; fast and verified mode need the "
@@ -118,8 +131,9 @@ def _listed(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names) or "none here"
 
 
-def _snippet(fmt: PromptFormat, prompt: str, *, head: bool) -> str:
-    """Python that loads the folder, with or without its head, and answers a prompt."""
+def _snippet(fmt: PromptFormat, prompt: str, *, head: bool, gguf_file: str | None = None) -> str:
+    """Python that loads the folder through one door and answers a prompt."""
+    file = "" if gguf_file is None else f", gguf_file={json.dumps(gguf_file)}"
     if not fmt.uses_template:
         tokenizer: Any = fmt.tokenizer
         shown, special = prompt + (fmt.opener or ""), ""
@@ -131,8 +145,6 @@ def _snippet(fmt: PromptFormat, prompt: str, *, head: bool) -> str:
         inputs = [f'inputs = tokenizer({json.dumps(shown)}, return_tensors="pt"{special})']
     else:
         messages = [{"role": "user", "content": prompt}]
-        if fmt.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": fmt.system_prompt})
         inputs = [
             f"messages = {json.dumps(messages, ensure_ascii=False)}",
             "inputs = tokenizer.apply_chat_template(",
@@ -143,7 +155,7 @@ def _snippet(fmt: PromptFormat, prompt: str, *, head: bool) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'folder = "path/to/this/folder"',
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{file})",
         *inputs,
         'given = {name: inputs[name] for name in ("input_ids", "attention_mask")}',
     ]
@@ -156,7 +168,7 @@ def _snippet(fmt: PromptFormat, prompt: str, *, head: bool) -> str:
         ]
     else:
         lines += [
-            "model = AutoModelForCausalLM.from_pretrained(folder)",
+            f"model = AutoModelForCausalLM.from_pretrained(folder{file})",
             "print(tokenizer.decode(model.generate(**given)[0]))",
         ]
     return "\n".join(["```python", *lines, "```"])
@@ -278,9 +290,21 @@ UNVERIFIED = [
     "proposals that main checks: fast and slow text differ, and so may the answers. The table says "
     "how often each is right.",
 ]
+FINE_TUNING = (
+    "The head reads main's residual stream. After main is fine-tuned without it, fast mode writes "
+    "what the head learnt of the earlier main, and verified mode accepts fewer of its tokens. "
+    "Three ways to keep the head: fine-tune main and head together, with `trust_remote_code=True` "
+    "and `model.config.mtp_loss_weight = 1.0`, which adds the head's loss to that of "
+    "`model(input_ids, labels=labels)`; train the head again on main's new text; or use slow mode "
+    "alone. With DistributedDataParallel and a loss weight of 0 the head gets no gradient, so set "
+    "`find_unused_parameters=True` or freeze it (`model.mtp_head.requires_grad_(False)`)."
+)
+"""What to do with the head when main changes."""
+
 GENERATE = [
-    "- With `mtp_mode`, `generate` supports `max_new_tokens`, `max_length`, `do_sample`, "
-    "`temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`, `stop_strings`, "
+    "- With `mtp_mode`, `generate` takes `max_new_tokens`, `max_length`, `do_sample`, "
+    "`temperature`, `top_k`, `top_p`, `min_p`, `typical_p`, `epsilon_cutoff`, `eta_cutoff`, "
+    "`eos_token_id`, `pad_token_id`, `stop_strings`, `max_time`, "
     "`return_dict_in_generate`, `logits_processor`, `stopping_criteria`, `streamer`, "
     "`num_return_sequences`, `cache_implementation` (dynamic or static), `mtp_k`, "
     "`max_thought_tokens` and the options that transformers implements by logits processors; "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache import BlockCache
-from .decode_state import Stop
+from .decode_state import Stop, Stops
 from .heads import Head
 from .output_layer import OutputLayer
 from .sampler import Sampler
@@ -36,9 +36,9 @@ class DecodeOptions:
     process: Process | None = None
     """Changes the scores of every slot, main's and the head's, before the sampler. It receives rows
     of one width at a time: texts up to the slot, padded on the left to T plus the new tokens."""
-    stop: Stop | None = None
+    stop: Stop | Stops | None = None
     """Stopping criterion, called after every token with texts as above; a block is cut where it
-    returns True."""
+    returns True. `Stops` for one that is called with all rows of a batch at once."""
     static_cache: bool = False
     """Keep keys and values at one length from the first pass on, see `BlockCache`."""
     impl: str | None = None

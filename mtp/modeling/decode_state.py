@@ -9,7 +9,7 @@ pass, J drafts, K head slots, V vocabulary.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,20 @@ from .records import FORCED, Block, Decoded
 
 Stop = Callable[[Tensor, Any], Tensor]
 """Signature of a `StoppingCriteria`: token ids [B, T] and None -> [B] bool."""
+
+
+class Stops(NamedTuple):
+    """Stopping criteria of two kinds."""
+
+    each: Stop | None
+    """Called after every token, with the rows that have just written it."""
+    in_step: Stop | None
+    """Called with all rows at once, all of one number of new tokens, as in transformers'
+    `generate`: when the slowest row has that many. It may identify rows by their index, keep state
+    from token to token, and return one bool for all. A row that is ahead is cut back to the token
+    at which it returned True."""
+
+
 Texts = Iterator[tuple[Tensor, Tensor]]
 """Groups of F rows by length: the indices of a group's rows [G], and their texts [G, W]."""
 
@@ -48,13 +62,15 @@ class RunningRows:
         plans: list[PhasePlan],
         max_new_tokens: int,
         pad_id: int,
-        stop: Stop | None,
+        stop: Stop | Stops | None,
     ):
         """State before the first pass of prompts [B, T] with lengths [B]."""
         device, num_rows = prompts.device, len(prompts)
         self.plan, self.tables = plans[0], PlanTables(plans, max_new_tokens + 1, device)
         self.prompts, self.prompt_lengths = prompts, prompt_lengths
-        self.max_new_tokens, self.pad_id, self.stop = max_new_tokens, pad_id, stop
+        self.max_new_tokens, self.pad_id = max_new_tokens, pad_id
+        self.stop = Stops(stop, None) if callable(stop) else stop
+        self.num_in_step = 0  # new tokens that `Stops.in_step` was called with
         # Room beyond the limit for the tokens that a cut drops.
         self.room = max_new_tokens + 2 * (self.tables.num_head_slots + 1)
 
@@ -182,21 +198,71 @@ class RunningRows:
         return added, ended | self.closed
 
     def stop_rows(self, added: Block, ended: Tensor) -> tuple[Block, Tensor]:
-        """Cut the added tokens after the first token at which the stopping criterion is met.
+        """Cut the added tokens after the first token at which a stopping criterion is met.
 
         Returns the block and `ended` [R] with the stopped rows added.
         """
         assert self.stop is not None
+        if self.stop.each is not None:
+            added, ended = self._stop_each(self.stop.each, added, ended)
+        if self.stop.in_step is not None:
+            added, ended = self._stop_in_step(self.stop.in_step, added, ended)
+        return added, ended
+
+    def _stop_each(self, stop: Stop, added: Block, ended: Tensor) -> tuple[Block, Tensor]:
+        """`stop_rows` for a criterion that needs no other rows."""
         total, stopped = added.lengths.clone(), torch.zeros_like(ended)
         for count in range(1, added.tokens.shape[1] + 1):
             asked = (self.active & ~stopped & (total >= count)).nonzero()[:, 0]
             for where, text in self.texts(
                 asked, added.tokens[asked], torch.full_like(asked, count)
             ):
-                met = asked[where][self.stop(text, None)]
+                met = asked[where][stop(text, None)]
                 total[met], stopped[met] = count, True
         self.closed = self.closed & ~stopped
         return replace(added, lengths=total), ended | stopped
+
+    def _stop_in_step(self, stop: Stop, added: Block, ended: Tensor) -> tuple[Block, Tensor]:
+        """`stop_rows` for a criterion that is asked about all rows of the batch at once."""
+        out, rows = self.out, self.rows
+        tokens, lengths = out.tokens.clone(), out.lengths.clone()  # with what is added
+        columns = torch.arange(added.tokens.shape[1], device=rows.device)
+        kept = torch.where(columns < added.lengths[:, None], added.tokens, self.pad_id)
+        tokens[rows[:, None], lengths[rows, None] + columns] = kept
+        lengths[rows] += added.lengths
+        runs = torch.zeros_like(out.finished)
+        runs[rows] = self.active & ~ended
+        runs &= lengths < self.max_new_tokens
+        width = self.prompts.shape[1]
+        source = torch.arange(width, device=rows.device) - width + self.prompt_lengths[:, None]
+        prompts = torch.where(source < 0, self.pad_id, self.prompts.gather(1, source.clamp(min=0)))
+        stopped = torch.zeros_like(runs)
+        while self.num_in_step < int(lengths[runs].min() if bool(runs.any()) else lengths.max()):
+            self.num_in_step += 1
+            number = self.num_in_step
+            met = torch.as_tensor(
+                stop(torch.cat([prompts, tokens[:, :number]], 1), None), device=rows.device
+            )
+            met = met & (lengths >= number)
+            lengths[met], tokens[met, number:] = number, self.pad_id
+            runs, stopped = runs & ~met, stopped | met
+        self._cut(stopped, lengths)
+        left = torch.where(stopped[rows], lengths[rows] - out.lengths[rows], added.lengths)
+        self.closed = self.closed & ~stopped[rows]
+        return replace(added, lengths=left), ended | stopped[rows]
+
+    def _cut(self, stopped: Tensor, lengths: Tensor) -> None:
+        """Leave at most `lengths` [B] tokens of the rows that are `stopped` [B], which then end."""
+        out = self.out
+        out.lengths = torch.where(stopped, torch.minimum(out.lengths, lengths), out.lengths)
+        columns = torch.arange(out.tokens.shape[1], device=lengths.device)
+        beyond = stopped[:, None] & (columns >= out.lengths[:, None])
+        out.tokens.masked_fill_(beyond, self.pad_id)
+        out.slots.masked_fill_(beyond, -1)
+        out.logprobs.masked_fill_(beyond, 0.0)
+        out.accepted.masked_fill_(beyond, 0)
+        out.finished |= stopped
+        out.closed &= ~stopped
 
     def write(self, added: Block, ended: Tensor) -> None:
         """Copy the tokens that a pass added to the output."""

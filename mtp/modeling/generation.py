@@ -15,7 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+)
 from transformers.utils import ModelOutput
 
 from .attention import check_attention, of_blocks
@@ -23,6 +27,7 @@ from .cache import BlockCache
 from .contract import stock_class
 from .decode import decode
 from .decode_options import DecodeOptions
+from .head_loss import MTPHeadLossMixin
 from .memory import Memory
 from .phases import (
     MODES,
@@ -34,8 +39,19 @@ from .phases import (
     phases_to_json,
 )
 from .records import FORCED, Block, Decoded, pad
-from .requests import OF_MTP, STOCK, Kind, Wanted, check_own, check_processors, first_set, token_ids
+from .requests import (
+    OF_MTP,
+    STOCK,
+    Kind,
+    UnpaddedRepetitionPenalty,
+    Wanted,
+    check_own,
+    check_processors,
+    first_set,
+    token_ids,
+)
 from .sampler import Sampler
+from .saving import MTPFilesMixin
 from .segments import Segments, SegmentSettings, check_segments, decode_segments
 
 __all__ = [
@@ -101,7 +117,7 @@ class Request(NamedTuple):
     """transformers' streamer, or None."""
 
 
-class MTPGenerationMixin:
+class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
     """`generate` with `mtp_mode`. Without it, the stock `generate` runs on main alone."""
 
     reads_whole_text: bool
@@ -251,7 +267,14 @@ class MTPGenerationMixin:
                     )
             return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
         request = self._read_request(
-            inputs, generation_config, mode, mtp_k, max_thought_tokens, generator, kwargs
+            inputs,
+            generation_config,
+            mode,
+            mtp_k,
+            max_thought_tokens,
+            generator,
+            kwargs,
+            in_step=True,
         )
         prompts = request.given
         copies, streamer = request.num_return_sequences, request.streamer
@@ -358,11 +381,13 @@ class MTPGenerationMixin:
         generator: torch.Generator | None,
         kwargs: dict[str, Any],
         one_context: bool = True,
+        in_step: bool = False,
     ) -> Request:
         """The request as `decode` takes it. Raises ValueError for unsupported options.
 
         mtp_mode, mtp_k, max_thought_tokens: None takes the generation config's. one_context: True
-        if a text continues its prompt throughout.
+        if a text continues its prompt throughout. in_step: each row stays one text of the batch, so
+        criteria may be called with all of them at once.
         """
         check_attention(self)
         check_own(generation_config, self.generation_config)
@@ -387,8 +412,8 @@ class MTPGenerationMixin:
         stock.max_length = prompts.shape[1] + max_new_tokens
         mask = self._read_mask(wanted["attention_mask"], prompts, stock)
         check_processors(wanted["logits_processor"] or [], len(prompts) * copies)
-        process = self._read_processors(wanted, prompts, mask, stock, one_context)
-        stop = wanted.criteria()
+        fill = (eos_ids[0] if eos_ids else 0) if pad_id is None else pad_id
+        process = self._read_processors(wanted, prompts, mask, stock, fill, one_context)
         own: dict[str, Any] = dict(zip(OF_MTP, (mtp_mode, mtp_k, max_thought_tokens), strict=True))
         mode, k, most = (
             first_set(name, *configs) if value is None else value for name, value in own.items()
@@ -403,10 +428,10 @@ class MTPGenerationMixin:
         options = DecodeOptions(
             sampler=wanted.sampler(),
             max_new_tokens=max_new_tokens,
-            pad_id=(eos_ids[0] if eos_ids else 0) if pad_id is None else pad_id,
+            pad_id=fill,
             generator=generator,
             process=process if len(process) else None,  # type: ignore[arg-type]
-            stop=stop if len(stop) else None,
+            stop=wanted.stops(len(prompts) * copies, in_step),
             static_cache=cache == "static",
             # Greedy tokens are the same with and without; a sample from the generator is not.
             impl=None if wanted["do_sample"] else "auto",
@@ -438,6 +463,7 @@ class MTPGenerationMixin:
         prompts: Tensor,
         mask: Tensor,
         stock: GenerationConfig,
+        pad_id: int,
         one_context: bool,
     ) -> LogitsProcessorList:
         """The given processors, and transformers' own for the options that they implement.
@@ -453,11 +479,6 @@ class MTPGenerationMixin:
                 f"{asked[0]} must be left out where a text has several contexts, got "
                 f"{wanted[asked[0]]}; give a logits_processor that handles them"
             )
-        if "repetition_penalty" in asked and not bool(mask.all()):
-            raise ValueError(
-                "repetition_penalty must be 1.0 where prompts are padded, got "
-                f"{wanted['repetition_penalty']}; generate prompts of one length together"
-            )
         made: LogitsProcessorList = self._get_logits_processor(  # type: ignore[attr-defined]
             stock,
             input_ids_seq_length=prompts.shape[1],
@@ -466,7 +487,14 @@ class MTPGenerationMixin:
             device=prompts.device,
             model_kwargs={},
         )
-        return made
+        if bool(mask.all()):
+            return made
+        return LogitsProcessorList(
+            UnpaddedRepetitionPenalty(processor, pad_id)
+            if isinstance(processor, RepetitionPenaltyLogitsProcessor)
+            else processor
+            for processor in made
+        )
 
 
 def read_prompts(inputs: Tensor | None, input_ids: Tensor | None) -> Tensor:

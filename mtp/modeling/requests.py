@@ -16,8 +16,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    EosTokenCriteria,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    GenerationConfig,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    MinPLogitsWarper,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TypicalLogitsWarper,
+)
 
+from .decode_state import Stops
 from .sampler import Sampler
 
 DEFAULT_NEW_TOKENS = 256
@@ -71,10 +83,10 @@ OPTIONS: dict[str, Option] = {
     **_each("bad_words_ids sequence_bias", Option(Kind.PROCESSED)),
     **_each("suppress_tokens begin_suppress_tokens", Option(Kind.PROCESSED)),
     "renormalize_logits": Option(Kind.IDLE),  # the sampler's distributions always sum to 1
-    "min_p": Option(Kind.SAMPLING, (None, 0.0), PROCESSOR),
+    "min_p": Option(Kind.SUPPORTED, (None, 0.0)),
+    "typical_p": Option(Kind.SUPPORTED, (1.0,)),
+    **_each("epsilon_cutoff eta_cutoff", Option(Kind.SUPPORTED, (0.0,))),
     "top_h": Option(Kind.SAMPLING, (None,), PROCESSOR),
-    "typical_p": Option(Kind.SAMPLING, (1.0,), PROCESSOR),
-    **_each("epsilon_cutoff eta_cutoff", Option(Kind.SAMPLING, (0.0,), PROCESSOR)),
     "encoder_repetition_penalty": Option(Kind.REFUSED, (1.0,), PROCESSOR),
     "encoder_no_repeat_ngram_size": Option(Kind.REFUSED, (0,), PROCESSOR),
     "guidance_scale": Option(Kind.REFUSED, (None, 1)),
@@ -106,7 +118,7 @@ OPTIONS: dict[str, Option] = {
     "custom_generate": Option(Kind.REFUSED),
     "trust_remote_code": Option(Kind.IDLE),  # of custom_generate
     # The cache and the machine.
-    "use_cache": Option(Kind.REFUSED, (True,), "the pass loop needs its cache"),
+    "use_cache": Option(Kind.IDLE, (True,)),  # the pass loop has its own; the text is the same
     "cache_implementation": Option(Kind.SUPPORTED, (None,)),
     **_each("cache_config max_cache_len prefill_chunk_size", Option(Kind.REFUSED)),
     "continuous_batching_config": Option(Kind.REFUSED),
@@ -126,6 +138,18 @@ OPTIONS: dict[str, Option] = {
 
 OF_MTP = ("mtp_mode", "mtp_k", "max_thought_tokens")
 """Arguments of mtp that a generation config may hold too."""
+
+WARPERS = {
+    "min_p": MinPLogitsWarper,
+    "typical_p": TypicalLogitsWarper,
+    "epsilon_cutoff": EpsilonLogitsWarper,
+    "eta_cutoff": EtaLogitsWarper,
+}
+"""What transformers does with options that drop tokens by their probabilities alone, in its
+order."""
+
+BY_ROW = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
+"""Stopping criteria of transformers that need no other rows."""
 
 KEEPS_ROWS = (
     "PrefixConstrainedLogitsProcessor",
@@ -217,10 +241,26 @@ class Wanted:
             temperature=1.0 if temperature is None else temperature,
             top_k=0 if top_k is None else top_k,
             top_p=1.0 if top_p is None else top_p,
+            warpers=tuple(
+                warper(self[name]) for name, warper in WARPERS.items() if not self.is_neutral(name)
+            ),
         )
 
+    def stops(self, num_rows: int, in_step: bool) -> Stops | None:
+        """What is asked after every token of a batch.
+
+        in_step: criteria of other origin than transformers' are given all rows at once; without it,
+        rows of one length, as they come.
+        """
+        criteria = self.criteria()
+        others = [c for c in criteria if not isinstance(c, BY_ROW)]
+        if in_step and num_rows > 1 and others:
+            each = StoppingCriteriaList([c for c in criteria if isinstance(c, BY_ROW)])
+            return Stops(each or None, StoppingCriteriaList(others))
+        return Stops(criteria, None) if criteria else None
+
     def criteria(self) -> StoppingCriteriaList:
-        """Stopping criteria, called after every token."""
+        """All stopping criteria, given or made of options, called after every token."""
         out = StoppingCriteriaList(self["stopping_criteria"] or [])
         if self["max_time"] is not None:
             out.append(MaxTimeCriteria(self["max_time"]))
@@ -289,3 +329,18 @@ def check_processors(processors: Sequence[Any], num_rows: int) -> None:
                 f"logits_processor {type(processor).__name__} identifies rows by number, and "
                 f"a pass gives it some of {num_rows}; decode one sequence at a time"
             )
+
+
+class UnpaddedRepetitionPenalty:
+    """transformers' repetition penalty, which does not count the padding before a prompt."""
+
+    def __init__(self, penalty: Any, pad_id: int):
+        """penalty: transformers' processor."""
+        self.penalty, self.pad_id = penalty, pad_id
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Token ids [B, T] and scores [B, V] -> scores."""
+        begun = (input_ids != self.pad_id).cumsum(1) > 0
+        first = input_ids.gather(1, begun.long().argmax(1, keepdim=True))
+        # A token that occurs twice is punished once, so the first may stand for the padding.
+        return self.penalty(torch.where(begun, input_ids, first), scores)

@@ -9,8 +9,9 @@ Ships with checkpoints: imports torch, and mtp_kernels where that is installed.
 Shapes: B rows, F of them, J drafts, V vocabulary, D main width, H width of the head's rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ class Sampler:
     """Number of likeliest tokens to keep; 0 keeps all."""
     top_p: float = 1.0
     """Probability that the smallest set of likeliest tokens must reach to be kept; 1 keeps all."""
+    warpers: tuple[Callable[[Any, Tensor], Tensor], ...] = ()
+    """Further rules that drop tokens, after the above, in order: (None, scores [F, V]) -> scores,
+    as transformers' logits warpers that do not read the text."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -39,7 +43,7 @@ class Sampler:
     @property
     def truncates(self) -> bool:
         """True if some tokens can have probability zero."""
-        return self.top_k > 0 or self.top_p < 1
+        return self.top_k > 0 or self.top_p < 1 or bool(self.warpers)
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """[..., V] logits of any dtype -> [..., V] float32 log-probabilities."""
@@ -54,6 +58,8 @@ class Sampler:
             before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
             drop = (before >= self.top_p).scatter(-1, index, before >= self.top_p)
             scores = scores.masked_fill(drop, -torch.inf)
+        for warper in self.warpers:
+            scores = warper(None, scores.flatten(0, -2)).view(scores.shape)
         return scores.log_softmax(-1)
 
     def choose(

@@ -22,7 +22,14 @@ from ..modeling.memory import ALPHABET, DONE
 from ..modeling.phases import Phase, PhasePlan, make_plan
 from ..modeling.segments import SegmentSettings, Trajectory, check_segments, summary_marks
 from ..tasks.base import Example
-from .tokenization import find_token, leading_ids, name_of, special_ids, unknown_characters
+from .tokenization import (
+    add_delimiters,
+    find_token,
+    leading_ids,
+    name_of,
+    special_ids,
+    unknown_characters,
+)
 
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -43,9 +50,13 @@ def character_tokenizer(alphabet: str, delimiters: list[str]) -> PreTrainedToken
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
     )
-    tokenizer.add_special_tokens({"additional_special_tokens": delimiters})
+    add_delimiters(tokenizer, delimiters)
     tokenizer.chat_template = PLAIN_TEMPLATE
     return tokenizer
 

@@ -4,6 +4,8 @@ import re
 from functools import lru_cache
 from typing import Any
 
+from transformers import AddedToken
+
 
 def name_of(tokenizer: Any) -> str:
     """Name of a tokenizer in errors."""
@@ -31,6 +33,15 @@ def special_ids(tokenizer: Any) -> set[int]:
     """Ids of the special tokens that a tokenizer finds in text."""
     added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
     return added | set(tokenizer.all_special_ids)
+
+
+def add_delimiters(tokenizer: Any, delimiters: list[str]) -> None:
+    """Make each delimiter one token, which decoding shows, as Qwen3's and DeepSeek's `</think>`.
+
+    Tools decode with `skip_special_tokens=True`: were delimiters special tokens, these tools would
+    run thought and answer together.
+    """
+    tokenizer.add_tokens([AddedToken(d, special=False, normalized=False) for d in delimiters])
 
 
 def find_token(tokenizer: Any, text: str, ids: set[int]) -> str | None:

@@ -55,12 +55,12 @@ def test_it_writes_its_files_beside_a_card_and_replaces_an_export(tmp_path, text
 def test_a_name_is_registered_once_and_an_unknown_one_is_an_error(tmp_path, text, names):
     with pytest.raises(ValueError, match="a format must have a name of its own, got 'main'"):
         register_format("main", Format(write))
-    with pytest.raises(ValueError, match="--format must be one of .*huggingface.*, got 'gguf'"):
+    with pytest.raises(ValueError, match="--format must be one of .*huggingface.*, got 'onnx'"):
         export(
             tiny_model(),
             text,
             tmp_path / "out",
             SUMMARY,
             RunConfig(run_dir="run", task=RunningSumConfig()),
-            "gguf",
+            "onnx",
         )

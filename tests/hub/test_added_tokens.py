@@ -77,10 +77,12 @@ def test_tokens_are_added_to_a_checkpoint_that_has_a_head(tmp_path):
     assert load_model(tmp_path / "again")[0].mtp_head.lm_head.out_features == IDS + 3
 
 
-def test_special_tokens_stay_special_beside_the_added_ones(tmp_path):
+def test_added_delimiters_are_shown_where_special_tokens_are_skipped(tmp_path):
     _, text = build_toy(save_toy(tmp_path))
-    special = set(text.tokenizer.all_special_tokens)
-    assert special == {"<|im_start|>", "<|im_end|>", "<think>", "</think>"}
+    assert set(text.tokenizer.all_special_tokens) == {"<|im_start|>", "<|im_end|>"}
+    ids = text.prompt_ids("a") + text.completion_ids("a", "a")
+    shown = text.tokenizer.decode(ids, skip_special_tokens=True)
+    assert shown.endswith("<think>a</think>a")
 
 
 def test_a_tokenizer_beyond_the_matrix_is_refused_and_add_tokens_makes_the_rows(tmp_path):

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 from mtp.common.errors import one_line
 from mtp.hub.build import load_model, save_model
+from mtp.modeling.saving import HEAD_FILE, INDEX
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +32,8 @@ def edit_config(folder, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def edit_weights(folder, change):
-    path = folder / "model.safetensors"
+def edit_weights(folder, change, file="model.safetensors"):
+    path = folder / file
     weights = load_file(path)
     change(weights)
     save_file(weights, path, metadata={"format": "pt"})
@@ -215,8 +216,14 @@ def test_a_source_that_is_nowhere_is_one_line(tmp_path):
     [
         (lambda f: cut(f / "model.safetensors"), "the weights of {folder} could not be read"),
         (
-            lambda f: edit_weights(f, lambda w: w.pop("mtp_head.norm.weight")),
+            lambda f: edit_weights(f, lambda w: w.pop("mtp_head.norm.weight"), HEAD_FILE),
             "{folder} must hold all weights .* mtp_head.norm.weight is missing",
+        ),
+        (lambda f: cut(f / HEAD_FILE), "the weights of {folder} could not be read"),
+        (lambda f: (f / HEAD_FILE).unlink(), "the weights of {folder} could not be read"),
+        (
+            lambda f: (f / INDEX).unlink(),
+            "{folder} must hold all weights .* mtp_head.* is missing",
         ),
         (lambda f: edit_config(f, mtp=None), "{folder} holds no model that mtp saved"),
         (lambda f: cut(f / "generation_config.json"), "{folder} holds no phases"),

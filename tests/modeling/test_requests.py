@@ -110,12 +110,6 @@ def test_what_processors_do_is_that_of_stock_generate(name):
         model.lm_head.weight[5:7] *= 6
         model.lm_head.weight[EOS] *= 4
     ids, mask = PADDED, PADDED != PAD
-    if name == "repetition_penalty":
-        with pytest.raises(
-            ValueError, match="repetition_penalty must be 1.0 where prompts are pad"
-        ):
-            written(model, ids, attention_mask=mask, repetition_penalty=9.0)
-        ids, mask = ids[1:], mask[1:]
     if name == "forced_bos_token_id":
         ids, mask = ids[1:, :1], mask[1:, :1]  # it is the second token of a text
     given = {"attention_mask": mask, "max_new_tokens": 20, name: STOCKS_OWN[name]}
@@ -259,6 +253,91 @@ def test_sampled_slow_text_is_that_of_stock_generate(top_k):
         torch.manual_seed(1)
         texts.append(model.generate(PROMPT, mtp_mode=mode, **given))
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [{"min_p": 0.3}, {"typical_p": 0.6}, {"epsilon_cutoff": 0.1}, {"eta_cutoff": 0.9}],
+)
+def test_rules_that_drop_unlikely_tokens_are_those_of_stock_generate(rule):
+    model = make()
+    given = {"do_sample": True, "max_new_tokens": 60, "temperature": 1.3, "top_p": 0.95}
+    texts = []
+    for more in ({"mtp_mode": "stock"} | rule, {"mtp_mode": "slow"} | rule, {"mtp_mode": "slow"}):
+        torch.manual_seed(1)
+        texts.append(model.generate(PROMPT, **given, **more).tolist())
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_min_p_of_almost_1_leaves_the_likeliest_token_of_each_slot():
+    model = make()
+    given = {"do_sample": True, "min_p": 0.999, "return_dict_in_generate": True}
+    for mode in MODES:
+        out = model.generate(PROMPT, mtp_mode=mode, max_new_tokens=20, **given)
+        assert out.sequences[:, 4:].tolist() == written(model, mtp_mode=mode)
+        assert out.logprobs.abs().max() == 0
+
+
+@pytest.mark.parametrize("mode", ["slow", "fast"])
+def test_a_repetition_penalty_does_not_count_padding(mode):
+    """A row beside a longer one has the text that it has alone, though its padding is EOS."""
+    model = make()
+    mask = PADDED != PAD
+    ids = torch.where(mask, PADDED, EOS)
+    given = {"mtp_mode": mode, "repetition_penalty": 1.7, "pad_token_id": EOS}
+    both = written(model, ids, attention_mask=mask, **given)
+    rows = zip(ids, mask, strict=True)
+    alone = [written(model, row[kept][None], **given)[0] for row, kept in rows]
+    assert [text[: len(own)] for text, own in zip(both, alone, strict=True)] == alone
+
+
+class EachSaid:
+    """As lm-eval's criterion: keeps which rows have said a token, and stops once all have."""
+
+    def __init__(self, token, num_rows, width):
+        self.token, self.width, self.done, self.shapes = token, width, [False] * num_rows, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.shapes.append(list(input_ids.shape))
+        said = (input_ids[:, self.width :] == self.token).any(1).tolist()
+        self.done = [done or now for done, now in zip(self.done, said, strict=True)]
+        return all(self.done)
+
+
+THREE = torch.tensor([[PAD, PAD, 5, 6], [8, 4, 9, 10], [5, 6, 7, 8]])
+
+
+@pytest.mark.parametrize("mode", [*MODES, ["fast", "slow", "verified"]])
+def test_a_criterion_may_know_rows_by_their_index(mode):
+    model = make()
+    model.lm_head.weight.data[EOS] = 0
+    given = {"mtp_mode": mode, "attention_mask": THREE != PAD, "max_new_tokens": 24}
+    whole, limits = written(model, THREE, **given), [3, 11, 7]
+
+    def stop(input_ids, scores, **kwargs):
+        return input_ids.shape[1] - 4 >= torch.tensor(limits)
+
+    out = model.generate(THREE, stopping_criteria=[stop], return_dict_in_generate=True, **given)
+    for row, limit in enumerate(limits):
+        cut = out.sequences[row, 4:].tolist()
+        assert cut == whole[row][:limit] + [PAD] * (len(cut) - limit)
+        assert (out.slots[row] != -1).tolist() == [i < limit for i in range(len(cut))]
+    assert out.finished.all()
+
+
+@pytest.mark.parametrize("mode", [*MODES, ["fast", "slow", "verified"]])
+def test_a_criterion_may_count_on_all_rows_in_every_call(mode):
+    model = make()
+    model.lm_head.weight.data[EOS] = 0
+    given = {"mtp_mode": mode, "attention_mask": THREE != PAD, "max_new_tokens": 24}
+    whole = written(model, THREE, **given)
+    common = set(whole[0]) & set(whole[1]) & set(whole[2])
+    assert common
+    for token in common:
+        criterion, last = EachSaid(token, 3, 4), max(row.index(token) for row in whole) + 1
+        text = written(model, THREE, stopping_criteria=[criterion], **given)
+        assert text == [row[:last] for row in whole]
+        assert criterion.shapes == [[3, 4 + n] for n in range(1, last + 1)]
 
 
 def test_a_row_is_given_texts_of_its_own_width():

@@ -1,11 +1,23 @@
 """Export formats: one file per format writes a model's files."""
 
-from ..model_card import main_card, model_card
+from pathlib import Path
+from typing import Any
+
+from ..model_card import gguf_card, main_card, model_card
 from .base import FORMATS, Format, find_format, register_format
 from .huggingface import write as write_huggingface
 from .main import write as write_main
 
 __all__ = ["FORMATS", "Format", "find_format", "register_format"]
 
+
+def write_gguf(model: Any, fmt: Any, folder: Path, config: Any) -> None:
+    """See `gguf.py`, which is imported when it is needed."""
+    from .gguf import write
+
+    write(model, fmt, folder, config)
+
+
 register_format("huggingface", Format(write_huggingface, model_card))
 register_format("main", Format(write_main, main_card))
+register_format("gguf", Format(write_gguf, gguf_card, (".gguf",)))

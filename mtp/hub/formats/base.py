@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
 
 from ...rollouts.prompt_format import PromptFormat
@@ -59,26 +60,101 @@ def edit_json(path: Path, *, drop: tuple[str, ...] = (), **values: Any) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def open_first_phase(fmt: PromptFormat, folder: Path) -> None:
-    """Make the generation prompts of the chat templates end with the first phase's delimiter.
+def finish_templates(fmt: PromptFormat, folder: Path) -> None:
+    """Make the folder's chat templates give the prompts of training.
 
-    A tokenizer may have several templates: one for tools is in a separate folder.
+    A conversation without a system message begins with the run's, and a generation prompt ends with
+    the first phase's delimiter. Where training used no chat template, the template gives the last
+    message as it is. A tokenizer may have several: one for tools lies in a folder of its own.
     """
-    if fmt.opener is None or not fmt.uses_template:
-        return
     tokenizer: Any = fmt.tokenizer
+    main = folder / "chat_template.jinja"
+    if not fmt.uses_template:
+        leading = json.dumps(tokenizer.decode(fmt.leading_ids), ensure_ascii=False)
+        main.write_text(f"{{{{ {leading} }}}}{{{{ messages[-1]['content'] }}}}{_opening(fmt)}")
+        return
     question = [{"role": "user", "content": "?"}]
-    for template in [folder / "chat_template.jinja", *sorted(folder.glob("*/*.jinja"))]:
+    for template in [main, *sorted(folder.glob("*/*.jinja"))]:
         if not template.is_file():
             continue
         # Jinja drops one newline at the very end of a template.
-        source = template.read_text().removesuffix("\n")
+        source, begin = template.read_text().removesuffix("\n"), _with_system(fmt)
+        source = source if source.startswith(begin) else begin + source
         try:
             prompt = tokenizer.apply_chat_template(
                 question, chat_template=source, tokenize=False, add_generation_prompt=True
             )
         except (TemplateError, TypeError, ValueError):
             prompt = ""  # a template for tools may not do without any
-        if not prompt.rstrip().endswith(fmt.opener):
-            opener = json.dumps(fmt.opener, ensure_ascii=False)
-            template.write_text(f"{source}{{{{ {opener} if add_generation_prompt else '' }}}}")
+        if fmt.opener is not None and not prompt.rstrip().endswith(fmt.opener):
+            source += _opening(fmt)
+        template.write_text(source)
+
+
+def _opening(fmt: PromptFormat) -> str:
+    """Jinja that ends a generation prompt with the first phase's delimiter."""
+    if fmt.opener is None:
+        return ""
+    opener = json.dumps(fmt.opener, ensure_ascii=False)
+    return f"{{{{ {opener} if add_generation_prompt else '' }}}}"
+
+
+def _with_system(fmt: PromptFormat) -> str:
+    """Jinja that gives a conversation the run's system message where it has none."""
+    if fmt.system_prompt is None:
+        return ""
+    message = json.dumps({"role": "system", "content": fmt.system_prompt}, ensure_ascii=False)
+    return (
+        "{% if not messages or messages[0]['role'] != 'system' %}"
+        f"{{% set messages = [{message}] + messages %}}{{% endif %}}"
+    )
+
+
+def export_dtype(config: Any) -> torch.dtype | None:
+    """The dtype that a run computed in, which its export is written in; None: that of its weights.
+
+    A run of mixed precision keeps float32 weights for its optimizer alone.
+    """
+    return torch.bfloat16 if str(config.fabric.precision).startswith("bf16") else None
+
+
+LOCAL = (
+    "name_or_path",
+    "is_local",
+    "local_files_only",
+    "tokenizer_file",
+    "vocab_file",
+    "cache_dir",
+)
+"""Fields of tokenizer_config.json that say where a tokenizer was opened."""
+
+
+def finish_tokenizer(fmt: PromptFormat, folder: Path) -> None:
+    """Finish the files of a tokenizer: templates, delimiters, no field of this machine.
+
+    Delimiters become ordinary added tokens.
+
+    They were special tokens in earlier versions, and may be so in a base model. Tools that skip
+    special tokens would run thought and answer together.
+    """
+    finish_templates(fmt, folder)
+    named = {d for phase in fmt.phases.values() for d in (phase.opened_by, phase.closed_by)}
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        content = json.loads(path.read_text())
+        for token in content.get("added_tokens", []):
+            token["special"] = token["special"] and token["content"] not in named
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False))
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text())
+    content = {name: value for name, value in content.items() if name not in LOCAL}
+    for name in ("extra_special_tokens", "additional_special_tokens"):
+        if isinstance(content.get(name), list):
+            content[name] = [t for t in content[name] if _content(t) not in named]
+    for token in content.get("added_tokens_decoder", {}).values():
+        token["special"] = token["special"] and token["content"] not in named
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _content(token: Any) -> Any:
+    return token["content"] if isinstance(token, dict) else token

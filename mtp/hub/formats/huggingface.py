@@ -1,11 +1,12 @@
 """Main with its head in one Hugging Face folder, which opens in two ways.
 
-Plain `AutoModelForCausalLM.from_pretrained(folder)` opens main as the stock class of its family and
-ignores the head's weights. With `trust_remote_code=True` it opens main with its head, from the
-modeling files next to the weights: `mtp` need not be installed.
+Plain `AutoModelForCausalLM.from_pretrained(folder)` opens main as the stock class of its family. It
+does not find the head, whose weights are in a separate file (`mtp.modeling.saving`). With
+`trust_remote_code=True` it opens main with its head, from the modeling files next to the weights:
+`mtp` need not be installed.
 
-The chat template is that of the tokenizer with one addition: a generation prompt ends with the
-delimiter that opens the first phase, as it did in training.
+The chat template gives the prompts of training: it is that of the tokenizer with the run's system
+prompt, and a generation prompt ends with the delimiter that opens the first phase.
 """
 
 import shutil
@@ -15,10 +16,9 @@ from typing import Any
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ...modeling import modeling_mtp
-from ...modeling.contract import stock_class
 from ...rollouts.prompt_format import PromptFormat
 from ..build import save_model
-from .base import edit_json, open_first_phase
+from .base import edit_json, export_dtype, finish_tokenizer
 
 MODELING = Path(modeling_mtp.__file__)
 """File that transformers imports to open main with its head."""
@@ -26,18 +26,22 @@ MODELING = Path(modeling_mtp.__file__)
 
 def write(model: Any, fmt: PromptFormat, folder: Path, config: Any) -> None:
     """Write weights, configs, tokenizer and code."""
-    save_model(model, fmt, folder)
+    save_model(model, fmt, folder, export_dtype(config))
     write_code(model, folder)
     limit = config.decoding.max_new_tokens
-    edit_json(folder / "generation_config.json", max_new_tokens=limit)
-    open_first_phase(fmt, folder)
+    # A tokenizer without a chat template gets one here, which is not the one of training.
+    edit_json(
+        folder / "generation_config.json",
+        max_new_tokens=limit,
+        mtp_chat_template=fmt.uses_template,
+    )
+    finish_tokenizer(fmt, folder)
 
 
 def write_code(model: Any, folder: Path) -> None:
     """Write the modeling files into a saved model's folder, and into its config how to open it."""
     edit_json(
         folder / "config.json",
-        architectures=[stock_class(type(model)).__name__],
         auto_map={"AutoModelForCausalLM": f"{MODELING.stem}.{type(model).__name__}"},
     )
     for file in [MODELING, *map(Path, get_relative_import_files(MODELING))]:
