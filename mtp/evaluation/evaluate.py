@@ -13,10 +13,17 @@ from ..common.bounds import bounded
 from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.records import Decoded
 from ..modeling.sampler import Sampler
-from ..rollouts.legibility import reference_figures, true_step_share, unigram_drift
+from ..rollouts.legibility import (
+    reference_figures,
+    thought_nats,
+    true_step_share,
+    unigram_drift,
+)
 from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import DecodingConfig, Rollouts, sample
 from ..tasks.base import Example, Task
+from ..training.sharding import whole
+from .spread import ALONE, Spread
 
 
 @dataclass(kw_only=True)
@@ -48,24 +55,30 @@ def decode_all(
     batch_size: int,
     prefixes: list[list[int]] | None = None,
     impl: str | None = None,
+    spread: Spread = ALONE,
 ) -> list[Rollouts]:
-    """Greedy completions of all examples, in batches."""
+    """Greedy completions of all examples, in batches of at most `batch_size` on each process."""
     options = DecodeOptions(
-        sampler=Sampler(temperature=0), max_new_tokens=decoding.max_new_tokens, impl=impl
+        sampler=Sampler(temperature=0),
+        max_new_tokens=decoding.max_new_tokens,
+        impl=impl,
+        any_continues=spread.any_continues,
     )
+    places, own = spread.places(len(examples))
     batches = []
-    for at in range(0, len(examples), batch_size):
+    for at in range(0, len(places), batch_size):
+        chosen = places[at : at + batch_size]
         batches.append(
             sample(
                 model,
                 fmt,
-                examples[at : at + batch_size],
+                [examples[place] for place in chosen],
                 fmt.plan(mode),
                 options,
-                prefixes=None if prefixes is None else prefixes[at : at + batch_size],
+                prefixes=None if prefixes is None else [prefixes[place] for place in chosen],
             )
         )
-    return batches
+    return spread.joined(batches, own)
 
 
 def accuracy(
@@ -96,9 +109,10 @@ def fast_accuracy(
     decoding: DecodingConfig,
     batch_size: int,
     impl: str | None = None,
+    spread: Spread = ALONE,
 ) -> float | None:
     """Accuracy of fast mode on some examples; None for a task that judges no answers."""
-    fast = decode_all(model, fmt, examples, "fast", decoding, batch_size, impl=impl)
+    fast = decode_all(model, fmt, examples, "fast", decoding, batch_size, impl=impl, spread=spread)
     return accuracy(fast, task, fmt.answer_text)
 
 
@@ -129,6 +143,7 @@ def evaluate(
     reference: Any = None,
     verified: bool = False,
     impl: str | None = None,
+    spread: Spread = ALONE,
 ) -> tuple[dict[str, Any], list[Rollouts]]:
     """All figures of one evaluation, named as in summary.json, and the completions they are of.
 
@@ -144,6 +159,7 @@ def evaluate(
         reference: frozen model for `reference_nats_per_token`, by slot too; null without one.
         verified: decode in verified mode too; its figures are absent otherwise.
         impl: implementation of `mtp_kernels` ops that tokens are sampled with, see `DecodeOptions`.
+        spread: the processes that share the problems; all of them get the figures.
     """
     examples = held_out(task, num_problems)
     num_problems = len(examples)
@@ -156,7 +172,7 @@ def evaluate(
         return tokens / (passes(batches) * num_problems)
 
     def completions(mode: str, prefixes: list[list[int]] | None = None) -> list[Rollouts]:
-        return decode_all(model, fmt, examples, mode, decoding, batch_size, prefixes, impl=impl)
+        return decode_all(model, fmt, examples, mode, decoding, batch_size, prefixes, impl, spread)
 
     slow = completions("slow")
     shown = slow
@@ -201,7 +217,10 @@ def evaluate(
     figures["unigram_drift"] = unigram_drift(shown, fmt)
     figures["reference_nats_per_token"] = None
     if reference is not None:
-        figures |= reference_figures(shown, fmt, reference, fmt.block_size if use_head else 1)
+        mine = shown[spread.rank :: spread.world_size]
+        with whole(reference):
+            measured = spread.all_of([thought_nats(batch, fmt, reference) for batch in mine])
+        figures |= reference_figures(measured, fmt.block_size if use_head else 1)
     if fmt.segments.max_segments > 1:
         figures["segments"] = sum(len(b.prompts) for b in shown) / num_problems
     figures["num_problems"] = num_problems

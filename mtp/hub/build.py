@@ -390,10 +390,15 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Pro
     )
 
 
-def save_model(model: Any, text: PromptFormat, folder: Path) -> None:
-    """Weights, config, generation config and tokenizer, in Hugging Face's layout."""
+def save_model(
+    model: Any, text: PromptFormat, folder: Path, weights: dict[str, Any] | None = None
+) -> None:
+    """Weights, config, generation config and tokenizer, in Hugging Face's layout.
+
+    weights: in place of the model's, which may be in shards.
+    """
     model.generation_config.mtp_system_prompt = text.system_prompt
     model.generation_config.mtp_chat_template = text.chat_template
     with quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
     text.tokenizer.save_pretrained(folder)

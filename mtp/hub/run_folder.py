@@ -21,7 +21,7 @@ from .export import check_replaceable
 MARK = ".mtp-run"
 """File that says that a folder is a run's."""
 LOCK = ".mtp-lock"
-FOLDERS = ("checkpoints", "stages", "start", "export")
+FOLDERS = ("checkpoints", "stages", "start", "export", "not_finite")
 FILES = ("config.yaml", "curves.png", "summary.json")
 BESIDE = ("job.json", MARK, LOCK)
 """Files that may lie in the folder of a run that has not begun."""
@@ -154,7 +154,6 @@ DECIDES = (
     "evaluation",
     "kernels",
     "fabric.precision",
-    "fabric.processes",
     "fabric.device_type",
 )
 """Settings that decide a run's numbers."""

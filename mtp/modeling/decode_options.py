@@ -32,6 +32,9 @@ class DecodeOptions:
     """Token id that fills the unused end of each row."""
     generator: torch.Generator | None = None
     """Source of randomness for sampling."""
+    seeds: Tensor | None = None
+    """[rows] int64 seed of each row of the batch, in place of `generator`: the noise of a token is
+    then a function of its row's seed and its position in the text, whatever the batch is."""
     process: Process | None = None
     """Changes the scores of every slot, main's and the head's, before the sampler. It is given the
     texts up to the slot, padded on the left to T and the tokens written since: rows of one width at
@@ -39,6 +42,9 @@ class DecodeOptions:
     stop: Stop | None = None
     """Stopping criterion, asked after every token with texts as above; a block is cut where it says
     True."""
+    any_continues: Callable[[bool], bool] | None = None
+    """Called after every pass with whether a row goes on here; returns whether one does in any of
+    the processes that share main's layers, which then run one more pass together."""
     static_cache: bool = False
     """Keep keys and values at one length from the first pass on, see `BlockCache`."""
     impl: str | None = None
@@ -50,6 +56,8 @@ class DecodeOptions:
         """Raises ValueError for an impossible value."""
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.seeds is not None and self.generator is not None:
+            raise ValueError("seeds must be left out beside a generator; give one of them")
 
 
 class DecodableModel(Protocol):

@@ -3,13 +3,14 @@
 from typing import Any
 
 from ..evaluation.evaluate import evaluate, fast_accuracy
+from ..evaluation.spread import Spread
 from ..reference import frozen_for_evaluation, reference_in_loss
 from ..reports.tables import completions_rows, print_completions
 from ..rollouts.rollout import Rollouts
 from ..run import Run, StageRun
 from ..tasks.base import training_index
 from ..training.runtime import over_processes
-from ..training.step_module import within
+from ..training.step_module import passes_in_step, within
 
 
 def has_learned(run: Run, stage: StageRun) -> bool:
@@ -36,9 +37,15 @@ def has_learned(run: Run, stage: StageRun) -> bool:
             config.decoding,
             config.evaluation.batch_size,
             config.kernels,
+            spread_of(run, stage),
         ),
     )
     return over_processes(run.fabric, {"reached": reached or 0.0}, "min")["reached"] >= limit
+
+
+def spread_of(run: Run, stage: StageRun) -> Spread:
+    """The run's processes, which share the problems of an evaluation."""
+    return Spread(run.fabric, passes_in_step(run.fabric, stage.module))
 
 
 def head_is_trained(run: Run) -> bool:
@@ -67,6 +74,7 @@ def interim_evaluation(run: Run, stage: StageRun) -> bool:
             controls=False,
             verified=run.config.evaluation.verified,
             impl=run.config.kernels,
+            spread=spread_of(run, stage),
         ),
     )
     record(run, stage.name, figures)
@@ -95,6 +103,7 @@ def evaluate_stage(run: Run, stage: StageRun) -> None:
             reference=reference,
             verified=config.evaluation.verified,
             impl=config.kernels,
+            spread=spread_of(run, stage),
         ),
     )
     record(run, name, figures)
