@@ -25,6 +25,7 @@ from .rollouts.reward import RewardConfig
 from .rollouts.rollout import DecodingConfig
 from .tasks import TASK_CONFIGS
 from .tasks.base import TaskConfig
+from .training.numbers import NumbersConfig
 from .training.runtime import FabricConfig
 from .training.stage import ExamplesConfig, RolloutsConfig, StageConfig
 
@@ -56,6 +57,7 @@ class RunConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     fabric: FabricConfig = field(default_factory=FabricConfig)
+    numbers: NumbersConfig = field(default_factory=NumbersConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     stages: dict[str, StageConfig] = field(default_factory=dict)
@@ -89,6 +91,7 @@ class RunConfig:
             raise ValueError(f"kernels must be one of {list(IMPLS)}, got {self.kernels!r}")
         self.decoding.sampler()
         self.fabric.validate()
+        self.numbers.validate()
         if self.model.attention not in ("sdpa", "eager"):
             raise ValueError(
                 f"model.attention must be one of sdpa, eager, got {self.model.attention!r}"

@@ -12,6 +12,7 @@ from .common.files import save_atomically
 from .config import RunConfig
 from .hub.build import load_model, save_model
 from .run import Run
+from .training.sharding import is_sharded, shard_frozen
 
 START = "start"
 """The model that the run began from."""
@@ -121,4 +122,7 @@ def load_frozen(run: Run, name: str) -> Any:
             f"the reference {name} has another vocabulary than the model; a divergence compares "
             "the same tokens"
         )
-    return model.to(run.fabric.device).requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    if is_sharded(run.module):
+        return shard_frozen(model, run.module)
+    return model.to(run.fabric.device)

@@ -66,22 +66,34 @@ class Run:
     stop: StopRequest
     settings: dict[str, Any]
     """Settings that a checkpoint keeps, see `settings_of`."""
+    module: Any = None
+    """The model as the current stage wraps it, see `step_module.wrap`; None before the first."""
+    has_warned: bool = False
+    """True after the warning that sampler and replay disagree."""
 
-    def seed_of(self, *purpose: object) -> int:
-        """Seed of one purpose: a function of the run's seed, the process and the purpose."""
-        name = "/".join(map(str, (self.config.seed, self.fabric.global_rank, *purpose)))
+    def seed_of(self, *purpose: object, rank: int = 0) -> int:
+        """Seed of one purpose, the same on every process.
+
+        rank: the process, for noise that only one process uses.
+        """
+        name = "/".join(map(str, (self.config.seed, rank, *purpose)))
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
     def seed_globals(self, *purpose: object) -> None:
-        """Seed every global generator for one purpose, so that none needs to be saved."""
-        seed = self.seed_of(*purpose)
+        """Seed every global generator for one purpose, so that none needs to be saved.
+
+        Each process has its own noise there: dropout must differ between its share of a batch and
+        another's.
+        """
+        seed = self.seed_of(*purpose, rank=self.fabric.global_rank)
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
 
-    def generator(self, *purpose: object) -> torch.Generator:
-        """A generator of one purpose, on the model's device."""
-        return torch.Generator(device=self.fabric.device).manual_seed(self.seed_of(*purpose))
+    def row_seeds(self, number: int, *purpose: object) -> torch.Tensor:
+        """[number] int64 seeds of one purpose, the same on every process."""
+        generator = torch.Generator().manual_seed(self.seed_of(*purpose))
+        return torch.randint(2**63 - 1, (number,), generator=generator)
 
     def stage_folder(self, name: str) -> Path:
         """Folder of the model that a stage saved."""
@@ -104,19 +116,20 @@ class StageRun:
     """Frozen model that loss and reward compare with; None if neither compares."""
 
 
-def next_examples(run: Run, number: int) -> list[Example]:
-    """The next `number` training examples; this process takes its share of them."""
-    config, progress = run.config, run.progress
+def next_examples(run: Run, number: int) -> dict[int, Example]:
+    """The next `number` training examples: this process's share, by their place among them."""
     rank, world = run.fabric.global_rank, run.fabric.world_size
     if number % world:
-        raise ValueError(f"a step's {number} examples must divide evenly over {world} processes")
-    size = run.task.size("train")
-    positions = range(progress.position + rank, progress.position + number, world)
-    progress.position += number
-    return [
-        run.task.example("train", training_index(position, size, config.seed))
-        for position in positions
-    ]
+        raise ValueError(
+            f"a step's {number} examples must divide evenly over {world} processes; use another "
+            "number of examples or of processes"
+        )
+    size, begin = run.task.size("train"), run.progress.position
+    run.progress.position += number
+    return {
+        place: run.task.example("train", training_index(begin + place, size, run.config.seed))
+        for place in range(rank, number, world)
+    }
 
 
 def settings_of(config: RunConfig, fabric: Fabric) -> dict[str, Any]:

@@ -5,16 +5,17 @@ from typing import Any
 
 import torch
 
-from .groups import Groups, sample_groups
+from .groups import Groups, join_rewards, join_rollouts, sample_groups
 from .modeling.records import FORCED
 from .rollouts.advantage import GroupRewards, informative
 from .rollouts.legibility import step_metrics, unigram_drift
 from .rollouts.reward import Rewards
 from .rollouts.rollout import Rollouts
 from .run import Run, StageRun, next_examples
-from .training.batch import RolloutBatch, TextBatch
+from .training.batch import AnyBatch, RolloutBatch, TextBatch, without_rows
 from .training.collate import collate_rollouts, collate_slow_rollouts, collate_text
 from .training.objectives.scored import RowStats, replay_batch
+from .training.runtime import all_of, on_first_process, over_processes
 from .training.stage import AnchorsConfig, StageConfig
 from .training.step_module import within
 
@@ -41,10 +42,13 @@ def pieces(number: int, size: int) -> list[list[int]]:
     return [list(range(at, min(at + size, number))) for at in range(0, number, size)]
 
 
-def shares(items: list[int], number: int) -> list[list[int]]:
-    """The items in `number` lists whose lengths differ by at most one."""
-    bounds = [len(items) * i // number for i in range(number + 1)]
-    return [items[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+def evened(run: Run, batches: list[AnyBatch]) -> list[AnyBatch]:
+    """The micro-batches, after enough of them without rows for all processes to have equally many.
+
+    Under a strategy that gathers weights in every forward all processes must run equally many.
+    """
+    most = over_processes(run.fabric, {"number": float(len(batches))}, "max")["number"]
+    return [without_rows(batches[-1])] * (int(most) - len(batches)) + batches
 
 
 def solved_batches(
@@ -55,7 +59,12 @@ def solved_batches(
     purpose: part of the seeds of the anchors, so that anchors of different purposes differ.
     """
     fmt = run.fmt
-    samples = [s for example in next_examples(run, number) for s in fmt.example_segments(example)]
+    samples, names = [], []
+    for place, example in next_examples(run, number).items():
+        segments = fmt.example_segments(example)
+        samples += segments
+        # The first segment's name holds the place alone.
+        names += [(place, segment) if segment else (place,) for segment in range(len(segments))]
     batches = [
         collate_text(
             [samples[i] for i in chosen],
@@ -64,19 +73,17 @@ def solved_batches(
             fmt.pad_id,
             num_anchors=anchors.num_anchors,
             block_anchors=anchors.block_anchors,
-            anchor_seeds=[run.seed_of(purpose, "anchors", step, i) for i in chosen],
+            anchor_seeds=[run.seed_of(purpose, "anchors", step, *names[i]) for i in chosen],
         ).to(run.fabric.device)
         for chosen in pieces(len(samples), micro_batch_size)
     ]
-    return batches, sum(len(p) + len(c) for p, c in samples)
+    tokens = {"tokens": float(sum(len(p) + len(c) for p, c in samples))}
+    return evened(run, batches), int(over_processes(run.fabric, tokens, "sum")["tokens"])
 
 
 def advantages_of(run: Run, stage: StageConfig, rewards: Rewards) -> torch.Tensor:
     """[P, G] advantages by the stage's rule, or its algorithm's."""
-    batch = rewards.total
-    if run.fabric.world_size > 1:
-        mine = rewards.total.to(run.fabric.device)
-        batch = torch.as_tensor(run.fabric.all_gather(mine)).cpu().flatten(0, -2)
+    batch = torch.cat(all_of(run.fabric, rewards.total))
     return stage.advantage_rule()(GroupRewards(rewards.total, rewards.outcomes, batch))
 
 
@@ -93,10 +100,7 @@ def rollout_batches(
     config, micro_batch_size = stage.config.rollouts, stage.config.micro_batch_size
     metrics = rollout_metrics(run, groups, advantages, step)
     minibatches: list[list[TextBatch]] = []
-    parts = shares(groups.used, config.num_minibatches) * config.num_epochs
-    for number, share in enumerate(parts):
-        if not share:
-            continue
+    for number, share in enumerate(groups.shares * config.num_epochs):
         solved: list[TextBatch] = []
         if config.num_solved:
             purpose = f"{stage.name}/solved/{number}"
@@ -108,7 +112,10 @@ def rollout_batches(
         batches = [
             collate(run, stage, groups, advantages, segments, anchor_seed)
             for segments in micro_batches(groups, share, micro_batch_size)
-        ]
+        ] or [without_rows(collate(run, stage, groups, advantages, [0], anchor_seed))]
+        batches = evened(run, batches)
+        if config.recompute_old:
+            batches = [replayed(run, stage, batch) for batch in batches]
         minibatches.append([*solved, *batches])
     return minibatches, metrics
 
@@ -140,7 +147,7 @@ def collate(
     segments: list[int],
     anchor_seed: int,
 ) -> RolloutBatch:
-    """The chosen segments as a batch, with the old log-probabilities of the ratios.
+    """The chosen segments as a batch.
 
     anchor_seed: seed of the anchors of slow rollouts if `num_anchors` limits them.
     """
@@ -169,8 +176,7 @@ def collate(
             pad_id=fmt.pad_id,
             owners=rollouts.owners,
         )
-    batch = batch.to(run.fabric.device)
-    return replayed(run, stage, batch) if config.recompute_old else batch
+    return batch.to(run.fabric.device)
 
 
 def replayed(run: Run, stage: StageRun, batch: RolloutBatch) -> RolloutBatch:
@@ -197,7 +203,21 @@ def replayed(run: Run, stage: StageRun, batch: RolloutBatch) -> RolloutBatch:
 def rollout_metrics(
     run: Run, groups: Groups, advantages: torch.Tensor, step: int
 ) -> dict[str, Any]:
-    """Metrics of all sampled rollouts, those of unused groups included."""
+    """Metrics of all rollouts that all processes sampled, those of unused groups included."""
+    parts = all_of(run.fabric, (groups, advantages))
+    found = [groups for groups, _ in parts]
+    whole = Groups(
+        join_rollouts([part.rollouts for part in found]),
+        join_rewards([part.rewards for part in found]),
+        [sum(shares, []) for shares in zip(*(part.shares for part in found), strict=True)],
+        max(part.seconds for part in found),
+    )
+    advantages = torch.cat([part for _, part in parts])
+    return on_first_process(run.fabric, lambda: metrics_of(run, whole, advantages, step))
+
+
+def metrics_of(run: Run, groups: Groups, advantages: torch.Tensor, step: int) -> dict[str, Any]:
+    """Metrics of groups of rollouts."""
     rollouts, rewards, limit = groups.rollouts, groups.rewards, run.config.decoding.max_new_tokens
     cut = 1 - rollouts.out.finished[rollouts.last].float().mean()
     if cut == 1 and run.task.has_verifier:
@@ -210,7 +230,7 @@ def rollout_metrics(
     metrics |= {
         "groups/sampled": len(rewards.outcomes),
         "groups/informative": int(informative(rewards.outcomes).sum()),
-        "groups/used": len(groups.used),
+        "groups/used": sum(map(len, groups.shares)),
         "completions/mean_length": float(lengths.mean()),
         "completions/clipped_ratio": float(cut),
         "passes": float(rollouts.total(rollouts.out.passes).mean()),

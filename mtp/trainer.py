@@ -15,7 +15,7 @@ from lightning.fabric import Fabric, seed_everything
 
 from .common.files import save_atomically, save_text
 from .config import RunConfig
-from .hub.build import build_model, has_head
+from .hub.build import build_model, has_head, load_model
 from .hub.export import export
 from .hub.run_folder import RunFolder, claim
 from .reference import check_references, save_start
@@ -29,6 +29,8 @@ from .stages.dry_run import dry_config, estimate
 from .stages.loop import run_stage
 from .tasks.base import Task, check_disjoint
 from .training.examples import checked_task
+from .training.lifeline import lifeline
+from .training.numbers import active_dropout
 from .training.optimizers import split_parameters
 from .training.runtime import (
     StopRequest,
@@ -36,6 +38,7 @@ from .training.runtime import (
     naming_what_is_not_finite,
     on_first_process,
 )
+from .training.sharding import is_sharded
 
 __all__ = ["Interrupted", "train"]
 
@@ -54,6 +57,12 @@ def train(config: RunConfig) -> dict[str, Any]:
     check_writable(Path(config.run_dir), "run_dir")
     check_references(config)
     fabric = config.fabric.build()
+    with lifeline(fabric, good=Interrupted):
+        return train_on(fabric, config)
+
+
+def train_on(fabric: Fabric, config: RunConfig) -> dict[str, Any]:
+    """`train` on devices and processes that are there."""
     path, full_steps = Path(config.run_dir), {}
     if config.dry_run:
         path = path.with_name(path.name + "-dry_run")
@@ -104,9 +113,11 @@ def run_stages(
         fmt,
         config.evaluation.num_problems,
     )
-    model.to(fabric.device)
+    if config.fabric.strategy != "fsdp2":  # which moves each process's shard
+        model.to(fabric.device)
     if state is not None:
         load_weights(model, state.pop("model"), checkpoint)
+        check_processes(model, progress)
     if fabric.is_global_zero:
         write_start(folder, config, state)
     fabric.barrier()
@@ -175,6 +186,21 @@ def load_weights(
         ) from None
 
 
+def check_processes(model: Any, progress: Progress) -> None:
+    """Raise ValueError if the model's noise depends on the processes and their number changed."""
+    changes = {change["key"]: change for change in progress.changed}
+    change = changes.get("fabric.processes")
+    if change is None or change["global_step"] != progress.global_step:
+        return
+    dropout = active_dropout(model)
+    if dropout is not None:
+        raise ValueError(
+            f"the number of processes must stay {change['then']}, got {change['now']}: the model's "
+            f"{dropout} drops other numbers on other processes; set fabric.devices and "
+            "fabric.num_nodes as they were"
+        )
+
+
 def say_where(run: Run, messages: list[str]) -> None:
     """Print where a resumed run continues, which settings changed and which logs are damaged."""
     progress, stages = run.progress, list(run.config.active_stages())
@@ -207,7 +233,10 @@ def finish(run: Run) -> dict[str, Any]:
     if progress.changed:
         summary["changed_on_resume"] = progress.changed
     if run.fabric.is_global_zero:
-        export(run.model, run.fmt, folder / "export", summary, run.config)
+        model = run.model
+        if is_sharded(run.module):
+            model, _ = load_model(folder / "stages" / progress.summaries[-1]["name"])
+        export(model, run.fmt, folder / "export", summary, run.config)
         save_atomically(folder / "curves.png", lambda file: save_curves(progress.points, file))
         for name in ("export", "curves.png"):
             run.log.artifact(folder / name)

@@ -1,22 +1,20 @@
 """Groups that are left out, dynamic sampling, and RL stages with everything switched on."""
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import config, records, rollouts, tiny_model
 
 import mtp.groups as groups
-from mtp.groups import choose, join_rewards, join_rollouts
+from mtp.groups import choose, join_rewards, join_rollouts, merged, shares
 from mtp.rollouts.reward import Rewards
 from mtp.rollouts.rollout import Rollouts
-from mtp.steps import shares
 from mtp.tasks.base import Example
 from mtp.trainer import train
+from mtp.training.stage import RolloutsConfig
 
 RL_ONLY = ["stages.head.steps=0", "stages.joint.steps=0", "stages.main.steps=2"]
-ALONE = SimpleNamespace(fabric=SimpleNamespace(world_size=1))
 
 
 def test_rollouts_of_several_rounds_keep_their_text():
@@ -38,11 +36,24 @@ def test_rollouts_of_several_rounds_keep_their_text():
 
 
 def test_informative_groups_are_chosen_and_filled_up_to_the_number_of_steps():
-    stage = SimpleNamespace(num_minibatches=2)
-    some = torch.tensor([False, True, False, False])
-    assert choose(ALONE, stage, some) == [1, 0]
-    assert choose(ALONE, stage, torch.tensor([True, False, True, True])) == [0, 2, 3]
-    assert choose(ALONE, stage, torch.zeros(4, dtype=torch.bool)) == []
+    stage = RolloutsConfig(num_prompts=4, num_minibatches=2, drop_uninformative=True, max_rounds=2)
+
+    def chosen(*informs):
+        return choose(stage, dict(enumerate(informs)))
+
+    assert chosen(False, True, False, False) == [1, 0]
+    assert chosen(True, False, True, True) == [0, 2, 3]
+    assert chosen(True, False, True, True, False, True, True, True) == [0, 2, 3, 5]
+    assert chosen(False, False, False, False) == []
+    stage.drop_uninformative = False
+    assert chosen(False, True, False, False) == [0, 1, 2, 3]
+
+
+def test_groups_of_all_processes_are_chosen_in_the_order_of_their_places():
+    parts = [{0: True, 2: False, 4: True}, {1: False, 3: True, 5: True}]
+    assert list(merged(parts)) == [0, 1, 2, 3, 4, 5]
+    stage = RolloutsConfig(num_prompts=2, drop_uninformative=True, max_rounds=3)
+    assert choose(stage, merged(parts)) == [0, 3]
 
 
 def test_shares_differ_by_one_at_most():

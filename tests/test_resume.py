@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -358,14 +359,29 @@ def test_a_setting_that_decides_the_numbers_cannot_change(copy, override, key):
     assert content(copy) == before
 
 
-def test_the_number_of_processes_and_the_device_cannot_change():
+def test_the_kind_of_device_cannot_change_and_the_number_of_processes_can():
     saved = {"fabric": {"processes": 1, "device_type": "cpu", "num_threads": 1}, "name": "a"}
-    for key, value in (("processes", 2), ("device_type", "cuda")):
-        now = {**saved, "fabric": {**saved["fabric"], key: value}}
-        with pytest.raises(ValueError, match=f"fabric.{key} was .* and is now"):
-            changed_settings(saved, now)
-    now = {**saved, "fabric": {**saved["fabric"], "num_threads": 2}}
-    assert changed_settings(saved, now) == {"fabric.num_threads": (1, 2)}
+    now = {**saved, "fabric": {**saved["fabric"], "device_type": "cuda"}}
+    with pytest.raises(ValueError, match="fabric.device_type was .* and is now"):
+        changed_settings(saved, now)
+    now = {**saved, "fabric": {**saved["fabric"], "num_threads": 2, "processes": 2}}
+    assert changed_settings(saved, now) == {
+        "fabric.processes": (1, 2),
+        "fabric.num_threads": (1, 2),
+    }
+
+
+def test_dropout_ties_a_run_to_its_number_of_processes():
+    change = {"key": "fabric.processes", "then": 1, "now": 2, "global_step": 3}
+    progress = trainer.Progress(global_step=3, changed=[change])
+    drops = SimpleNamespace(config=SimpleNamespace(attention_dropout=0.1))
+    with pytest.raises(ValueError, match="must stay 1, got 2: the model's attention_dropout=0.1"):
+        trainer.check_processes(drops, progress)
+    drops.config.attention_dropout = 0.0
+    trainer.check_processes(drops, progress)
+    drops.config.attention_dropout = 0.1
+    progress.global_step = 4  # of an earlier resumption
+    trainer.check_processes(drops, progress)
 
 
 def test_a_late_process_of_a_new_run_waits_for_the_first(tmp_path):

@@ -18,12 +18,15 @@ from ..modeling.sampler import Sampler
 from ..rollouts.legibility import (
     reference_metrics,
     step_metrics,
+    thought_nats,
     thought_passes,
     unigram_drift,
 )
 from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import DecodingConfig, Rollouts, sample
 from ..tasks.base import Example, Split, Task
+from ..training.sharding import whole
+from .spread import ALONE, Spread
 
 Result = TypeVar("Result")
 
@@ -60,24 +63,30 @@ def decode_all(
     batch_size: int,
     prefixes: list[list[int]] | None = None,
     impl: str | None = None,
+    spread: Spread = ALONE,
 ) -> list[Rollouts]:
-    """Greedy completions of all examples, in batches."""
+    """Greedy completions of all examples, in batches of at most `batch_size` on each process."""
     options = DecodeOptions(
-        sampler=Sampler(temperature=0), max_new_tokens=decoding.max_new_tokens, impl=impl
+        sampler=Sampler(temperature=0),
+        max_new_tokens=decoding.max_new_tokens,
+        impl=impl,
+        any_continues=spread.any_continues,
     )
+    places, own = spread.places(len(examples))
     batches = []
-    for at in range(0, len(examples), batch_size):
+    for at in range(0, len(places), batch_size):
+        chosen = places[at : at + batch_size]
         batches.append(
             sample(
                 model,
                 fmt,
-                examples[at : at + batch_size],
+                [examples[place] for place in chosen],
                 fmt.plan(mode),
                 options,
-                prefixes=None if prefixes is None else prefixes[at : at + batch_size],
+                prefixes=None if prefixes is None else [prefixes[place] for place in chosen],
             )
         )
-    return batches
+    return spread.joined(batches, own)
 
 
 def accuracy(
@@ -131,9 +140,10 @@ def fast_accuracy(
     decoding: DecodingConfig,
     batch_size: int,
     impl: str | None = None,
+    spread: Spread = ALONE,
 ) -> float | None:
     """Accuracy of fast mode on some examples; None for a task without a verifier."""
-    fast = decode_all(model, fmt, examples, "fast", decoding, batch_size, impl=impl)
+    fast = decode_all(model, fmt, examples, "fast", decoding, batch_size, impl=impl, spread=spread)
     return accuracy(fast, task, fmt.answer_text)
 
 
@@ -177,6 +187,7 @@ def evaluate(
     thought_budgets: Sequence[int] = (),
     impl: str | None = None,
     split: Split = "test",
+    spread: Spread = ALONE,
 ) -> tuple[dict[str, Any], dict[str, list[Rollouts]]]:
     """All metrics of one evaluation, named as in summary.json, and the completions by mode.
 
@@ -194,6 +205,7 @@ def evaluate(
         thought_budgets: limits of `accuracy_by_budget`, which is absent without any.
         impl: implementation of `mtp_kernels` ops that tokens are sampled with, see `DecodeOptions`.
         split: held-out set of the task.
+        spread: the processes that share the problems; each of them gets all metrics.
     """
     examples = held_out(task, num_problems, split)
     num_problems = len(examples)
@@ -206,7 +218,7 @@ def evaluate(
         return tokens / (passes(batches) * num_problems)
 
     def completions(mode: str, prefixes: list[list[int]] | None = None) -> list[Rollouts]:
-        return decode_all(model, fmt, examples, mode, decoding, batch_size, prefixes, impl=impl)
+        return decode_all(model, fmt, examples, mode, decoding, batch_size, prefixes, impl, spread)
 
     slow = completions("slow")
     decoded, shown = {"slow": slow}, slow
@@ -255,7 +267,10 @@ def evaluate(
     metrics["unigram_drift"] = unigram_drift(shown, fmt)
     metrics["reference_nats_per_token"] = None
     if reference is not None:
-        metrics |= reference_metrics(shown, fmt, reference, fmt.block_size if use_head else 1)
+        mine = shown[spread.rank :: spread.world_size]
+        with whole(reference):
+            measured = spread.all_of([thought_nats(batch, fmt, reference) for batch in mine])
+        metrics |= reference_metrics(measured, fmt.block_size if use_head else 1)
     if fmt.segments.max_segments > 1:
         metrics["segments"] = sum(len(b.prompts) for b in shown) / num_problems
     metrics["num_problems"] = num_problems

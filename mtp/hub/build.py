@@ -392,15 +392,20 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Pro
 
 
 def save_model(
-    model: Any, fmt: PromptFormat, folder: Path, dtype: torch.dtype | None = None
+    model: Any,
+    fmt: PromptFormat,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    weights: dict[str, Any] | None = None,
 ) -> None:
     """Weights, config, generation config and tokenizer, in Hugging Face's layout.
 
-    dtype: of the saved weights; None: as they are.
+    dtype: of the saved weights; None: as they are. weights: used in place of the model's, which may
+    be sharded.
     """
     model.generation_config.mtp_system_prompt = fmt.system_prompt
     model.generation_config.mtp_chat_template = fmt.chat_template
-    state = model.state_dict()
+    state = model.state_dict() if weights is None else weights
     if dtype is not None:
         state = {n: w.to(dtype) if w.is_floating_point() else w for n, w in state.items()}
     with quiet():

@@ -22,7 +22,7 @@ from .export import check_replaceable
 MARK = ".mtp-run"
 """File that marks a folder as a run's."""
 LOCK = ".mtp-lock"
-FOLDERS = ("checkpoints", "stages", "start", "export")
+FOLDERS = ("checkpoints", "stages", "start", "export", "not_finite")
 FILES = ("config.yaml", "curves.png", "summary.json")
 BESIDE = ("job.json", MARK, LOCK)
 """Files that may lie in the folder of a run that has not begun."""
@@ -155,7 +155,6 @@ DECIDES = (
     "evaluation",
     "kernels",
     "fabric.precision",
-    "fabric.processes",
     "fabric.device_type",
 )
 """Settings that determine a run's numbers."""

@@ -75,7 +75,23 @@ def decode(
         added, continues = loop.run_pass()
         if on_block is not None:
             on_block(added)
+        if options.any_continues is not None:
+            others_continue = options.any_continues(continues)
+            if others_continue and not continues:
+                idle(model, options)
     return loop.running.decoded()
+
+
+@torch.no_grad()
+def idle(model: DecodableModel, options: DecodeOptions) -> None:
+    """Run passes over one token, with nothing to write, until no process goes on."""
+    assert options.any_continues is not None
+    token = torch.full((1, 1), options.pad_id, device=next(model.parameters()).device)
+    goes_on = True
+    while goes_on:
+        cache = BlockCache(model.main_config.num_hidden_layers, 1, 1)
+        model.main_states(token, torch.zeros_like(token[0]), cache, 1, with_taps=False)
+        goes_on = options.any_continues(False)
 
 
 class PassLoop:
@@ -188,7 +204,7 @@ class PassLoop:
 
         if not width and not self.samples.always_verifies:
             rows = self.anchor_rows(hidden[row, at], at)
-            settled = self.samples.settle(rows, self.main_output, running.rows, position)
+            settled = self.samples.settle(rows, self.main_output, running.rows, position, True)
             if rows.shape[1] > 1:
                 self.head_settled = settled.part(slice(None), slice(1, None))
             first = self.samples.sample(settled.part(slice(None), slice(1)), lambda: texts(0))

@@ -33,12 +33,18 @@ class DecodeOptions:
     """Token id that fills the unused end of each row."""
     generator: torch.Generator | None = None
     """Source of randomness for sampling."""
+    seeds: Tensor | None = None
+    """[rows] int64 seed of each row of the batch, in place of `generator`: the noise of a token is
+    then a function of its row's seed and its position in the text, whatever the batch is."""
     process: Process | None = None
     """Changes the scores of every slot, main's and the head's, before the sampler. It receives rows
     of one width at a time: texts up to the slot, padded on the left to T plus the new tokens."""
     stop: Stop | Stops | None = None
     """Stopping criterion, called after every token with texts as above; a block is cut where it
     returns True. `Stops` for one that is called with all rows of a batch at once."""
+    any_continues: Callable[[bool], bool] | None = None
+    """Called after every pass with True if a row continues here; returns True if one continues in
+    any of the processes that share main's layers, which then run one more pass together."""
     static_cache: bool = False
     """Keep keys and values at one length from the first pass on, see `BlockCache`."""
     impl: str | None = None
@@ -50,6 +56,8 @@ class DecodeOptions:
         """Raises ValueError for an impossible value."""
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.seeds is not None and self.generator is not None:
+            raise ValueError("seeds must be left out beside a generator; give one of them")
 
 
 class DecodableModel(Protocol):

@@ -63,11 +63,20 @@ class Sampler:
         return scores.log_softmax(-1)
 
     def choose(
-        self, logits: Tensor, log_probs: Tensor, generator: torch.Generator | None
+        self,
+        logits: Tensor,
+        log_probs: Tensor,
+        generator: torch.Generator | None,
+        uniform: Tensor | None = None,
     ) -> Tensor:
-        """[..., V] logits and the log-probabilities that `log_probs` makes of them -> [...]."""
+        """[..., V] logits and the log-probabilities that `log_probs` makes of them -> [...].
+
+        uniform: [...] noise of each token, see `pick`; None: noise comes from the generator.
+        """
         if self.temperature == 0:
             return logits.max(-1).indices  # on a CPU in bfloat16 twice as fast as argmax
+        if uniform is not None:
+            return pick(log_probs.exp(), uniform)
         flat = log_probs.exp().flatten(0, -2)
         return torch.multinomial(flat, 1, generator=generator).view(logits.shape[:-1])
 
@@ -76,6 +85,56 @@ class Sampler:
         log_probs = self.log_probs(logits)
         tokens = self.choose(logits, log_probs, generator)
         return tokens, log_probs.gather(-1, tokens[..., None])[..., 0]
+
+
+MAIN, HEAD, ACCEPT, SEGMENT = range(1, 5)
+"""Streams of noise: main's tokens, the head's tokens, verdicts on drafts, seeds of later segments.
+"""
+
+
+def _int64(word: int) -> int:
+    """The number below 2**63 with the low 64 bits of `word`."""
+    return (word + 2**63) % 2**64 - 2**63
+
+
+_GOLDEN = _int64(0x9E3779B97F4A7C15)
+_MIX_1, _MIX_2 = _int64(0xBF58476D1CE4E5B9), _int64(0x94D049BB133111EB)
+
+
+def mix(seeds: Tensor, counter: Tensor | int, stream: int) -> Tensor:
+    """int64 hash of (seed, counter, stream), broadcast: SplitMix64 (Steele et al. 2014)."""
+    z = _mixed(seeds + _int64(stream * _GOLDEN))
+    step = _int64(counter * _GOLDEN) if isinstance(counter, int) else counter * _GOLDEN
+    return _mixed(z + step)
+
+
+def _mixed(z: Tensor) -> Tensor:
+    # int64 wraps as uint64 does; the mask makes the arithmetic shift a logical one.
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * _MIX_1
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * _MIX_2
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)
+
+
+def uniforms(seeds: Tensor, position: Tensor, stream: int) -> Tensor:
+    """Noise in (0, 1) of tokens, a function of a row's seed and the token's position in its text.
+
+    seeds and position are int64 and broadcast. float64, or float32 on a device without it.
+    """
+    words = mix(seeds, position, stream) & 0xFFFFFFFFFFFF
+    dtype = torch.float32 if seeds.device.type == "mps" else torch.float64
+    return (words.to(dtype) + 0.5) * 2.0**-48
+
+
+def pick(weights: Tensor, uniform: Tensor) -> Tensor:
+    """weights [..., V], at least 0, and uniform [...] in (0, 1) -> [...] int64 sampled index.
+
+    Index i has probability weights[i] over their sum: inversion of the distribution function.
+    """
+    total = weights.cumsum(-1, dtype=uniform.dtype)
+    # As `torch.multinomial` does, and on a GPU without waiting for it.
+    torch._assert_async(total[..., -1].isfinite().all(), "a probability is inf or nan")
+    at = (uniform * total[..., -1])[..., None]
+    return torch.searchsorted(total, at, right=True)[..., 0].clamp(max=weights.shape[-1] - 1)
 
 
 class Verdict(NamedTuple):
@@ -110,6 +169,7 @@ def verify(
     draft_log_probs: Tensor | None,
     sampler: Sampler,
     generator: torch.Generator | None,
+    noise: tuple[Tensor, Tensor] | None = None,
 ) -> Verdict:
     """Keep the longest prefix of each row's drafts that main accepts, and sample the token after
     it.
@@ -123,6 +183,7 @@ def verify(
             None if the sampler is greedy.
         sampler: main's sampler. A greedy one accepts a draft if it is main's likeliest token.
         generator: source of randomness.
+        noise: in its place, [B, J] uniforms of the verdicts and [B, J + 1] of main's tokens.
     """
     num_rows, width = drafts.shape
     row = torch.arange(num_rows, device=drafts.device)
@@ -137,7 +198,10 @@ def verify(
     else:
         assert draft_log_probs is not None
         ratio = of_draft - draft_log_probs.gather(2, drafts[..., None])[..., 0]
-        uniform = torch.rand(drafts.shape, device=drafts.device, generator=generator)
+        if noise is None:
+            uniform = torch.rand(drafts.shape, device=drafts.device, generator=generator)
+        else:
+            uniform = noise[0]
         accepted = is_draft & (uniform.log() < ratio)
         num_accepted = length_of_prefix(accepted)
         p = log_p[row, num_accepted].exp()
@@ -146,7 +210,10 @@ def verify(
         residual = (p - q).clamp(min=0)
         # Where p = q except for rounding the residual is empty, and sampling from p is correct.
         weights = torch.where(residual.sum(1, keepdim=True) > 0, residual, p)
-        token = torch.multinomial(weights, 1, generator=generator)[:, 0]
+        if noise is None:
+            token = torch.multinomial(weights, 1, generator=generator)[:, 0]
+        else:
+            token = pick(weights, noise[1][row, num_accepted])
     logprob = log_p[row, num_accepted, token]
     padded = torch.nn.functional.pad(of_draft, (0, 1))
     return Verdict(num_accepted, token, padded.scatter(1, num_accepted[:, None], logprob[:, None]))

@@ -26,11 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decode import decode
+from .decode import decode, idle
 from .decode_options import DecodableModel, DecodeOptions
 from .memory import Memory
 from .phases import Phase, PhasePlan
 from .records import Block, Decoded, pad
+from .sampler import SEGMENT, mix
 
 
 @dataclass(kw_only=True)
@@ -146,7 +147,7 @@ def decode_segments(
             prompts,
             prompt_lengths,
             plans,
-            options,
+            replace(options, seeds=segment_seeds(options.seeds, running, number)),
             on_block=None if on_block is None else _renumbered(on_block, running),
             num_return_sequences=copies,
         )
@@ -156,7 +157,10 @@ def decode_segments(
             trajectories[i].add(out.completion(row), bool(out.closed[row]))
         running = [running[row] for row in out.closed.nonzero()[:, 0].tolist()]
         if not running:
+            idle_segments(model, options, settings.max_segments - number - 1)
             break
+        if options.any_continues is not None:
+            options.any_continues(True)
         if on_segment is not None:
             for i in running:
                 on_segment(i, trajectories[i].context, trajectories[i].memory)
@@ -170,6 +174,22 @@ def decode_segments(
         [owners[i] for i in order],
         [memory for t in trajectories for memory in t.memories],
     )
+
+
+def idle_segments(model: DecodableModel, options: DecodeOptions, number: int) -> None:
+    """Stay in step with processes that decode up to `number` more segments."""
+    for _ in range(number):
+        if options.any_continues is None or not options.any_continues(False):
+            break
+        idle(model, options)
+
+
+def segment_seeds(seeds: Tensor | None, running: list[int], number: int) -> Tensor | None:
+    """Seeds of the segments with this number, of the running trajectories."""
+    if seeds is None:
+        return None
+    chosen = seeds[torch.tensor(running, device=seeds.device)]
+    return chosen if number == 0 else mix(chosen, number, SEGMENT)
 
 
 class Trajectory:

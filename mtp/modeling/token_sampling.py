@@ -1,7 +1,8 @@
 """Sampling of a block's tokens and verification of its drafts: from logits, or by a kernel.
 
-Random numbers are sampled for main's tokens of all running rows first, then for the head's slots of
-the rows that use them; with one generator the tokens of a batch are reproducible.
+Without seeds of the rows, random numbers are sampled for main's tokens of all running rows first,
+then for the head's slots of the rows that use them; with one generator the tokens of a batch are
+reproducible.
 
 Ships with checkpoints: imports torch and siblings only.
 
@@ -19,7 +20,18 @@ from .decode_state import Texts
 from .output_layer import OutputLayer
 from .phases import PlanTables
 from .records import Slots
-from .sampler import MANY_TOKENS, NO_DRAFT, Sampler, Verdict, length_of_prefix, verify
+from .sampler import (
+    ACCEPT,
+    HEAD,
+    MAIN,
+    MANY_TOKENS,
+    NO_DRAFT,
+    Sampler,
+    Verdict,
+    length_of_prefix,
+    uniforms,
+    verify,
+)
 
 try:
     from mtp_kernels import linear_sample, linear_verify
@@ -44,13 +56,16 @@ class Settled(NamedTuple):
     """[F, J, V] logits; None if a kernel has sampled."""
     sampled: Slots | None
     """The slots that a kernel has sampled; None if there are logits."""
+    noise: Tensor | None = None
+    """[F, J] uniforms of the slots, if rows have seeds and there are logits."""
 
     def part(self, rows: Tensor | slice, slots: slice) -> "Settled":
         """The given slots of the given rows."""
         if self.sampled is not None:
             return Settled(None, Slots(*(part[rows, slots] for part in self.sampled)))
         assert self.logits is not None
-        return Settled(self.logits[rows, slots], None)
+        noise = None if self.noise is None else self.noise[rows, slots]
+        return Settled(self.logits[rows, slots], None, noise)
 
 
 class TokenSampler:
@@ -76,9 +91,18 @@ class TokenSampler:
         num_rows, device, impl = len(tables.keep), main.weight.device, None
         if not wants_logits:
             impl = KernelTokenSampler.resolve(options.impl, sampler, main.weight, self.keeps_source)
+        self.seeds = options.seeds
+        if self.seeds is not None and self.seeds.shape != (num_rows,):
+            raise ValueError(
+                f"seeds must be one for each of {num_rows} rows, got {list(self.seeds.shape)}"
+            )
         self.kernel = (
-            None if impl is None else KernelTokenSampler(impl, sampler, num_rows, device, generator)
+            None
+            if impl is None
+            else KernelTokenSampler(impl, sampler, num_rows, device, generator, self.seeds)
         )
+        if self.seeds is not None:
+            self.seeds = self.seeds.to(device)
         self.always_verifies = self.keeps_source and self.kernel is not None
         """True if a pass without drafts is verified too, so that a row's noise does not depend on
         its neighbours."""
@@ -88,17 +112,37 @@ class TokenSampler:
         if self.kernel is not None:
             self.kernel.renew(num_rows)
 
-    def settle(self, hidden: Tensor, output: OutputLayer, row: Tensor, position: Tensor) -> Settled:
+    def settle(
+        self,
+        hidden: Tensor,
+        output: OutputLayer,
+        row: Tensor,
+        position: Tensor,
+        by_main: bool = False,
+    ) -> Settled:
         """Slots of hidden rows [F, J, D] under an output layer.
 
-        row [F]: index in the batch; position [F]: index in its text of the first slot's token.
+        row [F]: index in the batch; position [F]: index in its text of the first slot's token,
+        which is main's if `by_main`; all others are the head's.
         """
         if self.kernel is None:
-            return Settled(output.logits(hidden), None)
+            noise = None if self.seeds is None else self.noise(row, position, hidden, by_main)
+            return Settled(output.logits(hidden), None, noise)
         tokens, logprobs = self.kernel(hidden, output, row, position)
         source = hidden if self.keeps_source else hidden[..., :0]
         # The log-probability of the likeliest token is not needed: there are no thresholds.
         return Settled(None, Slots(tokens, logprobs, logprobs, source))
+
+    def noise(self, row: Tensor, position: Tensor, hidden: Tensor, by_main: bool) -> Tensor:
+        """[F, J] uniforms of the slots that `settle` is given."""
+        assert self.seeds is not None
+        seeds, column = self.seeds[row, None], torch.arange(hidden.shape[1], device=row.device)
+        if not by_main:
+            return uniforms(seeds, position[:, None] + column, HEAD)
+        first = uniforms(seeds, position[:, None], MAIN)
+        if hidden.shape[1] == 1:
+            return first
+        return torch.cat([first, uniforms(seeds, position[:, None] + column[1:], HEAD)], 1)
 
     def sample(self, settled: Settled, texts: Callable[[], Texts]) -> Slots:
         """The tokens of settled slots; a `process` receives `texts` and a single slot."""
@@ -109,7 +153,7 @@ class TokenSampler:
         if self.process is not None:
             logits = processed(self.process, texts(), logits[:, 0].float())[:, None]
         log_probs = self.sampler.log_probs(logits)
-        tokens = self.sampler.choose(logits, log_probs, self.generator)
+        tokens = self.sampler.choose(logits, log_probs, self.generator, settled.noise)
         logprobs = log_probs.gather(2, tokens[..., None])[..., 0]
         return Slots(
             tokens,
@@ -145,7 +189,12 @@ class TokenSampler:
                 for j in range(drafts.shape[1] + 1)
             ]
             logits = torch.stack(scores, 1)
-        return verify(logits, drafts, num_drafts, source, self.sampler, self.generator)
+        noise = None
+        if self.seeds is not None:
+            at = position[:, None] + torch.arange(drafts.shape[1] + 1, device=drafts.device)
+            seeds = self.seeds[row, None]
+            noise = uniforms(seeds, at[:, :-1], ACCEPT), uniforms(seeds, at, MAIN)
+        return verify(logits, drafts, num_drafts, source, self.sampler, self.generator, noise)
 
 
 class KernelTokenSampler:
@@ -163,10 +212,14 @@ class KernelTokenSampler:
         num_rows: int,
         device: torch.device,
         generator: torch.Generator | None,
+        seeds: Tensor | None = None,
     ):
         self.impl, self.temperature, self.generator = impl, sampler.temperature, generator
         self.device = device
-        self.renew(num_rows)
+        if seeds is None:
+            self.renew(num_rows)
+        else:
+            self.seeds = seeds.to(device)
 
     def renew(self, num_rows: int) -> None:
         """Sample the seeds of a batch's rows, [num_rows]."""

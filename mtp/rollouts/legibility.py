@@ -63,14 +63,11 @@ def thought_nats(batch: Rollouts, fmt: PromptFormat, reference: Any) -> ThoughtN
     return ThoughtNats(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def reference_metrics(
-    batches: list[Rollouts], fmt: PromptFormat, reference: Any, block_size: int
-) -> dict[str, float | None]:
+def reference_metrics(measured: list[ThoughtNats], block_size: int) -> dict[str, float | None]:
     """Mean nats per thought token, over all and by slot; None where there are no tokens.
 
     The exponential of a mean is the reference's perplexity.
     """
-    measured = [thought_nats(batch, fmt, reference) for batch in batches]
 
     def mean(chosen: list[Tensor]) -> float | None:
         count = sum(len(values) for values in chosen)

@@ -134,6 +134,18 @@ class Rollouts:
         """P * G trajectories."""
         return len(self.examples) * self.group_size
 
+    def first(self, number: int) -> "Rollouts":
+        """Those of the first `number` examples."""
+        end = sum(owner < number * self.group_size for owner in self.owners)
+        return Rollouts(
+            self.examples[:number],
+            self.group_size,
+            self.prompts[:end],
+            self.out.select(list(range(end))),
+            self.owners[:end],
+            self.memories[:end],
+        )
+
     def segments_of(self, row: int) -> list[int]:
         """Segments of one trajectory, in order."""
         return self._segments[row]

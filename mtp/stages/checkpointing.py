@@ -9,6 +9,8 @@ from torch.optim import Optimizer
 from ..hub.checkpoint import save_checkpoint
 from ..run import Run
 from ..training.runtime import over_processes
+from ..training.sharding import gathered, weights_of
+from .numbers import check_weights
 
 
 class Interrupted(Exception):
@@ -20,12 +22,20 @@ class Interrupted(Exception):
 
 
 def save_run(run: Run, optimizers: Mapping[str, Optimizer], is_best: bool = False) -> None:
-    """Write a checkpoint with everything that the run needs to continue."""
-    if not run.fabric.is_global_zero:
+    """Write a checkpoint with everything that the run needs to continue.
+
+    All processes call it together: sharded tensors are gathered. So a checkpoint does not depend on
+    the processes that wrote it, and any number of them continues from it.
+    """
+    check_weights(run)
+    keep = run.fabric.is_global_zero
+    weights = weights_of(run.model, keep)
+    states = {part: gathered(o.state_dict(), keep) for part, o in optimizers.items()}
+    if not keep:
         return
     state = {
-        "model": run.model.state_dict(),
-        "optimizers": {part: o.state_dict() for part, o in optimizers.items()},
+        "model": weights,
+        "optimizers": states,
         "progress": asdict(run.progress),
         "log": run.log.states(),
         "settings": run.settings,

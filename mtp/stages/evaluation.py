@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..evaluation.evaluate import evaluate, fast_accuracy, over_test_sets
+from ..evaluation.spread import Spread
 from ..evaluation.thoughts import outcome_rows, shown_mode, thought_rows
 from ..reference import frozen_for_evaluation, reference_in_loss
 from ..reports.tables import completions_rows, print_completions
@@ -10,7 +11,7 @@ from ..rollouts.rollout import Rollouts
 from ..run import Run, StageRun
 from ..tasks.base import Split, training_index
 from ..training.runtime import over_processes
-from ..training.step_module import within
+from ..training.step_module import passes_in_step, within
 
 
 def has_learned(run: Run, stage: StageRun) -> bool:
@@ -37,9 +38,15 @@ def has_learned(run: Run, stage: StageRun) -> bool:
             config.decoding,
             config.evaluation.batch_size,
             config.kernels,
+            spread_of(run, stage),
         ),
     )
     return over_processes(run.fabric, {"reached": reached or 0.0}, "min")["reached"] >= limit
+
+
+def spread_of(run: Run, stage: StageRun) -> Spread:
+    """The run's processes, which share the problems of an evaluation."""
+    return Spread(run.fabric, passes_in_step(run.fabric, stage.module))
 
 
 def head_is_trained(run: Run) -> bool:
@@ -95,6 +102,7 @@ def measure(
     """
     config = run.config
     reference = frozen_for_evaluation(run) if ends_stage else None
+    spread = spread_of(run, stage)
 
     def evaluated(model: Any) -> tuple[Any, ...]:
         def evaluate_set(split: Split) -> tuple[dict[str, Any], dict[str, list[Rollouts]]]:
@@ -112,6 +120,7 @@ def measure(
                 thought_budgets=config.evaluation.thought_budgets,
                 impl=config.kernels,
                 split=split,
+                spread=spread,
             )
 
         metrics, decoded = (

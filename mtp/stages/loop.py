@@ -1,6 +1,7 @@
 """A stage: its steps, its evaluations and checkpoints, and the model that it saves."""
 
 import time
+from functools import partial
 from typing import Any
 
 from ..common.files import save_atomically
@@ -9,12 +10,15 @@ from ..reference import frozen_for_stage
 from ..reports.progress import StageProgress
 from ..run import Run, StageRun
 from ..steps import step_batches
+from ..training.batch import TextBatch
 from ..training.optimizers import build_optimizer, set_lr, split_parameters
+from ..training.sharding import load_optimizer, weights_of
 from ..training.stage import StageConfig
 from ..training.step_module import wrap
 from ..training.update import update
 from .checkpointing import interrupted, save_run, stop_signal
 from .evaluation import evaluate_stage, has_learned, interim_evaluation
+from .numbers import Watch
 
 
 def run_stage(
@@ -47,17 +51,17 @@ def begin_stage(
         run.model.activation_checkpointing_enable({"use_reentrant": False})
     else:
         run.model.activation_checkpointing_disable()
-    built = {
-        part: build_optimizer(parameters[part], config.optimizer_of(part))
-        for part, is_trained in trained.items()
-        if is_trained
-    }
-    module = wrap(run.fabric, run.model)
-    optimizers: dict[str, Any] = {part: run.fabric.setup_optimizers(o) for part, o in built.items()}
-    for part, optimizer_state in optimizer_states.items():
-        optimizers[part].load_state_dict(optimizer_state)
+    run.module = wrap(run.fabric, run.model, run.module, run.config.fabric.rollout_weights)
+    parameters = split_parameters(run.model)  # of the wrapped model, where they may be shards
+    optimizers: dict[str, Any] = {}
+    for part, is_trained in trained.items():
+        if is_trained:
+            built = build_optimizer(parameters[part], config.optimizer_of(part))
+            if part in optimizer_states:
+                load_optimizer(built, optimizer_states[part])
+            optimizers[part] = run.fabric.setup_optimizers(built)
     reference = None if run.progress.is_trained else frozen_for_stage(run, name)
-    return StageRun(name, config, module, optimizers, reference)
+    return StageRun(name, config, run.module, optimizers, reference)
 
 
 def train_stage(run: Run, stage: StageRun) -> None:
@@ -66,7 +70,7 @@ def train_stage(run: Run, stage: StageRun) -> None:
     run.model.train()
     began = saved = time.monotonic()
     done_before = progress.stage_seconds
-    first_step = progress.step
+    first_step, watch = progress.step, Watch(run, stage)
     with StageProgress(name, config.steps, progress.step, run.console) as bar:
         for step in range(progress.step, config.steps):
             if has_learned(run, stage):
@@ -79,23 +83,10 @@ def train_stage(run: Run, stage: StageRun) -> None:
             step_began = time.monotonic()
             run.seed_globals(name, "globals", step)
             minibatches, metrics = step_batches(run, stage, step)
-            updates = [
-                update(
-                    run.fabric,
-                    stage.module,
-                    stage.optimizers,
-                    batches,
-                    config.objective,
-                    clip_norms={p: config.optimizer_of(p).clip_norm for p in stage.optimizers},
-                    channel_gradient=config.channel_gradient_at(step),
-                    logits_detach=config.logits_detach,
-                    sampler=run.config.decoding.sampler() if config.kind == "rl" else None,
-                    reference=stage.reference,
-                    check_gradients=step == first_step,
-                    impl=run.config.kernels,
-                )
-                for batches in minibatches
-            ]
+            take = partial(take_update, run, stage, step, check_gradients=step == first_step)
+            updates = [watch.update(batches, take) for batches in minibatches]
+            if updates:
+                watch.compare(updates[0])
             metrics |= over_updates(updates)
             metrics["step_time"] = time.monotonic() - step_began
             metrics["tokens_per_second"] = metrics.pop("num_text_tokens") / metrics["step_time"]
@@ -119,6 +110,27 @@ def train_stage(run: Run, stage: StageRun) -> None:
                     run, f"in stage {name} after step {step + 1} of {config.steps}", asked
                 )
     progress.stage_seconds = done_before + time.monotonic() - began
+
+
+def take_update(
+    run: Run, stage: StageRun, step: int, batches: list[TextBatch], *, check_gradients: bool
+) -> dict[str, float]:
+    """One optimizer step of a stage, see `update`."""
+    config = stage.config
+    return update(
+        run.fabric,
+        stage.module,
+        stage.optimizers,
+        batches,
+        config.objective,
+        clip_norms={p: config.optimizer_of(p).clip_norm for p in stage.optimizers},
+        channel_gradient=config.channel_gradient_at(step),
+        logits_detach=config.logits_detach,
+        sampler=run.config.decoding.sampler() if config.kind == "rl" else None,
+        reference=stage.reference,
+        check_gradients=check_gradients,
+        impl=run.config.kernels,
+    )
 
 
 def over_updates(updates: list[dict[str, float]]) -> dict[str, float]:
@@ -149,9 +161,11 @@ def headline(
 def end_stage(run: Run, stage: StageRun) -> None:
     """Save the model at the end of the stage, evaluate it, and advance to the next stage."""
     progress, name = run.progress, stage.name
+    weights = weights_of(run.model, run.fabric.is_global_zero)
     if run.fabric.is_global_zero:
         save_atomically(
-            run.stage_folder(name), lambda folder: save_model(run.model, run.fmt, folder)
+            run.stage_folder(name),
+            lambda folder: save_model(run.model, run.fmt, folder, weights=weights),
         )
     run.fabric.barrier()
     evaluate_stage(run, stage)

@@ -25,7 +25,7 @@ Shapes: B texts, T time, N anchors, K head slots, R rows of an emitter, G rollou
 token ids are int64, log-probabilities float32 in nats.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import torch
@@ -58,8 +58,8 @@ class Rows:
         """[R] int64 index into B * T of the anchor of the pass that sampled the token."""
         return self.positions - self.slots
 
-    def take(self: AnyRows, chosen: Tensor) -> AnyRows:
-        """The rows of an index [.] or a mask [R]."""
+    def take(self: AnyRows, chosen: Tensor | slice) -> AnyRows:
+        """The rows of an index [.], a mask [R] or a slice."""
         return type(self)(**{f.name: getattr(self, f.name)[chosen] for f in fields(self)})
 
     def to(self: AnyRows, device: torch.device) -> AnyRows:
@@ -100,6 +100,21 @@ class TextBatch:
     def to(self: AnyBatch, device: torch.device) -> AnyBatch:
         """The same batch on a device."""
         return type(self)(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+def without_rows(batch: AnyBatch) -> AnyBatch:
+    """The first text of a batch with no row that is scored: its losses and gradients are zero.
+
+    For a process that has nothing left to train on while others have.
+    """
+    return replace(
+        batch,
+        tokens=batch.tokens[:1],
+        anchors=batch.anchors[:0],
+        slot_inputs=batch.slot_inputs[:0],
+        main=batch.main.take(slice(0)),
+        head=batch.head.take(slice(0)),
+    )
 
 
 @dataclass

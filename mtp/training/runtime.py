@@ -16,9 +16,12 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from ..common.bounds import bounded
+from .lifeline import watch_start
+from .sharding import DTensor, sharded_strategy
 
 
 @dataclass(kw_only=True)
@@ -30,9 +33,17 @@ class FabricConfig:
     """Number of processes per node, one device each."""
     num_nodes: int = bounded(1, at_least=1, at_most=100_000)
     strategy: str = "auto"
-    """Distribution strategy: `auto` (one device, or DDP) or `ddp`."""
+    """Distribution strategy. `ddp`: a copy of the model on each process. `fsdp2`: weights,
+    gradients and optimizer states in shards, one on each process. `auto`: one device, or `ddp`."""
+    rollout_weights: str = "layer"
+    """Under `fsdp2`, how weights are gathered during sampling. `layer`: layer by layer in every
+    pass; all processes run equally many passes. `whole`: once for all passes, for models that fit
+    on one device."""
     precision: str = "32-true"
     """Precision: `32-true`, `bf16-mixed` or `bf16-true`."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits in every run on the same machine; an operation that
+    has none is an error. Slower on a GPU."""
     num_threads: int = bounded(0, at_least=0, at_most=4096)
     """Number of CPU threads of each process; 0 keeps torch's default."""
 
@@ -40,7 +51,8 @@ class FabricConfig:
         """Raises ValueError naming the key of an impossible value."""
         for name, known in (
             ("accelerator", ("auto", "cpu", "gpu", "cuda", "mps")),
-            ("strategy", ("auto", "ddp")),
+            ("strategy", ("auto", "ddp", "fsdp2")),
+            ("rollout_weights", ("layer", "whole")),
             ("precision", ("32-true", "bf16-mixed", "bf16-true")),
         ):
             if getattr(self, name) not in known:
@@ -48,9 +60,21 @@ class FabricConfig:
                     f"fabric.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
 
+    def _strategy(self) -> Any:
+        processes = self.devices * self.num_nodes
+        if self.strategy == "fsdp2":
+            return sharded_strategy(processes, self.precision)
+        if self.strategy == "ddp" or processes > 1:
+            # Buffers are the same on all processes, and stay so.
+            return DDPStrategy(broadcast_buffers=False)
+        return "auto"
+
     def build(self) -> Fabric:
         """A launched Fabric. Raises ValueError naming the key of an impossible value."""
         self.validate()
+        if self.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(self.deterministic)
         if self.num_threads:
             torch.set_num_threads(self.num_threads)
         try:
@@ -58,11 +82,12 @@ class FabricConfig:
                 accelerator=self.accelerator,
                 devices=self.devices,
                 num_nodes=self.num_nodes,
-                strategy=self.strategy,
+                strategy=self._strategy(),
                 precision=self.precision,  # type: ignore[arg-type]
             )
         except (ValueError, RuntimeError, MisconfigurationException) as error:
             raise ValueError(f"fabric could not be set up: {error}") from None
+        watch_start(fabric)
         fabric.launch()
         return fabric
 
@@ -93,6 +118,11 @@ def check_writable(folder: Path, key: str) -> None:
 class NotFinite(ValueError):
     """A result that should be a number is NaN or infinite."""
 
+    def __init__(self, message: str, batch: Path | None = None):
+        """batch: the file that holds what the result was computed from."""
+        super().__init__(message)
+        self.batch = batch
+
 
 @contextmanager
 def naming_what_is_not_finite(model: torch.nn.Module, where: Callable[[], str]) -> Iterator[None]:
@@ -112,6 +142,8 @@ def naming_what_is_not_finite(model: torch.nn.Module, where: Callable[[], str]) 
         else:
             raise
         remedy = "lower the learning rate or the clip_norm, or resume from an earlier checkpoint"
+        if isinstance(error, NotFinite) and error.batch is not None:
+            remedy += f"; the batch is in {error.batch}"
         raise NotFinite(f"{where()}: {cause}; {remedy}") from error
 
 
@@ -119,7 +151,8 @@ def weight_that_is_not_finite(model: torch.nn.Module) -> str | None:
     """Name of the first weight that holds NaN or infinity; None if there is none."""
     try:
         for name, parameter in model.named_parameters():
-            if not bool(parameter.isfinite().all()):
+            mine = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if not bool(mine.isfinite().all()):
                 return str(name)
     except RuntimeError:  # after a failed assertion on a GPU nothing can be read from it
         return None
@@ -194,6 +227,15 @@ def on_first_process(fabric: Fabric, function: Callable[[], T]) -> T:
     if not is_done:
         raise ValueError(value)
     return value
+
+
+def all_of(fabric: Fabric, mine: T) -> list[T]:
+    """What each process gives, by rank, on every process. Tensors in it must be on the CPU."""
+    if fabric.world_size == 1:
+        return [mine]
+    found: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(found, mine)
+    return found
 
 
 def over_processes(fabric: Fabric, values: dict[str, float], op: str) -> dict[str, float]:

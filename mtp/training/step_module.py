@@ -6,17 +6,20 @@ or that prepares gradients there, needs no special case.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from ..modeling.sampler import Sampler
 from .batch import TextBatch
 from .objectives import ObjectiveConfig, ReferenceRows, StreamInputs, Term, scores_head
 from .objectives.scored import replay_batch
+from .sharding import is_sharded, reshard, whole
 
 T = TypeVar("T")
 
@@ -59,9 +62,17 @@ class Step:
 class StepModule(nn.Module):
     """The model, and the loss of a micro-batch as its forward."""
 
-    def __init__(self, model: Any):
+    def __init__(
+        self,
+        model: Any,
+        autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+        rollout_weights: str = "layer",
+    ):
+        """autocast: the run's precision; rollout_weights: see `FabricConfig`."""
         super().__init__()
         self.model = model
+        self.autocast = autocast
+        self.rollout_weights = rollout_weights
 
     def forward(self, sealed: Sealed[Step]) -> tuple[Tensor, Sealed[dict[str, Term]]]:
         """The loss [] of one micro-batch, and its terms by name, without gradient."""
@@ -86,7 +97,8 @@ class StepModule(nn.Module):
 
     def call(self, sealed: Sealed[Callable[[Any], None]]) -> None:
         """Calls a function of the model, see `within`."""
-        sealed.content(self.model)
+        with self.autocast():  # Fabric's own does not reach this method under every strategy
+            sealed.content(self.model)
 
 
 @torch.no_grad()
@@ -96,10 +108,16 @@ def reference_rows(reference: Any, batch: TextBatch) -> ReferenceRows:
     return ReferenceRows(rows.main_hidden.flatten(0, 1), rows.main_output)
 
 
-def wrap(fabric: Fabric, model: Any) -> Any:
-    """The model in a `StepModule` as Fabric wraps it, by the parameters that require a gradient."""
-    module = fabric.setup_module(StepModule(model))
+def wrap(fabric: Fabric, model: Any, before: Any = None, rollout_weights: str = "layer") -> Any:
+    """The model in a `StepModule` as Fabric wraps it, by the parameters that require a gradient.
+
+    before: what wrapped it until now. Shards are kept as they are: they follow the parameters.
+    """
+    if is_sharded(before):
+        return before
+    module = fabric.setup_module(StepModule(model, fabric.autocast, rollout_weights))
     module.mark_forward_method("call")
+    register_fsdp_forward_method(module.module, "call")
     return module
 
 
@@ -110,6 +128,19 @@ def within(module: Any, function: Callable[[Any], T]) -> T:
     update. All processes call it together.
     """
     results: list[T] = []
-    with torch.no_grad():
+    with torch.no_grad(), whole(module, module.module.rollout_weights == "whole"):
         module.call(Sealed(lambda model: results.append(function(model))))
+    reshard(module)
     return results[0]
+
+
+def passes_in_step(fabric: Fabric, module: Any) -> Callable[[bool], bool] | None:
+    """`DecodeOptions.any_continues` for a module whose passes are collectives; None for others."""
+    if not is_sharded(module) or module.module.rollout_weights == "whole":
+        return None
+
+    def any_continues(continues: bool) -> bool:
+        flag = torch.tensor(float(continues), device=fabric.device)
+        return bool(fabric.all_reduce(flag, reduce_op="sum"))
+
+    return any_continues

@@ -17,6 +17,7 @@ from ..modeling.sampler import Sampler
 from .batch import RolloutBatch, TextBatch
 from .objectives import ObjectiveConfig
 from .runtime import NotFinite, over_processes
+from .sharding import as_number
 from .step_module import Sealed, Step
 
 
@@ -64,7 +65,7 @@ def update(
         check_gradients: raise if a trained parameter has no gradient.
 
     Raises:
-        NotFinite: if the gradient is not finite.
+        NotFinite: if loss or gradient is not finite. Weights and optimizers are as before.
         ValueError: if a gradient is missing that was to be checked.
     """
     in_rl = any(isinstance(batch, RolloutBatch) for batch in batches)
@@ -114,13 +115,18 @@ def update(
                     f"parameter {name} is trained but got no gradient; freeze its part "
                     "(train_main, train_head) or give a stream that reaches it a weight"
                 )
+    found = [] if math.isfinite(metrics["loss"]) else [f"the loss is {metrics['loss']}"]
     for name, optimizer in optimizers.items():
         norm = fabric.clip_gradients(
             module, optimizer, max_norm=clip_norms[name], error_if_nonfinite=False
         )
-        metrics[f"{name}/grad_norm"] = float(torch.as_tensor(norm))
+        metrics[f"{name}/grad_norm"] = as_number(norm)
         if not math.isfinite(metrics[f"{name}/grad_norm"]):
-            raise NotFinite(f"the gradient of {name} is not finite (norm {norm})")
+            found.append(f"the gradient of {name} is not finite")
+    if found:
+        for optimizer in optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        raise NotFinite(" and ".join(found))
     for optimizer in optimizers.values():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -126,7 +126,7 @@ def test_reference_figures_by_slot_add_up_to_the_mean():
     measured = thought_nats(batch, TEXT, MODEL)
     assert measured.rollouts.tolist() == [0, 0, 0, 1, 1]
     assert measured.slots.tolist() == [0, 1, 2, 0, 1]
-    metrics = reference_metrics([batch], TEXT, MODEL, 3)
+    metrics = reference_metrics([thought_nats(batch, TEXT, MODEL)], 3)
     by_slot = [metrics[f"reference_nats_slot_{slot}"] for slot in range(3)]
     mean = (2 * by_slot[0] + 2 * by_slot[1] + by_slot[2]) / 5
     assert metrics["reference_nats_per_token"] == pytest.approx(mean, rel=1e-5)
