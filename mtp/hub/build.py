@@ -23,6 +23,7 @@ from ..rollouts.prompt_format import PromptFormat, character_tokenizer
 from ..rollouts.rollout import DecodingConfig
 from ..rollouts.tokenization import add_delimiters
 from ..tasks.base import Task
+from .outside_head import outside_head
 from .pretrained import (
     blame,
     check_vocabulary,
@@ -99,6 +100,7 @@ def build_model(
     """
     config.validate()
     head.validate()
+    outside_head(head.type)
     if config.source is None:
         model, tokenizer = _from_scratch(config, head, decoding, task)
     else:

@@ -1,71 +1,23 @@
 """A head from a file outside the package: registered, trained, decoded, saved and opened again."""
 
-from dataclasses import dataclass
+import runpy
 
 import pytest
 import torch
-from helpers import CLOSE, EOS, PAD, PLAN, completions, run, tiny_model
+from attending_head import AttendingHead
+from helpers import CLOSE, EOS, PAD, PLAN, completions, run, run_alone, tiny_model
 from torch.nn import functional as F
+from transformers import GenerationConfig
 
-from mtp.modeling.heads import HEADS, Head, HeadConfig, HeadLinear, HeadRMSNorm, register_head
+from mtp.hub.formats.huggingface import write_code
+from mtp.hub.outside_head import outside_head
+from mtp.modeling.heads import HEADS, HeadConfig, register_head
 from mtp.modeling.sampler import Sampler
 from mtp.training.collate import collate_rollouts
 from mtp.training.objectives.scored import replay_batch
 
+PHASES = [{"name": "text", "mode": "fast", "opened_by": None}]
 PROMPTS = [[5, 9, 14], [7], [3, 8, 5, 11, 6]]
-
-
-@dataclass
-class Options:
-    num_heads: int = 2
-    """Attention heads over the text."""
-
-
-class AttendingHead(Head):
-    """Attends to the taps and tokens of all positions up to the anchor, as EAGLE's draft does."""
-
-    options_class = Options
-    num_cache_layers = 1
-
-    def __init__(self, settings, config, num_taps):
-        super().__init__(settings, config, num_taps)
-        width, main_width = settings.hidden_size, config.hidden_size
-        self.num_heads = settings.read_options().num_heads
-        self.token_embed = torch.nn.Embedding(config.vocab_size, width)
-        self.tap_proj = HeadLinear(num_taps * main_width, width)
-        self.qkv_proj = HeadLinear(width, 3 * width)
-        self.slot_proj = HeadLinear(main_width, width)
-        self.norm = HeadRMSNorm(width, eps=1e-6)
-        self.out_proj = HeadLinear(width, main_width)
-
-    def states(self, taps, tokens):
-        """[R, L, taps, D] and [R, L] -> queries, keys and values [R, heads, L, d]."""
-        x = F.normalize(self.tap_proj(taps.flatten(-2)), dim=-1) + self.token_embed(tokens)
-        qkv = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1))
-        return qkv.permute(2, 0, 3, 1, 4)
-
-    def observe(self, taps, tokens, remember):
-        queries, keys, values = self.states(torch.stack(taps, 2), tokens)
-        return [queries, *remember(0, keys, values)]
-
-    def context(self, observed, at, position):
-        queries, keys, values = observed
-        row = torch.arange(len(at))
-        query = queries[row, :, at][:, :, None]
-        seen = torch.arange(keys.shape[2]) <= position[:, None]
-        found = F.scaled_dot_product_attention(query, keys, values, seen[:, None, None])
-        return [found.flatten(1)]
-
-    def replay_context(self, taps, tokens, anchors):
-        found = F.scaled_dot_product_attention(*self.states(taps, tokens), is_causal=True)
-        return [found.transpose(1, 2).flatten(2).flatten(0, 1)[anchors]]
-
-    def forward(self, context, embeds):
-        return self.step(context, embeds, 0, None)[0]
-
-    def step(self, context, embeds, slot, state):
-        x = self.slot_proj(embeds).cumsum(1) + (0 if state is None else state)
-        return self.out_proj(self.norm(context[0][:, None] + x)), x[:, -1:]
 
 
 @pytest.fixture(autouse=True)
@@ -188,6 +140,45 @@ def test_it_is_saved_and_opened_with_its_options(tmp_path):
     assert completions(run(opened, PROMPTS, PLAN, max_new_tokens=12)) == completions(
         run(model, PROMPTS, PLAN, max_new_tokens=12)
     )
+
+
+def test_an_export_carries_its_file(tmp_path):
+    """It opens with its head where mtp is not installed, and so does what is saved from there."""
+    model = model_with()
+    model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
+    model.generation_config.mtp_phases = PHASES
+    model.save_pretrained(tmp_path / "export")
+    write_code(model, tmp_path / "export")
+    fast = model.generate(torch.tensor([PROMPTS[0]]), mtp_mode="fast", max_new_tokens=12)
+    script = f"""
+import torch
+from transformers import AutoModelForCausalLM
+folder = {str(tmp_path)!r}
+for name in ("export", "again"):
+    model = AutoModelForCausalLM.from_pretrained(f"{{folder}}/{{name}}", trust_remote_code=True)
+    ids = torch.tensor([{PROMPTS[0]}])
+    print(type(model.mtp_head).__name__, model.generate(ids, mtp_mode="fast", max_new_tokens=12))
+    model.save_pretrained(f"{{folder}}/again")
+"""
+    (tmp_path / "cache").mkdir()
+    got = run_alone(script, tmp_path / "cache").strip().splitlines()
+    assert got == [f"AttendingHead {fast}"] * 2
+
+
+def test_a_file_that_an_export_cannot_carry_is_refused(tmp_path, monkeypatch):
+    file = tmp_path / "wide_head.py"
+    head = "from mtp.modeling.heads import ParallelHead\nclass WideHead(ParallelHead): pass\n"
+    for line in ("import mtp.run", "from mtp import run", "from .near import x"):
+        file.write_text(f"{head}def later():\n    {line}\n")
+        wide = runpy.run_path(str(file), run_name="wide_head")["WideHead"]
+        monkeypatch.setitem(HEADS, "wide", wide)
+        monkeypatch.setattr("inspect.getsourcefile", lambda _: str(file))
+        with pytest.raises(ValueError, match=f"head.type=wide: .* got '{line}' in"):
+            outside_head("wide")
+    file.unlink()
+    with pytest.raises(ValueError, match="head.type=wide: .* define the class in a file"):
+        outside_head("wide")
+    assert outside_head("parallel") is None
 
 
 def test_mistakes_are_named():

@@ -18,6 +18,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from ...modeling import modeling_mtp
 from ...rollouts.prompt_format import PromptFormat
 from ..build import save_model
+from ..outside_head import write_outside_head
 from .base import edit_json, export_dtype, finish_tokenizer
 
 MODELING = Path(modeling_mtp.__file__)
@@ -46,3 +47,4 @@ def write_code(model: Any, folder: Path) -> None:
     )
     for file in [MODELING, *map(Path, get_relative_import_files(MODELING))]:
         shutil.copyfile(file, folder / file.name)
+    write_outside_head(model.mtp_settings.type, folder)
