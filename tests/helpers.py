@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import torch
 from hydra import compose, initialize_config_dir
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtp.cli.hydra import register_configs
 from mtp.config import to_run_config
@@ -210,3 +213,51 @@ def run_alone(script: str, cache: Path) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which the host would wait for a GPU, on any device.
+
+    They are those that read a tensor's values: to return a number or a list, or to find out the
+    shape of their result.
+    """
+
+    OPERATIONS = {
+        "aten._local_scalar_dense": 1,
+        "aten.nonzero": 1,
+        "aten.masked_select": 1,
+        "aten._unique2": 1,
+        "aten.unique_dim": 1,
+        "aten.equal": 1,
+        "aten.multinomial": 2,
+    }
+    READS = ("tolist", "numpy", "cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+        self.patches = ExitStack()
+
+    def __enter__(self):
+        for name in self.READS:
+            read = getattr(torch.Tensor, name)
+
+            def counted(tensor, *args, read=read, **kwargs):
+                self.count += 1
+                return read(tensor, *args, **kwargs)
+
+            self.patches.enter_context(mock.patch.object(torch.Tensor, name, counted))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patches.close()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).rpartition(".")[0]
+        self.count += self.OPERATIONS.get(name, 0)
+        if name in ("aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_"):
+            self.count += sum(i is not None and i.dtype == torch.bool for i in args[1])
+        if name == "aten.repeat_interleave" and isinstance(args[-1], torch.Tensor):
+            self.count += (kwargs or {}).get("output_size") is None
+        return function(*args, **(kwargs or {}))

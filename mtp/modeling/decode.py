@@ -117,6 +117,7 @@ class PassLoop:
         self.head_output = self.main_output if head is main else head.in_autocast_dtype()
         self.samples = TokenSampler(options, self.tables, self.main_output, self.head_output)
         self.num_copies = num_copies  # adjacent rows that are still identical
+        self.waits_for_rows = self.main_output.weight.device.type == "cpu"
         self.head = model.mtp_head
         # A plan without head slots needs no head state.
         num_cache_layers = self.head.num_cache_layers if self.tables.num_head_slots else 0
@@ -261,14 +262,17 @@ class PassLoop:
         if width:
             # A block that already ends at slot 0 needs no head.
             goes_on = runs & ~self.plan.stops(token)
-            chosen = ((keep > 1) & goes_on & (~verified | (room > 1))).nonzero()[:, 0]
+            uses = (keep > 1) & goes_on & (~verified | (room > 1))
+            chosen = self.rows_of(uses)
             if len(chosen):
                 at = running.num_fresh - 1 + prefix
                 floor = self.tables.min_logprob[chosen, running.phase[chosen], None]
                 written = self.head_slots(at, chosen, prefix[chosen], token[chosen], floor)
-                end = 1 + written.tokens.shape[1]
-                block[chosen, 1:end], logprobs[chosen, 1:end] = written.tokens, written.logprobs
-                num_likely[chosen] = length_of_prefix(written.likeliest >= floor)
+                end, used = 1 + written.tokens.shape[1], uses[chosen]
+                likely = (written.likeliest >= floor) & used[:, None]
+                block[chosen, 1:end] = torch.where(used[:, None], written.tokens, running.pad_id)
+                logprobs[chosen, 1:end] = torch.where(used[:, None], written.logprobs, 0.0)
+                num_likely[chosen] = length_of_prefix(likely)
                 if self.samples.keeps_source:
                     shape = (len(token), *written.source.shape[1:])
                     running.draft_source = written.source.new_zeros(shape)
@@ -282,6 +286,16 @@ class PassLoop:
             drafts = torch.minimum(drafts, self.plan.cut(block[:, 1:]))
             proposed = torch.where(runs & verified, drafts.clamp(min=0), 0)
         return block, logprobs, kept, proposed
+
+    def rows_of(self, uses: Tensor) -> Tensor:
+        """Indices of the running rows that the head writes for, given those that use it [R] bool.
+
+        On an accelerator it writes for all rows as soon as one may use it: to find out which do
+        would mean to wait for the pass.
+        """
+        if self.waits_for_rows:
+            return uses.nonzero()[:, 0]
+        return torch.arange(len(uses) if self.running.any_uses_head else 0, device=uses.device)
 
     def head_slots(
         self,

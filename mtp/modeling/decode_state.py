@@ -101,6 +101,7 @@ class RunningRows:
         self.is_even = bool((prompt_lengths == self.length).all())  # running rows end at `length`
         self.num_active = num_rows
         self.all_use_head = bool((self.kept_of_block() > 1).all())
+        self.any_uses_head = True
 
     def resume(self, written: Decoded, phase: Tensor, in_phase: Tensor, start: Tensor) -> None:
         """Begin at partly `written` texts instead of the prompts, one per row.
@@ -122,7 +123,7 @@ class RunningRows:
         fed = text.gather(1, (start[:, None] + columns).clamp(max=text.shape[1] - 1))
         self.fed = torch.where(columns < self.num_fresh[:, None], fed, self.pad_id)
         self.length, self.drafts = farthest + widest, fed[:, :0]
-        self.all_use_head, self.is_even = fewest > 1, False
+        self.all_use_head, self.any_uses_head, self.is_even = fewest > 1, True, False
 
     def kept_of_block(self) -> Tensor:
         """[R] maximum number of tokens per block that the phase of each running row keeps."""
@@ -302,12 +303,14 @@ class RunningRows:
             farthest_row,
             self.num_drafts.max(),
             torch.where(self.active, self.kept_of_block(), 2).min(),
+            torch.where(self.active, self.kept_of_block(), 1).max(),
             torch.where(self.active, self.start + num_fed, end).min(),
         )
-        self.num_active, widest, farthest, num_drafts, fewest, nearest = torch.stack(
+        self.num_active, widest, farthest, num_drafts, fewest, most, nearest = torch.stack(
             counts
         ).tolist()
-        self.all_use_head, self.is_even = fewest > 1, nearest == farthest + widest
+        self.all_use_head, self.any_uses_head = fewest > 1, most > 1
+        self.is_even = nearest == farthest + widest
         if not self.num_active:
             return False
         self.drafts = drafts[:, :num_drafts]

@@ -157,6 +157,6 @@ def shard_as(parameter: DTensor, value: Any) -> Any:
     )
 
 
-def as_number(value: Any) -> float:
-    """The value of a tensor of one element, whole or in shards."""
-    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+def whole_tensor(value: Any) -> Tensor:
+    """A tensor of one element, whole or in shards, as a whole one."""
+    return torch.as_tensor(value.full_tensor() if isinstance(value, DTensor) else value)

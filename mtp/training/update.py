@@ -6,30 +6,45 @@ Main and head are clipped separately: their norms can differ by a factor of twen
 would reduce the smaller one's step to nearly zero.
 """
 
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.fabric import Fabric
+from torch import Tensor
 
 from ..modeling.sampler import Sampler
 from .batch import RolloutBatch, TextBatch
 from .objectives import ObjectiveConfig
 from .runtime import NotFinite, over_processes
-from .sharding import as_number
+from .sharding import whole_tensor
 from .step_module import Sealed, Step
+
+K = TypeVar("K")
 
 
 def global_counts(
     fabric: Fabric, objective: ObjectiveConfig, batches: list[TextBatch], in_rl: bool
 ) -> dict[str, float]:
     """Tokens of each stream over all micro-batches and processes."""
-    totals: dict[str, float] = {}
+    totals: dict[str, float | Tensor] = {}
     for batch in batches:
         for name, count in objective.counts(batch, in_rl).items():
             totals[name] = totals.get(name, 0.0) + count
-    return over_processes(fabric, totals, "sum")
+    return over_processes(fabric, read(totals), "sum")
+
+
+def read(values: Mapping[K, float | Tensor]) -> dict[K, float]:
+    """Numbers and tensors [] as numbers. The host waits for a GPU once, or not at all."""
+    tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+    numbers = {key: float(value) for key, value in values.items() if key not in tensors}
+    if tensors:
+        widest = functools.reduce(torch.promote_types, (v.dtype for v in tensors.values()))
+        found = torch.stack([value.to(widest) for value in tensors.values()]).tolist()
+        numbers |= dict(zip(tensors, found, strict=True))
+    return numbers
 
 
 def update(
@@ -70,13 +85,13 @@ def update(
     """
     in_rl = any(isinstance(batch, RolloutBatch) for batch in batches)
     counts = global_counts(fabric, objective, batches, in_rl)
-    sums: dict[str, float] = {}
-    seen: dict[str, float] = {}
-    maxima: dict[str, float] = {}
+    exact = torch.float32 if fabric.device.type == "mps" else torch.float64
+    sums: dict[str, Tensor] = {}
+    seen: dict[str, float | Tensor] = {}
+    maxima: dict[str, Tensor] = {}
 
-    def add(name: str, value: float, count: float) -> None:
-        sums[name] = sums.get(name, 0.0) + value
-        seen[name] = seen.get(name, 0.0) + count
+    def add(name: str, value: Tensor) -> None:
+        sums[name] = sums.get(name, 0.0) + value.to(exact)
 
     for index, batch in enumerate(batches):
         is_last = index == len(batches) - 1
@@ -95,19 +110,14 @@ def update(
             loss, terms = module(Sealed(step))
             fabric.backward(loss * fabric.world_size)
         for name, term in terms.content.items():
-            add(f"loss/{name}", float(term.total), 0.0)
+            add(f"loss/{name}", term.total)
             for metric, (value, count) in term.metrics.items():
-                add(metric, float(value), count)
+                add(metric, value)
+                seen[metric] = seen.get(metric, 0.0) + count
             for metric, value in term.maxima.items():
-                maxima[metric] = max(maxima.get(metric, 0.0), float(value))
-        add("loss", float(loss.detach()), 0.0)
+                maxima[metric] = torch.maximum(maxima.get(metric, torch.zeros_like(value)), value)
+        add("loss", loss.detach())
 
-    sums, seen = over_processes(fabric, sums, "sum"), over_processes(fabric, seen, "sum")
-    metrics = {name: sums[name] / seen[name] for name in sums if seen[name]}
-    metrics |= over_processes(fabric, maxima, "max")
-    metrics["loss"] = sums["loss"]
-    metrics |= {f"loss/{n}": sums[f"loss/{n}"] / max(c, 1.0) for n, c in counts.items()}
-    metrics |= {f"num_tokens/{n}": c for n, c in counts.items()}
     if check_gradients:
         for name, parameter in module.module.model.named_parameters():
             if parameter.requires_grad and parameter.grad is None:
@@ -115,12 +125,19 @@ def update(
                     f"parameter {name} is trained but got no gradient; freeze its part "
                     "(train_main, train_head) or give a stream that reaches it a weight"
                 )
-    found = [] if math.isfinite(metrics["loss"]) else [f"the loss is {metrics['loss']}"]
-    for name, optimizer in optimizers.items():
-        norm = fabric.clip_gradients(
-            module, optimizer, max_norm=clip_norms[name], error_if_nonfinite=False
+    norms = {
+        name: whole_tensor(
+            fabric.clip_gradients(
+                module, optimizer, max_norm=clip_norms[name], error_if_nonfinite=False
+            )
         )
-        metrics[f"{name}/grad_norm"] = as_number(norm)
+        for name, optimizer in optimizers.items()
+    }
+    metrics = read_metrics(fabric, sums, seen, maxima, norms)
+    metrics |= {f"loss/{n}": metrics[f"loss/{n}"] / max(c, 1.0) for n, c in counts.items()}
+    metrics |= {f"num_tokens/{n}": c for n, c in counts.items()}
+    found = [] if math.isfinite(metrics["loss"]) else [f"the loss is {metrics['loss']}"]
+    for name in norms:
         if not math.isfinite(metrics[f"{name}/grad_norm"]):
             found.append(f"the gradient of {name} is not finite")
     if found:
@@ -131,3 +148,27 @@ def update(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return metrics
+
+
+def read_metrics(
+    fabric: Fabric,
+    sums: dict[str, Tensor],
+    seen: dict[str, float | Tensor],
+    maxima: dict[str, Tensor],
+    norms: dict[str, Tensor],
+) -> dict[str, float]:
+    """Means and maxima over all processes, and gradient norms; what was never counted is a sum."""
+    parts: dict[str, Mapping[str, float | Tensor]]
+    parts = {"sum": sums, "count": seen, "max": maxima, "norm": norms}
+    flat = {(part, name): value for part, values in parts.items() for name, value in values.items()}
+    numbers = read(flat)
+    mine = {part: {name: numbers[part, name] for name in values} for part, values in parts.items()}
+    totals = over_processes(fabric, mine["sum"], "sum")
+    counts = over_processes(fabric, mine["count"], "sum")
+    metrics = {
+        name: total / counts.get(name, 1.0)
+        for name, total in totals.items()
+        if counts.get(name, 1.0)
+    }
+    metrics |= over_processes(fabric, mine["max"], "max")
+    return metrics | {f"{name}/grad_norm": norm for name, norm in mine["norm"].items()}

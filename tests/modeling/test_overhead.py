@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import HEADS, PAD, tiny_model
+from helpers import HEADS, PAD, PLAN, Waits, completions, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -14,55 +14,69 @@ from mtp.modeling.records import pad
 from mtp.modeling.sampler import Sampler
 from mtp.rollouts.rollout import keep_casts
 
-WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select")
 
-
-class Reads(TorchDispatchMode):
-    """Counts operations whose result the host waits for."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += str(function).startswith(WAITING)
-        return function(*args, **(kwargs or {}))
-
-
-def num_reads(monkeypatch, num_rows, mode, max_new_tokens, sampler):
-    """Reads of a whole run, and its passes."""
-    lists = []
-    tolist = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: lists.append(1) or tolist(x))
+def num_waits(num_rows, mode, max_new_tokens, options, waits_for_rows):
+    """Waits of a whole run, and its passes."""
     model = tiny_model()
     tokens, lengths = pad([[5, 6, 7 + row] for row in range(num_rows)], PAD)
     plan = PhasePlan([1 if mode == "slow" else 4], [None], verified=[mode == "verified"])
-    with Reads() as reads:
-        out = decode(
-            model,
-            tokens,
-            lengths,
-            plan,
-            DecodeOptions(
-                sampler=sampler,
-                max_new_tokens=max_new_tokens,
-                pad_id=PAD,
-                generator=torch.Generator().manual_seed(0),
-            ),
-        )
-    return reads.count + len(lists), int(out.passes.max())
+    with Waits() as waits, torch.no_grad():
+        options = DecodeOptions(max_new_tokens=max_new_tokens, pad_id=PAD, **options)
+        loop = PassLoop(model, tokens, lengths, [plan] * num_rows, options)
+        loop.waits_for_rows = waits_for_rows
+        continues = True
+        while continues:
+            _, continues = loop.run_pass()
+    return waits.count, int(loop.running.decoded().passes.max())
 
 
+SAMPLING = {
+    "greedy": lambda rows: {"sampler": Sampler(temperature=0)},
+    "top_k": lambda rows: {"sampler": Sampler(top_k=5)},
+    "seeds": lambda rows: {"sampler": Sampler(), "seeds": torch.arange(rows)},
+    "generator": lambda rows: {"generator": torch.Generator().manual_seed(0)},
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize("mode", ["fast", "slow", "verified"])
-def test_a_pass_is_awaited_twice_whatever_the_batch(mode, monkeypatch):
-    per_pass = 1 if mode == "slow" else 2
-    for num_rows in (1, 4):
-        for sampler in (Sampler(temperature=0), Sampler(top_k=5)):
-            short = num_reads(monkeypatch, num_rows, mode, 8, sampler)
-            long = num_reads(monkeypatch, num_rows, mode, 24, sampler)
-            # Rows that end early are dropped at most log2(batch) times, at one more read each.
+def test_a_pass_is_awaited_once_whatever_the_batch(mode, sampling):
+    """On an accelerator; on a CPU the rows that use the head are read too."""
+    for waits_for_rows, per_pass in ((False, 1), (True, 1 if mode == "slow" else 2)):
+        for num_rows in (1, 4):
+            options = SAMPLING[sampling](num_rows)
+            short = num_waits(num_rows, mode, 8, options, waits_for_rows)
+            long = num_waits(num_rows, mode, 24, options, waits_for_rows)
+            # Rows that end early are dropped at most log2(batch) times, at one more wait each.
             slack = 2 if num_rows > 1 else 0
             assert long[0] - short[0] <= per_pass * (long[1] - short[1]) + slack
+            assert long[1] > short[1]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("mode", ["fast", "verified"])
+def test_the_head_may_write_for_rows_that_do_not_use_it(mode, head):
+    """The text is the same whether the host knows which rows use the head or not."""
+    model = tiny_model(type=head)
+    plan = PLAN if mode == "fast" else PLAN.as_verified(4)
+    tokens, lengths = pad([[5, 9, 14], [7], [3, 8, 5, 11, 6], [5, 9]], PAD)
+    for sampler in (Sampler(temperature=0), Sampler()):
+        out = []
+        for waits_for_rows in (True, False):
+            options = DecodeOptions(
+                sampler=sampler, max_new_tokens=24, pad_id=PAD, seeds=torch.arange(4)
+            )
+            with torch.no_grad():
+                loop = PassLoop(model, tokens, lengths, [plan] * 4, options)
+                loop.waits_for_rows, continues = waits_for_rows, True
+                while continues:
+                    _, continues = loop.run_pass()
+            out.append(loop.running.decoded())
+        first, second = map(vars, out)
+        assert completions(out[0]) == completions(out[1])
+        for name in ("slots", "lengths", "passes", "finished", "accepted"):
+            assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first["logprobs"], second["logprobs"])
 
 
 class Casts(TorchDispatchMode):

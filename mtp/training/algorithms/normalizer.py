@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...common.registry import Registry
 from ..batch import PolicyRows
-from .ratio import group_sum
+from .ratio import group_index, group_sum
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Division:
 
     divisors: Tensor
     """[R] float32 divisor of each token before the sum."""
-    count: float
+    count: float | Tensor
     """This micro-batch's part of the sum's divisor: counts are added over all micro-batches and
     processes."""
 
@@ -45,7 +45,8 @@ def _ones(rows: PolicyRows) -> Tensor:
 
 
 def _sequence(rows: PolicyRows, num_rollouts: int, length: int) -> Division:
-    return Division(group_sum(_ones(rows), rows.rollouts), len(rows.rollouts.unique()))
+    index = group_index(rows.rollouts)
+    return Division(group_sum(_ones(rows), rows.rollouts), index.max() + 1 if len(index) else 0)
 
 
 per_token = Normalizer(lambda rows, num_rollouts, length: Division(_ones(rows), len(rows)))

@@ -54,8 +54,19 @@ RATIOS: Registry[Ratio] = Registry(token=token, block=block, sequence=sequence, 
 
 def group_sum(values: Tensor, groups: Tensor) -> Tensor:
     """values [R], groups [R] int64 -> [R]: at each row the sum over the rows of its group."""
-    names, inverse = torch.unique(groups, return_inverse=True)
-    return values.new_zeros(len(names)).index_add(0, inverse, values)[inverse]
+    index = group_index(groups)
+    return torch.zeros_like(values).index_add(0, index, values)[index]
+
+
+def group_index(groups: Tensor) -> Tensor:
+    """groups [R] int64 -> [R] int64: the groups numbered from 0, in the order of their names.
+
+    `torch.unique` does the same, but makes the host wait for a GPU.
+    """
+    ordered, order = groups.sort(stable=True)
+    begins = torch.zeros_like(groups)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(groups).scatter_(0, order, begins.cumsum(0))
 
 
 def group_mean(values: Tensor, groups: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from torch import Tensor
+
 from ...common.registry import Registry
 from ..batch import RolloutBatch, TextBatch
 from .head_ce import HeadCE
@@ -87,9 +89,9 @@ class ObjectiveConfig:
         """Active streams that compare with a frozen reference."""
         return [name for name, stream in self.active().items() if stream.needs_reference]
 
-    def counts(self, batch: TextBatch, in_rl: bool = False) -> dict[str, float]:
+    def counts(self, batch: TextBatch, in_rl: bool = False) -> dict[str, float | Tensor]:
         """Tokens of every active stream that reads this micro-batch."""
-        out: dict[str, float] = {}
+        out: dict[str, float | Tensor] = {}
         for stream in self.streams(batch, in_rl).values():
             out |= stream.counts(batch)
         return out

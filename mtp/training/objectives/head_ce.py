@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...common.bounds import bounded
 from ..batch import TextBatch
-from .stream import StreamInputs, SupervisedStream, Term, mean_of
+from .stream import StreamInputs, SupervisedStream, Term, mean_of, mean_where
 
 
 @dataclass(kw_only=True)
@@ -29,16 +29,19 @@ class HeadCE(SupervisedStream):
             )
         return torch.tensor(self.slot_weights, device=slots.device)[slots - 1]
 
-    def counts(self, batch: TextBatch) -> dict[str, float]:
+    def counts(self, batch: TextBatch) -> dict[str, float | Tensor]:
         """Number of the head's tokens, weighted."""
-        return {"head_ce": float(self._weights(batch).sum())}
+        if not self.slot_weights:
+            return {"head_ce": len(batch.head)}
+        return {"head_ce": self._weights(batch).sum()}
 
     def terms(self, inputs: StreamInputs) -> dict[str, Term]:
         """Weighted sum of -log p over the head's tokens."""
         batch = inputs.batch
         out = inputs.scored.head.cross_entropy(self._weights(batch))
         correct = out.argmax == batch.head.targets
+        metrics: dict[str, tuple[Tensor, int | Tensor]]
         metrics = {"head/accuracy": mean_of(correct), "head/entropy": mean_of(out.entropy)}
         for slot in range(1, batch.slot_inputs.shape[1] + 1):
-            metrics[f"head/accuracy_{slot}"] = mean_of(correct[batch.head.slots == slot])
+            metrics[f"head/accuracy_{slot}"] = mean_where(correct, batch.head.slots == slot)
         return {"head_ce": Term(out.loss, self.weight, metrics)}

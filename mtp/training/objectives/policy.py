@@ -90,7 +90,7 @@ class Policy(Stream):
             ),
         }
 
-    def counts(self, batch: TextBatch) -> dict[str, float]:
+    def counts(self, batch: TextBatch) -> dict[str, float | Tensor]:
         """Divisor of each emitter's sum, over all micro-batches."""
         batch = rollouts_of(batch)
         return {

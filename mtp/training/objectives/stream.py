@@ -4,6 +4,7 @@ A new stream is one file: a dataclass that derives from `Stream`, and a line tha
 `STREAMS.add("my_stream", MyStream)`. A run sets it by `stages.*.objective.extra.my_stream.weight`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -59,8 +60,9 @@ class Term:
     """Sum over the stream's tokens, with gradient; divided later by the stream's global count."""
     weight: float
     """Weight of the term in the loss."""
-    metrics: dict[str, tuple[Tensor, int]]
-    """Name -> (sum, count), added over micro-batches and processes before dividing."""
+    metrics: Mapping[str, tuple[Tensor, int | Tensor]]
+    """Name -> (sum, count), added over micro-batches and processes before dividing. Nothing reads a
+    tensor before the end of the step, so that the host does not wait for a GPU."""
     maxima: dict[str, Tensor] = field(default_factory=dict)
     """Name -> maximum, taken over micro-batches and processes."""
 
@@ -87,7 +89,7 @@ class Stream:
     def validate(self, key: str) -> None:
         """Raises ValueError naming the key of an impossible value."""
 
-    def counts(self, batch: TextBatch) -> dict[str, float]:
+    def counts(self, batch: TextBatch) -> Mapping[str, float | Tensor]:
         """Tokens of each of its terms in one micro-batch, by the names of `terms`."""
         raise NotImplementedError
 
@@ -122,6 +124,12 @@ def mean_of(values: Tensor) -> tuple[Tensor, int]:
     """A metric that is the mean of some values over all micro-batches."""
     with torch.no_grad():
         return values.float().sum(), values.numel()
+
+
+def mean_where(values: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """A metric that is the mean of the chosen values [R], chosen [R] bool."""
+    with torch.no_grad():
+        return torch.where(chosen, values.float(), 0.0).sum(), chosen.sum()
 
 
 def max_of(values: Tensor) -> Tensor:

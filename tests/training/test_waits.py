@@ -1,0 +1,58 @@
+"""An optimizer step makes the host wait for a GPU at most twice, whatever its micro-batches."""
+
+import pytest
+import torch
+from helpers import Waits, tiny_model
+from lightning.fabric import Fabric
+from rank_cases import CASES, batches_of
+
+from mtp.modeling.sampler import Sampler
+from mtp.training.objectives import ObjectiveConfig
+from mtp.training.optimizers import OptimizerConfig, build_optimizer, split_parameters
+from mtp.training.step_module import wrap
+from mtp.training.update import update
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+def test_an_optimizer_step_is_awaited_at_most_twice(name, algorithm):
+    case = CASES[name]
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = tiny_model(tied=False, **case.head)
+    batches = batches_of(case, model, 0, 1) * 2
+    objective = ObjectiveConfig()
+    for stream, settings in case.objective.items():
+        for key, value in settings.items():
+            setattr(getattr(objective, stream), key, value)
+    model.mtp_head.requires_grad_(objective.uses_head)
+    module = wrap(fabric, model.train())
+    optimizers = {
+        part: fabric.setup_optimizers(
+            build_optimizer(parameters, OptimizerConfig(algorithm=algorithm))
+        )
+        for part, parameters in split_parameters(model).items()
+        if part == "main" or objective.uses_head
+    }
+    settings = {
+        "clip_norms": {"main": 1.0, "head": 1.0},
+        "sampler": Sampler(),
+        "reference": tiny_model(seed=3).requires_grad_(False).eval(),
+        # The reference implementation checks its arguments' values, as those for a GPU do not.
+        "impl": "torch",
+        **case.options,
+    }
+    with Waits() as waits:
+        update(fabric, module, optimizers, batches, objective, **settings)
+    assert waits.count <= 2
+
+
+def test_reads_of_all_kinds_are_counted():
+    x = torch.arange(4.0)
+    with Waits() as waits:
+        float(x[0]), bool(x[1] > 0), x.tolist(), x.numpy(), x.cpu()
+        x.nonzero(), x[x > 1], x.unique(), x.masked_select(x > 1)
+        x.repeat_interleave(x.long()), torch.equal(x, x)
+        x[x > 2] = 0.0
+        torch.multinomial(x + 1, 1)
+        x[torch.tensor([1])], x + x, x.sum(), x.repeat_interleave(2)
+    assert waits.count == 14
