@@ -132,7 +132,7 @@ def test_the_log_is_files_and_the_sinks_that_are_chosen():
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("nme=3", "unknown key nme; did you mean name?"),
+        ("nme=3", "unknown key nme; did you mean name or numbers?"),
         ("+nme=3", "unknown key nme; mtp has no such field, so it cannot be added with +"),
         ("+task.dataset=gcd", "unknown key task.dataset; mtp has no such field"),
         (

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import ROOT, TINY, config, records
+from transformers import LlamaConfig
 
 import mtp.stages.evaluation as stage_evaluation
 import mtp.stages.loop as stage_loop
@@ -374,7 +375,7 @@ def test_the_kind_of_device_cannot_change_and_the_number_of_processes_can():
 def test_dropout_ties_a_run_to_its_number_of_processes():
     change = {"key": "fabric.processes", "then": 1, "now": 2, "global_step": 3}
     progress = trainer.Progress(global_step=3, changed=[change])
-    drops = SimpleNamespace(config=SimpleNamespace(attention_dropout=0.1))
+    drops = SimpleNamespace(config=LlamaConfig(attention_dropout=0.1))
     with pytest.raises(ValueError, match="must stay 1, got 2: the model's attention_dropout=0.1"):
         trainer.check_processes(drops, progress)
     drops.config.attention_dropout = 0.0

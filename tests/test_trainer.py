@@ -42,7 +42,11 @@ def test_only_what_a_stage_trains_moves(whole_run):
 
     folder, _ = whole_run
     names = ("main", "head", "joint", "rl")
-    saved = {n: load_file(folder / "stages" / n / "model.safetensors") for n in names}
+    saved = {
+        n: load_file(folder / "stages" / n / "model.safetensors")
+        | load_file(folder / "stages" / n / "mtp_head" / "model.safetensors")
+        for n in names
+    }
 
     def moved(a: str, b: str) -> set[str]:
         changed = {k for k in saved[a] if not torch.equal(saved[a][k], saved[b][k])}

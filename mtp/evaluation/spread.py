@@ -1,4 +1,4 @@
-"""How the problems of an evaluation are spread over the processes of a run."""
+"""Distribution of the problems of an evaluation over the processes of a run."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Spread:
-    """Consecutive problems on each process, and what is made of them on all.
+    """Consecutive problems on each process, and their results on all.
 
     Example, 5 problems on 2 processes: 0 1 2 and 3 4. The second decodes problem 4 twice and drops
     the copy, so that all processes decode equally many batches of equally many rows.
@@ -44,7 +44,7 @@ class Spread:
         return [min(begin + i, number - 1) for i in range(share)], own
 
     def all_of(self, mine: list[T]) -> list[T]:
-        """What all processes have, in their order."""
+        """The items of all processes, in the order of the processes."""
         if self.fabric is None:
             return mine
         return [item for part in all_of(self.fabric, mine) for item in part]

@@ -132,7 +132,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _snippet(fmt: PromptFormat, prompt: str, *, head: bool, gguf_file: str | None = None) -> str:
-    """Python that loads the folder through one door and answers a prompt."""
+    """Python that loads the folder, with or without its head, and answers a prompt."""
     file = "" if gguf_file is None else f", gguf_file={json.dumps(gguf_file)}"
     if not fmt.uses_template:
         tokenizer: Any = fmt.tokenizer
@@ -299,7 +299,7 @@ FINE_TUNING = (
     "alone. With DistributedDataParallel and a loss weight of 0 the head gets no gradient, so set "
     "`find_unused_parameters=True` or freeze it (`model.mtp_head.requires_grad_(False)`)."
 )
-"""What to do with the head when main changes."""
+"""Advice for the head when main changes."""
 
 GENERATE = [
     "- With `mtp_mode`, `generate` takes `max_new_tokens`, `max_length`, `do_sample`, "

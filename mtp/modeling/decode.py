@@ -84,7 +84,7 @@ def decode(
 
 @torch.no_grad()
 def idle(model: DecodableModel, options: DecodeOptions) -> None:
-    """Run passes over one token, with nothing to write, until no process goes on."""
+    """Run passes over one token, with nothing to write, until no process continues."""
     assert options.any_continues is not None
     token = torch.full((1, 1), options.pad_id, device=next(model.parameters()).device)
     goes_on = True

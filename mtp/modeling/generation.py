@@ -127,7 +127,7 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
-        """As transformers chooses; `sdpa` and `eager` become those that know a pass."""
+        """transformers' choice of an implementation, with the forms for blocks of its two."""
         found: str = super().get_correct_attn_implementation(  # type: ignore[misc]
             requested_attention, is_init_check
         )

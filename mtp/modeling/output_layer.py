@@ -38,7 +38,7 @@ WITHOUT_SCALE = ("mpt",)
 
 
 def scale_and_softcap(config: Any) -> tuple[float, float | None]:
-    """What main's config says of its logits. `contract.py` compares it with the stock forward's."""
+    """The scale and softcap of main's logits, from its config; `contract.py` checks them."""
     scale = 1.0
     if config.model_type not in WITHOUT_SCALE:
         for name in MULTIPLIERS:

@@ -145,8 +145,7 @@ WARPERS = {
     "epsilon_cutoff": EpsilonLogitsWarper,
     "eta_cutoff": EtaLogitsWarper,
 }
-"""What transformers does with options that drop tokens by their probabilities alone, in its
-order."""
+"""transformers' warpers of options that drop tokens by their probabilities alone, in its order."""
 
 BY_ROW = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
 """Stopping criteria of transformers that need no other rows."""
@@ -247,9 +246,9 @@ class Wanted:
         )
 
     def stops(self, num_rows: int, in_step: bool) -> Stops | None:
-        """What is asked after every token of a batch.
+        """The stopping criteria that are called after every token of a batch.
 
-        in_step: criteria of other origin than transformers' are given all rows at once; without it,
+        in_step: criteria of other origin than transformers' receive all rows at once; without it,
         rows of one length, as they come.
         """
         criteria = self.criteria()
@@ -342,5 +341,5 @@ class UnpaddedRepetitionPenalty:
         """Token ids [B, T] and scores [B, V] -> scores."""
         begun = (input_ids != self.pad_id).cumsum(1) > 0
         first = input_ids.gather(1, begun.long().argmax(1, keepdim=True))
-        # A token that occurs twice is punished once, so the first may stand for the padding.
+        # A token that occurs twice is punished once, so the first may replace the padding.
         return self.penalty(torch.where(begun, input_ids, first), scores)

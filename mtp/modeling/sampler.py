@@ -75,9 +75,10 @@ class Sampler:
         """
         if self.temperature == 0:
             return logits.max(-1).indices  # on a CPU in bfloat16 twice as fast as argmax
-        if uniform is None:
-            uniform = uniforms_from(generator, log_probs[..., 0])
-        return pick(log_probs.exp(), uniform)
+        if uniform is not None:
+            return pick(log_probs.exp(), uniform)
+        flat = log_probs.exp().flatten(0, -2)
+        return torch.multinomial(flat, 1, generator=generator).view(logits.shape[:-1])
 
     def sample(self, logits: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """[..., V] logits -> tokens [...] int64 and their log-probabilities [...] float32."""
@@ -120,22 +121,12 @@ def uniforms(seeds: Tensor, position: Tensor, stream: int) -> Tensor:
     seeds and position are int64 and broadcast. float64, or float32 on a device without it.
     """
     words = mix(seeds, position, stream) & 0xFFFFFFFFFFFF
-    return (words.to(widest_dtype(seeds.device)) + 0.5) * 2.0**-48
-
-
-def uniforms_from(generator: torch.Generator | None, like: Tensor) -> Tensor:
-    """Noise in [0, 1) of the shape and device of `like`, from a generator or torch's global one."""
-    dtype = widest_dtype(like.device)
-    return torch.rand(like.shape, dtype=dtype, device=like.device, generator=generator)
-
-
-def widest_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on a device without it."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    dtype = torch.float32 if seeds.device.type == "mps" else torch.float64
+    return (words.to(dtype) + 0.5) * 2.0**-48
 
 
 def pick(weights: Tensor, uniform: Tensor) -> Tensor:
-    """weights [..., V], at least 0, and uniform [...] in [0, 1) -> [...] int64 sampled index.
+    """weights [..., V], at least 0, and uniform [...] in (0, 1) -> [...] int64 sampled index.
 
     Index i has probability weights[i] over their sum: inversion of the distribution function.
     Unlike `torch.multinomial`, it gives the same index on every machine and does not make the host
@@ -209,9 +200,10 @@ def verify(
         assert draft_log_probs is not None
         ratio = of_draft - draft_log_probs.gather(2, drafts[..., None])[..., 0]
         if noise is None:
-            of_main = logits[..., 0]
-            noise = uniforms_from(generator, drafts), uniforms_from(generator, of_main)
-        accepted = is_draft & (noise[0].log() < ratio)
+            uniform = torch.rand(drafts.shape, device=drafts.device, generator=generator)
+        else:
+            uniform = noise[0]
+        accepted = is_draft & (uniform.log() < ratio)
         num_accepted = length_of_prefix(accepted)
         p = log_p[row, num_accepted].exp()
         at = num_accepted.clamp(max=width - 1)
@@ -219,7 +211,10 @@ def verify(
         residual = (p - q).clamp(min=0)
         # Where p = q except for rounding the residual is empty, and sampling from p is correct.
         weights = torch.where(residual.sum(1, keepdim=True) > 0, residual, p)
-        token = pick(weights, noise[1][row, num_accepted])
+        if noise is None:
+            token = torch.multinomial(weights, 1, generator=generator)[:, 0]
+        else:
+            token = pick(weights, noise[1][row, num_accepted])
     logprob = log_p[row, num_accepted, token]
     padded = torch.nn.functional.pad(of_draft, (0, 1))
     return Verdict(num_accepted, token, padded.scatter(1, num_accepted[:, None], logprob[:, None]))

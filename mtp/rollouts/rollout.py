@@ -135,7 +135,7 @@ class Rollouts:
         return len(self.examples) * self.group_size
 
     def first(self, number: int) -> "Rollouts":
-        """Those of the first `number` examples."""
+        """The rollouts of the first `number` examples."""
         end = sum(owner < number * self.group_size for owner in self.owners)
         return Rollouts(
             self.examples[:number],

@@ -11,7 +11,7 @@ from ..training.numbers import as_tree, sampler_warning
 from ..training.runtime import NotFinite, over_processes, weight_that_is_not_finite
 
 FOLDER = "not_finite"
-"""Where a run keeps batches whose numbers were not finite."""
+"""Folder of a run for batches whose numbers were not finite."""
 
 
 class Watch:

@@ -132,9 +132,10 @@ class RolloutBatch(TextBatch):
     """Tokens of the head."""
 
     @property
-    def num_rollouts(self) -> int:
-        """Number of rollouts, G. Main samples tokens in every rollout."""
-        return len(self.main.rollouts.unique())
+    def num_rollouts(self) -> Tensor:
+        """[] int64 number of rollouts, G. Main samples tokens in every rollout."""
+        ordered = self.main.rollouts.sort().values
+        return (ordered[1:] != ordered[:-1]).sum() + min(len(ordered), 1)
 
     def blocks(self, rows: PolicyRows) -> Tensor:
         """[R] int64 number of each token's block, the same for the rows of main and of the head."""

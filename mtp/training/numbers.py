@@ -9,13 +9,13 @@ from ..modeling.contract import dropout_fields
 
 @dataclass(kw_only=True)
 class NumbersConfig:
-    """What a run does about numbers that should not be."""
+    """Reactions of a run to numbers that should not be."""
 
     not_finite: str = "stop"
-    """Where loss or gradient is NaN or infinite. `stop`: end the run. `skip`: leave the optimizer
-    step out. Either way the batch is saved in the run's `not_finite/`."""
+    """Reaction to a loss or gradient that is NaN or infinite. `stop`: end the run. `skip`: leave
+    the optimizer step out. In both cases the batch is saved in the run's `not_finite/`."""
     max_skipped: int = bounded(10, at_least=1)
-    """With `skip`, end the run after so many optimizer steps in a row that were left out."""
+    """With `skip`, end the run after this many optimizer steps in a row that were left out."""
     sampler_difference: float = bounded(0.05, above=0)
     """Nats. Warn once if a rollout's tokens have log-probabilities in replay that differ from the
     sampler's by more than this on average, before any update on them."""
@@ -35,7 +35,7 @@ def active_dropout(model: Any) -> str | None:
 def sampler_warning(
     metrics: dict[str, float], emitters: list[str], limit: float, model: Any, precision: str
 ) -> str | None:
-    """What to tell of the first update on new rollouts; None if sampler and replay agree.
+    """A warning about the first update on new rollouts; None if sampler and replay agree.
 
     Args:
         metrics: of the update.

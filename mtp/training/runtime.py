@@ -230,7 +230,7 @@ def on_first_process(fabric: Fabric, function: Callable[[], T]) -> T:
 
 
 def all_of(fabric: Fabric, mine: T) -> list[T]:
-    """What each process gives, by rank, on every process. Tensors in it must be on the CPU."""
+    """`mine` of every process, by rank, on every process. Its tensors must be on the CPU."""
     if fabric.world_size == 1:
         return [mine]
     found: list[Any] = [None] * fabric.world_size

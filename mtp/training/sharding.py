@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def sharded_strategy(num_processes: int, precision: str) -> ModelParallelStrategy:
-    """Fabric's strategy over so many processes."""
+    """Fabric's strategy over this many processes."""
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = mixed if precision == "bf16-mixed" else MixedPrecisionPolicy()
 
@@ -110,7 +110,7 @@ def gathered(tree: Any, keep: bool, seen: dict[int, Any] | None = None) -> Any:
     """A tree of dicts, lists and tuples with every shard replaced by its whole tensor on the CPU.
 
     A collective. keep: False leaves None in the tensors' places, for processes that need none.
-    A tensor that stands twice is gathered once, and stands twice again.
+    A tensor that occurs twice is gathered once, and occurs twice again.
     """
     seen = {} if seen is None else seen
     if isinstance(tree, DTensor):
@@ -132,20 +132,26 @@ def weights_of(model: Any, keep: bool = True) -> dict[str, Any]:
 
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """Gives an optimizer the state of a checkpoint, whose tensors are whole."""
+    """Give an optimizer the state of a checkpoint, whose tensors are whole."""
+    optimizer.load_state_dict(sharded_state(optimizer, state))
+
+
+def sharded_state(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a checkpoint with its tensors in shards like the optimizer's parameters."""
     parts = getattr(optimizer, "parts", None)
     if parts is not None:  # an optimizer made of several
-        for name, part in parts.items():
-            load_optimizer(part, state[name])
-        return
+        return {name: sharded_state(part, state[name]) for name, part in parts.items()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, entries in state["state"].items():
-        parameter = parameters[int(index)]
-        if isinstance(parameter, DTensor):
-            state["state"][index] = {
-                name: shard_as(parameter, value) for name, value in entries.items()
-            }
-    optimizer.load_state_dict(state)
+
+    def sharded(parameter: Any, entries: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(parameter, DTensor):
+            return entries
+        return {name: shard_as(parameter, value) for name, value in entries.items()}
+
+    values = {
+        index: sharded(parameters[int(index)], entries) for index, entries in state["state"].items()
+    }
+    return state | {"state": values}
 
 
 def shard_as(parameter: DTensor, value: Any) -> Any:

@@ -472,3 +472,6 @@ CASES: dict[str, Callable[[Path], Values]] = {
     "old_layout": old_layout,
     "old_export_alone": old_export_alone,
 }
+
+DRAWN_BY_MKL = {"decode_sampled", "decode_searched"}
+"""Sampled by `torch.multinomial`, whose random stream on a CPU is MKL's where torch has MKL."""

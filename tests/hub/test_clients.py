@@ -308,7 +308,8 @@ def hub():
     server.server_close()
 
 
-def test_an_export_is_uploaded_as_it_is(tmp_path, hub):
+def test_an_export_is_uploaded_as_it_is(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # `hub` is local
     make(tmp_path / "out")
     done = push(tmp_path / "out", "me/adder", endpoint=hub, token="hf_none")
     assert done == f"{hub}/me/adder/commit/1"
@@ -322,7 +323,8 @@ def test_an_export_is_uploaded_as_it_is(tmp_path, hub):
     assert Hub.deleted == ["stale.py"]
 
 
-def test_an_upload_that_fails_says_what_to_do(tmp_path):
+def test_an_upload_that_fails_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     make(tmp_path / "out")
     with pytest.raises(ValueError, match="--push me/adder failed: .*hf auth login"):
         push(tmp_path / "out", "me/adder", endpoint="http://127.0.0.1:9", token="hf_none")

@@ -335,12 +335,17 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path):
     assert (tmp_path / "own" / "data.json").read_text() == "[]"
 
 
+def contents(folder):
+    """Every file below a folder, by its path."""
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 def test_a_failed_export_leaves_the_earlier_one(tmp_path):
     model, text = make(tmp_path / "out")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    before = contents(tmp_path / "out")
     with pytest.raises(KeyError):
         export(model, text, tmp_path / "out", {"stages": [{"name": "x"}]}, tiny_config())
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert contents(tmp_path / "out") == before
 
 
 def test_the_base_models_licence_is_read_where_it_is_written(tmp_path):

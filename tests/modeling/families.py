@@ -1,6 +1,6 @@
 """Tiny random models of many families, of which every field that matters is other than neutral.
 
-Windows and chunks are of 8 tokens, softcaps of 3, scales other than 1, biases drawn at random.
+Windows and chunks are of 8 tokens, softcaps of 3, scales other than 1, biases random.
 """
 
 from dataclasses import asdict

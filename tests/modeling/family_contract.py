@@ -1,4 +1,4 @@
-"""What holds for every family with a head, one check a function; `examine` runs them all.
+"""Checks that hold for every family with a head, one per function; `examine` runs them all.
 
 The stock model has the same weights, in transformers' own class and attention.
 """
@@ -188,13 +188,13 @@ def examine(model_type: str, num_tokens: int, *, generate: bool) -> Any:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the table of docs/models.md says of a family."""
+    """A row of the table in docs/models.md."""
 
     model_type: str
     status: str
     """`yes`, `slower` (without a cache) or `refused`."""
     reason: str = ""
-    """Of a refusal."""
+    """The error of a refusal."""
 
 
 def verdict(model_type: str, num_tokens: int = 60) -> Verdict:

@@ -32,9 +32,8 @@ def num_waits(num_rows, mode, max_new_tokens, options, waits_for_rows):
 
 SAMPLING = {
     "greedy": lambda rows: {"sampler": Sampler(temperature=0)},
-    "top_k": lambda rows: {"sampler": Sampler(top_k=5)},
+    "top_k": lambda rows: {"sampler": Sampler(top_k=5), "seeds": torch.arange(rows)},
     "seeds": lambda rows: {"sampler": Sampler(), "seeds": torch.arange(rows)},
-    "generator": lambda rows: {"generator": torch.Generator().manual_seed(0)},
 }
 
 

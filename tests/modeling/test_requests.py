@@ -292,7 +292,7 @@ def test_a_repetition_penalty_does_not_count_padding(mode):
 
 
 class EachSaid:
-    """As lm-eval's criterion: keeps which rows have said a token, and stops once all have."""
+    """A criterion like lm-eval's: keeps which rows have said a token, and stops once all have."""
 
     def __init__(self, token, num_rows, width):
         self.token, self.width, self.done, self.shapes = token, width, [False] * num_rows, []

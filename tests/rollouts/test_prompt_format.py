@@ -10,7 +10,7 @@ from toy_text import CHAT, NO_SYSTEM, save_toy, toy_tokenizer
 from mtp.config import RunConfig
 from mtp.hub.build import ModelConfig, build_model, load_model, save_model
 from mtp.hub.export import check_replaceable, export
-from mtp.hub.formats.base import open_first_phase
+from mtp.hub.formats.base import finish_templates
 from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.phases import Phase
@@ -202,7 +202,7 @@ def test_an_export_opens_the_thought_in_each_chat_template(tmp_path):
     tokenizer = toy_tokenizer(chat_template={"default": CHAT, "tool_use": tools})
     text = make_text(tokenizer)
     tokenizer.save_pretrained(tmp_path)
-    open_first_phase(text, tmp_path)
+    finish_templates(text, tmp_path)
     again = type(tokenizer).from_pretrained(tmp_path)
     messages = [{"role": "user", "content": "what"}]
     given = {"tokenize": False, "add_generation_prompt": True}

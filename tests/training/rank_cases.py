@@ -93,7 +93,7 @@ CASES: dict[str, Case] = {
 
 
 def batches_of(case: Case, model: Any, rank: int, world: int) -> list[TextBatch]:
-    """What one of `world` processes trains on; together they train on the same."""
+    """The share of one of `world` processes; together they train on the same data."""
     batches: list[TextBatch] = []
     if case.solved:
         mine = (

@@ -1,6 +1,7 @@
 """A process of a run that dies ends the others, each with one line."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -38,7 +39,10 @@ def test_a_process_that_was_started_ends_the_one_that_started_it(mode):
     job = start(mode)
     said, _ = job.communicate(timeout=300)
     assert job.returncode == 1, said
-    assert "error: process 1 of the run has ended with code -9; its own output says why" in said
+    # Two watchers see it: the one of started processes, which knows the code, and the connection.
+    assert re.search(
+        r"error: process 1 of the run has ended( with code -9)?; its own output says why", said
+    )
     assert "Traceback" not in said
 
 

@@ -153,7 +153,7 @@ SPLITS = {
     r"\p{N}{1,3}": "llama-bpe",
     r"\p{N}|": "qwen2",
 }
-"""What the pattern of a pre-tokenizer holds, and llama.cpp's name of the pre-tokenizer."""
+"""Part of the pattern of a pre-tokenizer -> llama.cpp's name of the pre-tokenizer."""
 
 
 def pre_tokenizer(core: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ class Division:
 class Normalizer:
     """A rule of division."""
 
-    divide: Callable[[PolicyRows, int, int], Division]
+    divide: Callable[[PolicyRows, Tensor, int], Division]
     """(tokens of one emitter, number of rollouts in the micro-batch, `policy.length`)."""
     needs_length: bool = False
     """True if `policy.length` must be set."""
@@ -44,7 +44,7 @@ def _ones(rows: PolicyRows) -> Tensor:
     return torch.ones_like(rows.old)
 
 
-def _sequence(rows: PolicyRows, num_rollouts: int, length: int) -> Division:
+def _sequence(rows: PolicyRows, num_rollouts: Tensor, length: int) -> Division:
     index = group_index(rows.rollouts)
     return Division(group_sum(_ones(rows), rows.rollouts), index.max() + 1 if len(index) else 0)
 
