@@ -137,17 +137,18 @@ def packages() -> Iterator[Finding]:
     shown = [f"{DISTRIBUTION} {metadata.version(DISTRIBUTION)}"]
     extras: dict[str, list[str]] = {}
     for one in declared:
-        in_extra = next((e for e in known_extras() if one.marker and str(e) in str(one.marker)), "")
+        in_extra = extra_of(one)
         if one.marker and not one.marker.evaluate({"extra": in_extra}):
             continue
         version = installed(one.name)
+        fits = version is not None and one.specifier.contains(version, prereleases=True)
         if in_extra:
-            if version is None or not one.specifier.contains(version, prereleases=True):
+            if not fits:
                 extras.setdefault(in_extra, []).append(one.name)
         elif version is None:
             text = f"{one.name} is not installed; pip install '{one.name}{one.specifier}'"
             yield Finding("broken", "packages", text)
-        elif not one.specifier.contains(version, prereleases=True):
+        elif not fits:
             text = f"{one.name} must be {one.specifier}, got {version}; "
             text += f"pip install '{one.name}{one.specifier}'"
             yield Finding("broken", "packages", text)
@@ -160,9 +161,13 @@ def packages() -> Iterator[Finding]:
             yield Finding("note", "extras", text + f"pip install '{DISTRIBUTION}[{extra}]'")
 
 
-def known_extras() -> list[str]:
-    """Names of the extras of mtp."""
-    return metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
+def extra_of(requirement: Any) -> str:
+    """The extra of mtp that asks for a package; empty if mtp itself does."""
+    marker = requirement.marker
+    if marker is None or marker.evaluate({"extra": ""}):
+        return ""
+    extras = metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
+    return next((extra for extra in extras if marker.evaluate({"extra": extra})), "")
 
 
 def installed(name: str) -> str | None:
