@@ -11,7 +11,6 @@ from helpers import config
 
 from mtp.reports.json_lines import read_records
 from mtp.reports.loggers import (
-    FilesConfig,
     Log,
     LoggedRun,
     LoggerConfig,
@@ -28,7 +27,7 @@ ROWS = [{"stage": "main", "prompt": "1+1=", "completion": "2|<b>;", "right": Tru
 
 
 def log_of(**sinks: SinkConfig) -> Log:
-    return Log.of(LoggerConfig(sinks={"files": FilesConfig(), **sinks}))
+    return Log.of(LoggerConfig(sinks=sinks))
 
 
 def events(folder: Path):
@@ -71,6 +70,7 @@ def test_tensorboard_has_each_record_once_after_a_run_was_killed_and_resumed(tmp
     resumed.metrics("main", 3, 3, {"loss": 0.25})
     resumed.metrics("rl", 1, 4, {"loss": 0.125})
     resumed.finish(has_ended=True)
+    killed.finish(has_ended=False)  # closes its file, which Python would warn about
     assert points(tmp_path, "loss") == [(1, 1.0), (2, 0.5), (3, 0.25), (4, 0.125)]
     assert points(tmp_path, "by_slot/1") == [(1, 0.5), (2, 0.5)]
     found = events(tmp_path)
@@ -103,7 +103,7 @@ def store(tmp_path, monkeypatch):
     tracking = pytest.importorskip("mlflow.tracking")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
-    return tracking.MlflowClient((tmp_path / "mlruns").as_uri())
+    return tracking.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
 
 
 def only_run(store):
@@ -164,7 +164,7 @@ def test_a_run_that_mlflow_has_lost_is_continued_in_a_new_one_and_says_so(tmp_pa
 
 def test_a_store_that_cannot_be_used_names_its_key(tmp_path, store):
     (tmp_path / "file").write_text("")
-    uri = (tmp_path / "file" / "x").as_uri()
+    uri = f"sqlite:///{tmp_path}/file/x.db"
     log = log_of(mlflow=MlflowConfig(tracking_uri=uri))
     with pytest.raises(ValueError, match=f"^logger.sinks.mlflow.tracking_uri={uri} cannot be used"):
         log.start(LoggedRun(tmp_path, {}, 0), None)

@@ -1,7 +1,8 @@
 """Records as a run of MLflow, by its client: the package mlflow-skinny is enough.
 
-Without a server the store is the folder `mlruns` of the working folder, and `mlflow ui` of the
-whole package mlflow shows it. mlflow itself is imported when a run starts.
+Without a server the store is the SQLite file `mlflow.db` of the working folder, MLflow's own
+default, and `mlflow ui` of the whole package mlflow shows it. mlflow itself is imported when a run
+starts.
 
 Left out: models, and the details that the report is made of.
 """
@@ -15,8 +16,6 @@ from typing import Any, ClassVar
 
 from .base import LoggedRun, Sink, SinkConfig, scalars
 
-STORE = "mlruns"
-"""Folder of the store without a server."""
 MOST_PARAMETERS = 100
 """Parameters, and metrics too, that one call of the client takes."""
 LONGEST_VALUE = 6000
@@ -32,8 +31,8 @@ class MlflowConfig(SinkConfig):
     experiment: str = "mtp"
     """Experiment that the run belongs to; made if it is missing."""
     tracking_uri: str | None = None
-    """Server or store, such as `http://localhost:5000`; None: MLFLOW_TRACKING_URI, else the folder
-    `mlruns`."""
+    """Server or store, such as `http://localhost:5000`; None: MLFLOW_TRACKING_URI, else the file
+    `mlflow.db` of the working folder."""
     group: str | None = None
     """Tag `group` of the run; the jobs of a sweep share theirs."""
 
@@ -59,11 +58,10 @@ class MlflowSink(Sink):
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
 
-        uri = self._config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-        self._client = MlflowClient(uri or Path(STORE).resolve().as_uri())
         lines = []
         self._is_resumed = False
         try:
+            self._client = MlflowClient(self._config.tracking_uri)
             if state is not None:
                 try:
                     self._client.update_run(state["id"], status="RUNNING")
@@ -75,10 +73,10 @@ class MlflowSink(Sink):
             if not self._is_resumed:
                 self._id = self._make_run(run)
         except (MlflowException, OSError) as error:
-            reason = str(error).splitlines()[0]
+            uri = self._config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "null"
             raise ValueError(
-                f"logger.sinks.mlflow.tracking_uri={self._client.tracking_uri} cannot be used: "
-                f"{reason}; start the server, or give another store"
+                f"logger.sinks.mlflow.tracking_uri={uri} cannot be used: "
+                f"{str(error).splitlines()[0]}; start the server, or give another store"
             ) from None
         return lines
 
