@@ -29,7 +29,7 @@ class Model:
         alphabet = character_tokenizer("0123456789+=;", ["<think>", "</think>"])
         self.fmt = PromptFormat(alphabet, PHASES, 4)
         self.asked: list[tuple[str, str, int]] = []
-        self.console = Console(file=io.StringIO(), width=100)
+        self.console = Console(file=io.StringIO(), width=200)
 
     def write(self, prompt: list[int], mode: str) -> list[int]:
         keep = self.fmt.plan(mode).keep[0]
@@ -112,7 +112,7 @@ for line in typed_lines(Console(force_terminal=True)):
 
 
 def type_lines(state: Path, keys: bytes) -> str:
-    """What a terminal shows while keys are typed into a conversation."""
+    """Text that a terminal shows while keys are typed into a conversation."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, "XDG_STATE_HOME": str(state), "TERM": "xterm"}
     job = subprocess.Popen(

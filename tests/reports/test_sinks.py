@@ -182,7 +182,7 @@ def test_a_missing_package_names_its_extra_before_anything_is_built(tmp_path, mo
 
 
 def test_a_run_that_is_stopped_and_resumed_is_one_run_in_every_sink(tmp_path, store, monkeypatch):
-    """What the files have, TensorBoard and MLflow have too; the page is an artifact of MLflow."""
+    """TensorBoard and MLflow have the records of the files; the page is an artifact of MLflow."""
     pytest.importorskip("tensorboard")
     folder = tmp_path / "run"
     given = [*ONE_STAGE, "logger=[tensorboard,mlflow]", "stages.main.evaluate_every=4"]
