@@ -84,13 +84,14 @@ def show(findings: list[Finding]) -> None:
     from ..reports.progress import make_console
 
     console = make_console()
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for one in findings:
-        table.add_row(Text(one.level, style=STYLES[one.level]), one.topic, Text(one.text))
-    console.print(table)
+    if console.is_terminal:
+        table = Table.grid(padding=(0, 2))
+        for one in findings:
+            table.add_row(Text(one.level, style=STYLES[one.level]), one.topic, Text(one.text))
+        console.print(table)
+    else:
+        for one in findings:
+            print(f"{one.level:<8}{one.topic:<15}{one.text}")
     number = {level: sum(one.level == level for one in findings) for level in STYLES}
     broken = f"{number['broken']} broken" if number["broken"] else "nothing is broken"
     console.print(f"{broken}; {number['slow']} slow")
@@ -197,7 +198,7 @@ def processor() -> Iterator[Finding]:
 
     usable, threads = usable_cores(), torch.get_num_threads()
     vector = torch.backends.cpu.get_cpu_capability()
-    text = f"{usable:g} of {os.cpu_count()} cores, {threads} threads, {vector}"
+    text = f"{usable:g} of {os.cpu_count()} cores, threads: {threads}, {vector}"
     if threads > max(1, usable):
         text += (
             f": more threads than cores wait for each other; set fabric.num_threads={usable:.0f}"

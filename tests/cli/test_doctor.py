@@ -108,7 +108,7 @@ def test_cores_are_those_of_the_quota(tmp_path, monkeypatch, content, cores):
     [
         (8, None, "slow", "more threads than cores wait for each other; set fabric.num_threads=2"),
         (1, "1", "slow", "OMP_NUM_THREADS=1 leaves cores unused"),
-        (2, None, "ok", "2 threads"),
+        (2, None, "ok", "threads: 2"),
     ],
 )
 def test_threads_that_do_not_fit_the_cores_are_slow(monkeypatch, threads, variable, level, why):
