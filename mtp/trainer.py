@@ -21,6 +21,7 @@ from .hub.run_folder import RunFolder, claim
 from .reference import check_references, save_start
 from .reports.curves import save_curves
 from .reports.loggers import Log, LoggedRun
+from .reports.page import REPORT, write_page
 from .reports.progress import make_console
 from .reports.tables import print_table
 from .run import Progress, Run, read_start, settings_of, write_start
@@ -56,6 +57,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     config.validate()
     check_writable(Path(config.run_dir), "run_dir")
     check_references(config)
+    config.logger.check_installed()
     fabric = config.fabric.build()
     with lifeline(fabric, good=Interrupted):
         return train_on(fabric, config)
@@ -161,7 +163,7 @@ def run_stages(
                     stop_if_asked(run, f"after stage {name}")
             return finish(run)
         finally:
-            log.finish()
+            log.finish(has_ended=False)
 
 
 def has_ended(config: RunConfig, folder: Path, progress: Progress) -> bool:
@@ -238,9 +240,13 @@ def finish(run: Run) -> dict[str, Any]:
             model, _ = load_model(folder / "stages" / progress.summaries[-1]["name"])
         export(model, run.fmt, folder / "export", summary, run.config)
         save_atomically(folder / "curves.png", lambda file: save_curves(progress.points, file))
-        for name in ("export", "curves.png"):
+        written = ["export", "curves.png"]
+        if run.log.stores_report:
+            write_page([folder], folder / REPORT, summary=summary)
+            written.append(REPORT)
+        for name in written:
             run.log.artifact(folder / name)
-        run.log.finish()
+        run.log.finish(has_ended=True)
         # Last, since a summary marks the run as ended.
         save_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         print_table(run.console, summary)

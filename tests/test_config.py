@@ -123,6 +123,7 @@ def test_a_single_run_does_not_resume_and_belongs_to_no_group():
 def test_the_log_is_files_and_the_sinks_that_are_chosen():
     chosen = {"logger=files": ["files"], "logger=wandb": ["files", "wandb"]}
     chosen["logger=[wandb,files]"] = ["files", "wandb"]
+    chosen["logger=[tensorboard,mlflow]"] = ["files", "tensorboard", "mlflow"]
     assert list(run_config().logger.sinks) == ["files"]
     for override, sinks in chosen.items():
         assert list(run_config(override).logger.sinks) == sinks

@@ -1,4 +1,5 @@
-"""`python train.py --help`, from conf/ alone: all choices, with each file's first comment.
+"""`python train.py --help` and `mtp train --help`, from conf/ alone: all choices, with each file's
+first comment.
 
 Imports nothing that a run needs, so help is printed at once.
 """
@@ -9,6 +10,9 @@ from pathlib import Path
 WIDTH = 100
 GROUPS = ("experiment", "model", "head", "task", "decoding", "fabric", "logger", "sweep", "study")
 """Groups of conf/, sorted by how often they are used."""
+
+PROGRAM = "python train.py"
+"""Words that start a run in a checkout."""
 
 USAGE = """\
 Train a main LLM together with its eavesdropping head.
@@ -44,9 +48,10 @@ Meaning of a key: the field of the same name in mtp/config.py and the files it i
 """
 
 
-def help_text(conf: Path) -> str:
-    """The whole help, in lines of at most `WIDTH` columns."""
-    return f"{USAGE}\nChoices, set by group=choice:\n{choices(conf)}\n\n{KEYS}"
+def help_text(conf: Path, program: str = PROGRAM) -> str:
+    """The whole help, in lines of at most `WIDTH` columns, for the words that start a run."""
+    usage, keys = (text.replace(PROGRAM, program) for text in (USAGE, KEYS))
+    return f"{usage}\nChoices, set by group=choice:\n{choices(conf)}\n\n{keys}"
 
 
 def choices(conf: Path) -> str:

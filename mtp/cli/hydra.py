@@ -1,8 +1,9 @@
-"""Hydra's side of a run: the schema, the resolvers of conf/train.yaml, and the jobs of a sweep."""
+"""Hydra's side of a run: the schema, the resolvers of conf/train.yaml, a run and a sweep's jobs."""
 
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 import traceback
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -19,9 +21,51 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from ..common.errors import in_quotes, one_line
 from ..common.files import save_text
-from ..config import RunConfig
+from ..common.process import run_command
+from ..config import RunConfig, to_run_config
 from ..reports.loggers import SINKS
 from ..tasks import TASK_CONFIGS
+
+
+def compose_and_run(arguments: list[str], conf: Path) -> None:
+    """Compose the config from Hydra's arguments and a folder of settings, and run it.
+
+    A sweep runs each of its jobs, or gives them to a launcher.
+    """
+    register_configs()
+    given = list(sys.argv)
+
+    def task(config: DictConfig) -> float | None:
+        """A run, or a job of a sweep; a sweeper may maximise the accuracy that it returns."""
+        sys.argv = given  # a strategy of several processes starts the same command again
+        overrides = job_overrides()
+        if overrides is None:
+            code = run_command(lambda: run(config))  # Hydra would print its own message
+            return sys.exit(code) if code else None
+        return run_job(lambda: run(config), Path(config.run_dir), overrides)
+
+    sys.argv = [given[0], *arguments]  # where Hydra reads them
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf), config_name="train")(task)()
+    finally:
+        sys.argv = given
+
+
+def run(config: DictConfig) -> float | None:
+    """Run the configured stages. Returns the last fast accuracy, else the slow one."""
+    from ..trainer import Interrupted, train
+    from ..training.runtime import hand_on
+
+    try:
+        summary = train(to_run_config(config))
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        hand_on(stop.signal)
+        # A launcher of several processes treats any other exit code as a crash and kills the first
+        # process, which may still be writing the checkpoint.
+        sys.exit(130 if os.environ.get("LOCAL_RANK", "0") == "0" else 0)
+    last = summary["stages"][-1]
+    return last["slow_accuracy"] if last["fast_accuracy"] is None else last["fast_accuracy"]
 
 
 def register_configs() -> None:

@@ -1,4 +1,5 @@
-"""The command `mtp`: write text with a trained model, talk with it, evaluate it, export it, report.
+"""The command `mtp`: train, write text with a trained model, talk with it, evaluate it, export it,
+report; the jobs of a sweep; a check of the machine.
 
 Errors are one line on standard error and exit code 2. Heavy imports wait until a command runs, so
 `--help` answers at once.
@@ -8,11 +9,13 @@ import argparse
 import json
 import shlex
 import sys
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.process import quiet_imports, run_command
+from .completion import add_completion, complete_overrides
+from .doctor import add_doctor
+from .opening import Opened, choose_device, open_run
 from .options import (
     DEFAULT_SEED,
     add_sampling_options,
@@ -23,227 +26,14 @@ from .options import (
     search_config,
 )
 from .report import add_report
+from .sweep import add_sweep
+from .train import train
+from .writing import chat, generate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
     from typing import NoReturn
 
-    from rich.console import Console
-
-    from ..config import RunConfig
     from ..modeling.branches import SearchConfig
-    from ..rollouts.prompt_format import PromptFormat
-
-DEFAULT_MAX_NEW_TOKENS = 256
-"""Limit if neither the command line nor the folder sets one."""
-
-
-@dataclass
-class Opened:
-    """A model that a command uses."""
-
-    folder: Path
-    """Folder of the weights."""
-    stage: str | None
-    """Stage that saved the model; None for an exported folder."""
-    config: "RunConfig | None"
-    """Config of the run; None for an exported folder."""
-
-    @property
-    def head_is_trained(self) -> bool:
-        """False if no stage up to this one trained the head."""
-        return self.config is None or any(
-            self.config.stages[name].train_head for name in self.stages_so_far()
-        )
-
-    def choose_mode(self, mode: str | None) -> str:
-        """The given mode, else fast if the head is trained and slow if it is not.
-
-        Raises ValueError for fast mode with an untrained head.
-        """
-        if mode == "fast" and not self.head_is_trained:
-            raise ValueError(f"the head is untrained after stage {self.stage}; use --mode slow")
-        return mode or ("fast" if self.head_is_trained else "slow")
-
-    def stages_so_far(self) -> list[str]:
-        """Names of the run's stages up to this one."""
-        if self.config is None or self.stage is None:
-            return []
-        names = list(self.config.active_stages())
-        return names[: names.index(self.stage) + 1]
-
-    def load(self, device: str) -> tuple[Any, "PromptFormat"]:
-        """The model on a device, ready to decode, and its prompt format."""
-        from ..common.errors import reading
-        from ..hub.build import load_model
-
-        dtype = None if self.config is None else self.config.model.torch_dtype()
-        with reading(str(self.folder)):
-            model, fmt = load_model(self.folder, dtype)
-        return model.to(device).eval(), fmt
-
-
-def open_run(folder: Path, stage: str | None) -> Opened:
-    """A run's model: at the end of the given stage, or of the last stage that has ended.
-
-    Raises ValueError if the folder is no run or holds no such model.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} does not exist; give a folder such as runs/default")
-    from ..config import load_run_config
-
-    config = load_run_config(folder / "config.yaml")
-    ended = [
-        name
-        for name in config.active_stages()
-        if (folder / "stages" / name / "config.json").is_file()
-    ]
-    if not ended:
-        raise ValueError(f"{folder} holds no trained model yet: none of its stages has ended")
-    if stage is not None and stage not in ended:
-        raise ValueError(f"--stage must be one of {', '.join(ended)} in {folder}, got {stage}")
-    missing = [name for name in config.active_stages() if name not in ended]
-    if stage is None and missing:
-        print(
-            f"note: {folder} has not ended ({', '.join(missing)} to go); this is its model after "
-            f"{ended[-1]}",
-            file=sys.stderr,
-        )
-    stage = stage or ended[-1]
-    return Opened(folder / "stages" / stage, stage, config)
-
-
-def open_model(folder: Path, stage: str | None) -> Opened:
-    """The model of a run, or that of an exported folder."""
-    if (folder / "config.yaml").is_file() or not folder.is_dir():
-        return open_run(folder, stage)
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder} is neither a run (no config.yaml) nor an exported model (no config.json)"
-        )
-    if stage is not None:
-        raise ValueError(f"--stage selects a stage of a run, but {folder} is one model")
-    from ..common.errors import read_json
-
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or "mtp" not in config:
-        raise ValueError(f"{folder} holds a model without a head; give one that mtp wrote")
-    return Opened(folder, None, None)
-
-
-def choose_device(name: str) -> str:
-    """`auto` is a GPU if there is one. Raises ValueError for a missing device."""
-    import torch
-
-    has_gpu = torch.cuda.is_available()
-    if name == "cuda" and not has_gpu:
-        raise ValueError("--device cuda needs a GPU that torch can use; there is none")
-    return ("cuda" if has_gpu else "cpu") if name == "auto" else name
-
-
-@dataclass
-class Writer:
-    """A model that is ready to write, with the options of `mtp generate` or `mtp chat`."""
-
-    console: "Console"
-    model: Any
-    fmt: "PromptFormat"
-    mode: str
-    check_length: "Callable[[list[int]], None]"
-    """Raises ValueError for prompt ids that leave too few positions for the new tokens."""
-    write: "Callable[[list[int], str], list[int]]"
-    """(prompt ids, mode) -> completion ids, shown as they are sampled."""
-
-
-def open_writer(arguments: argparse.Namespace) -> Writer:
-    """The model of a writing command. Raises ValueError for settings that it cannot follow."""
-    opened = open_model(arguments.folder, arguments.stage)
-    mode = opened.choose_mode(arguments.mode)
-    config = search_config(arguments)
-    if config is not None and (arguments.max_segments or 1) > 1:
-        raise ValueError(
-            f"a search writes one segment, got --max-segments {arguments.max_segments}; drop it"
-        )
-    sampler = make_sampler(arguments, config)
-    import torch
-
-    from ..modeling.decode_options import DecodeOptions
-    from ..modeling.segments import check_segments
-    from ..reports.progress import make_console
-    from .streaming import write_live
-    from .streaming_search import write_found
-
-    device = choose_device(arguments.device)
-    model, fmt = opened.load(device)
-    limit = arguments.max_new_tokens
-    if limit is None and opened.config is not None:
-        limit = opened.config.decoding.max_new_tokens
-    if limit is None:
-        limit = model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-    if arguments.max_segments is not None:
-        fmt.segments = replace(fmt.segments, max_segments=arguments.max_segments)
-        check_segments(fmt.segments, fmt.phases, "decoding")
-    seed = DEFAULT_SEED if arguments.seed is None else arguments.seed
-    generator = torch.Generator(device=device).manual_seed(seed)
-    options = DecodeOptions(sampler=sampler, max_new_tokens=limit, generator=generator)
-    console = make_console()
-
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-    def check_length(prompt: list[int]) -> None:
-        if positions is not None and len(prompt) + limit > positions:
-            raise ValueError(
-                f"a prompt of {len(prompt)} tokens and {limit} new ones must fit in the model's "
-                f"{positions} positions; shorten the prompt or lower --max-new-tokens"
-            )
-
-    def write(prompt: list[int], mode: str) -> list[int]:
-        plan = fmt.plan(mode)
-        if arguments.max_thought_tokens is not None:
-            plan.max_tokens[0] = arguments.max_thought_tokens
-        if config is not None:
-            return write_found(console, model, fmt, prompt, plan, options, config, mode=mode)
-        return write_live(console, model, fmt, prompt, plan, options, mode=mode)
-
-    return Writer(console, model, fmt, mode, check_length, write)
-
-
-def generate(arguments: argparse.Namespace) -> None:
-    """`mtp generate`."""
-    writer = open_writer(arguments)
-    writer.fmt.check_prompt(arguments.prompt)
-    prompt = writer.fmt.prompt_ids(arguments.prompt)
-    writer.check_length(prompt)
-    style = "dim" if writer.console.is_terminal else ""
-    writer.console.print(arguments.prompt, end=" ", style=style)
-    writer.write(prompt, writer.mode)
-
-
-def chat(arguments: argparse.Namespace) -> None:
-    """`mtp chat`."""
-    from .streaming import HELP, converse
-
-    writer = open_writer(arguments)
-    console = writer.console
-    if console.is_terminal:
-        console.print(HELP, style="dim")
-
-    def said() -> "Iterator[str]":
-        while True:
-            try:
-                yield console.input("> " if console.is_terminal else "")
-            except EOFError:
-                return
-
-    converse(
-        said(),
-        console,
-        writer.fmt,
-        writer.write,
-        mode=writer.mode,
-        check=writer.fmt.check_prompt,
-        check_length=writer.check_length,
-    )
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -395,9 +185,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(
-        prog="mtp", description="Use a main LLM and its eavesdropping head, trained by train.py."
-    )
+    parser = Parser(prog="mtp", description="Train and use a main LLM with its eavesdropping head.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str, folder: str) -> argparse.ArgumentParser:
@@ -406,6 +194,9 @@ def make_parser() -> argparse.ArgumentParser:
         sub.add_argument("folder", type=Path, metavar="FOLDER", help=folder)
         return sub
 
+    about = "train, by the settings of conf/ and overrides of them: mtp train --help lists both"
+    sub = commands.add_parser("train", help=about, add_help=False)
+    complete_overrides(sub)
     a_run = "folder of a run, such as runs/default"
     sub = command("generate", generate, "write text with a model", f"{a_run}, or of an export")
     sub.add_argument("prompt", metavar="PROMPT", help="the user's message, such as 37+85+46=")
@@ -457,6 +248,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--private", action="store_true", help="with --push: make a private repository"
     )
     for name, sub in commands.choices.items():
+        if name == "train":
+            continue
         sub.add_argument(
             "--stage", metavar="NAME", help="stage whose model is used; default: the last"
         )
@@ -468,6 +261,9 @@ def make_parser() -> argparse.ArgumentParser:
                 help="default: a GPU if there is one",
             )
     add_report(commands)
+    add_sweep(commands)
+    add_doctor(commands)
+    add_completion(commands, parser)
     return parser
 
 
@@ -475,11 +271,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code, see `process`."""
     if argv is None:
         quiet_imports()
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["train"]:
+        return train(given[1:], "mtp train")
 
-    def command() -> None:
-        arguments = make_parser().parse_args(argv)
+    def command() -> int | None:
+        arguments = make_parser().parse_args(given)
         check_options(arguments)
-        arguments.run(arguments)
+        return arguments.run(arguments)  # type: ignore[no-any-return]
 
     return run_command(command)
 

@@ -7,8 +7,6 @@ import webbrowser
 from pathlib import Path
 from typing import Any
 
-NAME = "report.html"
-"""File that the page is written to, in the folder of the only run or sweep."""
 SECONDS_BETWEEN_LOOKS = 2.0
 """Seconds after which `--watch` looks for new records."""
 WATCHED = ("metrics.jsonl", "summary.json", "outcomes.jsonl", "thoughts.jsonl", "job.json")
@@ -36,18 +34,18 @@ def add_report(commands: Any) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help=f"default: {NAME} in the folder, or in the working folder for several folders",
+        help="default: report.html in the folder, or in the working folder for several folders",
     )
 
 
 def report(arguments: argparse.Namespace) -> None:
     """`mtp report`."""
-    from ..reports.page import find_runs, write_page
+    from ..reports.page import REPORT, find_runs, write_page
 
     folders: list[Path] = arguments.folders
     output = arguments.output
     if output is None:
-        output = folders[0] / NAME if len(folders) == 1 else Path(NAME)
+        output = folders[0] / REPORT if len(folders) == 1 else Path(REPORT)
     if output.is_dir():
         raise ValueError(f"--output must be a file, got the folder {output}; add a file's name")
     runs = find_runs(folders)

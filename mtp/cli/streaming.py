@@ -1,7 +1,6 @@
-"""Text on the screen as it is sampled: by block, coloured by emitter; and conversations."""
+"""Text on the screen as it is sampled: by block, coloured by emitter."""
 
 import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.text import Text
 
 from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.memory import Memory
-from ..modeling.phases import MODES, PhasePlan
+from ..modeling.phases import PhasePlan
 from ..modeling.records import FORCED, Block
 from ..modeling.segments import decode_segments
 from ..rollouts.prompt_format import PromptFormat
@@ -20,10 +19,13 @@ from ..rollouts.tokenization import TextPieces
 STYLES = {
     "main": "not dim bold yellow",
     "head": "not dim cyan",
-    "accepted": "not dim green",
-    "forced": "not dim magenta",
+    "accepted": "not dim italic green",
+    "forced": "not dim underline magenta",
 }
-"""Colour of each emitter; `accepted` is a token that the head proposed and main accepted."""
+"""Style of each emitter; `accepted` is a token that the head proposed and main accepted. Without
+colours (NO_COLOR) they still differ."""
+SEPARATOR = "|"
+"""Text between two passes."""
 
 
 def emitter(slot: int, accepted: int) -> str:
@@ -35,7 +37,7 @@ def emitter(slot: int, accepted: int) -> str:
 
 @dataclass
 class LiveText:
-    """Prints the blocks of a batch of one. Uses colours on a terminal, else separators `|`."""
+    """Prints the blocks of a batch of one, with `|` between passes; styled on a terminal."""
 
     console: Console
     tokenizer: Any
@@ -53,8 +55,8 @@ class LiveText:
         """Print the tokens that a pass added."""
         length = int(block.lengths[0])
         shown = Text()
-        if self.ids and not self.console.is_terminal:
-            shown.append("|")
+        if self.ids:
+            shown.append(SEPARATOR, style="dim" if self.console.is_terminal else "")
         self.num_passes += 1
         columns = [x[0, :length].tolist() for x in (block.tokens, block.slots, block.accepted)]
         for token, slot, accepted in zip(*columns, strict=True):
@@ -119,56 +121,3 @@ def write_live(
     )
     live.end(mode, "" if out.out.finished[-1] else f"; cut at {options.max_new_tokens} new tokens")
     return live.ids
-
-
-HELP = "/mode fast|slow|verified changes the mode, /new forgets the conversation, /quit ends it"
-
-
-def converse(
-    lines: Iterable[str],
-    console: Console,
-    fmt: PromptFormat,
-    write: Callable[[list[int], str], list[int]],
-    *,
-    mode: str,
-    check: Callable[[str], None],
-    check_length: Callable[[list[int]], None],
-) -> None:
-    """A conversation: each line is a message, or a command (`HELP`).
-
-    Args:
-        lines: the user's lines.
-        console: output.
-        fmt: makes prompts of conversations. Thoughts are left out of later prompts.
-        write: completes a prompt, (ids, mode) -> completion ids.
-        mode: mode at the beginning.
-        check: raises ValueError for a message that the model cannot read.
-        check_length: raises ValueError for a prompt that is too long for the model.
-    """
-    messages: list[dict[str, str]] = []
-    for line in map(str.strip, lines):
-        command, _, value = line.partition(" ")
-        if command == "/quit":
-            return
-        if command == "/new":
-            messages = []
-        elif command == "/mode" and value in MODES:
-            mode = value
-        elif command.startswith("/"):
-            console.print(HELP, style="dim")
-        elif line:
-            try:
-                check(line)
-            except ValueError as error:
-                console.print(f"error: {error}", style="red")
-                continue
-            said = [*messages, {"role": "user", "content": line}]
-            prompt = fmt.conversation_ids(said)
-            try:
-                check_length(prompt)
-            except ValueError as error:
-                console.print(f"error: {error}, or type /new", style="red")
-                continue
-            ids = write(prompt, mode)
-            answer = fmt.answer_text(ids)
-            messages = [*said, {"role": "assistant", "content": answer or ""}]

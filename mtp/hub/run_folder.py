@@ -10,20 +10,19 @@ import fcntl
 import json
 import os
 import shutil
-import socket
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..common.files import remove_temporary, save_text
+from ..common.lock import LOCK, this_process
 from ..reports.loggers import SINKS
 from .checkpoint import choose_checkpoint
 from .export import check_replaceable
 
 MARK = ".mtp-run"
 """File that marks a folder as a run's."""
-LOCK = ".mtp-lock"
 FOLDERS = ("checkpoints", "stages", "start", "export", "not_finite")
-FILES = ("config.yaml", "curves.png", "summary.json")
+FILES = ("config.yaml", "curves.png", "report.html", "summary.json")
 BESIDE = ("job.json", MARK, LOCK)
 """Files that may lie in the folder of a run that has not begun."""
 
@@ -104,7 +103,7 @@ class RunFolder:
                 break
             lock.close()
         lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.write(f"{this_process()}\n")
         lock.flush()
         self._lock = lock
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from mtp.cli.main import main
-from mtp.cli.streaming import LiveText, converse
+from mtp.cli.streaming import LiveText
 from mtp.config import RunConfig, load_run_config, save_run_config
 from mtp.evaluation.evaluate import EvaluationConfig, evaluate
 from mtp.hub.build import generation_config, load_model, save_model
@@ -210,10 +210,21 @@ def test_a_terminal_shows_the_emitters_in_colours():
     ids = live.tokenizer.encode("3;45", add_special_tokens=False)
     row = [torch.tensor([values]) for values in (ids, [0, 1, 0, FORCED], [0, 0, 2, 0])]
     live(Block(torch.tensor([0]), *row, torch.zeros(1, 4), torch.tensor([4])))
+    live(Block(torch.tensor([0]), *(x[:, :1] for x in row), torch.zeros(1, 1), torch.tensor([1])))
     shown = file.getvalue()
     assert "\x1b[1;33m3" in shown and "\x1b[36m;" in shown
-    assert "\x1b[32m4" in shown and "\x1b[35m5" in shown
-    assert "|" not in shown
+    assert "\x1b[3;32m4" in shown and "\x1b[4;35m5" in shown
+    assert shown.endswith("\x1b[2m|\x1b[0m\x1b[1;33m3\x1b[0m"), "passes are separated"
+
+
+def test_without_colours_the_emitters_still_differ():
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, no_color=True, width=80)
+    live = LiveText(console, character_tokenizer("0123456789;", []))
+    ids = live.tokenizer.encode("3;45", add_special_tokens=False)
+    row = [torch.tensor([values]) for values in (ids, [0, 1, 0, FORCED], [0, 0, 2, 0])]
+    live(Block(torch.tensor([0]), *row, torch.zeros(1, 4), torch.tensor([4])))
+    assert file.getvalue() == "\x1b[1m3\x1b[0m;\x1b[3m4\x1b[0m\x1b[4m5\x1b[0m"
 
 
 def test_verified_text_is_slow_text(run, capsys):
@@ -231,37 +242,6 @@ def test_a_thought_budget_closes_the_thought(run, capsys):
     assert main(["generate", str(run), "12+34=", *arguments]) == 0
     text = capsys.readouterr().out.splitlines()[0].split(" ")[1]
     assert text.index("</think>") <= len("1|2|3")
-
-
-def test_a_conversation_goes_on_until_it_is_quit():
-    text = PromptFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), PHASES, 4)
-    console = Console(file=io.StringIO())
-    asked = []
-
-    def write(prompt, mode):
-        asked.append((text.tokenizer.decode(prompt), mode))
-        return text.completion_ids("1;", str(len(asked)))
-
-    def check(message):
-        if "x" in message:
-            raise ValueError("no x")
-
-    def check_length(prompt):
-        if len(prompt) > 9:
-            raise ValueError("too long")
-
-    lines = ["1+", "", "2+x", "3+", "/mode slow", "/mode warp", "4+", "5+", "/new", "5+"]
-    lines += ["/quit", "6+"]
-    converse(lines, console, text, write, mode="fast", check=check, check_length=check_length)
-    assert asked == [
-        ("1+<think>", "fast"),
-        ("1+13+<think>", "fast"),
-        ("1+13+24+<think>", "slow"),
-        ("5+<think>", "slow"),
-    ]
-    shown = console.file.getvalue()
-    assert "error: too long, or type /new" in shown
-    assert "error: no x" in shown and shown.count("/mode fast|slow|verified") == 1
 
 
 def test_chat_reads_messages_from_standard_input(run, capsys, monkeypatch):

@@ -26,6 +26,12 @@ def test_help_of_train_works_from_any_folder_and_names_every_choice(tmp_path):
     assert "..." not in shown.replace("seed=1 ...", "")
 
 
+def test_help_of_mtp_train_is_that_of_train_with_its_own_name(tmp_path):
+    shown = run(sys.executable, "-m", "mtp.cli.main", "train", "--help", cwd=tmp_path)
+    assert shown == help_text(ROOT / "conf", "mtp train") + "\n"
+    assert "  mtp train experiment=NAME " in shown and "train.py" not in shown
+
+
 def test_groups_stand_in_the_order_in_which_they_are_chosen():
     lines = help_text(ROOT / "conf").splitlines()
     assert [line.strip() for line in lines if line.strip() in GROUPS] == list(GROUPS)
@@ -37,11 +43,21 @@ def test_experiments_of_a_study_come_after_those_that_stand_alone():
     assert in_study == sorted(in_study) and any(in_study)
 
 
-@pytest.mark.parametrize("arguments", [["train.py", "--help"], ["-m", "mtp.cli.main", "--help"]])
+COMMANDS = [
+    ["mtp", "--help"],
+    ["mtp", "train", "--help"],
+    ["mtp", "doctor", "--help"],
+    ["mtp", "sweep", "status", "--help"],
+    ["mtp", "completion", "bash"],
+    ["train.py", "--help"],
+]
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
 def test_help_imports_nothing_that_a_run_needs(arguments):
     code = (
         "import runpy, sys\n"
-        f"sys.argv = {arguments[-2:]!r}\n"
+        f"sys.argv = {arguments!r}\n"
         "try:\n"
         + (
             "    runpy.run_path('train.py', run_name='__main__')\n"

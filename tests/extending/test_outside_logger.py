@@ -44,8 +44,8 @@ class MemorySink(Sink):
     def state(self):
         return {"calls": len(self.calls)}
 
-    def finish(self):
-        self.calls.append(("finish",))
+    def finish(self, has_ended):
+        self.calls.append(("finish", has_ended))
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def memory():
 def test_a_sink_from_outside_gets_what_the_files_get(tmp_path, memory):
     logger = ["logger=[files,memory_schema]", "logger.sinks.memory.room=b"]
     train(config(tmp_path / "run", *ONE_STAGE, *logger))
-    assert [memory[0], memory[-1]] == [("start", 0, None), ("finish",)]
+    assert [memory[0], memory[-1]] == [("start", 0, None), ("finish", True)]
     records = [call[1] for call in memory if call[0] == "metrics"]
     assert json.loads(json.dumps(records)) == read_records(tmp_path / "run" / "metrics.jsonl")
     assert ("table", "completions", 4, 6) in memory

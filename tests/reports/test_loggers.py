@@ -23,8 +23,8 @@ def test_a_resumed_run_continues_the_wandb_run_of_its_id(tmp_path):
         log.metrics("main", 1, 1, {"loss": 2.5, "reward": None})
         log.table("completions", [{"prompt": "1+1=", "segments": [1]}], 1)
         states.append(log.states())
-        log.finish()
-        log.finish()
+        log.finish(has_ended=True)
+        log.finish(has_ended=True)
     assert states[1]["wandb"] == {"id": "abc123"} != states[0]["wandb"]
     assert list(tmp_path.glob("wandb/offline-run-*-abc123"))
     assert len(read_records(tmp_path / "metrics.jsonl")) == 2

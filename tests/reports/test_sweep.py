@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from mtp.cli.hydra import run_job
+from mtp.cli.main import main as command
 from mtp.reports.interval import t_quantile
 from mtp.reports.progress import make_console
 from mtp.reports.sweep import group_by_seed, main, read_jobs, report
+from mtp.reports.sweep_status import ago, read_status
 from mtp.training.runtime import StopRequest, hand_on
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +118,59 @@ def test_a_launchers_handler_acts_after_the_checkpoint_and_pythons_own_does_not(
         hand_on(signal.SIGINT)
     finally:
         signal.signal(signal.SIGUSR2, before)
+
+
+def test_status_of_jobs_that_run_wait_or_have_stopped(tmp_path, capsys):
+    """One job of each state; a process of another machine counts as running."""
+    finished(tmp_path / "seed=1", {"seed": "1"}, 0.9)
+    steps = "stages: {main: {steps: 30}, rl: {steps: 10}}\n"
+    records = [
+        {"stage": "main", "step": 30, "global_step": 30, "eval/slow_accuracy": 0.75},
+        {"stage": "rl", "step": 4, "global_step": 34, "loss": 1.0},
+    ]
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    here = socket.gethostname()
+    for seed, lock in (
+        (2, f"process {os.getpid()} on {here}\n"),
+        (3, f"process {ended.pid} on {here}\n"),
+        (4, "process 7 on node17\n"),
+    ):
+        job = tmp_path / f"seed={seed}"
+        job.mkdir()
+        (job / "job.json").write_text(json.dumps({"overrides": {"seed": str(seed)}}))
+        (job / "config.yaml").write_text(steps)
+        (job / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        (job / ".mtp-lock").write_text(lock)
+    (tmp_path / "seed=5").mkdir()
+    (tmp_path / "seed=5" / "job.json").write_text('{"overrides": {}, "error": null}')
+    (tmp_path / "seed=6").mkdir()
+    (tmp_path / "seed=6" / "job.json").write_text('{"overrides": {}, "error": "no [disk]"}')
+    jobs = read_status(tmp_path)
+    states = ["done", "running", "stopped", "running", "waiting", "failed"]
+    assert [job.state for job in jobs] == states
+    second = jobs[1]
+    assert (second.stage, second.step, second.steps) == ("rl", 34, 40)
+    assert second.metrics == {"slow_accuracy": 0.75} and 0 <= (second.age or 0) < 60
+    assert jobs[3].writer == "process 7 on node17"
+    assert command(["sweep", "status", str(tmp_path)]) == 1
+    shown = capsys.readouterr().out
+    assert "1 done, 2 running, 1 stopped, 1 waiting, 1 failed" in shown
+    assert "34 of 40" in shown and "75.0 %" in shown
+    assert "failed: seed=6: no [disk]\n" in shown
+    assert command(["sweep", "status", str(tmp_path), "--json"]) == 1
+    listed = json.loads(capsys.readouterr().out)
+    assert [job["state"] for job in listed] == states
+    assert command(["sweep", "table", str(tmp_path)]) == 1
+    assert "1 of 6 jobs done" in capsys.readouterr().out
+    assert command(["sweep", "status", str(tmp_path / "seed=6")]) == 2
+    assert "holds no jobs" in capsys.readouterr().err
+
+
+def test_ages_are_in_their_largest_unit():
+    assert [ago(s) for s in (-1, 59, 61, 7300, 90000)] == [
+        "0 s ago", "59 s ago", "1 min ago", "2 h ago", "1 d ago",
+    ]  # fmt: skip
 
 
 TINY = [

@@ -8,8 +8,10 @@ A config then has it under `logger.sinks.mine`: write a `conf/logger/mine.yaml` 
 other sinks, or choose `logger=mine_schema`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +21,10 @@ from ...common.bounds import bounded
 @dataclass(kw_only=True)
 class SinkConfig:
     """Settings of one sink."""
+
+    needs: ClassVar[str | None] = None
+    """Package that the sink imports and that mtp itself does not need; the extra of mtp has the
+    name of the sink."""
 
     def validate(self, key: str) -> None:
         """Raises ValueError for impossible values, naming them by the `key` of the settings."""
@@ -49,6 +55,19 @@ class LoggerConfig:
                 )
             config.validate(f"logger.sinks.{name}")
 
+    def check_installed(self) -> None:
+        """Raises ValueError naming the extra of the first sink whose package is missing.
+
+        No part of `validate`: a run's model opens where its sinks are not installed.
+        """
+        for name, config in self.sinks.items():
+            if config.needs is not None and find_spec(config.needs) is None:
+                raise ValueError(
+                    f"logger={name} needs the package {config.needs}; install it with: "
+                    f"pip install '.[{name}]' in a checkout, pip install 'mtp-eavesdrop[{name}]' "
+                    "elsewhere"
+                )
+
 
 @dataclass(frozen=True)
 class LoggedRun:
@@ -70,6 +89,9 @@ class Sink:
 
     writes: ClassVar[tuple[str, ...]] = ()
     """Files and folders that the sink makes in a run's folder; `overwrite=true` removes them."""
+    stores_report: ClassVar[bool] = False
+    """True for a sink that keeps the report page: it is written when the run ends, and is then an
+    `artifact`."""
 
     def start(self, run: LoggedRun, state: dict[str, Any] | None) -> list[str]:
         """Begin, or continue from the `state` of a checkpoint: later records are removed.
@@ -94,8 +116,11 @@ class Sink:
         """State for a checkpoint, with which a resumed run can continue the same log."""
         return {}
 
-    def finish(self) -> None:
-        """End the log; a process may run another one afterwards."""
+    def finish(self, has_ended: bool) -> None:
+        """End the log; a process may run another one afterwards.
+
+        has_ended: False if the run was stopped or failed; it may be resumed.
+        """
 
 
 @dataclass(frozen=True)
@@ -164,8 +189,33 @@ class Log:
         """State of each sink for a checkpoint, by its name."""
         return {name: sink.state() for name, sink in self._sinks.items()}
 
-    def finish(self) -> None:
-        """End all sinks; a second call does nothing."""
+    @property
+    def stores_report(self) -> bool:
+        """True if a sink keeps the report page, and the files that it is made of are written."""
+        return "files" in self._sinks and any(s.stores_report for s in self._sinks.values())
+
+    def finish(self, has_ended: bool) -> None:
+        """End all sinks, see `Sink.finish`; a second call does nothing."""
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
-            sink.finish()
+            sink.finish(has_ended)
+
+
+def scalars(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a record by name, for stores that hold one number per name and step.
+
+    `stage`, `step` and `global_step` are left out, and so are None, NaN and infinity. A list has a
+    number per entry: `eval/acceptance_by_slot/1` is that of slot 1.
+    """
+    found: dict[str, float] = {}
+    for name, value in record.items():
+        if name in ("stage", "step", "global_step"):
+            continue
+        if isinstance(value, list):
+            entries = {f"{name}/{place}": entry for place, entry in enumerate(value, 1)}
+        else:
+            entries = {name: value}
+        for key, entry in entries.items():
+            if isinstance(entry, int | float) and math.isfinite(entry):
+                found[key] = float(entry)
+    return found

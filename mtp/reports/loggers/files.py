@@ -55,7 +55,7 @@ class FilesSink(Sink):
         """Bytes written to each file so far."""
         return {name: file.offset for name, file in self._files.items()}
 
-    def finish(self) -> None:
+    def finish(self, has_ended: bool) -> None:
         """Close the files and write metrics.csv."""
         for file in self._files.values():
             file.close()

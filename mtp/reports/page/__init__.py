@@ -4,7 +4,7 @@
 the page shows, `write_page` (`html.py`) embeds that, Plotly, and the scripts of this folder.
 """
 
-from .html import write_page
+from .html import REPORT, write_page
 from .runs import find_runs, read_runs
 
-__all__ = ["find_runs", "read_runs", "write_page"]
+__all__ = ["REPORT", "find_runs", "read_runs", "write_page"]

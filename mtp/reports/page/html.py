@@ -22,17 +22,28 @@ from .runs import find_runs, read_runs
 SCRIPTS = ("elements.js", "tables.js", "tokens.js", "thoughts.js", "app.js")
 """Run in this order, before Plotly is read: tables and rollouts are on the screen first."""
 AFTER_PLOTLY = ("charts.js",)
+REPORT = "report.html"
+"""File of the page in the folder of its only run or sweep."""
 REFRESH_SECONDS = 10
 """Seconds after which the page of an unfinished run is read again."""
 
 
-def write_page(folders: list[Path], output: Path, *, watch: bool = False) -> bool:
+def write_page(
+    folders: list[Path],
+    output: Path,
+    *,
+    watch: bool = False,
+    summary: dict[str, Any] | None = None,
+) -> bool:
     """Write the page about the runs in some folders, each a run or a folder of runs.
 
-    watch: the page reloads itself as long as a run has not ended. Returns whether all have ended.
-    Raises ValueError for a folder without a run.
+    watch: the page reloads itself as long as a run has not ended. summary: that of the only run,
+    which has not written it yet. Returns whether all have ended. Raises ValueError for a folder
+    without a run.
     """
     runs = read_runs(find_runs(folders))
+    if summary is not None:
+        runs[0].summary = summary
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     page = page_data(runs, title)
     has_ended = all(run.status != "unfinished" for run in runs)
