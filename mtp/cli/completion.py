@@ -64,7 +64,8 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
     """The script for a shell."""
     import shtab
 
-    return str(shtab.complete(parser, shell, preamble=PREAMBLE))
+    preamble: Any = PREAMBLE  # its annotation leaves out the dict that it documents
+    return str(shtab.complete(parser, shell, preamble=preamble))
 
 
 def choices_of_group(arguments: list[str], conf: Path) -> str | None:
