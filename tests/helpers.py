@@ -97,7 +97,7 @@ def head_rows(model, taps, block):
     """
     embeds = model.head_embed(torch.tensor([block]))
     tokens = torch.zeros(taps.shape[:2], dtype=torch.long)  # these heads do not read them
-    context = model.mtp_head.replay_context(taps, tokens, torch.tensor([taps.shape[1] - 1]))
+    context = model.head_context(taps, tokens, torch.tensor([taps.shape[1] - 1]))
     return model.mtp_head(context, embeds)[0]
 
 

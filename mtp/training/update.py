@@ -14,7 +14,7 @@ import torch
 from lightning.fabric import Fabric
 
 from ..modeling.sampler import Sampler
-from .batch import RolloutBatch, TextBatch
+from .batch import RolloutBatch, TextBatch, within_draft_vocabulary
 from .objectives import ObjectiveConfig
 from .runtime import NotFinite, over_processes
 from .sharding import as_number
@@ -69,6 +69,10 @@ def update(
         ValueError: if a gradient is missing that was to be checked.
     """
     in_rl = any(isinstance(batch, RolloutBatch) for batch in batches)
+    is_drafted = getattr(module.module.model.mtp_head, "t2d", None)
+    num_head_rows = sum(len(batch.head) for batch in batches)
+    batches = [within_draft_vocabulary(batch, is_drafted) for batch in batches]
+    num_undrafted = float(num_head_rows - sum(len(batch.head) for batch in batches))
     counts = global_counts(fabric, objective, batches, in_rl)
     sums: dict[str, float] = {}
     seen: dict[str, float] = {}
@@ -108,6 +112,9 @@ def update(
     metrics["loss"] = sums["loss"]
     metrics |= {f"loss/{n}": sums[f"loss/{n}"] / max(c, 1.0) for n, c in counts.items()}
     metrics |= {f"num_tokens/{n}": c for n, c in counts.items()}
+    if is_drafted is not None:
+        outside = over_processes(fabric, {"rows": num_undrafted}, "sum")["rows"]
+        metrics["num_tokens/outside_draft_vocabulary"] = outside
     if check_gradients:
         for name, parameter in module.module.model.named_parameters():
             if parameter.requires_grad and parameter.grad is None:

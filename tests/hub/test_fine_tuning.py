@@ -24,7 +24,7 @@ def by_definition(model, labels):
             block = IDS[row, anchor + 1 : anchor + 1 + model.block_size]
             wanted = labels[row, anchor + 2 : anchor + 1 + model.block_size]
             padded = F.pad(block, (0, model.block_size - len(block)))[None, :-1]
-            context = model.mtp_head.replay_context(
+            context = model.head_context(
                 taps[row : row + 1], IDS[row : row + 1], torch.tensor([anchor])
             )
             rows = model.mtp_head(context, model.head_embed(padded))[0]
