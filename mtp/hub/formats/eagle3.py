@@ -6,8 +6,8 @@
 SGLang gives a draft model main's embeddings, and drops tensors that it has no place for without a
 word: the names written here are checked against those that it reads.
 
-SGLang's layer i is Hugging Face's `hidden_states[i + 1]`. The state after the last layer is refused,
-since servers do not give it to a draft model.
+SGLang's layer i is Hugging Face's `hidden_states[i + 1]`. The state after the last layer is
+refused, since servers do not give it to a draft model.
 
 Left out: main, which `--format main` writes, and heads of other types, which servers do not know.
 """

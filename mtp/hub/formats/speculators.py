@@ -1,7 +1,7 @@
 """The head alone as an EAGLE-3 draft model in the format of the speculators library and vLLM.
 
-    config.json          Eagle3Speculator: the layer's Llama config, the draft vocabulary, the taps
-    model.safetensors    fc, layers.0.*, norm, lm_head, d2t, t2d, and embed_tokens if the head has it
+    config.json          Eagle3Speculator: Llama config of the layer, draft vocabulary, taps
+    model.safetensors    fc, layers.0.*, norm, lm_head, d2t, t2d; embed_tokens if it has its own
 
 vLLM's layer i is Hugging Face's `hidden_states[i]`, as here.
 
