@@ -9,9 +9,6 @@ from safetensors.torch import load_file
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.modeling_mtp import family_class
 
-DRAFT = [1, 2, 4, 5, 6, 8, 9, 12, 15, 18, 21]
-"""A draft vocabulary: about half of the tokens, the end and the delimiter among them."""
-
 
 def eagle_model(family="llama", *, drafts=None, seed=0, width=32, tied=False, options=None, **head):
     """A random model of four layers; drafts: token ids of its draft vocabulary, None for all."""

@@ -290,7 +290,7 @@ def attend(
     entry = torch.arange(length, device=keys.device)
     is_read = (entry > 0) & (entry <= position.view(num_texts, 1, -1, 1))
     scores = scores.masked_fill(~is_read, -torch.inf).transpose(1, 2).flatten(0, 1)
-    own_scores = (query * own_keys).sum(-1).float()  # [G, heads, J]
+    own_scores = (query.float() * own_keys.float()).sum(-1)  # [G, heads, J]
     weights = (torch.cat([scores, own_scores], -1) * width**-0.5).softmax(-1).to(values.dtype)
     of_text, of_own = weights.split([length, own_scores.shape[-1]], -1)
     grouped = of_text.view(num_texts, -1, num_heads, length).transpose(1, 2)

@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from eagle import DRAFT, eagle_model, plain_logits
-from helpers import run_alone, tiny_model
+from eagle import eagle_model, plain_logits
+from helpers import DRAFT, run_alone, tiny_model
 from safetensors.torch import load_file
 from test_export import PHASES, SUMMARY, tiny_config, tiny_text
 from transformers import AutoModelForCausalLM

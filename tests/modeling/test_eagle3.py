@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from eagle import DRAFT, eagle_model
-from helpers import CLOSE, EOS, PAD, PLAN, VOCABULARY, completions, run
+from eagle import eagle_model
+from helpers import CLOSE, DRAFT, EOS, PAD, PLAN, VOCABULARY, completions, run
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 

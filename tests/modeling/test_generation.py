@@ -35,7 +35,7 @@ def plain_block(model, context, plan, phase):
     hidden, taps = model.main_hidden(torch.tensor([context]))
     block = [int((hidden[0, -1] @ model.lm_head.weight.T).argmax())]
     for slot in range(model.block_size - 1):
-        rows = head_rows(model, taps, block)
+        rows = head_rows(model, taps, torch.tensor([context]), block)
         block.append(int((model.output_layers()[1].logits(rows[slot])).argmax()))
     kept = []
     for token in block[: plan.keep[phase]]:
