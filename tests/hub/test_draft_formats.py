@@ -196,9 +196,10 @@ print(json.dumps([found, model.mtp_head.draft_tokens.tolist()]))
     importlib.util.find_spec("speculators") is None,
     reason="needs `pip install --no-deps speculators` and what it imports",
 )
+@pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
-def test_the_speculators_library_opens_it_with_the_same_tokens(tmp_path):
-    """Its own class, its own forward: the greedy drafts at every anchor of a text are ours."""
+def test_the_speculators_library_opens_it_and_gives_the_same_logits(tmp_path):
+    """Its own class and its own forward, which unrolls the slots of every position at once."""
     from speculators import SpeculatorModel
 
     model, _ = write(tmp_path / "draft", "speculators", drafts=DRAFT)
@@ -209,3 +210,14 @@ def test_the_speculators_library_opens_it_with_the_same_tokens(tmp_path):
     path.write_text(json.dumps(content))
     theirs = SpeculatorModel.from_pretrained(tmp_path / "draft")
     assert type(theirs).__name__ == "Eagle3DraftModel"
+    whole, captured = [*TEXT, *BLOCK], []
+    hidden, _ = states_of_main(tmp_path / "main", [1, 2, 3], whole)
+    theirs.lm_head.register_forward_hook(lambda module, given, out: captured.append(out))
+    theirs(
+        hidden_states=hidden[None],
+        input_ids=torch.tensor([[*whole[1:], 0]]),
+        ttt_steps=len(BLOCK),
+        use_off_policy_tokens=True,
+    )
+    found = torch.stack([logits[0, len(TEXT) - 1] for logits in captured])
+    torch.testing.assert_close(found, logits_of_head(model, TEXT, BLOCK), atol=1e-4, rtol=1e-4)

@@ -134,7 +134,7 @@ def layer_config(model: Any, dtype: torch.dtype | None) -> dict[str, Any]:
         "num_attention_heads": settings.num_attention_heads,
         "num_key_value_heads": settings.num_attention_heads,
         "head_dim": settings.hidden_size // settings.num_attention_heads,
-        "max_position_embeddings": main.max_position_embeddings,
+        "max_position_embeddings": getattr(main, "max_position_embeddings", None) or 32_768,
         "rope_theta": head.theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": head.theta},
         "rms_norm_eps": NORM_EPS,
