@@ -20,7 +20,7 @@ from ..model_card import base_model
 from .base import export_dtype
 from .eagle3 import allowed_names, draft_weights, eagle3_head, layer_config, write_draft
 
-VERSION = "0.5.0"
+VERSION = "0.9.0"
 """Version of the speculators library whose format this is."""
 
 
@@ -42,6 +42,7 @@ def write(model: Any, fmt: PromptFormat, folder: Path, config: Any) -> None:
         "speculators_version": VERSION,
         "draft_vocab_size": len(weights["d2t"]),
         "norm_before_residual": False,
+        "norm_before_fc": False,
         "eagle_aux_hidden_state_layer_ids": list(model.mtp_taps),
         "target_hidden_size": layer.pop("target_hidden_size", None),
         "tie_word_embeddings": False,
