@@ -70,7 +70,7 @@ def tiny_model(
     settings = {"type": kind, "recall": does == "recalls", "num_slots": 3, "hidden_size": 16}
     settings |= {"intermediate_size": 24}
     if kind == "eagle3":
-        settings |= {"hidden_size": 32}
+        settings |= {"hidden_size": 32, "taps": [1, 2, 3]}
     if does == "drafts":
         settings |= {"options": {"draft_vocab_size": len(DRAFT)}}
     config.mtp = asdict(HeadConfig(**{**settings, **head}))
