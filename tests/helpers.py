@@ -30,8 +30,17 @@ VOCABULARY = 23
 GREEDY = Sampler(temperature=0)
 
 
-HEADS = ("eavesdrop", "parallel", "eavesdrop that recalls", "parallel that recalls")
+HEADS = (
+    "eavesdrop",
+    "parallel",
+    "eavesdrop that recalls",
+    "parallel that recalls",
+    "eagle3",
+    "eagle3 that drafts",
+)
 """Types of heads for `tiny_model`."""
+DRAFT = [1, 2, 4, 5, 6, 8, 9, 12, 15, 18, 21]
+"""A draft vocabulary: half of the tokens, the end and the delimiter among them."""
 
 
 def tiny_model(
@@ -60,11 +69,18 @@ def tiny_model(
         eos_token_id=EOS,
         pad_token_id=PAD,
     )
-    kind, _, recalls = type.partition(" that ")
-    settings = {"type": kind, "recall": bool(recalls), "num_slots": 3, "hidden_size": 16}
-    settings |= {"intermediate_size": 24, **head}
-    config.mtp = asdict(HeadConfig(**settings))
-    return cls(config).eval()
+    kind, _, does = type.partition(" that ")
+    settings = {"type": kind, "recall": does == "recalls", "num_slots": 3, "hidden_size": 16}
+    settings |= {"intermediate_size": 24}
+    if kind == "eagle3":
+        settings |= {"hidden_size": 32, "taps": [1, 2, 3]}
+    if does == "drafts":
+        settings |= {"options": {"draft_vocab_size": len(DRAFT)}}
+    config.mtp = asdict(HeadConfig(**{**settings, **head}))
+    model = cls(config).eval()
+    if does == "drafts":
+        model.mtp_head.set_draft_tokens(DRAFT)
+    return model
 
 
 def run(
@@ -94,13 +110,12 @@ def run(
     )
 
 
-def head_rows(model, taps, block):
-    """[K, E] the head's rows after a text by the definition: its taps [1, T, taps, D], and the
-    tokens that the last pass has sampled so far.
+def head_rows(model, taps, tokens, block):
+    """[K, E] the head's rows after a text by the definition: its taps [1, T, taps, D], its tokens
+    [1, T], and the tokens that the last pass has sampled so far.
     """
     embeds = model.head_embed(torch.tensor([block]))
-    tokens = torch.zeros(taps.shape[:2], dtype=torch.long)  # these heads do not read them
-    context = model.mtp_head.replay_context(taps, tokens, torch.tensor([taps.shape[1] - 1]))
+    context = model.head_context(taps, tokens, torch.tensor([taps.shape[1] - 1]))
     return model.mtp_head(context, embeds)[0]
 
 

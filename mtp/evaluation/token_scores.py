@@ -174,12 +174,10 @@ def _score_text(
     ):
         score.entropy[token], score.alternatives[token] = entropy, best
     if has_head_rows:
-        context = model.mtp_head.replay_context(taps, text.tokens, text.anchors)
+        context = model.head_context(taps, text.tokens, text.anchors)
         embeds, outputs = model.head_embed(text.slot_inputs), text.head.outputs
         own = model.mtp_head(context, embeds).flatten(0, 1)[outputs]
-        # Half of the anchors further is, with several texts, another text.
-        other_context = [part.roll(max(1, len(part) // 2), 0) for part in context]
-        other = model.mtp_head(other_context, embeds).flatten(0, 1)[outputs]
+        other = model.mtp_head(model.mtp_head.swapped(context), embeds).flatten(0, 1)[outputs]
         mine, theirs, mains = (
             _Rows(hidden, output, text.head.targets)
             for hidden, output in (

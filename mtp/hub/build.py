@@ -23,6 +23,7 @@ from ..rollouts.prompt_format import PromptFormat, character_tokenizer
 from ..rollouts.rollout import DecodingConfig
 from ..rollouts.tokenization import add_delimiters
 from ..tasks.base import Task
+from .draft_vocabulary import choose_draft_vocabulary
 from .outside_head import outside_head
 from .pretrained import (
     blame,
@@ -54,6 +55,10 @@ class ModelConfig:
     """Dtype of the weights: float32 or bfloat16."""
     attention: str = "sdpa"
     """transformers attention implementation: sdpa (eager for a family that has none) or eager."""
+    draft_tokens: str | None = None
+    """JSON file with the token ids of a new head's draft vocabulary
+    (`head.options.draft_vocab_size`). None: the tokens that the solutions of the first training
+    problems use most often."""
 
     def validate(self) -> None:
         """Raises ValueError naming the key of an impossible setting."""
@@ -118,6 +123,12 @@ def build_model(
     model.generation_config = generation_config(fmt, decoding.phases)
     if not has_head(config):
         start_from_main(model)
+        choose_draft_vocabulary(model, fmt, task, config.draft_tokens)
+    elif config.draft_tokens is not None:
+        raise ValueError(
+            f"model.draft_tokens must be null, got {config.draft_tokens!r}: the head of "
+            f"model.source={config.source!r} has its vocabulary; remove it"
+        )
     model.to(config.torch_dtype())
     named = f"model.config of family {config.family}"
     check_slow_mode(model, named if config.source is None else f"model.source={config.source!r}")

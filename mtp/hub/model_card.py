@@ -109,6 +109,39 @@ def main_card(
     return "\n\n".join(parts) + "\n"
 
 
+def draft_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: Any) -> str:
+    """README.md of the head alone, as a draft model: what it belongs to, how servers open it."""
+    slots = model.block_size - 1
+    speculative = json.dumps(
+        {"method": "eagle3", "model": "path/to/this/folder", "num_speculative_tokens": slots}
+    )
+    parts = [
+        _front_matter(config, "speculative-decoding", "eagle3"),
+        f"# {config.name}: an EAGLE-3 draft model",
+        f"The head of a language model ({_parameters(model)['head']:,} parameters), trained with "
+        f"its main LLM. A server lets it propose the next {slots} tokens of each pass; main checks "
+        "them, and the text is main's own. It reads main's hidden states after layers "
+        f"{model.mtp_taps} (Hugging Face `hidden_states`) and belongs to this main only: "
+        f"{base_model(config.model)[0]} as the run left it, which `mtp export --format main` "
+        "writes.",
+        "## Use",
+        f"```\nvllm serve path/to/main --speculative-config '{speculative}'\n"
+        "python -m sglang.launch_server --model-path path/to/main --speculative-algorithm EAGLE3 "
+        f"--speculative-draft-model-path path/to/this/folder --speculative-num-steps {slots} "
+        f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {slots + 1}\n```",
+        "vLLM opens both formats, SGLang `--format eagle3`.",
+        "## Measured",
+        "Accepted by slot and tokens per pass of verified mode are those of this head under mtp's "
+        "own decoding.",
+        _table(summary),
+        "## Provenance",
+        _provenance(fmt, config),
+        "## Limitations",
+        "\n".join(_limitations(config)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def _front_matter(config: Any, *tags: str) -> str:
     """Metadata of a card for the Hub."""
     _, hub_id, licence = base_model(config.model)

@@ -177,7 +177,9 @@ class PassLoop:
             with_taps=self.tables.num_head_slots > 0,
         )
         if taps:
-            self.observed = self.head.observe(taps, fed, self.remember)
+            self.observed = self.head.observe(
+                taps, fed, start, self.model.head_embed, self.remember
+            )
         if copies == 1:
             return hidden
         source = torch.arange(len(running.rows), device=hidden.device) // copies

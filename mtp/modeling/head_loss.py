@@ -57,7 +57,7 @@ def with_head_loss(stock: Any) -> Any:
 def head_loss(
     model: Any, taps: Tensor, input_ids: Tensor, labels: Tensor, mask: Tensor | None
 ) -> Tensor:
-    """Mean cross entropy of the head's tokens.
+    """Mean cross entropy of the head's tokens, without those that it cannot write (`eagle3.py`).
 
     Args:
         model: an `MTPMixin` model.
@@ -85,6 +85,8 @@ def head_loss(
     inside, at = at < length, at.clamp(max=length - 1)
     tokens = input_ids[:, at]  # [B, T, K + 1]: t_0..t_K of the block behind each position
     targets = torch.where(inside, labels[:, at], NO_LABEL)[..., 1:]
+    output = model.output_layers()[1]
+    targets = torch.where(output.has_row(targets), targets, NO_LABEL)
     anchors = ((targets != NO_LABEL).any(-1) & is_text).flatten().nonzero()[:, 0]
     if model.training:
         number = -(-len(anchors) // num_slots)
@@ -92,11 +94,15 @@ def head_loss(
         anchors = anchors[order.sort().values]
     if not len(anchors):
         return taps.sum() * 0.0
-    context = model.mtp_head.replay_context(taps, input_ids, anchors)
+    context = model.head_context(taps, input_ids, anchors)
     rows = model.mtp_head(context, model.head_embed(tokens.flatten(0, 1)[anchors, :-1]))
-    logits = model.output_layers()[1].logits(rows).float()
     wanted = targets.flatten(0, 1)[anchors]
-    return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=NO_LABEL)
+    logits = output.row_logits(rows).float()
+    return F.cross_entropy(
+        logits.flatten(0, 1),
+        torch.where(wanted == NO_LABEL, NO_LABEL, output.rows_of(wanted)).flatten(),
+        ignore_index=NO_LABEL,
+    )
 
 
 class MTPHeadLossMixin:

@@ -29,13 +29,14 @@ class HeadConfig:
     type: str = "eavesdrop"
     """Type of the head. `eavesdrop`: a causal transformer over the slots of a block. `parallel`:
     one projection of the message per slot, all slots in one step, independent of the block's own
-    tokens. Or the name of a head that was added with `register_head`."""
+    tokens. `eagle3`: EAGLE-3's draft layer, which attends to all earlier positions (`eagle3.py`).
+    Or the name of a head that was added with `register_head`."""
     num_slots: int = field(default=5, metadata={"at_least": 1, "at_most": 1000})
     """Number of head tokens per pass, K; a pass yields at most K + 1 tokens."""
     taps: list[int] | None = field(default=None, metadata={"at_least": 0})
     """Layers of main that the head reads, as indices into Hugging Face `hidden_states` (0: the
-    embeddings, num_hidden_layers: after the final norm). None: one third, two thirds and the
-    last."""
+    embeddings, num_hidden_layers: after the final norm). None: the type's default, usually one
+    third, two thirds and the last."""
     hidden_size: int = field(default=96, metadata={"at_least": 1, "at_most": 1_000_000})
     """Width of the head, H."""
     num_layers: int = field(default=1, metadata={"at_least": 1, "at_most": 10_000})
@@ -49,13 +50,12 @@ class HeadConfig:
     tokens after positions similar to the anchor. Keeps keys and values of width H for each position
     of the text."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Settings of a head that was added with `register_head`: fields of its `options_class`."""
+    """Settings that only this type of head has: fields of its `options_class`."""
 
     def resolved_taps(self, num_hidden_layers: int) -> list[int]:
         """The taps, checked against main's depth. Raises ValueError naming the key."""
         if self.taps is None:
-            last = num_hidden_layers
-            return sorted({max(1, round(last / 3)), max(1, round(2 * last / 3)), last})
+            return HEADS[self.type].default_taps(num_hidden_layers)
         bad = [tap for tap in self.taps if not 0 <= tap <= num_hidden_layers]
         if bad or not self.taps:
             raise ValueError(
@@ -84,6 +84,7 @@ class HeadConfig:
                 f"{self.num_attention_heads}, got {self.hidden_size}"
             )
         self.read_options()
+        HEADS[self.type].check_settings(self)
         taps = self.taps
         if taps is None:
             return
@@ -274,6 +275,9 @@ class Recall(nn.Module):
         return self.o_proj(found.transpose(1, 2).flatten(-2))
 
 
+Embed = Callable[[Tensor], Tensor]
+"""Embeddings of tokens [...] as the head reads them: [..., D or H]."""
+
 Remember = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Writes keys and values [R, heads, L, d] of the tokens of a pass into one of the head's cache
 layers (0 to `num_cache_layers` - 1) and returns that layer's from position 0 on, [R, heads, S, d].
@@ -290,16 +294,19 @@ class Head(nn.Module, ABC):
     receives whole texts. All three must agree: the context of an anchor depends on the text up to
     it, and not on how the text was divided into passes.
 
-    A context is a list of tensors with a row for each anchor; their meaning is private to the head.
+    A context is a list of tensors whose meaning is private to the head. In decoding each has a row
+    for each anchor; in replay some may belong to whole texts (see `swapped`).
 
     Matrices are `HeadLinear` and norms `HeadRMSNorm`, which are initialized for a head. Without
-    `settings.shared_embeddings` a head has `lm_head`, and `embed_tokens` if it reads tokens.
+    `settings.shared_embeddings` a head has `lm_head`, and `embed_tokens` if it reads tokens. A head
+    that has `lm_head` uses it in place of main's output layer.
     """
 
     sequential: ClassVar[bool] = True
     """True if slot j reads the token of slot j - 1, so that decoding takes one step per slot."""
     options_class: ClassVar[Any] = None
-    """Dataclass of the settings in `head.options`; None for a head that has none."""
+    """Dataclass of the settings in `head.options`; None for a head that has none. It raises
+    ValueError for values that it cannot have."""
     num_cache_layers: int = 0
     """Number of layers of main's cache in which the head keeps keys and values."""
 
@@ -308,8 +315,27 @@ class Head(nn.Module, ABC):
         super().__init__()
         self.num_slots = settings.num_slots
 
-    def observe(self, taps: list[Tensor], tokens: Tensor, remember: Remember) -> list[Tensor]:
-        """Read a pass: taps [R, L, D] each, of tokens [R, L].
+    @classmethod
+    def check_settings(cls, settings: HeadConfig) -> None:
+        """Raises ValueError, naming the key, for settings that this type of head cannot have."""
+
+    @staticmethod
+    def default_taps(num_hidden_layers: int) -> list[int]:
+        """Layers that the head reads where `head.taps` is None."""
+        last = num_hidden_layers
+        return sorted({max(1, round(last / 3)), max(1, round(2 * last / 3)), last})
+
+    @property
+    def draft_tokens(self) -> Tensor | None:
+        """[W] ids of the tokens that the head can write, one per row of `lm_head`, ascending; None:
+        the whole vocabulary.
+        """
+        return None
+
+    def observe(
+        self, taps: list[Tensor], tokens: Tensor, start: Tensor, embed: Embed, remember: Remember
+    ) -> list[Tensor]:
+        """Read a pass: taps [R, L, D] each, of tokens [R, L], the first at position `start` [R].
 
         Returns tensors with R rows, which `context` reads; by default the taps.
         """
@@ -323,11 +349,20 @@ class Head(nn.Module, ABC):
         """
 
     @abstractmethod
-    def replay_context(self, taps: Tensor, tokens: Tensor, anchors: Tensor) -> list[Tensor]:
+    def replay_context(
+        self, taps: Tensor, tokens: Tensor, anchors: Tensor, embed: Embed
+    ) -> list[Tensor]:
         """The contexts of N anchors of whole texts: taps [B, T, taps, D], tokens [B, T].
 
         anchors [N]: indices into the flattened B * T positions.
         """
+
+    def swapped(self, context: list[Tensor]) -> list[Tensor]:
+        """A context of `replay_context` in which each anchor has the message of another one.
+
+        Half of the anchors further is, with several texts, another text.
+        """
+        return [part.roll(max(1, len(part) // 2), 0) for part in context]
 
     @abstractmethod
     def forward(self, context: list[Tensor], embeds: Tensor | None) -> Tensor:
@@ -360,7 +395,9 @@ class MessageHead(Head):
         self.recall = Recall(settings) if settings.recall else None
         self.num_cache_layers = int(settings.recall)
 
-    def observe(self, taps: list[Tensor], tokens: Tensor, remember: Remember) -> list[Tensor]:
+    def observe(
+        self, taps: list[Tensor], tokens: Tensor, start: Tensor, embed: Embed, remember: Remember
+    ) -> list[Tensor]:
         if self.recall is None:
             return taps
         messages = self.message(torch.stack(taps, 2))
@@ -374,7 +411,9 @@ class MessageHead(Head):
         message = messages[row, at]
         return [message, self.recall.step(message, position, keys, values)]
 
-    def replay_context(self, taps: Tensor, tokens: Tensor, anchors: Tensor) -> list[Tensor]:
+    def replay_context(
+        self, taps: Tensor, tokens: Tensor, anchors: Tensor, embed: Embed
+    ) -> list[Tensor]:
         if self.recall is None:
             return [self.message(taps.flatten(0, 1)[anchors])]
         messages = self.message(taps)

@@ -12,6 +12,7 @@ Shapes: B batch, T time, N anchors, K head slots, D main width, H head width, V 
 of the output matrix that the head uses (D when it shares main's, else H).
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +23,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from .contract import check_config, find_decoder, why_whole_text
-from .heads import HEADS, Head, HeadConfig, HeadLinear, HeadRMSNorm
+from .eagle3 import Eagle3Head
+from .heads import HEADS, Head, HeadConfig, HeadLinear, HeadRMSNorm, register_head
 from .output_layer import OutputLayer
 from .search import MTPSearchMixin
 
 logger = logging.get_logger(__name__)
+
+register_head("eagle3", Eagle3Head)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -118,6 +122,8 @@ class MTPMixin(MTPSearchMixin):
             initialization.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
         elif isinstance(module, HeadRMSNorm):
             initialization.ones_(module.weight)
+        elif isinstance(module, Eagle3Head):
+            module.init_buffers()
 
     def _resize_token_embeddings(
         self,
@@ -132,7 +138,9 @@ class MTPMixin(MTPSearchMixin):
         head, size = self.mtp_head, embeddings.weight.shape[0]
         if hasattr(head, "embed_tokens"):
             self._get_resized_embeddings(head.embed_tokens, size, mean_resizing=mean_resizing)
-        if hasattr(head, "lm_head"):
+        if isinstance(head, Eagle3Head) and head.draft_tokens is not None:
+            head.resize_vocabulary(size)
+        elif hasattr(head, "lm_head"):
             old = head.lm_head
             new = self._get_resized_lm_head(old, size, mean_resizing=mean_resizing).weight
             # In its own module, so that `_init_weights` does not confuse it with main's.
@@ -161,6 +169,13 @@ class MTPMixin(MTPSearchMixin):
         # The parallel head has no embedding: it does not read tokens.
         return own(tokens) if own is not None else tokens.new_empty(*tokens.shape, 0).float()
 
+    def head_context(
+        self, taps: Tensor, tokens: Tensor, anchors: Tensor, channel_gradient: float = 1.0
+    ) -> list[Tensor]:
+        """The head's contexts at N anchors of whole texts, see `Head.replay_context`."""
+        embed = partial(self.head_embed, channel_gradient=channel_gradient)
+        return self.mtp_head.replay_context(taps, tokens, anchors, embed)
+
     def output_layers(self, channel_gradient: float = 1.0) -> tuple[OutputLayer, OutputLayer]:
         """The output layers of main and of the head, one object if the head uses main's.
 
@@ -170,8 +185,10 @@ class MTPMixin(MTPSearchMixin):
         main = OutputLayer.of_main(
             self.get_output_embeddings(), self.main_config, "the model's output layer"
         )
-        if not self.mtp_settings.shared_embeddings:
-            return main, OutputLayer.from_module(self.mtp_head.lm_head, "mtp_head.lm_head")
+        own = getattr(self.mtp_head, "lm_head", None)
+        if own is not None:
+            tokens, size = self.mtp_head.draft_tokens, len(main.weight)
+            return main, OutputLayer.from_module(own, "mtp_head.lm_head", tokens, size)
         if channel_gradient == 1.0:
             return main, main
         bias = None if main.bias is None else scale_gradient(main.bias, channel_gradient)
@@ -201,7 +218,7 @@ class MTPMixin(MTPSearchMixin):
             return ReplayRows(hidden, main_output, None, head_output)
         hidden, taps = self.main_hidden(input_ids, use_cache=False)
         taps = scale_gradient(taps, channel_gradient)
-        context = self.mtp_head.replay_context(taps, input_ids, anchors)
+        context = self.head_context(taps, input_ids, anchors, channel_gradient)
         head_hidden = self.mtp_head(context, self.head_embed(slot_inputs, channel_gradient))
         return ReplayRows(hidden, main_output, head_hidden, head_output)
 

@@ -5,9 +5,14 @@
 The model returns it together with hidden rows. Samplers and losses use `logits`, or pass `rows`,
 `weight` and `options` to an op of `mtp_kernels`, which computes no logits.
 
+A head may write a part of the vocabulary only, its draft vocabulary. Its layer then has a row for
+each token of that part, and the logits of all other tokens are -inf. Row numbers are the ids that
+ops know: `rows_of` and `ids_of` convert.
+
 Ships with checkpoints: imports torch and siblings only.
 
-Shapes: V vocabulary, E width of the emitter's hidden rows.
+Shapes: V vocabulary, W rows of the matrix (V, or the draft vocabulary), E width of the emitter's
+hidden rows.
 """
 
 from typing import Any, TypedDict
@@ -65,20 +70,26 @@ class OutputLayer:
         bias: Tensor | None = None,
         scale: float = 1.0,
         softcap: float | None = None,
+        tokens: Tensor | None = None,
+        vocab_size: int = 0,
     ):
-        """weight: [V, E]; bias: [V], added to the logits; scale: multiplies `hidden @ weight.T`;
-        softcap: bound of the logits' size, None for none.
+        """weight: [W, E]; bias: [W], added to the logits; scale: multiplies `hidden @ weight.T`;
+        softcap: bound of the logits' size, None for none; tokens: [W] int64 ids of the rows,
+        ascending, among `vocab_size`; None: row i is token i.
         """
         self.weight, self.bias, self.scale, self.softcap = weight, bias, scale, softcap
+        self.tokens, self.vocab_size = tokens, vocab_size
 
     @classmethod
-    def from_module(cls, module: Any, name: str) -> "OutputLayer":
-        """The layer that a module computes.
+    def from_module(
+        cls, module: Any, name: str, tokens: Tensor | None = None, vocab_size: int = 0
+    ) -> "OutputLayer":
+        """The layer that a module computes; tokens and vocab_size as in the constructor.
 
         Raises ValueError, with the given `name` of the module, if it has any effect beyond its
         weight (`matrices.py`).
         """
-        return cls(plain_matrix(module, name))
+        return cls(plain_matrix(module, name), tokens=tokens, vocab_size=vocab_size)
 
     @classmethod
     def of_main(cls, module: Any, config: Any, name: str) -> "OutputLayer":
@@ -99,7 +110,15 @@ class OutputLayer:
         return hidden if self.scale == 1.0 else hidden * self.scale
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., E] hidden rows -> [..., V] logits."""
+        """[..., E] hidden rows -> [..., V] logits; -inf for tokens without a row."""
+        logits = self.row_logits(hidden)
+        if self.tokens is None:
+            return logits
+        none = logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf)
+        return none.index_copy(-1, self.tokens, logits)
+
+    def row_logits(self, hidden: Tensor) -> Tensor:
+        """[..., E] hidden rows -> [..., W] logits of the matrix's rows."""
         logits = self.rows(hidden) @ self.weight.T
         if self.bias is not None:
             logits = logits + self.bias
@@ -107,9 +126,33 @@ class OutputLayer:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
 
+    def ids_of(self, rows: Tensor) -> Tensor:
+        """Token ids of row numbers [...]."""
+        return rows if self.tokens is None else self.tokens[rows]
+
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """Row numbers of token ids [...]; some row for a token without one, see `has_row`."""
+        if self.tokens is None:
+            return ids
+        return torch.searchsorted(self.tokens, ids.contiguous()).clamp(max=len(self.tokens) - 1)
+
+    def has_row(self, ids: Tensor) -> Tensor:
+        """True for token ids [...] that have a row, whose logits are finite."""
+        return self.ids_of(self.rows_of(ids)) == ids
+
+    def given(self, tokens: Tensor | None) -> "OutputLayer":
+        """The layer of the distribution conditioned on the token being one of `tokens` [W].
+
+        Its row i is tokens[i]. None: the layer itself.
+        """
+        if tokens is None:
+            return self
+        bias = None if self.bias is None else self.bias[tokens]
+        return OutputLayer(self.weight[tokens], bias, self.scale, self.softcap)
+
     def replaced(self, weight: Tensor, bias: Tensor | None) -> "OutputLayer":
         """The same layer with other tensors."""
-        return OutputLayer(weight, bias, self.scale, self.softcap)
+        return OutputLayer(weight, bias, self.scale, self.softcap, self.tokens, self.vocab_size)
 
     def detach(self) -> "OutputLayer":
         """The same layer without gradient."""

@@ -86,8 +86,9 @@ class TokenSampler:
         # Sampled drafts are verified by the distributions that they were sampled from.
         self.keeps_source = tables.has_verified and sampler.temperature > 0
         wants_logits = sampler.truncates or process is not None or self.has_thresholds
-        # The kernel verifies under one softcap, main's and the head's.
-        wants_logits |= self.keeps_source and main.softcap != head.softcap
+        # The kernel verifies under one softcap and one vocabulary, main's and the head's.
+        differ = main.softcap != head.softcap or head.tokens is not None
+        wants_logits |= self.keeps_source and differ
         num_rows, device, impl = len(tables.keep), main.weight.device, None
         if not wants_logits:
             impl = KernelTokenSampler.resolve(options.impl, sampler, main.weight, self.keeps_source)
@@ -269,7 +270,7 @@ class KernelTokenSampler:
             temperature=self.temperature,
             impl=self.impl,
         )
-        return sampled.token, sampled.logprob
+        return output.ids_of(sampled.token), sampled.logprob
 
     def verify(
         self,

@@ -117,6 +117,19 @@ def without_rows(batch: AnyBatch) -> AnyBatch:
     )
 
 
+def within_draft_vocabulary(batch: AnyBatch, is_drafted: Tensor | None) -> AnyBatch:
+    """The batch without rows of the head whose target it cannot write.
+
+    Their log-probability is -inf whatever the weights are, so they teach nothing. They count in no
+    divisor.
+
+    is_drafted: [V] bool, True for tokens of the draft vocabulary; None: all are.
+    """
+    if is_drafted is None:
+        return batch
+    return replace(batch, head=batch.head.take(is_drafted[batch.head.targets]))
+
+
 @dataclass
 class RolloutBatch(TextBatch):
     """Text that the policy sampled. The rows of a rollout of several segments are in several texts.

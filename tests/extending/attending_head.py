@@ -37,7 +37,7 @@ class AttendingHead(Head):
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1))
         return qkv.permute(2, 0, 3, 1, 4)
 
-    def observe(self, taps, tokens, remember):
+    def observe(self, taps, tokens, start, embed, remember):
         queries, keys, values = self.states(torch.stack(taps, 2), tokens)
         return [queries, *remember(0, keys, values)]
 
@@ -49,7 +49,7 @@ class AttendingHead(Head):
         found = F.scaled_dot_product_attention(query, keys, values, seen[:, None, None])
         return [found.flatten(1)]
 
-    def replay_context(self, taps, tokens, anchors):
+    def replay_context(self, taps, tokens, anchors, embed):
         found = F.scaled_dot_product_attention(*self.states(taps, tokens), is_causal=True)
         return [found.transpose(1, 2).flatten(2).flatten(0, 1)[anchors]]
 

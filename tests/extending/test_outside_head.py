@@ -58,7 +58,7 @@ def block_by_definition(model, context, keep):
     main, head = model.output_layers()
     block = [int(main.logits(hidden[0, -1]).argmax())]
     for slot in range(model.block_size - 1):
-        remembered = model.mtp_head.replay_context(taps, text, anchor)
+        remembered = model.head_context(taps, text, anchor)
         rows = model.mtp_head(remembered, model.head_embed(torch.tensor([block])))
         block.append(int(head.logits(rows[0, slot]).argmax()))
     ends = [at + 1 for at, token in enumerate(block) if token in (CLOSE, EOS)]
@@ -116,7 +116,7 @@ def test_the_context_does_not_depend_on_passes():
     tokens = torch.randint(3, 20, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         _, taps = model.main_hidden(tokens)
-        expected = model.mtp_head.replay_context(taps, tokens, torch.tensor([6, 9 + 6]))[0]
+        expected = model.head_context(taps, tokens, torch.tensor([6, 9 + 6]))[0]
         kept = []
 
         def remember(layer, keys, values):
@@ -125,7 +125,11 @@ def test_the_context_does_not_depend_on_passes():
 
         for part in (slice(0, 4), slice(4, 5), slice(5, 9)):
             observed = model.mtp_head.observe(
-                list(taps[:, part].unbind(2)), tokens[:, part], remember
+                list(taps[:, part].unbind(2)),
+                tokens[:, part],
+                torch.full((2,), part.start),
+                model.head_embed,
+                remember,
             )
         found = model.mtp_head.context(observed, torch.tensor([1, 1]), torch.tensor([6, 6]))[0]
     torch.testing.assert_close(found, expected)

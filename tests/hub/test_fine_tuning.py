@@ -15,7 +15,9 @@ LABELS = torch.where(IDS == PAD, -100, IDS)
 
 
 def by_definition(model, labels):
-    """Mean over anchors and slots of -log p of the head, one anchor at a time."""
+    """Mean over anchors and slots of -log p of the head, one anchor at a time, without tokens that
+    it cannot write.
+    """
     losses = []
     hidden, taps = model.main_hidden(IDS, attention_mask=MASK)
     _, output = model.output_layers()
@@ -24,13 +26,14 @@ def by_definition(model, labels):
             block = IDS[row, anchor + 1 : anchor + 1 + model.block_size]
             wanted = labels[row, anchor + 2 : anchor + 1 + model.block_size]
             padded = F.pad(block, (0, model.block_size - len(block)))[None, :-1]
-            context = model.mtp_head.replay_context(
+            context = model.head_context(
                 taps[row : row + 1], IDS[row : row + 1], torch.tensor([anchor])
             )
             rows = model.mtp_head(context, model.head_embed(padded))[0]
             logits = output.logits(rows)[: len(wanted)].float()
             each = F.cross_entropy(logits, wanted, reduction="none", ignore_index=-100)
-            losses += [loss for loss, label in zip(each, wanted, strict=True) if label != -100]
+            scored = (wanted != -100) & each.isfinite()
+            losses += each[scored].unbind()
     return torch.stack(losses).mean()
 
 

@@ -126,7 +126,8 @@ def test_a_streamer_gets_the_prompt_and_then_block_after_block(head, mode):
     assert streamer.parts[0] == PROMPT[0].tolist()
     assert sum(streamer.parts, []) == out.sequences[0].tolist()
     assert len(streamer.parts) - 1 == int(out.passes[0])
-    if mode != "slow":
+    # Main happens to accept no token of the draft vocabulary here.
+    if mode == "fast" or (mode == "verified" and "drafts" not in head):
         assert max(map(len, streamer.parts[1:])) > 1
 
 

@@ -35,7 +35,7 @@ def plain_block(model, context, plan, phase):
     hidden, taps = model.main_hidden(torch.tensor([context]))
     block = [int((hidden[0, -1] @ model.lm_head.weight.T).argmax())]
     for slot in range(model.block_size - 1):
-        rows = head_rows(model, taps, block)
+        rows = head_rows(model, taps, torch.tensor([context]), block)
         block.append(int((model.output_layers()[1].logits(rows[slot])).argmax()))
     kept = []
     for token in block[: plan.keep[phase]]:
@@ -252,7 +252,10 @@ def test_tokens_drawn_without_logits(mode, head, shared, plan, monkeypatch):
     out = run(model, RAGGED, plan, Sampler(), impl="torch")
     assert completions(out) == completions(run(model, RAGGED, plan, Sampler(), impl="reference"))
     alone = completions(run(model, RAGGED[:1], plan, Sampler(), impl="torch"))
-    assert completions(out)[0] == alone[0] != completions(expected)[0]
+    if mode == "verified" and "drafts" in head:  # the kernel verifies under one vocabulary
+        assert completions(out) == completions(run(model, RAGGED, plan, Sampler()))
+    else:
+        assert completions(out)[0] == alone[0] != completions(expected)[0]
     monkeypatch.setattr("mtp.modeling.token_sampling.linear_sample", None)
     assert completions(run(model, RAGGED, plan, impl="auto")) == completions(expected)
     with pytest.raises(

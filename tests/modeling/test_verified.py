@@ -59,7 +59,7 @@ def reference(model, prompt, plan, limit):
         hidden, taps = model.main_hidden(torch.tensor([context]))
         block = [int((hidden[0, -1] @ model.lm_head.weight.T).argmax())]
         for slot in range(model.block_size - 1):
-            rows = head_rows(model, taps, block)
+            rows = head_rows(model, taps, torch.tensor([context]), block)
             logits = model.output_layers()[1].logits(rows[slot])
             if float(logits.softmax(-1).max()) < plan.min_probability[phase]:
                 break

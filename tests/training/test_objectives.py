@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import PAD, PLAN, SAMPLES, emitter, rollouts, tiny_model
+from helpers import DRAFT, PAD, PLAN, SAMPLES, emitter, rollouts, tiny_model
 from lightning.fabric import Fabric
 
 from mtp.modeling.output_layer import OutputLayer
@@ -154,12 +154,13 @@ OBJECTIVES = {
 }
 
 
+@pytest.mark.parametrize("head", ["eavesdrop", "eagle3 that drafts"])
 @pytest.mark.parametrize("kind", OBJECTIVES)
-def test_an_update_does_not_depend_on_the_size_of_micro_batches(kind):
+def test_an_update_does_not_depend_on_the_size_of_micro_batches(kind, head):
     fabric = Fabric(accelerator="cpu", devices=1)
     after = {}
     for size in (4, 1):
-        model, reference = tiny_model(), tiny_model(seed=1)
+        model, reference = tiny_model(type=head), tiny_model(seed=1)
         if kind == "rl":
             prompts, out, advantages = rollouts(model)
             batches = [
@@ -182,6 +183,14 @@ def test_an_update_does_not_depend_on_the_size_of_micro_batches(kind):
             clip_norms={"main": 0.5, "head": 0.25}, reference=reference, check_gradients=True,
         )  # fmt: skip
         after[size] = (metrics, copy.deepcopy(model.state_dict()))
+        if head == "eagle3 that drafts":
+            targets = [token for batch in batches for token in batch.head.targets.tolist()]
+            inside = [token for token in targets if token in DRAFT]
+            outside = metrics["num_tokens/outside_draft_vocabulary"]
+            assert outside == len(targets) - len(inside)
+            assert (outside > 0) == (kind == "supervised")
+            name = "reference_kl_head" if kind == "rl" else "head_kl"
+            assert metrics[f"num_tokens/{name}"] == len(inside)
     whole, split = after[4], after[1]
     for name in whole[0]:
         assert math.isclose(whole[0][name], split[0][name], rel_tol=1e-3, abs_tol=1e-5), name

@@ -55,12 +55,16 @@ class OutputRows:
                 out = linear_logprob(
                     self.output.rows(self.hidden),
                     self.output.weight,
-                    self.targets,
+                    self.output.rows_of(self.targets),
                     **self.output.options,
                     temperature=sampler.temperature or 1.0,
                     impl=self.impl,
                 )
-                self._stats[key] = RowStats(out.logprob, out.entropy.detach())
+                logprob = out.logprob
+                if self.output.tokens is not None:
+                    known = self.output.has_row(self.targets)
+                    logprob = logprob.masked_fill(~known, -torch.inf)
+                self._stats[key] = RowStats(logprob, out.entropy.detach())
         return self._stats[key]
 
     def has_stats(self, sampler: Sampler) -> bool:
@@ -81,28 +85,38 @@ class OutputRows:
     def cross_entropy(self, row_weight: Tensor | None = None) -> LinearLoss:
         """Sum over the rows of -log-probability of the target, weighted by `row_weight` [R].
 
-        Its gradient is computed in the forward, so that logits are computed once.
+        Its gradient is computed in the forward, so that logits are computed once. Every target must
+        have a row in the output layer: the loss of another is infinite.
         """
         if row_weight is None:
             row_weight = torch.ones_like(self.targets, dtype=torch.float32)
-        return linear_loss(
+        if self.output.tokens is not None:
+            torch._assert_async(
+                self.output.has_row(self.targets).all(),
+                "a target is not in the draft vocabulary: `within_draft_vocabulary` leaves it out",
+            )
+        out = linear_loss(
             self.output.rows(self.hidden),
             self.output.weight,
-            self.targets,
+            self.output.rows_of(self.targets),
             **self.output.options,
             row_weight=row_weight,
             impl=self.impl,
         )
+        return out._replace(argmax=self.output.ids_of(out.argmax))
 
     def kl(self, hidden: Tensor, output: OutputLayer, rows: Tensor, *, reverse: bool) -> Tensor:
         """[R] nats: KL(other || this) of each row, or KL(this || other) if `reverse`.
 
-        Row i is compared with row `rows[i]` of `hidden` [., D] under the layer `output`.
+        Row i is compared with row `rows[i]` of `hidden` [., D] under the layer `output`. If this
+        emitter has a draft vocabulary, the other distribution is conditioned on it: one of the two
+        divergences would be infinite otherwise.
         """
+        output = output.given(self.output.tokens)
         if self.output.softcap != output.softcap:
             # The op has one softcap for both distributions.
-            mine = PLAIN.log_probs(self.output.logits(self.hidden))
-            other = PLAIN.log_probs(output.logits(hidden[rows]))
+            mine = PLAIN.log_probs(self.output.row_logits(self.hidden))
+            other = PLAIN.log_probs(output.row_logits(hidden[rows]))
             p, q = (mine, other) if reverse else (other, mine)
             return kl_div(q, p, log_target=True, reduction="none").sum(-1)
         direction = "reverse" if reverse else "forward"
