@@ -73,7 +73,7 @@ def evaluate_search(
     sums: defaultdict[str, float] = defaultdict(float)
     for at in range(0, len(examples), step):
         asked = examples[at : at + step]
-        prompts, lengths = pad([fmt.prompt_ids(e.prompt) for e in asked], fmt.pad_id)
+        prompts, lengths = pad([fmt.question_ids(e) for e in asked], fmt.pad_id)
         device = next(model.parameters()).device
         found = search(
             model,

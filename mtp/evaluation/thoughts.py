@@ -176,7 +176,7 @@ def thought_row(
     right = _right(batch, row, task, fmt)
     steps = steps_in_tokens(batch, row, task, fmt)
     return {
-        "prompt": example.prompt,
+        "prompt": example.shown,
         "answer": example.answer,
         "given": given,
         "right": right,

@@ -63,7 +63,7 @@ def completions_rows(
             rows.append(
                 {
                     "stage": stage,
-                    "prompt": example.prompt,
+                    "prompt": example.shown,
                     "completion": "\n".join(passes_text(batch, i, fmt) for i in mine),
                     "passes": int(batch.out.passes[mine].sum()),
                     "answer": example.answer,

@@ -6,6 +6,7 @@ sampler's text comes back to `Task.outcome`. A task knows nothing of tokens or m
 
 import codecs
 import hashlib
+import json
 import math
 import random
 import unicodedata
@@ -22,12 +23,16 @@ from ..common.bounds import bounded
 Split = str
 """`train`, `test`, or another held-out set that the task names."""
 
+Message = dict[str, str]
+"""One message of a conversation: `role` (system, user or assistant) and `content`."""
+
 
 @dataclass(frozen=True)
 class Example:
     """One problem."""
 
     prompt: str
+    """Text of the question; of a conversation, its last message, the user's."""
     answer: str
     thought: str | None = None
     """A chain of thought that leads to the answer, without delimiters; None if there is none."""
@@ -35,6 +40,26 @@ class Example:
     """Further columns, which a reward may read."""
     where: str = field(default="", compare=False)
     """Origin of the example, for errors: `row 3 of rows.jsonl`; empty: its number in the task."""
+    messages: tuple[Message, ...] = ()
+    """The whole prompt as messages, the last of which is the user's `prompt`; empty for a prompt
+    that was given as text."""
+
+    @property
+    def conversation(self) -> list[Message]:
+        """The whole prompt as messages, also for a prompt that was given as text."""
+        return list(self.messages) or [{"role": "user", "content": self.prompt}]
+
+    @property
+    def has_context(self) -> bool:
+        """True if messages come before the prompt: a system message or earlier turns."""
+        return len(self.messages) > 1
+
+    @property
+    def shown(self) -> str:
+        """The whole prompt as text, for reports: earlier messages after their roles."""
+        if not self.has_context:
+            return self.prompt
+        return "\n".join(f"{m['role']}: {m['content']}" for m in self.messages)
 
 
 @dataclass(frozen=True)
@@ -169,8 +194,11 @@ def read_utf8(path: Path, key: str) -> str:
 
 
 def fingerprint(example: Example) -> str:
-    """A hash of the question, used to check that splits are disjoint."""
-    return hashlib.sha256(example.prompt.encode()).hexdigest()[:16]
+    """A hash of the question with its context, used to check that splits are disjoint."""
+    question = example.prompt
+    if example.has_context:
+        question = json.dumps([[m["role"], m["content"]] for m in example.messages])
+    return hashlib.sha256(question.encode()).hexdigest()[:16]
 
 
 def held_out_sets(task: Task) -> list[Split]:

@@ -121,7 +121,7 @@ class FittedTask(Task):
     def _fitting(self, split: Split, index: int) -> Example | None:
         """One of the task's own examples, checked; None if it is too long."""
         example = self.task.example(split, index)
-        if self._prompt_is_too_long(example.prompt):
+        if self._prompt_is_too_long(example):
             return None
         where = example.where or f"{split} problem {index} of task {self.name}"
         example = self.fmt.checked(example, where)
@@ -129,17 +129,17 @@ class FittedTask(Task):
         is_solved = split == "train" and self.text_limit is not None
         return None if is_solved and self._text_is_too_long(example) else example
 
-    def _prompt_is_too_long(self, prompt: str) -> bool:
+    def _prompt_is_too_long(self, example: Example) -> bool:
         limit = self.prompt_limit
         if limit is None:
             return False
-        longer = self.fmt.is_longer(prompt, limit)
-        return len(self.fmt.prompt_ids(prompt)) > limit if longer is None else longer
+        longer = self.fmt.is_longer(example, limit)
+        return len(self.fmt.question_ids(example)) > limit if longer is None else longer
 
     def _text_is_too_long(self, example: Example) -> bool:
         assert self.text_limit is not None
         solution = (example.thought or "") + example.answer
-        longer = self.fmt.is_longer(example.prompt, self.text_limit, solution)
+        longer = self.fmt.is_longer(example, self.text_limit, solution)
         if longer is False or (longer and self.fmt.segments.max_segments == 1):
             return longer
         segments = self.fmt.example_segments(example)
