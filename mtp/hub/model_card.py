@@ -213,8 +213,9 @@ def sample_prompt(model: Any, fmt: PromptFormat, config: Any) -> tuple[str, list
             model, fmt, examples, mode, config.decoding, NUM_TRIED, impl=config.kernels
         )
         for row, example in enumerate(examples):
-            answer = fmt.answer_text(batch.completion(row))
-            if answer is None or not task.outcome(example, answer):
+            ids = batch.completion(row)
+            answer = fmt.answer_text(ids)
+            if answer is None or not task.outcome(example, answer, ids):
                 wrong[row].append(mode)
     best = min(range(len(examples)), key=lambda row: len(wrong[row]))
     return examples[best].prompt, wrong[best]

@@ -12,8 +12,8 @@ import random
 import unicodedata
 from abc import ABC, abstractmethod
 from asyncio import CancelledError
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,52 @@ class Example:
         if not self.has_context:
             return self.prompt
         return "\n".join(f"{m['role']}: {m['content']}" for m in self.messages)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A final answer to a problem."""
+
+    example: Example
+    answer: str
+    """The final answer, extracted and stripped."""
+    completion_ids: list[int] | None = None
+    """Token ids of the whole completion, the thought included; None where they are not known."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The score of an attempt, and what the functions that gave it had to report."""
+
+    score: float
+    outcome: float = 0.0
+    """1.0 if the score is that of a right answer, else 0.0."""
+    parts: dict[str, float | None] = field(default_factory=dict)
+    """Value of each reward function by its name; None where it does not apply."""
+    metrics: list[tuple[str, float]] = field(default_factory=list)
+    """(name, value) that the functions logged."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Columns that the functions logged for this attempt."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Position of a run, as a reward may read it."""
+
+    global_step: int = 0
+    """Optimizer steps done."""
+    max_steps: int = 0
+    """Optimizer steps of the whole run; 0 outside of a run."""
+    epoch: float | None = None
+    """Number of times that the training examples were used; None if they are unlimited."""
+
+
+class RewardError(Exception):
+    """An error that a reward raised, with the attempt that it was given."""
+
+    def __init__(self, attempt: Attempt, error: BaseException):
+        super().__init__(repr(error))
+        self.attempt, self.error = attempt, error
 
 
 @dataclass(frozen=True)
@@ -124,6 +170,9 @@ class Task(ABC):
     is_listed: bool = False
     """True if all examples are in memory: they are checked, and counted, before a run begins."""
 
+    run_state: Callable[[], RunState] = RunState
+    """Returns the run's position."""
+
     @abstractmethod
     def size(self, split: Split) -> int | None:
         """Number of examples; None if it is unlimited."""
@@ -139,20 +188,53 @@ class Task(ABC):
         """
         return float(same_text(answer, example.answer))
 
-    def outcome(self, example: Example, answer: str) -> float:
+    def scores(self, attempts: Sequence[Attempt]) -> list[Scored]:
+        """Raw scores of attempts. Tasks whose rewards run together override this, else `score`.
+
+        Raises RewardError for an attempt that cannot be scored.
+        """
+        scored = []
+        for attempt in attempts:
+            try:
+                scored.append(Scored(float(self.score(attempt.example, attempt.answer))))
+            # A reward that ends the process or cancels its task must not end the run silently.
+            except (Exception, SystemExit, CancelledError) as error:
+                raise RewardError(attempt, error) from error
+        return scored
+
+    def scored(self, attempts: Sequence[Attempt]) -> list[Scored]:
+        """Scores and outcomes of attempts.
+
+        Raises ValueError naming the task and the sample if a score raises or is not finite.
+        """
+        try:
+            found = self.scores(attempts)
+        except RewardError as failed:
+            where = self._where(failed.attempt)
+            raise ValueError(f"the reward raised {failed.error!r} ({where})") from failed.error
+        for attempt, one in zip(attempts, found, strict=True):
+            if not math.isfinite(one.score):
+                raise ValueError(
+                    f"the reward must be a finite number, got {one.score} ({self._where(attempt)})"
+                )
+        return [replace(one, outcome=float(one.score >= self.right_at)) for one in found]
+
+    def outcome(
+        self, example: Example, answer: str, completion_ids: list[int] | None = None
+    ) -> float:
         """1.0 if the final answer (extracted, stripped) is right, else 0.0.
 
         Raises ValueError naming the task and the sample if the score raises or is not finite.
         """
-        where = f"task {self.name}, prompt {example.prompt[:80]!r}, answer {answer[:80]!r}"
-        try:
-            value = float(self.score(example, answer))
-        # A reward that ends the process or cancels its task must not end the run silently.
-        except (Exception, SystemExit, CancelledError) as error:
-            raise ValueError(f"the reward raised {error!r} ({where})") from error
-        if not math.isfinite(value):
-            raise ValueError(f"the reward must be a finite number, got {value} ({where})")
-        return float(value >= self.right_at)
+        return self.scored([Attempt(example, answer, completion_ids)])[0].outcome
+
+    def follow(self, state: Callable[[], RunState]) -> None:
+        """Give the task a function that returns the run's position, for rewards that read it."""
+        self.run_state = state
+
+    def _where(self, attempt: Attempt) -> str:
+        prompt, answer = attempt.example.prompt[:80], attempt.answer[:80]
+        return f"task {self.name}, prompt {prompt!r}, answer {answer!r}"
 
     def true_steps(self, thought: str) -> tuple[int, int] | None:
         """(true steps, steps) of a thought whose steps can be verified; None if they cannot."""

@@ -10,16 +10,17 @@ Rows are in memory; `streamed_rows.py` reads those that do not fit there.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..common.bounds import bounded
-from .base import Example, Split, Task
+from .base import Attempt, Example, RunState, Scored, Split, Task, fingerprint
 from .reward_functions import load_reward
 from .row_examples import ColumnsConfig, to_examples
 from .row_files import load_rows
+from .weighted_rewards import WeightedRewards
 
 _log = logging.getLogger(__name__)
 
@@ -41,10 +42,13 @@ class RowsConfig(ColumnsConfig):
     """Test split of a hub id or folder; without `test_source`, a split of `source`."""
     test_share: float = bounded(0.1, above=0, below=1)
     """Share of the questions that is held out if there are no test rows."""
-    reward: str = "exact"
-    """Reward of an answer: exact, math (equality by math-verify) or `package.module:function`."""
+    reward: Any = "exact"
+    """Reward of an answer: exact, math (equality by math-verify), `package.module:function`, or a
+    list of several, whose weighted sum is the reward."""
+    reward_weights: list[float] = bounded([])
+    """Weight of each function of a list; empty: 1 for each."""
     reward_style: str = "auto"
-    """Signature of that function: trl, verl, reasoning_gym; auto detects it by parameter names."""
+    """Signature of the functions: trl, verl, reasoning_gym; auto detects it by parameter names."""
     reward_seconds: float = bounded(10.0, above=0)
     """Time limit of that function per answer in seconds; an answer that takes longer is worth 0."""
     right_at: float = bounded(1.0, at_least=-1e9)
@@ -65,6 +69,20 @@ class RowsConfig(ColumnsConfig):
             raise ValueError(f"task.right_at must be a finite number, got {self.right_at}")
         return Rows(self)
 
+    def rewards(self, state: Callable[[], RunState]) -> WeightedRewards:
+        """The reward functions; state: returns the run's position.
+
+        Raises ValueError naming the key of an impossible value.
+        """
+        paths = [self.reward] if isinstance(self.reward, str) else self.reward
+        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+            raise ValueError(
+                "task.reward must be exact, math, package.module:function or a list of these, got "
+                f"{self.reward!r}"
+            )
+        functions = [load_reward(path, self.reward_style) for path in paths]
+        return WeightedRewards(functions, self.reward_weights, self.reward_seconds, state)
+
 
 class Rows(Task):
     """Problems from rows, see the module."""
@@ -75,7 +93,8 @@ class Rows(Task):
         self.is_listed = True
         self.name = f"rows/{Path(config.source).name}"
         self.right_at = config.right_at
-        self._reward = load_reward(config.reward, config.reward_style, config.reward_seconds)
+        self._rewards = config.rewards(lambda: self.run_state())
+        self._outcomes: dict[tuple[str, str, str], float] = {}
         rows = load_rows(config.source, config.subset, config.train_split, "task.source")
         train = self._examples(rows, config.source)
         if config.test_source is None and config.test_split is None:
@@ -115,7 +134,29 @@ class Rows(Task):
 
     def score(self, example: Example, answer: str) -> float:
         """The reward's value."""
-        return self._reward(example, answer)
+        return self.scores([Attempt(example, answer)])[0].score
+
+    def scores(self, attempts: Sequence[Attempt]) -> list[Scored]:
+        """Scores of attempts, whose rewards run together."""
+        return self._rewards(attempts)
+
+    def scored(self, attempts: Sequence[Attempt]) -> list[Scored]:
+        found = super().scored(attempts)
+        for attempt, one in zip(attempts, found, strict=True):
+            self._outcomes[_key(attempt.example, attempt.answer)] = one.outcome
+        for key in list(self._outcomes)[:-_NUM_OUTCOMES]:
+            del self._outcomes[key]
+        return found
+
+    def outcome(
+        self, example: Example, answer: str, completion_ids: list[int] | None = None
+    ) -> float:
+        """The outcome of the batch that the answer was last scored in, else a new one.
+
+        Reports show single answers of an evaluation, and a reward may be a request to a server.
+        """
+        known = self._outcomes.get(_key(example, answer))
+        return super().outcome(example, answer, completion_ids) if known is None else known
 
     def _examples(self, rows: Sequence[dict[str, Any]], source: str) -> list[tuple[str, Example]]:
         """(hash that decides the split, example) of every row."""
@@ -124,6 +165,14 @@ class Rows(Task):
             for index, row in enumerate(rows)
             for pair in to_examples(row, self.config, f"row {index} of {source}")
         ]
+
+
+_NUM_OUTCOMES = 100_000
+"""Number of outcomes that are kept for reports."""
+
+
+def _key(example: Example, answer: str) -> tuple[str, str, str]:
+    return fingerprint(example), example.answer, answer
 
 
 def in_test_share(question_hash: str, share: float) -> bool:

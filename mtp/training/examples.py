@@ -8,12 +8,22 @@ An index gives the same example at every call, so a position is the whole state 
 """
 
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import DecodingConfig
 from ..rollouts.tokenization import unknown_characters
-from ..tasks.base import Example, Split, Step, Task, held_out_sets
+from ..tasks.base import (
+    Attempt,
+    Example,
+    RunState,
+    Scored,
+    Split,
+    Step,
+    Task,
+    held_out_sets,
+)
 from .collate import collate_text
 from .stage import StageConfig
 
@@ -87,8 +97,16 @@ class FittedTask(Task):
     def score(self, example: Example, answer: str) -> float:
         return self.task.score(example, answer)
 
-    def outcome(self, example: Example, answer: str) -> float:
-        return self.task.outcome(example, answer)
+    def scored(self, attempts: Sequence[Attempt]) -> list[Scored]:
+        return self.task.scored(attempts)
+
+    def outcome(
+        self, example: Example, answer: str, completion_ids: list[int] | None = None
+    ) -> float:
+        return self.task.outcome(example, answer, completion_ids)
+
+    def follow(self, state: Callable[[], RunState]) -> None:
+        self.task.follow(state)
 
     def true_steps(self, thought: str) -> tuple[int, int] | None:
         return self.task.true_steps(thought)
@@ -150,9 +168,10 @@ class FittedTask(Task):
         if not self.has_verifier or (self._keeps_ascii and example.answer.isascii()):
             return
         back = self.fmt.read_back(example.answer)
-        if back == example.answer or not self.outcome(example, example.answer):
+        ids = self.fmt.completion_ids(example.thought, example.answer)
+        if back == example.answer or not self.outcome(example, example.answer, ids):
             return
-        if not self.outcome(example, back):
+        if not self.outcome(example, back, ids):
             raise ValueError(
                 f"the answer of {where} can never be given: the tokenizer reads "
                 f"{example.answer[:80]!r} as {back[:80]!r}, which is wrong; write it as the "
