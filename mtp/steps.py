@@ -33,7 +33,13 @@ def step_batches(
     if config.kind == "rl":
         return rollout_batches(run, stage, step)
     batches, num_tokens = solved_batches(
-        run, stage.name, step, examples.batch_size, examples, config.micro_batch_size
+        run,
+        stage.name,
+        step,
+        examples.batch_size,
+        examples,
+        config.micro_batch_size,
+        length_window=examples.length_window,
     )
     return [batches], {"num_text_tokens": num_tokens}
 
@@ -54,15 +60,23 @@ def evened(run: Run, batches: list[AnyBatch]) -> list[AnyBatch]:
 
 
 def solved_batches(
-    run: Run, purpose: str, step: int, number: int, anchors: AnchorsConfig, micro_batch_size: int
+    run: Run,
+    purpose: str,
+    step: int,
+    number: int,
+    anchors: AnchorsConfig,
+    micro_batch_size: int,
+    *,
+    length_window: int = 0,
 ) -> tuple[list[TextBatch], int]:
     """`number` solved examples as batches, and the number of tokens of their text.
 
-    purpose: part of the seeds of the anchors, so that anchors of different purposes differ.
+    purpose: part of the seeds of the anchors, so that anchors of different purposes differ;
+    length_window: as in `next_examples`.
     """
     fmt = run.fmt
     samples, names = [], []
-    for place, example in next_examples(run, number).items():
+    for place, example in next_examples(run, number, length_window).items():
         segments = fmt.example_segments(example)
         samples += segments
         # The first segment's name holds the place alone.

@@ -229,7 +229,9 @@ def _trainer_state(state: RunState) -> Any:
     """The run's position as transformers' TrainerState."""
     from transformers import TrainerState
 
-    return TrainerState(epoch=state.epoch, global_step=state.global_step, max_steps=state.max_steps)
+    found = TrainerState(global_step=state.global_step, max_steps=state.max_steps)
+    found.epoch = state.epoch  # type: ignore[assignment]
+    return found
 
 
 def _verl(name: str, function: Callable[..., Any]) -> RewardFunction:
