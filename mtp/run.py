@@ -35,6 +35,8 @@ class Progress:
     global_step: int = 0
     position: int = 0
     """Number of training examples used so far."""
+    bookmark: dict[str, Any] = field(default_factory=dict)
+    """Where the task finds that position sooner, see `Task.bookmark`."""
     stage_seconds: float = 0.0
     """Seconds spent in the current stage, over all resumptions."""
     summaries: list[dict[str, Any]] = field(default_factory=list)

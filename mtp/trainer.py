@@ -102,6 +102,8 @@ def run_stages(
             return summary
     seed_everything(config.seed, verbose=False)
     task = config.task.build()
+    if progress.bookmark:
+        task.restore(progress.bookmark)
     check_disjoint(task)
     check_outcomes(config, task)
     model, fmt = build_model(config.model, config.head, config.decoding, task)

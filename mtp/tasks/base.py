@@ -167,11 +167,23 @@ class Task(ABC):
     interim_set: Split = "test"
     """Held-out set of the evaluations within a stage. Their best one is kept as a checkpoint, so a
     set apart from `test_sets` leaves those untouched by any choice."""
+    stride: int = 7919
+    """Distance from a training problem that cannot be used to the next candidate: a prime, since
+    neighbours may be alike."""
     is_listed: bool = False
     """True if all examples are in memory: they are checked, and counted, before a run begins."""
 
     run_state: Callable[[], RunState] = RunState
     """Returns the run's position."""
+
+    def bookmark(self, position: int) -> dict[str, Any]:
+        """State with which a resumed run finds a position sooner, as plain values."""
+        del position
+        return {}
+
+    def restore(self, bookmark: dict[str, Any]) -> None:
+        """Use the bookmark of an earlier process. Raises ValueError if the data has changed."""
+        del bookmark
 
     @abstractmethod
     def size(self, split: Split) -> int | None:
@@ -260,16 +272,23 @@ def read_utf8(path: Path, key: str) -> str:
     Raises ValueError naming the config's `key`, the file and the line if it is another encoding.
     """
     data = path.read_bytes()
-    where, encoding = str(path), "ISO-8859-1"
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
-        encoding = "UTF-16"
-    else:
-        try:
-            return data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            number = data.count(b"\n", 0, error.start) + 1
-            where = f"{path}, line {number}"
-    raise ValueError(
+    if begins_as_utf16(data[:4]):
+        raise not_utf8(key, str(path), "UTF-16")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise not_utf8(key, f"{path}, line {number}", "ISO-8859-1") from None
+
+
+def begins_as_utf16(first: bytes) -> bool:
+    """True if a file whose first four bytes these are is UTF-16."""
+    return first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in first
+
+
+def not_utf8(key: str, where: str, encoding: str) -> ValueError:
+    """The error of a text that is not UTF-8, with the encoding that it may have."""
+    return ValueError(
         f"{key} must be UTF-8 text, got {where}; if it is {encoding}, convert it: "
         f"iconv -f {encoding} -t UTF-8"
     )

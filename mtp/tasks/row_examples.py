@@ -5,12 +5,14 @@ which a reward may read. A row that could be read in two ways is refused.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
 from .base import Example, Message, TaskConfig, fingerprint
 from .messages import Tags, Turn, is_messages, one_thought, read_turns
+from .row_files import Row
 
 
 @dataclass(kw_only=True)
@@ -84,6 +86,16 @@ def to_examples(
         return [(fingerprint(example), example) for example in examples]
     opening = fingerprint(examples[0])
     return [(opening, example) for example in examples]
+
+
+def examples_of(rows: Iterable[Row], config: ColumnsConfig) -> list[tuple[str, Example]]:
+    """The examples of rows, see `to_examples`."""
+    return [pair for where, row in rows for pair in to_examples(row, config, where)]
+
+
+def in_test_share(question_hash: str, share: float) -> bool:
+    """True if a question, by its hexadecimal hash, is in the held-out share."""
+    return int(question_hash[:13], 16) < share * 16**13
 
 
 def _single(row: dict[str, Any], config: ColumnsConfig, where: str) -> Example:

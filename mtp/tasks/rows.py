@@ -10,17 +10,17 @@ Rows are in memory; `streamed_rows.py` reads those that do not fit there.
 
 import logging
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..common.bounds import bounded
-from .base import Attempt, Example, RunState, Scored, Split, Task, fingerprint
+from .base import Example, Split
 from .reward_functions import load_reward
-from .row_examples import ColumnsConfig, to_examples
-from .row_files import load_rows
-from .weighted_rewards import WeightedRewards
+from .row_examples import ColumnsConfig, examples_of, in_test_share
+from .row_files import load_rows, open_rows
+from .streamed_rows import StreamedRows
+from .weighted_rewards import RewardedTask, WeightedRewards
 
 _log = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ class RowsConfig(ColumnsConfig):
     """Settings for `task=rows task.source=problems.jsonl task.reward=math`."""
 
     source: str | None = None
-    """Source of the rows: a file ending in .jsonl or .parquet, a folder or a hub id that `datasets`
-    opens."""
+    """Source of the rows: a file ending in .jsonl, .jsonl.gz or .parquet, a pattern of such files
+    (`data/*.jsonl`), a folder or a hub id that `datasets` opens."""
     subset: str | None = None
     """Configuration of a hub id or folder, such as `main` of gsm8k."""
     train_split: str = "train"
@@ -42,6 +42,12 @@ class RowsConfig(ColumnsConfig):
     """Test split of a hub id or folder; without `test_source`, a split of `source`."""
     test_share: float = bounded(0.1, above=0, below=1)
     """Share of the questions that is held out if there are no test rows."""
+    stream: bool = False
+    """Read the training rows as they are used, for data that does not fit into memory."""
+    shuffle_rows: int = bounded(10_000, at_least=1, at_most=10_000_000)
+    """Number of streamed examples that are in memory and shuffled together; 1: no shuffling."""
+    shuffle_seed: int = bounded(0, at_least=0)
+    """Seed of the order of streamed rows. The order of others follows from the run's seed."""
     reward: Any = "exact"
     """Reward of an answer: exact, math (equality by math-verify), `package.module:function`, or a
     list of several, whose weighted sum is the reward."""
@@ -54,7 +60,7 @@ class RowsConfig(ColumnsConfig):
     right_at: float = bounded(1.0, at_least=-1e9)
     """Minimum reward of a right answer."""
 
-    def build(self) -> "Rows":
+    def build(self) -> "Rows | StreamedRows":
         if not self.source:
             raise ValueError(
                 "task.source must be a .jsonl or .parquet file, a folder or a hub id, got "
@@ -67,13 +73,44 @@ class RowsConfig(ColumnsConfig):
             raise ValueError(f"task.num_test must be at least 1, got {self.num_test}")
         if not math.isfinite(self.right_at):
             raise ValueError(f"task.right_at must be a finite number, got {self.right_at}")
+        if self.stream:
+            return self._streamed()
         return Rows(self)
 
-    def rewards(self, state: Callable[[], RunState]) -> WeightedRewards:
-        """The reward functions; state: returns the run's position.
+    def _streamed(self) -> StreamedRows:
+        test_rows = self.test_rows
+        return StreamedRows(
+            open_rows(*self.train_rows, streaming=True),
+            self,
+            self.rewards(),
+            name=self.name,
+            right_at=self.right_at,
+            shuffle_rows=self.shuffle_rows,
+            seed=self.shuffle_seed,
+            test=None if test_rows is None else examples_of(load_rows(*test_rows), self),
+            test_share=self.test_share,
+        )
 
-        Raises ValueError naming the key of an impossible value.
-        """
+    @property
+    def name(self) -> str:
+        """Name of the task."""
+        return f"rows/{Path(str(self.source)).name}"
+
+    @property
+    def train_rows(self) -> tuple[str, str | None, str, str]:
+        """Arguments of `load_rows` for the training rows."""
+        return str(self.source), self.subset, self.train_split, "task.source"
+
+    @property
+    def test_rows(self) -> tuple[str, str | None, str, str] | None:
+        """Arguments of `load_rows` for the test rows; None if a share is held out."""
+        if self.test_source is None and self.test_split is None:
+            return None
+        source, split = self.test_source or str(self.source), self.test_split or "test"
+        return source, self.subset, split, "task.test_source"
+
+    def rewards(self) -> WeightedRewards:
+        """The reward functions. Raises ValueError naming the key of an impossible value."""
         paths = [self.reward] if isinstance(self.reward, str) else self.reward
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
             raise ValueError(
@@ -81,31 +118,26 @@ class RowsConfig(ColumnsConfig):
                 f"{self.reward!r}"
             )
         functions = [load_reward(path, self.reward_style) for path in paths]
-        return WeightedRewards(functions, self.reward_weights, self.reward_seconds, state)
+        return WeightedRewards(functions, self.reward_weights, self.reward_seconds)
 
 
-class Rows(Task):
+class Rows(RewardedTask):
     """Problems from rows, see the module."""
 
+    is_listed = True
+
     def __init__(self, config: RowsConfig):
-        assert config.source is not None
-        self.config = config
-        self.is_listed = True
-        self.name = f"rows/{Path(config.source).name}"
-        self.right_at = config.right_at
-        self._rewards = config.rewards(lambda: self.run_state())
-        self._outcomes: dict[tuple[str, str, str], float] = {}
-        rows = load_rows(config.source, config.subset, config.train_split, "task.source")
-        train = self._examples(rows, config.source)
-        if config.test_source is None and config.test_split is None:
+        super().__init__(config.rewards(), config.right_at)
+        self.config, self.name = config, config.name
+        rows = load_rows(*config.train_rows)
+        train = examples_of(rows, config)
+        test_rows = config.test_rows
+        if test_rows is None:
             held_out = {f for f, _ in train if in_test_share(f, config.test_share)}
             test = [pair for pair in train if pair[0] in held_out]
             hint = "change task.test_share or add rows"
         else:
-            source = config.test_source or config.source
-            split = config.test_split or "test"
-            rows = load_rows(source, config.subset, split, "task.test_source")
-            test = self._examples(rows, source)
+            test = examples_of(load_rows(*test_rows), config)
             held_out = {f for f, _ in test}
             hint = "give other test rows"
             dropped = sum(f in held_out for f, _ in train)
@@ -131,50 +163,3 @@ class Rows(Task):
 
     def example(self, split: Split, index: int) -> Example:
         return (self._test if split == "test" else self._train)[index]
-
-    def score(self, example: Example, answer: str) -> float:
-        """The reward's value."""
-        return self.scores([Attempt(example, answer)])[0].score
-
-    def scores(self, attempts: Sequence[Attempt]) -> list[Scored]:
-        """Scores of attempts, whose rewards run together."""
-        return self._rewards(attempts)
-
-    def scored(self, attempts: Sequence[Attempt]) -> list[Scored]:
-        found = super().scored(attempts)
-        for attempt, one in zip(attempts, found, strict=True):
-            self._outcomes[_key(attempt.example, attempt.answer)] = one.outcome
-        for key in list(self._outcomes)[:-_NUM_OUTCOMES]:
-            del self._outcomes[key]
-        return found
-
-    def outcome(
-        self, example: Example, answer: str, completion_ids: list[int] | None = None
-    ) -> float:
-        """The outcome of the batch that the answer was last scored in, else a new one.
-
-        Reports show single answers of an evaluation, and a reward may be a request to a server.
-        """
-        known = self._outcomes.get(_key(example, answer))
-        return super().outcome(example, answer, completion_ids) if known is None else known
-
-    def _examples(self, rows: Sequence[dict[str, Any]], source: str) -> list[tuple[str, Example]]:
-        """(hash that decides the split, example) of every row."""
-        return [
-            pair
-            for index, row in enumerate(rows)
-            for pair in to_examples(row, self.config, f"row {index} of {source}")
-        ]
-
-
-_NUM_OUTCOMES = 100_000
-"""Number of outcomes that are kept for reports."""
-
-
-def _key(example: Example, answer: str) -> tuple[str, str, str]:
-    return fingerprint(example), example.answer, answer
-
-
-def in_test_share(question_hash: str, share: float) -> bool:
-    """True if a question, by its hexadecimal hash, is in the held-out share."""
-    return int(question_hash[:13], 16) < share * 16**13

@@ -24,7 +24,7 @@ from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
-from .base import Attempt, RewardError, RunState, Scored
+from .base import Attempt, Example, RewardError, RunState, Scored, Task, fingerprint
 from .reward_functions import Call, RewardFunction
 
 _log = logging.getLogger(__name__)
@@ -231,3 +231,46 @@ class WeightedRewards:
             metrics=[entry for call in calls for entry in call.metrics],
             extra={name: value for call in calls for name, value in call.extra.items()},
         )
+
+
+class RewardedTask(Task):
+    """A task that is scored by reward functions."""
+
+    def __init__(self, rewards: WeightedRewards, right_at: float):
+        self.right_at, self._rewards = right_at, rewards
+        rewards.state = lambda: self.run_state()
+        self._outcomes: dict[tuple[str, str, str], float] = {}
+
+    def score(self, example: Example, answer: str) -> float:
+        """The reward's value."""
+        return self.scores([Attempt(example, answer)])[0].score
+
+    def scores(self, attempts: Sequence[Attempt]) -> list[Scored]:
+        """Scores of attempts, whose rewards run together."""
+        return self._rewards(attempts)
+
+    def scored(self, attempts: Sequence[Attempt]) -> list[Scored]:
+        found = super().scored(attempts)
+        for attempt, one in zip(attempts, found, strict=True):
+            self._outcomes[_key(attempt.example, attempt.answer)] = one.outcome
+        for key in list(self._outcomes)[:-_NUM_OUTCOMES]:
+            del self._outcomes[key]
+        return found
+
+    def outcome(
+        self, example: Example, answer: str, completion_ids: list[int] | None = None
+    ) -> float:
+        """The outcome of the batch that the answer was last scored in, else a new one.
+
+        Reports show single answers of an evaluation, and a reward may be a request to a server.
+        """
+        known = self._outcomes.get(_key(example, answer))
+        return super().outcome(example, answer, completion_ids) if known is None else known
+
+
+_NUM_OUTCOMES = 100_000
+"""Number of outcomes that are kept for reports."""
+
+
+def _key(example: Example, answer: str) -> tuple[str, str, str]:
+    return fingerprint(example), example.answer, answer

@@ -31,8 +31,6 @@ _log = logging.getLogger(__name__)
 _NUM_CHECKED = 256
 """Number of training problems of a task without a list that are checked before a run begins."""
 _NUM_PROBES = 64
-_STRIDE = 7919
-"""Distance from a problem that is too long to the next candidate; a prime."""
 
 
 class FittedTask(Task):
@@ -78,7 +76,7 @@ class FittedTask(Task):
             return self._list(split)[index]
         size = self.task.size(split)
         for probe in range(_NUM_PROBES):
-            at = index + probe * _STRIDE
+            at = index + probe * self.task.stride
             example = self._fitting(split, at if size is None else at % size)
             if example is not None:
                 return example
@@ -104,6 +102,12 @@ class FittedTask(Task):
         self, example: Example, answer: str, completion_ids: list[int] | None = None
     ) -> float:
         return self.task.outcome(example, answer, completion_ids)
+
+    def bookmark(self, position: int) -> dict[str, Any]:
+        return self.task.bookmark(position)
+
+    def restore(self, bookmark: dict[str, Any]) -> None:
+        self.task.restore(bookmark)
 
     def follow(self, state: Callable[[], RunState]) -> None:
         self.task.follow(state)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from mtp.tasks.base import Example, Task, check_disjoint, fingerprint
 from mtp.tasks.math_answer import MathVerifier
-from mtp.tasks.row_examples import to_examples
-from mtp.tasks.rows import RowsConfig, in_test_share
+from mtp.tasks.row_examples import in_test_share, to_examples
+from mtp.tasks.rows import RowsConfig
 
 
 def write(path, rows):
