@@ -143,4 +143,5 @@ def join_rewards(parts: list[Rewards]) -> Rewards:
         torch.cat([part.outcomes for part in parts]),
         torch.cat([part.total for part in parts]),
         {name: torch.cat([part.terms[name] for part in parts]) for name in parts[0].terms},
+        [one for part in parts for one in part.scored],
     )

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .hub.run_folder import MARK, RunFolder, changed_settings
 from .reports.loggers import Log
 from .rollouts.prompt_format import PromptFormat
 from .tasks.base import Example, Task, training_index
+from .training.length_windows import LengthWindows
 from .training.runtime import StopRequest
 from .training.stage import StageConfig
 
@@ -33,6 +35,8 @@ class Progress:
     global_step: int = 0
     position: int = 0
     """Number of training examples used so far."""
+    bookmark: dict[str, Any] = field(default_factory=dict)
+    """Where the task finds that position sooner, see `Task.bookmark`."""
     stage_seconds: float = 0.0
     """Seconds spent in the current stage, over all resumptions."""
     summaries: list[dict[str, Any]] = field(default_factory=list)
@@ -70,6 +74,15 @@ class Run:
     """The model as the current stage wraps it, see `step_module.wrap`; None before the first."""
     has_warned: bool = False
     """True after the warning that sampler and replay disagree."""
+
+    @cached_property
+    def windows(self) -> LengthWindows:
+        """The training examples in windows that are sorted by length."""
+
+        def length(example: Example) -> int:
+            return max(len(p) + len(c) for p, c in self.fmt.example_segments(example))
+
+        return LengthWindows(length, self.config.seed)
 
     def seed_of(self, *purpose: object, rank: int = 0) -> int:
         """Seed of one purpose, the same on every process.
@@ -116,20 +129,34 @@ class StageRun:
     """Frozen model that loss and reward compare with; None if neither compares."""
 
 
-def next_examples(run: Run, number: int) -> dict[int, Example]:
-    """The next `number` training examples: this process's share, by their place among them."""
+def training_example(run: Run, position: int) -> Example:
+    """The training example at a position of the run's data."""
+    size = run.task.size("train")
+    return run.task.example("train", training_index(position, size, run.config.seed))
+
+
+def next_examples(run: Run, number: int, length_window: int = 0) -> dict[int, Example]:
+    """The next `number` training examples: this process's share, by their place among them.
+
+    length_window: number of steps of `number` examples that are sorted by length together, see
+    `LengthWindows`; 0: none.
+    """
     rank, world = run.fabric.global_rank, run.fabric.world_size
     if number % world:
         raise ValueError(
             f"a step's {number} examples must divide evenly over {world} processes; use another "
             "number of examples or of processes"
         )
-    size, begin = run.task.size("train"), run.progress.position
+    begin = run.progress.position
     run.progress.position += number
-    return {
-        place: run.task.example("train", training_index(begin + place, size, run.config.seed))
-        for place in range(rank, number, world)
-    }
+    places = range(rank, number, world)
+    positions = [begin + place for place in places]
+    get = partial(training_example, run)
+    if length_window:
+        examples = run.windows.examples(positions, number, length_window, get)
+    else:
+        examples = [get(position) for position in positions]
+    return dict(zip(places, examples, strict=True))
 
 
 def settings_of(config: RunConfig, fabric: Fabric) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The batches of one step: solved examples, or the policy's own rollouts with their advantages."""
 
+from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from .rollouts.legibility import step_metrics, unigram_drift
 from .rollouts.reward import Rewards
 from .rollouts.rollout import Rollouts
 from .run import Run, StageRun, next_examples
+from .tasks.base import Scored
 from .training.batch import AnyBatch, RolloutBatch, TextBatch, without_rows
 from .training.collate import collate_rollouts, collate_slow_rollouts, collate_text
 from .training.objectives.scored import RowStats, replay_batch
@@ -31,7 +33,13 @@ def step_batches(
     if config.kind == "rl":
         return rollout_batches(run, stage, step)
     batches, num_tokens = solved_batches(
-        run, stage.name, step, examples.batch_size, examples, config.micro_batch_size
+        run,
+        stage.name,
+        step,
+        examples.batch_size,
+        examples,
+        config.micro_batch_size,
+        length_window=examples.length_window,
     )
     return [batches], {"num_text_tokens": num_tokens}
 
@@ -52,15 +60,23 @@ def evened(run: Run, batches: list[AnyBatch]) -> list[AnyBatch]:
 
 
 def solved_batches(
-    run: Run, purpose: str, step: int, number: int, anchors: AnchorsConfig, micro_batch_size: int
+    run: Run,
+    purpose: str,
+    step: int,
+    number: int,
+    anchors: AnchorsConfig,
+    micro_batch_size: int,
+    *,
+    length_window: int = 0,
 ) -> tuple[list[TextBatch], int]:
     """`number` solved examples as batches, and the number of tokens of their text.
 
-    purpose: part of the seeds of the anchors, so that anchors of different purposes differ.
+    purpose: part of the seeds of the anchors, so that anchors of different purposes differ;
+    length_window: as in `next_examples`.
     """
     fmt = run.fmt
     samples, names = [], []
-    for place, example in next_examples(run, number).items():
+    for place, example in next_examples(run, number, length_window).items():
         segments = fmt.example_segments(example)
         samples += segments
         # The first segment's name holds the place alone.
@@ -98,7 +114,7 @@ def rollout_batches(
     groups = sample_groups(run, stage, step)
     advantages = advantages_of(run, stage.config, groups.rewards)
     config, micro_batch_size = stage.config.rollouts, stage.config.micro_batch_size
-    metrics = rollout_metrics(run, groups, advantages, step)
+    metrics = rollout_metrics(run, stage.name, groups, advantages, step)
     minibatches: list[list[TextBatch]] = []
     for number, share in enumerate(groups.shares * config.num_epochs):
         solved: list[TextBatch] = []
@@ -201,9 +217,12 @@ def replayed(run: Run, stage: StageRun, batch: RolloutBatch) -> RolloutBatch:
 
 
 def rollout_metrics(
-    run: Run, groups: Groups, advantages: torch.Tensor, step: int
+    run: Run, stage: str, groups: Groups, advantages: torch.Tensor, step: int
 ) -> dict[str, Any]:
-    """Metrics of all rollouts that all processes sampled, those of unused groups included."""
+    """Metrics of all rollouts that all processes sampled, those of unused groups included.
+
+    Columns that reward functions logged are written to the log's details.
+    """
     parts = all_of(run.fabric, (groups, advantages))
     found = [groups for groups, _ in parts]
     whole = Groups(
@@ -213,7 +232,15 @@ def rollout_metrics(
         max(part.seconds for part in found),
     )
     advantages = torch.cat([part for _, part in parts])
-    return on_first_process(run.fabric, lambda: metrics_of(run, whole, advantages, step))
+
+    def measured() -> dict[str, Any]:
+        extra = extra_rows(whole)
+        if extra:
+            at = {"stage": stage, "step": step + 1}
+            run.log.detail("rewards", [at | row for row in extra], run.progress.global_step + 1)
+        return metrics_of(run, whole, advantages, step)
+
+    return on_first_process(run.fabric, measured)
 
 
 def metrics_of(run: Run, groups: Groups, advantages: torch.Tensor, step: int) -> dict[str, Any]:
@@ -241,6 +268,7 @@ def metrics_of(run: Run, groups: Groups, advantages: torch.Tensor, step: int) ->
         metrics |= segment_metrics(rollouts)
     for term, values in rewards.terms.items():
         metrics[f"reward/{term}"] = float(values.mean())
+    metrics |= function_metrics([one for one in rewards.scored if one is not None])
     steps = step_metrics([rollouts], run.task, run.fmt)
     metrics |= {name: value for name, value in steps.items() if value is not None}
     drift = unigram_drift([rollouts], run.fmt)
@@ -258,6 +286,34 @@ def reward_metrics(rewards: Rewards, advantages: torch.Tensor) -> dict[str, floa
         "reward_std": float(rewards.outcomes.std(1, correction=0).mean()),
         "frac_reward_zero_std": float((advantages == 0).all(1).float().mean()),
     }
+
+
+def function_metrics(scored: list[Scored]) -> dict[str, float]:
+    """Mean and deviation of each reward function over the answers that it applies to, and means of
+    the metrics that the functions logged.
+    """
+    metrics: dict[str, float] = {}
+    for name in dict.fromkeys(name for one in scored for name in one.parts):
+        found = [v for one in scored if (v := one.parts.get(name)) is not None]
+        if found:
+            values = torch.tensor(found, dtype=torch.float64)
+            metrics[f"rewards/{name}/mean"] = float(values.mean())
+            metrics[f"rewards/{name}/std"] = float(values.std(correction=0))
+    logged: defaultdict[str, list[float]] = defaultdict(list)
+    for one in scored:
+        for name, value in one.metrics:
+            logged[name].append(value)
+    return metrics | {f"rewards/{name}": sum(v) / len(v) for name, v in sorted(logged.items())}
+
+
+def extra_rows(groups: Groups) -> list[dict[str, Any]]:
+    """Rows of the columns that reward functions logged, one per answer that has some."""
+    rows = []
+    for row, one in enumerate(groups.rewards.scored):
+        if one is not None and one.extra:
+            prompt = groups.rollouts.example(row).shown
+            rows.append({"prompt": prompt, "score": one.score, **one.parts, **one.extra})
+    return rows
 
 
 def segment_metrics(rollouts: Rollouts) -> dict[str, float]:

@@ -28,7 +28,7 @@ from .run import Progress, Run, read_start, settings_of, write_start
 from .stages.checkpointing import Interrupted, stop_if_asked
 from .stages.dry_run import dry_config, estimate
 from .stages.loop import run_stage
-from .tasks.base import Task, check_disjoint
+from .tasks.base import RunState, Task, check_disjoint
 from .training.examples import checked_task
 from .training.lifeline import lifeline
 from .training.numbers import active_dropout
@@ -104,6 +104,8 @@ def run_stages(
             return summary
     seed_everything(config.seed, verbose=False)
     task = config.task.build()
+    if progress.bookmark:
+        task.restore(progress.bookmark)
     check_disjoint(task)
     check_outcomes(config, task)
     model, fmt = build_model(config.model, config.head, config.decoding, task)
@@ -120,6 +122,7 @@ def run_stages(
     if state is not None:
         load_weights(model, state.pop("model"), checkpoint)
         check_processes(model, progress)
+    task.follow(partial(state_of, config, progress, task.size("train")))
     if fabric.is_global_zero:
         write_start(folder, config, state)
     fabric.barrier()
@@ -216,6 +219,15 @@ def say_where(run: Run, messages: list[str]) -> None:
             run.console.print(f"{change['key']} was {change['then']} and is now {change['now']}")
     for message in messages:
         run.console.print(message)
+
+
+def state_of(config: RunConfig, progress: Progress, size: int | None) -> RunState:
+    """The run's position, as rewards may read it; size: number of training examples."""
+    return RunState(
+        global_step=progress.global_step,
+        max_steps=sum(stage.steps for stage in config.active_stages().values()),
+        epoch=progress.position / size if size else None,
+    )
 
 
 def where(run: Run, stage: str) -> str:

@@ -24,7 +24,7 @@ from ..rollouts.legibility import (
 )
 from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import DecodingConfig, Rollouts, sample
-from ..tasks.base import Example, Split, Task
+from ..tasks.base import Attempt, Example, Split, Task
 from ..training.sharding import whole
 from .spread import ALONE, Spread
 
@@ -124,12 +124,14 @@ def right_answers(
     batches: list[Rollouts], task: Task, answer_of: Callable[[list[int]], str | None]
 ) -> list[bool]:
     """True if the final answer of each completion is right; see `accuracy`."""
-    right = []
-    for batch in batches:
-        for row in range(len(batch)):
-            answer = answer_of(batch.completion(row))
-            right.append(answer is not None and task.outcome(batch.example(row), answer) == 1.0)
-    return right
+    answers = [
+        (batch.example(row), answer_of(batch.completion(row)), batch.completion(row))
+        for batch in batches
+        for row in range(len(batch))
+    ]
+    attempts = [Attempt(e, answer, ids) for e, answer, ids in answers if answer is not None]
+    scored = iter(task.scored(attempts))
+    return [answer is not None and next(scored).outcome == 1.0 for _, answer, _ in answers]
 
 
 def fast_accuracy(
@@ -306,7 +308,8 @@ def wrong_thoughts(
         for step in range(1, len(examples)):
             other = (index + step) % len(examples)
             closed = bool(thoughts[other]) and thoughts[other][-1] == fmt.thought_ids("")[-1]
-            if closed and not task.outcome(example, examples[other].answer):
+            given = fmt.completion_ids(None, examples[other].answer)
+            if closed and not task.outcome(example, examples[other].answer, given):
                 out.append(thoughts[other])
                 break
         else:

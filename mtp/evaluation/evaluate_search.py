@@ -17,8 +17,9 @@ SCORERS = ("logprob", "reward")
 
 def is_right(task: Task, fmt: PromptFormat, example: Example, branch: Branch) -> bool:
     """True if a text's final answer is right; False without an answer."""
-    answer = fmt.answer_text(branch.text())
-    return answer is not None and task.outcome(example, answer) > 0
+    ids = branch.text()
+    answer = fmt.answer_text(ids)
+    return answer is not None and task.outcome(example, answer, ids) > 0
 
 
 def outcome_scorer(task: Task, fmt: PromptFormat, examples: list[Example]) -> Scorer:
@@ -73,7 +74,7 @@ def evaluate_search(
     sums: defaultdict[str, float] = defaultdict(float)
     for at in range(0, len(examples), step):
         asked = examples[at : at + step]
-        prompts, lengths = pad([fmt.prompt_ids(e.prompt) for e in asked], fmt.pad_id)
+        prompts, lengths = pad([fmt.question_ids(e) for e in asked], fmt.pad_id)
         device = next(model.parameters()).device
         found = search(
             model,

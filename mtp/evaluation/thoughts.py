@@ -56,7 +56,8 @@ def outcome_rows(decoded: Decoded, task: Task, fmt: PromptFormat, stage: str) ->
 
 
 def _right(batch: Rollouts, row: int, task: Task, fmt: PromptFormat) -> bool | None:
-    return is_right(task, batch.example(row), fmt.answer_text(batch.completion(row)))
+    ids = batch.completion(row)
+    return is_right(task, batch.example(row), fmt.answer_text(ids), ids)
 
 
 def thought_rows(
@@ -176,7 +177,7 @@ def thought_row(
     right = _right(batch, row, task, fmt)
     steps = steps_in_tokens(batch, row, task, fmt)
     return {
-        "prompt": example.prompt,
+        "prompt": example.shown,
         "answer": example.answer,
         "given": given,
         "right": right,

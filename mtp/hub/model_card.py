@@ -226,6 +226,7 @@ def sample_prompt(model: Any, fmt: PromptFormat, config: Any) -> tuple[str, list
     """A held-out prompt for the card, and the modes that answer it wrong.
 
     It is the first of a few prompts that every mode answers right, else the first that most do.
+    Prompts that need earlier messages are left out, since the card shows one message.
     """
     try:
         task = config.task.build()
@@ -236,14 +237,18 @@ def sample_prompt(model: Any, fmt: PromptFormat, config: Any) -> tuple[str, list
         ValueError,
     ):  # its data may be missing on the machine of the export
         return "Hello", []
+    examples = [example for example in examples if not example.has_context]
+    if not examples:
+        return "Hello", []
     wrong: list[list[str]] = [[] for _ in examples]
     for mode in MODES if task.has_verifier else ():
         (batch,) = decode_all(
             model, fmt, examples, mode, config.decoding, NUM_TRIED, impl=config.kernels
         )
         for row, example in enumerate(examples):
-            answer = fmt.answer_text(batch.completion(row))
-            if answer is None or not task.outcome(example, answer):
+            ids = batch.completion(row)
+            answer = fmt.answer_text(ids)
+            if answer is None or not task.outcome(example, answer, ids):
                 wrong[row].append(mode)
     best = min(range(len(examples)), key=lambda row: len(wrong[row]))
     return examples[best].prompt, wrong[best]

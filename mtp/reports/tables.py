@@ -37,9 +37,11 @@ def print_metrics(
     console.print(shown)
 
 
-def is_right(task: Task, example: Example, answer: str | None) -> bool | None:
+def is_right(task: Task, example: Example, answer: str | None, ids: list[int]) -> bool | None:
     """True if a completion's answer is right; None for a task without a verifier."""
-    return bool(answer is not None and task.outcome(example, answer)) if task.has_verifier else None
+    if not task.has_verifier:
+        return None
+    return bool(answer is not None and task.outcome(example, answer, ids))
 
 
 MARKS = {True: "[green]right[/green] ", False: "[red]wrong[/red] ", None: ""}
@@ -58,16 +60,17 @@ def completions_rows(
             if len(rows) == number:
                 return rows
             mine = batch.segments_of(row)
-            answer = fmt.answer_text(batch.completion(row))
+            ids = batch.completion(row)
+            answer = fmt.answer_text(ids)
             example = batch.example(row)
             rows.append(
                 {
                     "stage": stage,
-                    "prompt": example.prompt,
+                    "prompt": example.shown,
                     "completion": "\n".join(passes_text(batch, i, fmt) for i in mine),
                     "passes": int(batch.out.passes[mine].sum()),
                     "answer": example.answer,
-                    "right": is_right(task, example, answer),
+                    "right": is_right(task, example, answer, ids),
                 }
             )
             if fmt.segments.max_segments > 1:

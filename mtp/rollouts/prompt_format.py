@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from ..modeling.memory import ALPHABET, DONE
 from ..modeling.phases import Phase, PhasePlan, make_plan
 from ..modeling.segments import SegmentSettings, Trajectory, check_segments, summary_marks
-from ..tasks.base import Example
+from ..tasks.base import Example, Message
 from .tokenization import (
     add_delimiters,
     find_token,
@@ -31,6 +31,7 @@ from .tokenization import (
     unknown_characters,
 )
 
+SYSTEM_ROLES = ("system", "developer")
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -168,7 +169,7 @@ class PromptFormat:
         self._delimiter_ids[delimiter] = ids[0]
         return ids[0]
 
-    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
+    def _render(self, messages: list[Message], *, add_generation_prompt: bool = True) -> str:
         """Messages through the chat template. Raises ValueError if it refuses them."""
         tokenizer: Any = self.tokenizer
         try:
@@ -176,10 +177,13 @@ class PromptFormat:
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except (TemplateError, TypeError, ValueError) as error:
+            remedy = "set decoding.chat_template=false to give prompts as they are"
+            if len(messages) > 1:
+                roles = ", ".join(message["role"] for message in messages)
+                remedy = f"the roles are {roles}: take out those that it refuses"
             raise ValueError(
                 f"the chat template of {name_of(tokenizer)} refused the messages "
-                f"({str(error) or type(error).__name__}); set decoding.chat_template=false to give "
-                "prompts as they are"
+                f"({str(error) or type(error).__name__}); {remedy}"
             ) from None
 
     def _check_template(self) -> None:
@@ -237,21 +241,30 @@ class PromptFormat:
         """The prompt, through the chat template if it is used, followed by the first delimiter."""
         return self.conversation_ids([{"role": "user", "content": prompt}])
 
-    def conversation_ids(self, messages: list[dict[str, str]]) -> list[int]:
+    def question_ids(self, example: Example) -> list[int]:
+        """The prompt of an example with its system message and earlier turns."""
+        return self.conversation_ids(example.conversation)
+
+    def conversation_ids(self, messages: list[Message]) -> list[int]:
         """A conversation whose last message is the user's, as a prompt for the next answer.
 
-        Without a chat template the speakers cannot be marked, so only the last message is used.
+        A system message of its own replaces `system_prompt`. Without a chat template the speakers
+        cannot be marked, so only the last message is used.
         """
         leading: list[int] = []
         if not self.uses_template:
             text, leading = messages[-1]["content"], self.leading_ids
         else:
-            if self.system_prompt is not None:
-                messages = [{"role": "system", "content": self.system_prompt}, *messages]
-            text = self._render(messages)
+            text = self._render(self._with_system(messages))
         if self.opener is not None and not text.rstrip().endswith(self.opener):
             text += self.opener
         return [*leading, *self._encode(text)]
+
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        """The messages after `system_prompt`, unless they begin with a system message."""
+        if self.system_prompt is None or messages[0]["role"] in SYSTEM_ROLES:
+            return messages
+        return [{"role": "system", "content": self.system_prompt}, *messages]
 
     @cached_property
     def leading_ids(self) -> list[int]:
@@ -261,17 +274,20 @@ class PromptFormat:
         """
         return leading_ids(self.tokenizer)
 
-    def is_longer(self, prompt: str, limit: int, completion: str = "") -> bool | None:
-        """True if a prompt and a completion have more tokens than `limit`, by its characters.
+    def is_longer(self, example: Example, limit: int, completion: str = "") -> bool | None:
+        """True if a prompt and a completion have more tokens than `limit`, by their characters.
 
         None if the number of characters does not decide. No token has more characters than the
         longest in the vocabulary, and ASCII text has no more tokens than characters.
         """
-        characters = len(prompt) + len(completion)
-        if characters > limit * self._longest_token:
+        # A template may take white space off.
+        fewest = sum(len(message["content"].strip()) for message in example.conversation)
+        if fewest + len(completion) > limit * self._longest_token:
             return True
-        is_plain = prompt.isascii() and completion.isascii()
-        return False if is_plain and characters + self._frame <= limit else None
+        if example.has_context or not (example.prompt.isascii() and completion.isascii()):
+            return None
+        most = len(example.prompt) + len(completion) + self._frame
+        return False if most <= limit else None
 
     @cached_property
     def _longest_token(self) -> int:
@@ -319,7 +335,10 @@ class PromptFormat:
         Raises ValueError naming `where` the example is from if a delimiter or an end token is
         within its thought or answer, or if the tokenizer does not know a character.
         """
-        self.check_prompt(example.prompt, f"the prompt of {where}")
+        for message in example.conversation:
+            self.check_prompt(message["content"], f"the prompt of {where}")
+        if example.has_context:
+            self._check_conversation(example, where)
         texts = {"answer": example.answer}
         if example.thought is not None and self.closer is not None:
             texts["thought"] = self.bare_thought(example.thought)
@@ -333,6 +352,32 @@ class PromptFormat:
             self._check_known(text, f"the {name} of {where}")
         thought = texts.get("thought", example.thought)
         return example if thought == example.thought else replace(example, thought=thought)
+
+    def _check_conversation(self, example: Example, where: str) -> None:
+        """Raises ValueError if the chat template cannot show every message of the example."""
+        roles = ", ".join(message["role"] for message in example.messages)
+        if not self.uses_template:
+            has_none = getattr(self.tokenizer, "chat_template", None) is None
+            raise ValueError(
+                f"the prompt of {where} has several messages ({roles}), which only a chat template "
+                + (
+                    f"can mark, and {name_of(self.tokenizer)} has none: choose a model with a chat "
+                    "template, or set chat_template in its tokenizer_config.json"
+                    if has_none
+                    else "can mark: set decoding.chat_template=true"
+                )
+            )
+        try:
+            shown = self._render(self._with_system(example.conversation))
+        except ValueError as error:
+            raise ValueError(f"the prompt of {where} cannot be used: {error}") from None
+        for message in example.messages:
+            if message["content"].strip() not in shown:
+                raise ValueError(
+                    f"the chat template of {name_of(self.tokenizer)} leaves out the "
+                    f"{message['role']} message {message['content'][:80]!r} of {where}; take the "
+                    "message out, or choose a model whose template has a place for it"
+                )
 
     def bare_thought(self, thought: str) -> str:
         """A thought without its own delimiters: `<think>2+2</think>` -> `2+2`."""
@@ -396,7 +441,7 @@ class PromptFormat:
 
     def example_ids(self, example: Example) -> tuple[list[int], list[int]]:
         """(prompt ids, completion ids) of a solved example in one segment."""
-        return self.prompt_ids(example.prompt), self.completion_ids(example.thought, example.answer)
+        return self.question_ids(example), self.completion_ids(example.thought, example.answer)
 
     def example_segments(self, example: Example) -> list[tuple[list[int], list[int]]]:
         """(context ids, completion ids) of each segment of a solved example.

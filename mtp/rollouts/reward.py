@@ -1,13 +1,13 @@
 """Rewards: pure functions from rollouts to the raw outcome and named shaping terms."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..common.bounds import bounded
-from ..tasks.base import Task
+from ..tasks.base import Attempt, Scored, Task
 from .legibility import mean_nats_of_rollouts, thought_passes
 from .prompt_format import PromptFormat
 from .rollout import Rollouts
@@ -25,6 +25,8 @@ class RewardConfig:
     thought_budget: int = bounded(0, at_least=0)
     """Most passes of main in the thought of a right outcome: a right answer after a longer thought
     counts as wrong. 0: no limit."""
+    score_weight: float = bounded(0.0, at_least=0)
+    """Weight of the task's raw score, which is added to the outcome: rewards with degrees."""
     pass_cost: float = bounded(0.0, at_least=0)
     """Cost subtracted per forward pass of main."""
     token_cost: float = bounded(0.0, at_least=0)
@@ -50,6 +52,8 @@ class Rewards:
     """[P, G] outcome plus shaping terms, the input of advantages."""
     terms: dict[str, Tensor]
     """[P, G] each shaping term."""
+    scored: list[Scored | None] = field(default_factory=list)
+    """[P * G] what the reward functions returned and logged; None without a final answer."""
 
 
 def score(
@@ -67,16 +71,24 @@ def score(
     `legibility_cost`. Raises ValueError naming the task and the sample if the task's reward raises
     or is not a finite number.
     """
-    answers = [fmt.answer_text(rollouts.completion(row)) for row in range(len(rollouts))]
-    outcomes = [
-        0.0 if answer is None else task.outcome(rollouts.example(row), answer)
+    completions = [rollouts.completion(row) for row in range(len(rollouts))]
+    answers = [fmt.answer_text(ids) for ids in completions]
+    attempts = {
+        row: Attempt(rollouts.example(row), answer, completions[row])
         for row, answer in enumerate(answers)
-    ]
+        if answer is not None
+    }
+    found = dict(zip(attempts, task.scored(list(attempts.values())), strict=True))
+    scored = [found.get(row) for row in range(len(rollouts))]
+    outcomes = [0.0 if one is None else one.outcome for one in scored]
     if config.thought_budget:
         is_late = thought_passes(rollouts, fmt) > config.thought_budget
         outcomes = [0.0 if late else o for late, o in zip(is_late.tolist(), outcomes, strict=True)]
     lengths = rollouts.out.lengths
     terms = {}
+    if config.score_weight:
+        scores = torch.tensor([0.0 if one is None else one.score for one in scored])
+        terms["score"] = config.score_weight * scores
     if config.pass_cost:
         terms["passes"] = -config.pass_cost * rollouts.total(rollouts.out.passes)
     if config.token_cost:
@@ -95,4 +107,4 @@ def score(
     outcome = torch.tensor(outcomes).view(shape)
     terms = {name: values.view(shape) for name, values in terms.items()}
     total = outcome + sum(terms.values(), torch.zeros_like(outcome))
-    return Rewards(outcome, total, terms)
+    return Rewards(outcome, total, terms, scored)

@@ -205,7 +205,7 @@ def sample(
     `prefixes`, one per example, follow the prompts, as text that the model has written. Rows are
     padded with the id of `fmt`, whatever `options.pad_id` is.
     """
-    prompts = [fmt.prompt_ids(example.prompt) for example in examples]
+    prompts = [fmt.question_ids(example) for example in examples]
     if prefixes is not None:
         prompts = [p + prefix for p, prefix in zip(prompts, prefixes, strict=True)]
     device = next(model.parameters()).device

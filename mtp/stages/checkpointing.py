@@ -33,6 +33,7 @@ def save_run(run: Run, optimizers: Mapping[str, Optimizer], is_best: bool = Fals
     states = {part: gathered(o.state_dict(), keep) for part, o in optimizers.items()}
     if not keep:
         return
+    run.progress.bookmark = run.task.bookmark(run.progress.position)
     state = {
         "model": weights,
         "optimizers": states,

@@ -8,8 +8,9 @@ from ..evaluation.thoughts import outcome_rows, shown_mode, thought_rows
 from ..reference import frozen_for_evaluation, reference_in_loss
 from ..reports.tables import completions_rows, print_completions
 from ..rollouts.rollout import Rollouts
-from ..run import Run, StageRun
-from ..tasks.base import Split, training_index
+from ..run import Run, StageRun, training_example
+from ..tasks.base import Split
+from ..training.length_windows import end_of_window
 from ..training.runtime import over_processes
 from ..training.step_module import passes_in_step, within
 
@@ -23,11 +24,11 @@ def has_learned(run: Run, stage: StageRun) -> bool:
     limit = stage.config.stop_accuracy
     if not (limit and progress.step) or progress.step % stage.config.stop_every:
         return False
-    size = run.task.size("train")
-    places = range(progress.position, progress.position + config.evaluation.num_interim_problems)
-    examples = [
-        run.task.example("train", training_index(place, size, config.seed)) for place in places
-    ]
+    examples_config = stage.config.examples
+    window = examples_config.length_window * examples_config.batch_size
+    begin = end_of_window(progress.position, window) if window else progress.position
+    positions = range(begin, begin + config.evaluation.num_interim_problems)
+    examples = [training_example(run, position) for position in positions]
     reached = within(
         stage.module,
         lambda model: fast_accuracy(

@@ -6,13 +6,14 @@ sampler's text comes back to `Task.outcome`. A task knows nothing of tokens or m
 
 import codecs
 import hashlib
+import json
 import math
 import random
 import unicodedata
 from abc import ABC, abstractmethod
 from asyncio import CancelledError
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,16 @@ from ..common.bounds import bounded
 Split = str
 """`train`, `test`, or another held-out set that the task names."""
 
+Message = dict[str, str]
+"""One message of a conversation: `role` (system, user or assistant) and `content`."""
+
 
 @dataclass(frozen=True)
 class Example:
     """One problem."""
 
     prompt: str
+    """Text of the question; of a conversation, its last message, the user's."""
     answer: str
     thought: str | None = None
     """A chain of thought that leads to the answer, without delimiters; None if there is none."""
@@ -35,6 +40,72 @@ class Example:
     """Further columns, which a reward may read."""
     where: str = field(default="", compare=False)
     """Origin of the example, for errors: `row 3 of rows.jsonl`; empty: its number in the task."""
+    messages: tuple[Message, ...] = ()
+    """The whole prompt as messages, the last of which is the user's `prompt`; empty for a prompt
+    that was given as text."""
+
+    @property
+    def conversation(self) -> list[Message]:
+        """The whole prompt as messages, also for a prompt that was given as text."""
+        return list(self.messages) or [{"role": "user", "content": self.prompt}]
+
+    @property
+    def has_context(self) -> bool:
+        """True if messages come before the prompt: a system message or earlier turns."""
+        return len(self.messages) > 1
+
+    @property
+    def shown(self) -> str:
+        """The whole prompt as text, for reports: earlier messages after their roles."""
+        if not self.has_context:
+            return self.prompt
+        return "\n".join(f"{m['role']}: {m['content']}" for m in self.messages)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A final answer to a problem."""
+
+    example: Example
+    answer: str
+    """The final answer, extracted and stripped."""
+    completion_ids: list[int] | None = None
+    """Token ids of the whole completion, the thought included; None where they are not known."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The score of an attempt, and what the functions that gave it had to report."""
+
+    score: float
+    outcome: float = 0.0
+    """1.0 if the score is that of a right answer, else 0.0."""
+    parts: dict[str, float | None] = field(default_factory=dict)
+    """Value of each reward function by its name; None where it does not apply."""
+    metrics: list[tuple[str, float]] = field(default_factory=list)
+    """(name, value) that the functions logged."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Columns that the functions logged for this attempt."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Position of a run, as a reward may read it."""
+
+    global_step: int = 0
+    """Optimizer steps done."""
+    max_steps: int = 0
+    """Optimizer steps of the whole run; 0 outside of a run."""
+    epoch: float | None = None
+    """Number of times that the training examples were used; None if they are unlimited."""
+
+
+class RewardError(Exception):
+    """An error that a reward raised, with the attempt that it was given."""
+
+    def __init__(self, attempt: Attempt, error: BaseException):
+        super().__init__(repr(error))
+        self.attempt, self.error = attempt, error
 
 
 @dataclass(frozen=True)
@@ -96,8 +167,23 @@ class Task(ABC):
     interim_set: Split = "test"
     """Held-out set of the evaluations within a stage. Their best one is kept as a checkpoint, so a
     set apart from `test_sets` leaves those untouched by any choice."""
+    stride: int = 7919
+    """Distance from a training problem that cannot be used to the next candidate: a prime, since
+    neighbours may be alike."""
     is_listed: bool = False
     """True if all examples are in memory: they are checked, and counted, before a run begins."""
+
+    run_state: Callable[[], RunState] = RunState
+    """Returns the run's position."""
+
+    def bookmark(self, position: int) -> dict[str, Any]:
+        """State with which a resumed run finds a position sooner, as plain values."""
+        del position
+        return {}
+
+    def restore(self, bookmark: dict[str, Any]) -> None:
+        """Use the bookmark of an earlier process. Raises ValueError if the data has changed."""
+        del bookmark
 
     @abstractmethod
     def size(self, split: Split) -> int | None:
@@ -114,20 +200,53 @@ class Task(ABC):
         """
         return float(same_text(answer, example.answer))
 
-    def outcome(self, example: Example, answer: str) -> float:
+    def scores(self, attempts: Sequence[Attempt]) -> list[Scored]:
+        """Raw scores of attempts. Tasks whose rewards run together override this, else `score`.
+
+        Raises RewardError for an attempt that cannot be scored.
+        """
+        scored = []
+        for attempt in attempts:
+            try:
+                scored.append(Scored(float(self.score(attempt.example, attempt.answer))))
+            # A reward that ends the process or cancels its task must not end the run silently.
+            except (Exception, SystemExit, CancelledError) as error:
+                raise RewardError(attempt, error) from error
+        return scored
+
+    def scored(self, attempts: Sequence[Attempt]) -> list[Scored]:
+        """Scores and outcomes of attempts.
+
+        Raises ValueError naming the task and the sample if a score raises or is not finite.
+        """
+        try:
+            found = self.scores(attempts)
+        except RewardError as failed:
+            where = self._where(failed.attempt)
+            raise ValueError(f"the reward raised {failed.error!r} ({where})") from failed.error
+        for attempt, one in zip(attempts, found, strict=True):
+            if not math.isfinite(one.score):
+                raise ValueError(
+                    f"the reward must be a finite number, got {one.score} ({self._where(attempt)})"
+                )
+        return [replace(one, outcome=float(one.score >= self.right_at)) for one in found]
+
+    def outcome(
+        self, example: Example, answer: str, completion_ids: list[int] | None = None
+    ) -> float:
         """1.0 if the final answer (extracted, stripped) is right, else 0.0.
 
         Raises ValueError naming the task and the sample if the score raises or is not finite.
         """
-        where = f"task {self.name}, prompt {example.prompt[:80]!r}, answer {answer[:80]!r}"
-        try:
-            value = float(self.score(example, answer))
-        # A reward that ends the process or cancels its task must not end the run silently.
-        except (Exception, SystemExit, CancelledError) as error:
-            raise ValueError(f"the reward raised {error!r} ({where})") from error
-        if not math.isfinite(value):
-            raise ValueError(f"the reward must be a finite number, got {value} ({where})")
-        return float(value >= self.right_at)
+        return self.scored([Attempt(example, answer, completion_ids)])[0].outcome
+
+    def follow(self, state: Callable[[], RunState]) -> None:
+        """Give the task a function that returns the run's position, for rewards that read it."""
+        self.run_state = state
+
+    def _where(self, attempt: Attempt) -> str:
+        prompt, answer = attempt.example.prompt[:80], attempt.answer[:80]
+        return f"task {self.name}, prompt {prompt!r}, answer {answer!r}"
 
     def true_steps(self, thought: str) -> tuple[int, int] | None:
         """(true steps, steps) of a thought whose steps can be verified; None if they cannot."""
@@ -153,24 +272,34 @@ def read_utf8(path: Path, key: str) -> str:
     Raises ValueError naming the config's `key`, the file and the line if it is another encoding.
     """
     data = path.read_bytes()
-    where, encoding = str(path), "ISO-8859-1"
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
-        encoding = "UTF-16"
-    else:
-        try:
-            return data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            number = data.count(b"\n", 0, error.start) + 1
-            where = f"{path}, line {number}"
-    raise ValueError(
+    if begins_as_utf16(data[:4]):
+        raise not_utf8(key, str(path), "UTF-16")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise not_utf8(key, f"{path}, line {number}", "ISO-8859-1") from None
+
+
+def begins_as_utf16(first: bytes) -> bool:
+    """True if a file whose first four bytes these are is UTF-16."""
+    return first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in first
+
+
+def not_utf8(key: str, where: str, encoding: str) -> ValueError:
+    """The error of a text that is not UTF-8, with the encoding that it may have."""
+    return ValueError(
         f"{key} must be UTF-8 text, got {where}; if it is {encoding}, convert it: "
         f"iconv -f {encoding} -t UTF-8"
     )
 
 
 def fingerprint(example: Example) -> str:
-    """A hash of the question, used to check that splits are disjoint."""
-    return hashlib.sha256(example.prompt.encode()).hexdigest()[:16]
+    """A hash of the question with its context, used to check that splits are disjoint."""
+    question = example.prompt
+    if example.has_context:
+        question = json.dumps([[m["role"], m["content"]] for m in example.messages])
+    return hashlib.sha256(question.encode()).hexdigest()[:16]
 
 
 def held_out_sets(task: Task) -> list[Split]:

@@ -9,36 +9,28 @@ Three common signatures are supported, for one answer at a time:
 | reasoning_gym | `score_answer(answer, entry)` | entry: the row, with question, answer, metadata |
 
 Every style receives the extracted final answer, never the thought before it: a reward that searches
-a whole text can be exploited by naming every candidate. A function may leave out parameters that it
-does not need. Token ids are not known here; a function that reads `completion_ids` gets an error.
+a whole text can be exploited by naming every candidate. `completion_ids` are the token ids of the
+whole completion. A function may leave out parameters that it does not need. `weighted_rewards.py`
+calls the functions and adds their values.
 
-A reward runs under a time limit: code that a policy's answer sends into an endless loop must not
-stop a run. An answer that takes too long is worth 0, with one warning. The limit interrupts Python
-code; it cannot interrupt a C function that never checks signals, such as a power of huge integers.
+The trl style also gets TRL's `trainer_state`, `log_metric` and `log_extra`. If the row's prompt is
+a list of messages, `prompts` and `completions` are lists of messages, as in TRL.
 
-Left out: rewards that compare the completions of a group, and TRL's message lists.
+Left out: rewards that compare the completions of a group, and reward models.
 """
 
-import asyncio
 import importlib
 import inspect
-import logging
 import math
 import numbers
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
-from types import FrameType
 from typing import Any
 
-from .base import Example, same_text
+from .base import Attempt, RunState, same_text
 from .math_answer import MathVerifier
 
-Reward = Callable[[Example, str], float]
-"""(example, final answer) -> score."""
-_log = logging.getLogger(__name__)
 STYLES = ("trl", "verl", "reasoning_gym")
 _NEEDED = {
     "verl": {"solution_str", "ground_truth"},
@@ -47,78 +39,82 @@ _NEEDED = {
 }
 
 
-def exact(example: Example, answer: str) -> float:
+@dataclass
+class Call:
+    """One call of a reward function, and what the function logs during it."""
+
+    attempt: Attempt
+    state: RunState = field(default_factory=RunState)
+    metrics: list[tuple[str, float]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Log a number, whose mean over a step's answers is written to the run's metrics."""
+        found = number(value)
+        if found is None:
+            raise TypeError(f"log_metric must get a number, got None for {name!r}")
+        self.metrics.append((str(name), found))
+
+    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+        """Log a column of the answers; `values` has one entry per completion, here one."""
+        if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != 1:
+            raise TypeError(
+                f"log_extra must get a list with one value per completion, got {values!r:.80}; "
+                "there is one completion per call"
+            )
+        self.extra[str(column)] = _plain(values[0])
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON can hold; text of any other."""
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    try:
+        return number(value)
+    except TypeError:
+        return str(value)
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A function that scores one attempt."""
+
+    name: str
+    start: Callable[[Call], Any]
+    """Calls the function. The result of an `async def` is awaitable."""
+    read: Callable[[Any], float | None]
+    """The value within a result; None if the function does not apply to the row."""
+    is_limited: bool = True
+    """Whether the function runs under a time limit; False if it has one of its own or needs none.
+    """
+
+
+def exact(attempt: Attempt) -> float:
     """1.0 if the answer equals the gold one, character by character in Unicode's normal form."""
-    return float(same_text(answer, example.answer))
+    return float(same_text(attempt.answer, attempt.example.answer))
 
 
-def load_reward(path: str, style: str = "auto", seconds: float = 10.0) -> Reward:
-    """The reward named by `task.reward` and `task.reward_style`, with `seconds` per answer at most.
+def load_reward(path: str, style: str = "auto") -> RewardFunction:
+    """The reward function named by `task.reward` and `task.reward_style`.
 
     Raises ValueError naming the key if the path cannot be imported or the style is unclear.
     """
     if style not in ("auto", *STYLES):
         raise ValueError(f"task.reward_style must be auto or one of {STYLES}, got {style!r}")
     if path == "exact":
-        return exact
+        return RewardFunction(path, lambda call: exact(call.attempt), number, is_limited=False)
     if path == "math":
         verifier = MathVerifier()
-        return lambda example, answer: verifier(example.answer, answer)
+        return RewardFunction(
+            path,
+            lambda call: verifier(call.attempt.example.answer, call.attempt.answer),
+            number,
+            is_limited=False,
+        )
     function = import_function(path)
     style = detect_style(function, path) if style == "auto" else style
     adapter = {"trl": _trl, "verl": _verl, "reasoning_gym": _reasoning_gym}[style]
-    return limited(adapter(function), path, seconds)
-
-
-class TookTooLong(BaseException):
-    """Raised within a reward at its time limit; no `except Exception` of its own stops it."""
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TookTooLong` in the body after this many seconds.
-
-    Raises RuntimeError outside the main thread, where Python delivers no signals.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("a reward's time limit needs the main thread, which signals reach")
-
-    def ring(number: int, frame: FrameType | None) -> None:
-        raise TookTooLong
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def limited(reward: Reward, path: str, seconds: float) -> Reward:
-    """The reward, worth 0 for an answer that takes it longer than `seconds`."""
-    if seconds <= 0:
-        raise ValueError(f"task.reward_seconds must be above 0, got {seconds}")
-    warned = False
-
-    def within(example: Example, answer: str) -> float:
-        nonlocal warned
-        try:
-            with time_limit(seconds):
-                return reward(example, answer)
-        except TookTooLong:
-            if not warned:
-                _log.warning(
-                    "%s took over task.reward_seconds=%g for the answer %r, which is worth 0; "
-                    "further ones are not reported",
-                    path,
-                    seconds,
-                    answer[:80],
-                )
-            warned = True
-            return 0.0
-
-    return within
+    return adapter(path.partition(":")[2], function)
 
 
 def import_function(path: str) -> Callable[..., Any]:
@@ -166,21 +162,6 @@ def _parameters(function: Callable[..., Any], path: str) -> Mapping[str, inspect
         ) from None
 
 
-def call(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """Result of a function, or of its coroutine: `async def` rewards are awaited.
-
-    Each call has its own event loop.
-    """
-    value = function(*arguments, **named)
-    if not inspect.isawaitable(value):
-        return value
-
-    async def awaited() -> Any:
-        return await value
-
-    return asyncio.run(awaited())
-
-
 def _accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that the function accepts."""
     parameters = inspect.signature(function).parameters.values()
@@ -189,10 +170,10 @@ def _accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[s
     return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
 
 
-def _number(value: Any) -> float:
-    """Value of a reward. Raises TypeError unless it is one number."""
+def number(value: Any) -> float | None:
+    """Value of a reward; None stays None. Raises TypeError for anything but one number."""
     if value is None:
-        raise TypeError("it returned None; one reward scores every row here, so leave out the rows")
+        return None
     if not isinstance(value, numbers.Real | Decimal):
         # numpy and torch have their own number types
         size = getattr(value, "shape", None)
@@ -203,61 +184,80 @@ def _number(value: Any) -> float:
 
 
 class NoTokenIds(Sequence[list[int]]):
-    """Placeholder of `completion_ids`; raises TypeError when it is read."""
+    """Placeholder of `completion_ids` where they are not known; raises TypeError when read."""
 
     def __len__(self) -> int:
         return 1
 
     def __getitem__(self, index: Any) -> Any:
-        raise TypeError(
-            "completion_ids are not known to outcomes, which verify the final answer's text; use "
-            "completions, and reward.token_cost for a cost of length"
-        )
+        raise TypeError("completion_ids are not known for an answer that was given as text")
 
 
-def _trl(function: Callable[..., Any]) -> Reward:
-    def reward(example: Example, answer: str) -> float:
-        columns = {
-            "answer": example.answer,
-            "thought": example.thought,
-            **{k: v for k, v in example.columns.items() if k not in ("prompt", "completion")},
-        }
+def _trl(name: str, function: Callable[..., Any]) -> RewardFunction:
+    own = ("prompt", "completion", "completion_ids")
+
+    def start(call: Call) -> Any:
+        example, ids = call.attempt.example, call.attempt.completion_ids
+        columns = {"answer": example.answer, "thought": example.thought, **example.columns}
+        message = {"role": "assistant", "content": call.attempt.answer}
+        is_chat = bool(example.messages)
         arguments = {
-            **{name: [value] for name, value in columns.items()},
-            "prompts": [example.prompt],
-            "completions": [answer],
-            "completion_ids": NoTokenIds(),
+            **{name: [value] for name, value in columns.items() if name not in own},
+            "prompts": [list(example.messages) if is_chat else example.prompt],
+            "completions": [[message] if is_chat else call.attempt.answer],
+            "completion_ids": NoTokenIds() if ids is None else [ids],
+            "trainer_state": None,
+            "log_extra": call.log_extra,
+            "log_metric": call.log_metric,
         }
-        values = call(function, **_accepted(function, arguments))
+        accepted = _accepted(function, arguments)
+        if "trainer_state" in accepted:
+            accepted["trainer_state"] = _trainer_state(call.state)
+        return function(**accepted)
+
+    def read(values: Any) -> float | None:
         if not hasattr(values, "__len__") or isinstance(values, str | bytes | dict):
             raise TypeError(f"it must return a list of numbers, got {values!r:.80}")
         if len(values) != 1:
             raise ValueError(f"it must return one number a completion, got {len(values)} for one")
-        return _number(values[0])
+        return number(values[0])
 
-    return reward
+    return RewardFunction(name, start, read)
 
 
-def _verl(function: Callable[..., Any]) -> Reward:
-    def reward(example: Example, answer: str) -> float:
+def _trainer_state(state: RunState) -> Any:
+    """The run's position as transformers' TrainerState."""
+    from transformers import TrainerState
+
+    found = TrainerState(global_step=state.global_step, max_steps=state.max_steps)
+    found.epoch = state.epoch  # type: ignore[assignment]
+    return found
+
+
+def _verl(name: str, function: Callable[..., Any]) -> RewardFunction:
+    def start(call: Call) -> Any:
+        example = call.attempt.example
         arguments = {
             "data_source": example.columns.get("data_source", ""),
-            "solution_str": answer,
+            "solution_str": call.attempt.answer,
             "ground_truth": example.answer,
             "extra_info": example.columns.get("extra_info", example.columns),
         }
-        value = call(function, **_accepted(function, arguments))
+        return function(**_accepted(function, arguments))
+
+    def read(value: Any) -> float | None:
         if isinstance(value, dict) and "score" not in value:
             raise TypeError(f"its dict must have a `score`, got {sorted(map(str, value))}")
-        return _number(value["score"] if isinstance(value, dict) else value)
+        return number(value["score"] if isinstance(value, dict) else value)
 
-    return reward
+    return RewardFunction(name, start, read)
 
 
-def _reasoning_gym(function: Callable[..., Any]) -> Reward:
-    def reward(example: Example, answer: str) -> float:
+def _reasoning_gym(name: str, function: Callable[..., Any]) -> RewardFunction:
+    def start(call: Call) -> Any:
+        example = call.attempt.example
         entry = {"metadata": {}, **example.columns}
         entry |= {"question": example.prompt, "answer": example.answer}
-        return _number(call(function, answer, entry))
+        return function(call.attempt.answer, entry)
 
-    return reward
+    return RewardFunction(name, start, number)

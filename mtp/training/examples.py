@@ -8,12 +8,22 @@ An index gives the same example at every call, so a position is the whole state 
 """
 
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import DecodingConfig
 from ..rollouts.tokenization import unknown_characters
-from ..tasks.base import Example, Split, Step, Task, held_out_sets
+from ..tasks.base import (
+    Attempt,
+    Example,
+    RunState,
+    Scored,
+    Split,
+    Step,
+    Task,
+    held_out_sets,
+)
 from .collate import collate_text
 from .stage import StageConfig
 
@@ -21,8 +31,6 @@ _log = logging.getLogger(__name__)
 _NUM_CHECKED = 256
 """Number of training problems of a task without a list that are checked before a run begins."""
 _NUM_PROBES = 64
-_STRIDE = 7919
-"""Distance from a problem that is too long to the next candidate; a prime."""
 
 
 class FittedTask(Task):
@@ -68,7 +76,7 @@ class FittedTask(Task):
             return self._list(split)[index]
         size = self.task.size(split)
         for probe in range(_NUM_PROBES):
-            at = index + probe * _STRIDE
+            at = index + probe * self.task.stride
             example = self._fitting(split, at if size is None else at % size)
             if example is not None:
                 return example
@@ -87,8 +95,22 @@ class FittedTask(Task):
     def score(self, example: Example, answer: str) -> float:
         return self.task.score(example, answer)
 
-    def outcome(self, example: Example, answer: str) -> float:
-        return self.task.outcome(example, answer)
+    def scored(self, attempts: Sequence[Attempt]) -> list[Scored]:
+        return self.task.scored(attempts)
+
+    def outcome(
+        self, example: Example, answer: str, completion_ids: list[int] | None = None
+    ) -> float:
+        return self.task.outcome(example, answer, completion_ids)
+
+    def bookmark(self, position: int) -> dict[str, Any]:
+        return self.task.bookmark(position)
+
+    def restore(self, bookmark: dict[str, Any]) -> None:
+        self.task.restore(bookmark)
+
+    def follow(self, state: Callable[[], RunState]) -> None:
+        self.task.follow(state)
 
     def true_steps(self, thought: str) -> tuple[int, int] | None:
         return self.task.true_steps(thought)
@@ -121,7 +143,7 @@ class FittedTask(Task):
     def _fitting(self, split: Split, index: int) -> Example | None:
         """One of the task's own examples, checked; None if it is too long."""
         example = self.task.example(split, index)
-        if self._prompt_is_too_long(example.prompt):
+        if self._prompt_is_too_long(example):
             return None
         where = example.where or f"{split} problem {index} of task {self.name}"
         example = self.fmt.checked(example, where)
@@ -129,17 +151,17 @@ class FittedTask(Task):
         is_solved = split == "train" and self.text_limit is not None
         return None if is_solved and self._text_is_too_long(example) else example
 
-    def _prompt_is_too_long(self, prompt: str) -> bool:
+    def _prompt_is_too_long(self, example: Example) -> bool:
         limit = self.prompt_limit
         if limit is None:
             return False
-        longer = self.fmt.is_longer(prompt, limit)
-        return len(self.fmt.prompt_ids(prompt)) > limit if longer is None else longer
+        longer = self.fmt.is_longer(example, limit)
+        return len(self.fmt.question_ids(example)) > limit if longer is None else longer
 
     def _text_is_too_long(self, example: Example) -> bool:
         assert self.text_limit is not None
         solution = (example.thought or "") + example.answer
-        longer = self.fmt.is_longer(example.prompt, self.text_limit, solution)
+        longer = self.fmt.is_longer(example, self.text_limit, solution)
         if longer is False or (longer and self.fmt.segments.max_segments == 1):
             return longer
         segments = self.fmt.example_segments(example)
@@ -150,9 +172,10 @@ class FittedTask(Task):
         if not self.has_verifier or (self._keeps_ascii and example.answer.isascii()):
             return
         back = self.fmt.read_back(example.answer)
-        if back == example.answer or not self.outcome(example, example.answer):
+        ids = self.fmt.completion_ids(example.thought, example.answer)
+        if back == example.answer or not self.outcome(example, example.answer, ids):
             return
-        if not self.outcome(example, back):
+        if not self.outcome(example, back, ids):
             raise ValueError(
                 f"the answer of {where} can never be given: the tokenizer reads "
                 f"{example.answer[:80]!r} as {back[:80]!r}, which is wrong; write it as the "

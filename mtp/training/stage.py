@@ -43,6 +43,9 @@ class ExamplesConfig(AnchorsConfig):
 
     batch_size: int = bounded(0, at_least=0)
     """Number of sequences per step, over all processes; 0: the stage trains on rollouts."""
+    length_window: int = bounded(0, at_least=0, at_most=100_000)
+    """Number of steps whose examples are sorted by length together, for less padding: a step then
+    has texts of similar length. 1 sorts within each step, for its micro-batches; 0: no sorting."""
 
 
 @dataclass(kw_only=True)

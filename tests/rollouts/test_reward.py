@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mtp.evaluation.evaluate import budget_metrics
+from mtp.groups import Groups
 from mtp.hub.build import ModelConfig, build_model
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.phases import Phase
@@ -23,9 +24,11 @@ from mtp.rollouts.legibility import (
 )
 from mtp.rollouts.reward import RewardConfig, score
 from mtp.rollouts.rollout import DecodingConfig, Rollouts
-from mtp.tasks.base import Example
-from mtp.tasks.reward_functions import limited
+from mtp.steps import extra_rows, function_metrics
+from mtp.tasks.base import Attempt, Example, Scored, Task
+from mtp.tasks.reward_functions import RewardFunction
 from mtp.tasks.running_sum import RunningSumConfig
+from mtp.tasks.weighted_rewards import WeightedRewards
 
 TASK = RunningSumConfig().build()
 DECODING = DecodingConfig(
@@ -144,18 +147,65 @@ def test_drift_by_hand():
 
 
 def test_a_reward_that_hangs_is_worth_nothing_and_is_reported_once(caplog):
-    def reward(example: Example, answer: str) -> float:
-        while answer == "loop":
+    def reward(call):
+        while call.attempt.answer == "loop":
             try:
                 time.sleep(0.001)
             except Exception:
                 continue
         return 1.0
 
-    verifier = limited(reward, "rewards:slow", 0.05)
+    functions = [RewardFunction("slow", reward, float)]
+    verifier = WeightedRewards(functions, seconds=0.05)
     with caplog.at_level(logging.WARNING):
-        assert [verifier(EXAMPLE, answer) for answer in ("loop", "loop", "60")] == [0.0, 0.0, 1.0]
+        scored = verifier([Attempt(EXAMPLE, answer) for answer in ("loop", "loop", "60")])
+    assert [one.score for one in scored] == [0.0, 0.0, 1.0]
     assert len(caplog.records) == 1
-    assert "rewards:slow took over task.reward_seconds=0.05" in caplog.text
+    assert "slow took over task.reward_seconds=0.05" in caplog.text
     with pytest.raises(ValueError, match="task.reward_seconds must be above 0"):
-        limited(reward, "rewards:slow", 0)
+        WeightedRewards(functions, seconds=0)
+
+
+class Graded(Task):
+    """A task whose score is the share of the answer's digits, with what it was given."""
+
+    name = "graded"
+
+    def __init__(self):
+        self.given = []
+
+    def size(self, split):
+        return 1
+
+    def example(self, split, index):
+        return EXAMPLE
+
+    def scores(self, attempts):
+        self.given += attempts
+        return [
+            Scored(len(a.answer) / 4, parts={"length": len(a.answer), "other": None},
+                   metrics=[("digits", len(a.answer))], extra={"said": a.answer})
+            for a in attempts
+        ]  # fmt: skip
+
+
+def test_the_raw_score_is_a_term_of_the_reward():
+    """Rewards get the whole completion's tokens; a rollout without an answer is not scored."""
+    task, config = Graded(), RewardConfig(score_weight=0.5)
+    batch = written(RIGHT, ENDLESS, TEXT.completion_ids("3", "6161"))
+    rewards = score(task, TEXT, batch, config, max_new_tokens=12)
+    assert rewards.outcomes.tolist() == [[0.0, 0.0, 1.0]]
+    assert rewards.total.tolist() == [[0.25, 0.0, 1.5]]
+    assert [a.completion_ids for a in task.given] == [RIGHT, TEXT.completion_ids("3", "6161")]
+    assert [one and one.score for one in rewards.scored] == [0.5, None, 1.0]
+    groups = Groups(batch, rewards, [[0]], 0.0)
+    assert function_metrics([one for one in rewards.scored if one is not None]) == {
+        "rewards/length/mean": 3.0,
+        "rewards/length/std": 1.0,
+        "rewards/digits": 3.0,
+    }
+    row = {"prompt": EXAMPLE.prompt, "other": None}
+    assert extra_rows(groups) == [
+        {**row, "score": 0.5, "length": 2, "said": "60"},
+        {**row, "score": 1.0, "length": 4, "said": "6161"},
+    ]

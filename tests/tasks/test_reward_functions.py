@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
-from mtp.tasks.base import Example
-from mtp.tasks.reward_functions import detect_style, load_reward
+from mtp.tasks.base import Attempt, Example, RewardError, RunState
+from mtp.tasks.reward_functions import detect_style
+from mtp.tasks.reward_functions import load_reward as load_function
 from mtp.tasks.rows import RowsConfig
+from mtp.tasks.weighted_rewards import WeightedRewards
 
 REWARDS = """
 import asyncio, sys
@@ -61,6 +63,45 @@ def tensors(answer, entry):
     return torch.tensor([1.0, 2.0])
 def bare(completions):
     return 1.0
+def length(completions, completion_ids, trainer_state, log_metric, log_extra):
+    log_metric("shown", len(completions[0]))
+    log_extra("ids", completion_ids)
+    log_extra("half", [len(completion_ids[0]) / 2])
+    state = trainer_state
+    return [len(completion_ids[0]) + state.global_step / state.max_steps + state.epoch]
+def chat(prompts, completions, answer):
+    seen.append((prompts, completions))
+    return [float(c[0]["content"] == a) for c, a in zip(completions, answer)]
+def bad_extra(completions, log_extra):
+    log_extra("column", [1, 2])
+    return [1.0]
+def odd(completions):
+    return [1.0 if len(completions[0]) % 2 else None]
+def even(completions):
+    return [None if len(completions[0]) % 2 else 2.0]
+met = []
+async def meets(completions, barrier):
+    met.append(completions[0])
+    while len(met) < barrier[0]:
+        await asyncio.sleep(0)
+    return [float(len(met))]
+async def blocks(completions):
+    if completions[0] == "bad":
+        while True:
+            pass
+    await asyncio.sleep(0)
+    return [1.0]
+async def late(completions):
+    await asyncio.sleep(60 if completions[0] == "bad" else 0)
+    return [1.0]
+async def own_timeout(completions):
+    raise TimeoutError("the server")
+async def leaves(completions):
+    sys.exit(3)
+loops = []
+async def loop(completions):
+    loops.append(asyncio.get_running_loop())
+    return [1.0]
 def scoreless(solution_str, ground_truth):
     return {"reward": 1.0}
 value = 3
@@ -75,6 +116,19 @@ def rewards(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "rewards_for_test", raising=False)
     return importlib.import_module("rewards_for_test")
+
+
+def load_reward(path, style="auto", seconds=10.0):
+    """(example, answer) -> score of one function; its own error if it raises."""
+    rewards = WeightedRewards([load_function(path, style)], seconds=seconds)
+
+    def reward(example, answer):
+        try:
+            return rewards([Attempt(example, answer)])[0].score
+        except RewardError as failed:
+            raise failed.error from None
+
+    return reward
 
 
 def write(path, rows):
@@ -92,7 +146,8 @@ def sums(count):
 def test_trl_style(rewards):
     reward = load_reward("rewards_for_test:trl")
     assert reward(EXAMPLE, "2") == 1.0 and reward(EXAMPLE, "3") == 0.0
-    assert rewards.seen[0] == (["1+1="], ["2"], [3], ["answer", "thought"])
+    names = ["answer", "log_extra", "log_metric", "thought", "trainer_state"]
+    assert rewards.seen[0] == (["1+1="], ["2"], [3], names)
 
 
 def test_trl_style_without_the_parameters_it_does_not_need(rewards):
@@ -222,3 +277,109 @@ def test_a_module_that_exits_is_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="importing 'exits_at_import' failed: SystemExit"):
         load_reward("exits_at_import:f")
+
+
+def weighted(*names, weights=(), **given):
+    functions = [load_function(f"rewards_for_test:{name}") for name in names]
+    return WeightedRewards(functions, weights, **given)
+
+
+def test_the_further_arguments_of_trl(rewards):
+    state = RunState(global_step=3, max_steps=12, epoch=2.0)
+    (scored,) = weighted("length", state=lambda: state)([Attempt(EXAMPLE, "2", [7, 8, 9, 1])])
+    assert scored.score == 4 + 3 / 12 + 2.0
+    assert scored.metrics == [("shown", 1.0)]
+    assert scored.extra == {"ids": "[7, 8, 9, 1]", "half": 2.0}
+    with pytest.raises(RewardError, match="log_extra must get a list with one value per compl"):
+        weighted("bad_extra")([Attempt(EXAMPLE, "2")])
+
+
+def test_conversations_are_passed_as_trl_passes_them(rewards):
+    messages = ({"role": "system", "content": "s"}, {"role": "user", "content": "1+1="})
+    attempts = [
+        Attempt(Example("1+1=", "2", messages=messages), "2"),
+        Attempt(Example("1+1=", "2", messages=messages[1:]), "3"),
+    ]
+    assert [one.score for one in weighted("chat")(attempts)] == [1.0, 0.0]
+    assert rewards.seen == [
+        ([list(messages)], [[{"role": "assistant", "content": "2"}]]),
+        ([[messages[1]]], [[{"role": "assistant", "content": "3"}]]),
+    ]
+
+
+def test_weights_and_functions_that_do_not_apply(rewards):
+    """The values are added with their weights; None leaves a function out."""
+    functions = weighted("odd", "even", "waits", weights=(0.5, 2.0, -1.0))
+    one, two = functions([Attempt(EXAMPLE, "2"), Attempt(EXAMPLE, "22")])
+    assert one.parts == {"odd": 1.0, "even": None, "waits": 1.0} and one.score == 0.5 - 1.0
+    assert two.parts == {"odd": None, "even": 2.0, "waits": 0.0} and two.score == 4.0
+    with pytest.raises(RewardError, match="odd returned None, .* no function .* applies"):
+        weighted("odd")([Attempt(EXAMPLE, "22")])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"reward": ["exact", "exact"]}, "task.reward must name different functions"),
+        ({"reward": []}, "task.reward must name different functions, got"),
+        ({"reward": 3}, "task.reward must be exact, math, .* or a list of these, got 3"),
+        ({"reward": ["exact"], "reward_weights": [1.0, 2.0]}, "one weight for each of the 1 fun"),
+    ],
+)
+def test_lists_of_rewards_that_cannot_be(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        RowsConfig(source=write(tmp_path / "r.jsonl", sums(40)), **given).build()
+
+
+def test_a_list_of_rewards_in_a_task(tmp_path, rewards):
+    source = write(tmp_path / "r.jsonl", sums(40))
+    paths = ["exact", "rewards_for_test:odd"]
+    config = RowsConfig(source=source, reward=paths, reward_weights=[1.0, 0.25], right_at=1.25)
+    task = config.build()
+    example = next(e for i in range(20) if len((e := task.example("train", i)).answer) == 1)
+    right, wrong = task.scored([Attempt(example, example.answer), Attempt(example, "x")])
+    assert (right.score, right.outcome, wrong.score, wrong.outcome) == (1.25, 1.0, 0.25, 0.0)
+
+
+def test_async_rewards_of_a_batch_run_together(rewards):
+    """Each waits until all have begun, which one after the other would never end."""
+    example = Example("p", "2", None, {"barrier": 3})
+    scored = weighted("meets")([Attempt(example, answer) for answer in "abc"])
+    assert [one.score for one in scored] == [3.0] * 3 and rewards.met == ["a", "b", "c"]
+
+
+def test_async_rewards_share_an_event_loop(rewards):
+    functions = weighted("loop")
+    functions([Attempt(EXAMPLE, "2")])
+    functions([Attempt(EXAMPLE, "3")])
+    assert rewards.loops[0] is rewards.loops[1]
+
+
+@pytest.mark.parametrize("name", ["late", "blocks"])
+def test_an_async_reward_that_does_not_end_is_worth_0_and_spoils_no_other(rewards, name, caplog):
+    functions = weighted(name, seconds=0.2)
+    answers = ["good", "bad", "good"]
+    scored = functions([Attempt(EXAMPLE, answer) for answer in answers])
+    assert [one.score for one in scored] == [1.0, 0.0, 1.0]
+    assert caplog.text.count("took over task.reward_seconds=0.2 for the answer 'bad'") == 1
+    assert functions([Attempt(EXAMPLE, "good")])[0].score == 1.0
+
+
+@pytest.mark.parametrize(("name", "error"), [("own_timeout", TimeoutError), ("leaves", SystemExit)])
+def test_an_async_reward_that_fails_is_named(rewards, name, error):
+    attempts = [Attempt(EXAMPLE, "2"), Attempt(EXAMPLE, "3")]
+    with pytest.raises(RewardError) as failed:
+        weighted(name)(attempts)
+    assert isinstance(failed.value.error, error) and failed.value.attempt is attempts[0]
+
+
+def test_a_report_shows_the_outcome_of_the_evaluation(tmp_path, rewards):
+    """A reward that is a request to a server is not asked again for the same answer."""
+    source = write(tmp_path / "r.jsonl", sums(40))
+    task = RowsConfig(source=source, reward="rewards_for_test:length").build()
+    example = task.example("train", 0)
+    task.follow(lambda: RunState(1, 1, 0.0))
+    assert task.scored([Attempt(example, "2", [1, 2])])[0].outcome == 1.0
+    assert task.outcome(example, "2") == 1.0
+    with pytest.raises(ValueError, match="completion_ids are not known for an answer .* as text"):
+        task.outcome(example, "3")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from mtp.tasks.base import Example, Task, check_disjoint, fingerprint
 from mtp.tasks.math_answer import MathVerifier
-from mtp.tasks.rows import RowsConfig, in_test_share, to_example
+from mtp.tasks.row_examples import in_test_share, to_examples
+from mtp.tasks.rows import RowsConfig
 
 
 def write(path, rows):
@@ -152,7 +153,7 @@ def test_columns_by_name_and_within_columns(tmp_path):
         ([{"prompt": " ", "answer": "b"}], {}, "task.prompt_column must hold text, got an empty"),
         ([{"prompt": "a", "answer": ["b"]}], {}, r"task.answer_column must hold text.*\['b'\]"),
         ([{"prompt": "a", "answer": True}], {}, "task.answer_column must hold text"),
-        ([{"prompt": [1, 2], "answer": "b"}], {}, "one user message, no more"),
+        ([{"prompt": [1, 2], "answer": "b"}], {}, "a prompt may be a list of messages too"),
         ([3], {}, "line 1 of .* must be an object, got 3"),
         ([{"prompt": "a", "answer": "b"}], {}, "needs at least one (train|test) row"),
         (sums(9), {"test_share": 0.0}, "task.test_share must be between 0 and 1, got 0.0"),
@@ -217,7 +218,7 @@ def test_line_separators_within_a_string(tmp_path):
 )
 def test_numbers_become_text_as_they_are_written(value, text):
     row = {"prompt": value, "answer": value, "thought": value}
-    example = to_example(row, RowsConfig(), "row 3 of r")
+    ((_, example),) = to_examples(row, RowsConfig(), "row 3 of r")
     assert (example.prompt, example.answer, example.thought) == (text, text, text)
     assert example.where == "row 3 of r"
 
@@ -228,7 +229,7 @@ def test_numbers_become_text_as_they_are_written(value, text):
 def test_numbers_that_are_none_are_refused(value):
     message = "task.answer_column must hold finite numbers, got .* in row 3 of r; correct or drop"
     with pytest.raises(ValueError, match=message):
-        to_example({"prompt": "p", "answer": value}, RowsConfig(), "row 3 of r")
+        to_examples({"prompt": "p", "answer": value}, RowsConfig(), "row 3 of r")
 
 
 @pytest.mark.parametrize("line", ['"answer": NaN', '"answer": -Infinity', '"answer": 1e999'])
@@ -280,8 +281,8 @@ def test_a_lone_surrogate_is_named(tmp_path, column):
         ('{"prompt": "a", "answer": "b", "prompt": "c"}', "line 2 of .*'prompt' is there twice"),
         ('{"prompt": "a", "answer": %s}' % ("9" * 5000), "line 2 of .* is not JSON: Exceeds"),
         ('{"prompt": %s}' % ("[" * 100_000), "line 2 of .* is not JSON: maximum recursion"),
-        ('{"prompt": [[{"role": "user", "content": "a"}]], "answer": 1}', "one user message, no"),
-        ('{"prompt": [{"role": "user", "content": ["a"]}], "answer": 1}', "one user message, no"),
+        ('{"prompt": [[{"role": "user", "content": "a"}]], "answer": 1}', "a list of messages too"),
+        ('{"prompt": [{"role": "user", "content": ["a"]}], "answer": 1}', "only text is supported"),
     ],
 )
 def test_json_that_is_no_row_is_named(tmp_path, line, message):

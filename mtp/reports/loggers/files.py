@@ -9,8 +9,9 @@ from ...common.files import save_atomically
 from ..json_lines import JsonLines, read_records
 from .base import LoggedRun, Sink, SinkConfig
 
-TABLES = ("completions", "thoughts", "outcomes")
-"""Tables that a run writes. The last two are details for the report."""
+TABLES = ("completions", "thoughts", "outcomes", "rewards")
+"""Tables that a run writes. All but the first are details; `rewards` has what reward functions
+logged."""
 
 
 @dataclass(kw_only=True)
