@@ -195,7 +195,7 @@ def make_parser() -> argparse.ArgumentParser:
         return sub
 
     about = "train, by the settings of conf/ and overrides of them: mtp train --help lists both"
-    sub = commands.add_parser("train", help=about, add_help=False)
+    sub: argparse.ArgumentParser = commands.add_parser("train", help=about, add_help=False)
     complete_overrides(sub)
     a_run = "folder of a run, such as runs/default"
     sub = command("generate", generate, "write text with a model", f"{a_run}, or of an export")

@@ -253,14 +253,14 @@ class Eagle3Head(Head):
     def step(
         self, context: list[Tensor], embeds: Tensor, slot: int, state: Any
     ) -> tuple[Tensor, Any]:
-        features, position, *kept = context
+        features, position, keys, values = context
         features, *own = [features] if state is None else state
         rows = []
         for number, embed in enumerate(embeds.unbind(1), slot):
             pair = features[:, None], embed[:, None], (position + number)[:, None]
             query, *new = self.attention_states(*pair)
             own = [torch.cat(parts, 2) for parts in zip(own, new, strict=True)] if own else new
-            mixed = attend(query, own[0], own[1], *kept, position)
+            mixed = attend(query, own[0], own[1], keys, values, position)
             features = features + self.o_proj(mixed)
             x = self.post_attention_layernorm(features)
             features = features + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

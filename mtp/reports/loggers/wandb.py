@@ -87,7 +87,7 @@ class WandbSink(Sink):
         import wandb
 
         if name not in self._tables:
-            columns = ["global_step", *rows[0]]
+            columns: list[str | int] = ["global_step", *rows[0]]
             self._tables[name] = wandb.Table(columns=columns, log_mode="INCREMENTAL")
         for row in rows:
             cells = [json.dumps(v) if isinstance(v, list) else v for v in row.values()]
