@@ -29,7 +29,7 @@ register_configs()
 
 
 def run(config: DictConfig) -> float | None:
-    """Run the configured stages. Returns the last fast accuracy, else the slow one."""
+    """Run the configured stages. Returns the last fast accuracy, else the only one."""
     from mtp.trainer import Interrupted, train
     from mtp.training.runtime import hand_on
 
@@ -42,7 +42,8 @@ def run(config: DictConfig) -> float | None:
         # process, which may still be writing the checkpoint.
         sys.exit(130 if os.environ.get("LOCAL_RANK", "0") == "0" else 0)
     last = summary["stages"][-1]
-    return last["slow_accuracy"] if last["fast_accuracy"] is None else last["fast_accuracy"]
+    found = (last.get(name) for name in ("fast_accuracy", "slow_accuracy", "accuracy"))
+    return next((accuracy for accuracy in found if accuracy is not None), None)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

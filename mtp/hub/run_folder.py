@@ -149,6 +149,7 @@ DECIDES = (
     "seed",
     "model",
     "head",
+    "channel",
     "task",
     "decoding",
     "stages",
