@@ -65,11 +65,12 @@ class GraphSearch(Task):
     """Reachability in two trees, see the module."""
 
     name = "graph_search"
-    alphabet = _NODES + ",;?:="
-    """Characters of prompts, thoughts and answers."""
 
     def __init__(self, config: GraphSearchConfig):
         self.config = config
+        self.nodes = _NODES[: 2 * (1 + config.width * config.max_steps)]
+        self.alphabet = self.nodes + ",;?:="
+        """Characters of prompts, thoughts and answers."""
 
     def size(self, split: Split) -> int | None:
         return self.config.num_train or None if split == "train" else None
@@ -87,7 +88,7 @@ class GraphSearch(Task):
         config = self.config
         steps = rng.randint(config.min_steps, config.max_steps)
         size = 1 + config.width * steps
-        names = rng.sample(_NODES, 2 * size)
+        names = rng.sample(self.nodes, 2 * size)
         trees = [_tree(names[:size], config.width, rng), _tree(names[size:], config.width, rng)]
         parents = trees[0] | trees[1]
         edges = [parent + child for child, parent in parents.items()]
@@ -125,7 +126,8 @@ class GraphSearch(Task):
 
 def _tree(names: list[str], width: int, rng: random.Random) -> dict[str, str]:
     """The parent of each node but the first, the root: a random one of the layer above."""
-    parents, above = {}, names[:1]
+    parents: dict[str, str] = {}
+    above = names[:1]
     for first in range(1, len(names), width):
         layer = names[first : first + width]
         parents |= {node: rng.choice(above) for node in layer}
