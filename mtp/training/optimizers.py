@@ -89,6 +89,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         """Restore the states that `state_dict` returned."""
         for name, part in self.parts.items():
             part.load_state_dict(state_dict[name])
+        self.join_groups()
+
+    def join_groups(self) -> None:
+        """Take over the groups of the two, which loading a state replaces."""
         self.param_groups[:] = [g for part in self.parts.values() for g in part.param_groups]
 
 

@@ -137,6 +137,7 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     if parts is not None:  # an optimizer made of several
         for name, part in parts.items():
             load_optimizer(part, state[name])
+        optimizer.join_groups()
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, entries in state["state"].items():
