@@ -25,6 +25,7 @@ from .rollouts.reward import RewardConfig
 from .rollouts.rollout import DecodingConfig
 from .tasks import TASK_CONFIGS
 from .tasks.base import TaskConfig
+from .training.channel import ChannelConfig
 from .training.numbers import NumbersConfig
 from .training.runtime import FabricConfig
 from .training.stage import ExamplesConfig, RolloutsConfig, StageConfig
@@ -54,6 +55,7 @@ class RunConfig:
     `torch` or `reference`."""
     model: ModelConfig = field(default_factory=ModelConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
+    channel: ChannelConfig = field(default_factory=ChannelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     fabric: FabricConfig = field(default_factory=FabricConfig)
@@ -87,6 +89,7 @@ class RunConfig:
             stage.validate(name)
         self.model.validate()
         self.head.validate()
+        self.channel.validate()
         if self.kernels not in IMPLS:
             raise ValueError(f"kernels must be one of {list(IMPLS)}, got {self.kernels!r}")
         self.decoding.sampler()

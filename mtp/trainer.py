@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric, seed_everything
 
+from .channels.stage import attach_channel, run_channel_stage
 from .common.files import save_atomically, save_text
 from .config import RunConfig
 from .hub.build import build_model, has_head, load_model
@@ -109,6 +110,8 @@ def run_stages(
     check_disjoint(task)
     check_outcomes(config, task)
     model, fmt = build_model(config.model, config.head, config.decoding, task)
+    if not config.channel.is_text:
+        attach_channel(config, model, fmt)
     task = checked_task(
         task,
         config.decoding,
@@ -160,8 +163,9 @@ def run_stages(
             for index, (name, stage) in enumerate(config.active_stages().items()):
                 if index >= progress.stage:
                     states = state["optimizers"] if state else None
+                    run_one = run_stage if config.channel.is_text else run_channel_stage
                     with naming_what_is_not_finite(model, partial(where, run, name)):
-                        run_stage(run, name, stage, states)
+                        run_one(run, name, stage, states)
                     state = None
                     stop_if_asked(run, f"after stage {name}")
             return finish(run)
@@ -174,8 +178,17 @@ def has_ended(config: RunConfig, folder: Path, progress: Progress) -> bool:
     return (
         progress.stage == len(config.active_stages())
         and (folder / "summary.json").is_file()
-        and (folder / "export" / "config.json").is_file()
+        and (final_model(config, folder) / "config.json").is_file()
     )
+
+
+def final_model(config: RunConfig, folder: Path) -> Path:
+    """The folder of the model that a run ends with. Only a text model is exported: other tools
+    would read a comparator's weights without its channel.
+    """
+    if config.channel.is_text:
+        return folder / "export"
+    return folder / "stages" / list(config.active_stages())[-1]
 
 
 def load_weights(
@@ -242,22 +255,23 @@ def finish(run: Run) -> dict[str, Any]:
         "stages": progress.summaries,
         "seed": run.config.seed,
         "seconds": round(sum(stage["seconds"] for stage in progress.summaries), 1),
-        "export": str(folder / "export"),
+        "export": str(final_model(run.config, folder)),
     }
     if progress.changed:
         summary["changed_on_resume"] = progress.changed
     if run.fabric.is_global_zero:
-        model = run.model
-        if is_sharded(run.module):
-            model, _ = load_model(folder / "stages" / progress.summaries[-1]["name"])
-        export(model, run.fmt, folder / "export", summary, run.config)
+        if run.config.channel.is_text:
+            model = run.model
+            if is_sharded(run.module):
+                model, _ = load_model(folder / "stages" / progress.summaries[-1]["name"])
+            export(model, run.fmt, folder / "export", summary, run.config)
         save_atomically(folder / "curves.png", lambda file: save_curves(progress.points, file))
-        written = ["export", "curves.png"]
+        written = [final_model(run.config, folder), folder / "curves.png"]
         if run.log.stores_report:
             write_page([folder], folder / REPORT, summary=summary)
-            written.append(REPORT)
-        for name in written:
-            run.log.artifact(folder / name)
+            written.append(folder / REPORT)
+        for path in written:
+            run.log.artifact(path)
         run.log.finish(has_ended=True)
         # Last, since a summary marks the run as ended.
         save_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")

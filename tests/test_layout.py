@@ -24,6 +24,7 @@ FLOORS = [
     {"groups", "reference"},
     {"steps"},
     {"stages"},
+    {"channels"},
     {"trainer"},
     {"cli"},
 ]

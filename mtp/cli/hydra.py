@@ -52,7 +52,7 @@ def compose_and_run(arguments: list[str], conf: Path) -> None:
 
 
 def run(config: DictConfig) -> float | None:
-    """Run the configured stages. Returns the last fast accuracy, else the slow one."""
+    """Run the configured stages. Returns the last fast accuracy, else the only one."""
     from ..trainer import Interrupted, train
     from ..training.runtime import hand_on
 
@@ -65,7 +65,8 @@ def run(config: DictConfig) -> float | None:
         # process, which may still be writing the checkpoint.
         sys.exit(130 if os.environ.get("LOCAL_RANK", "0") == "0" else 0)
     last = summary["stages"][-1]
-    return last["slow_accuracy"] if last["fast_accuracy"] is None else last["fast_accuracy"]
+    found = (last.get(name) for name in ("fast_accuracy", "slow_accuracy", "accuracy"))
+    return next((accuracy for accuracy in found if accuracy is not None), None)
 
 
 def register_configs() -> None:

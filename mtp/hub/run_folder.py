@@ -148,6 +148,7 @@ DECIDES = (
     "seed",
     "model",
     "head",
+    "channel",
     "task",
     "decoding",
     "stages",

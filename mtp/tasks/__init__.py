@@ -2,6 +2,7 @@
 
 from .base import Example, Split, Task, TaskConfig
 from .continuation import ContinuationConfig
+from .graph_search import GraphSearchConfig
 from .gsm_symbolic import GsmSymbolicConfig
 from .reasoning_gym import ReasoningGymConfig
 from .rows import RowsConfig
@@ -9,6 +10,7 @@ from .running_sum import RunningSumConfig
 
 TASK_CONFIGS: dict[str, type[TaskConfig]] = {
     "running_sum": RunningSumConfig,
+    "graph_search": GraphSearchConfig,
     "reasoning_gym": ReasoningGymConfig,
     "gsm_symbolic": GsmSymbolicConfig,
     "rows": RowsConfig,

@@ -89,6 +89,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         """Restore the states that `state_dict` returned."""
         for name, part in self.parts.items():
             part.load_state_dict(state_dict[name])
+        # Loading replaces the groups of the two.
         self.param_groups[:] = [g for part in self.parts.values() for g in part.param_groups]
 
 

@@ -7,6 +7,7 @@ import torch
 from helpers import tiny_model
 
 from mtp.training.optimizers import OptimizerConfig, build_optimizer, set_lr, split_parameters
+from mtp.training.sharding import load_optimizer
 
 
 def gradients(model: torch.nn.Module, seed: int) -> None:
@@ -53,6 +54,21 @@ def test_a_restored_optimizer_goes_on_alike():
         optimizer.step()
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_resumed_muon_follows_the_schedule():
+    """The rate set after loading reaches the parts that step, as in `run_stage`."""
+    config = OptimizerConfig(algorithm="muon", lr=1e-2, muon_lr_ratio=2.0)
+    parameters = {
+        "q_proj.weight": torch.nn.Parameter(torch.ones(4, 4)),
+        "embed.weight": torch.nn.Parameter(torch.ones(4, 4)),
+    }
+    saved = build_optimizer(parameters, config).state_dict()
+    resumed = build_optimizer(parameters, config)
+    load_optimizer(resumed, saved)
+    set_lr(resumed, 3e-3)
+    rates = {name: part.param_groups[0]["lr"] for name, part in resumed.parts.items()}
+    assert rates == {"muon": 6e-3, "adamw": 3e-3}
 
 
 def test_muon_is_refused_where_a_layers_experts_are_one_parameter():

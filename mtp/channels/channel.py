@@ -1,0 +1,128 @@
+"""The interface of a channel: what leaves a forward pass of main and enters the next one.
+
+A channel knows how a thought is produced, in passes that follow each other; how it is trained on
+solved examples, and how many passes in sequence that needs; and the log-probability of a sampled
+thought, if it has one. The answer after a thought is ordinary text in all channels.
+
+To add a channel, derive from `Channel` (or from `VectorChannel` in `vectors.py`, for one vector per
+pass) in a file of your own, and add it with `CHANNELS.add`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..common.bounds import check_numbers
+from ..common.registry import Registry
+from ..modeling.sampler import Sampler
+from ..rollouts.prompt_format import PromptFormat
+from ..tasks.base import Example
+
+
+@dataclass(kw_only=True)
+class NoOptions:
+    """Settings of a channel that has none."""
+
+
+@dataclass(kw_only=True)
+class WriteOptions:
+    """How thoughts and answers are written."""
+
+    sampler: Sampler = field(default_factory=lambda: Sampler(temperature=0))
+    """The distribution of the thought; temperature 0: the likeliest thought."""
+    sample_answer: bool = False
+    """Sample the answer from `sampler` too. False: it is greedy, so that attempts differ by their
+    thoughts only."""
+    max_new_tokens: int = 64
+    """Maximum length of an output: vectors or tokens of the thought, and tokens of the answer."""
+    seed: int = 0
+    """Seed of everything that is sampled."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """One output: a thought and an answer."""
+
+    answer: str | None
+    """The final answer; None if there is none."""
+    passes: int
+    """Number of forward passes in sequence, from that of the prompt to the last token's."""
+    thought_passes: int
+    """Number of those that produced the thought. A delimiter after it counts where the model
+    writes it, and not where the channel ends every thought after a given number of passes."""
+    trace: str
+    """The thought as text; for a vector, the tokens that it was made of."""
+
+
+class Channel(nn.Module, ABC):
+    """One way to pass information from a forward pass to the next."""
+
+    options_class: ClassVar[Any] = NoOptions
+    """Dataclass of the settings in `channel.options`."""
+    has_log_prob: ClassVar[bool]
+    """True if a sampled thought has a log-probability, so that RL can train it."""
+    is_random: ClassVar[bool] = False
+    """True if the thought is sampled in evaluations too, since it has no likeliest value."""
+
+    def __init__(self, options: Any, width: int):
+        """width: main's, D."""
+        super().__init__()
+        self.options = options
+
+    @abstractmethod
+    def supervised_loss(
+        self, model: Any, fmt: PromptFormat, examples: list[Example], *, step: int, seed: int
+    ) -> Tensor:
+        """Mean loss per scored position [] over solved examples.
+
+        step: optimizer steps done in the stage, for a curriculum. seed: seed of what is sampled.
+        """
+
+    @abstractmethod
+    def write(
+        self, model: Any, fmt: PromptFormat, examples: list[Example], options: WriteOptions
+    ) -> list[Written]:
+        """One output for each example, in their order."""
+
+    def begins_level(self, step: int) -> bool:
+        """True if a curriculum begins a new level at this step, which resets the optimizer."""
+        return False
+
+
+CHANNELS: Registry[type[Channel]] = Registry()
+"""Channels by name."""
+
+
+def build_channel(name: str, options: dict[str, Any], model: Any) -> Channel:
+    """The channel of a model. Raises ValueError naming the key of an impossible setting."""
+    cls = CHANNELS.get(name, "channel.name")
+    defaults = vars(cls.options_class())
+    for key, value in options.items():
+        if key not in defaults:
+            raise ValueError(
+                f"channel.options.{key} is not known; the options of channel {name} are "
+                f"{', '.join(defaults) or 'none'}"
+            )
+        kind = type(defaults[key])
+        if not isinstance(value, (int, float) if kind is float else kind) or (
+            isinstance(value, bool) and kind is not bool
+        ):
+            raise ValueError(
+                f"channel.options.{key} must be of type {kind.__name__}, got {value!r}"
+            )
+    settings = cls.options_class(**options)
+    check_numbers(settings, "channel.options")
+    if type(model.get_input_embeddings()) is not nn.Embedding:
+        raise ValueError(
+            f"channel.name={name} needs a main whose input is the embedding itself, but "
+            f"{type(model).__name__} scales it; choose model.family=llama"
+        )
+    channel = cls(settings, model.main_config.hidden_size)
+    return channel.to(next(model.parameters()).device)
+
+
+def options_of(channel: Channel) -> dict[str, Any]:
+    """The settings of a channel, as `build_channel` takes them."""
+    return {f.name: getattr(channel.options, f.name) for f in fields(channel.options)}

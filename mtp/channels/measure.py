@@ -1,0 +1,176 @@
+"""Measures of a trained channel, defined once for all of them.
+
+Passes are forward passes of main that must follow each other. Accuracy at N passes is defined as by
+`evaluation.thought_budgets` in ordinary runs: an answer after a thought of more than N passes is
+wrong. Attempts differ by their sampled thoughts; the answer after a thought is greedy.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..evaluation.evaluate import held_out
+from ..modeling.sampler import Sampler
+from ..reports.metrics import Metric, declare
+from ..rollouts.prompt_format import PromptFormat
+from ..tasks.base import Example, Task
+from .channel import Channel, WriteOptions, Written
+
+BUDGETS = (4, 8, 16, 32)
+"""Limits on the passes of a thought in the table."""
+
+for _metric in (
+    Metric("accuracy", "accuracy", unit="%", better="higher", shown_in=("run", "sweep")),
+    Metric("passes", "passes", unit="passes", better="lower", shown_in=("run", "sweep")),
+    Metric("thought_passes", "thought passes", unit="passes", better="lower", shown_in=("run",)),
+):
+    declare(_metric)
+
+
+def write_all(
+    model: Any,
+    fmt: PromptFormat,
+    channel: Channel,
+    examples: list[Example],
+    options: WriteOptions,
+    batch_size: int,
+) -> list[Written]:
+    """One output for each example; each batch has a seed of its own."""
+    out = []
+    for at in range(0, len(examples), batch_size):
+        seeded = replace(options, seed=options.seed + at)
+        out += channel.write(model, fmt, examples[at : at + batch_size], seeded)
+    return out
+
+
+def is_right(task: Task, example: Example, output: Written) -> bool:
+    """True if the answer is right."""
+    return output.answer is not None and task.outcome(example, output.answer) == 1.0
+
+
+def evaluate_channel(
+    model: Any,
+    fmt: PromptFormat,
+    channel: Channel,
+    task: Task,
+    *,
+    num_problems: int,
+    batch_size: int,
+    max_new_tokens: int,
+    budgets: Sequence[int] = (),
+) -> dict[str, Any]:
+    """Accuracy and passes on held-out problems, named as in summary.json.
+
+    Thoughts are greedy, except those of a channel that is random by definition; answers are greedy.
+    """
+    examples = held_out(task, num_problems)
+    sampler = Sampler(temperature=1.0 if channel.is_random else 0.0)
+    options = WriteOptions(sampler=sampler, max_new_tokens=max_new_tokens)
+    outputs = write_all(model, fmt, channel, examples, options, batch_size)
+    right = [is_right(task, e, w) for e, w in zip(examples, outputs, strict=True)]
+    metrics: dict[str, Any] = {
+        "accuracy": mean(right),
+        "passes": mean(w.passes for w in outputs),
+        "thought_passes": mean(w.thought_passes for w in outputs),
+        "num_problems": len(examples),
+    }
+    if budgets:
+        metrics["accuracy_by_budget"] = [
+            mean(r and w.thought_passes <= n for r, w in zip(right, outputs, strict=True))
+            for n in budgets
+        ]
+    return metrics
+
+
+def measure_attempts(
+    model: Any,
+    fmt: PromptFormat,
+    channel: Channel,
+    task: Task,
+    *,
+    num_problems: int,
+    num_attempts: int,
+    temperature: float,
+    batch_size: int,
+    max_new_tokens: int,
+) -> dict[str, float]:
+    """Several attempts per held-out problem, whose thoughts are sampled.
+
+    `mean_accuracy`: of single attempts. `best_accuracy`: some attempt is right.
+    `majority_accuracy`: the most frequent answer is right, the first of equally frequent ones.
+    `majority_gain`: majority minus mean; 0 where attempts cannot differ.
+    """
+    examples = held_out(task, num_problems)
+    options = WriteOptions(sampler=Sampler(temperature=temperature), max_new_tokens=max_new_tokens)
+    attempts = [
+        write_all(model, fmt, channel, examples, replace(options, seed=(n + 1) << 32), batch_size)
+        for n in range(num_attempts)
+    ]
+    single, best, majority = [], [], []
+    for i, example in enumerate(examples):
+        outputs = [outputs[i] for outputs in attempts]
+        right = [is_right(task, example, output) for output in outputs]
+        votes = Counter(o.answer for o in outputs if o.answer is not None)
+        chosen = votes.most_common(1)[0][0] if votes else None
+        first = next((n for n, o in enumerate(outputs) if o.answer == chosen), 0)
+        single.append(mean(right))
+        best.append(any(right))
+        majority.append(right[first])
+    return {
+        "mean_accuracy": mean(single),
+        "best_accuracy": mean(best),
+        "majority_accuracy": mean(majority),
+        "majority_gain": mean(majority) - mean(single),
+    }
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """Cost of training on solved examples, measured on one batch."""
+
+    sequential_passes: int
+    """Forward passes of main that must follow each other."""
+    bytes_per_example: float
+    """Bytes that the forward keeps for the backward, weights not included."""
+    seconds_per_example: float
+    """Seconds of forward and backward."""
+
+
+def training_cost(
+    model: Any, fmt: PromptFormat, channel: Channel, examples: list[Example], *, step: int
+) -> TrainingCost:
+    """Measure the loss and its gradient on a batch, at an optimizer step of the stage."""
+    passes = 0
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    hook = model.mtp_decoder.register_forward_pre_hook(count)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = channel.supervised_loss(model, fmt, examples, step=step, seed=0)
+    hook.remove()
+    del loss
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        channel.supervised_loss(model, fmt, examples, step=step, seed=0).backward()
+        seconds.append(time.perf_counter() - began)
+        model.zero_grad(set_to_none=True)
+    return TrainingCost(passes, sum(kept.values()) / len(examples), median(seconds) / len(examples))

@@ -1,0 +1,75 @@
+"""Main as a reader of vectors: passes with a cache, one after the other, with or without gradients.
+
+The comparators are tiny, so this favours clarity: prompts are padded on the left, and a pass may
+read any number of vectors per row.
+
+Shapes: B rows, L vectors of a pass, T positions, D main width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+
+class Reader:
+    """Main's state after the vectors that it has read so far."""
+
+    def __init__(self, model: Any, prompts: list[list[int]], pad_id: int):
+        self.model = model
+        self.embedding = model.get_input_embeddings()
+        device = self.embedding.weight.device
+        longest = max(map(len, prompts))
+        padded = [[pad_id] * (longest - len(ids)) + ids for ids in prompts]
+        is_text = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+        self.prompts = torch.tensor(padded, device=device)
+        self.mask = torch.tensor(is_text, device=device)
+        self.cache = DynamicCache(config=model.main_config)
+        self.num_read = 0
+        self.passes = 0
+        """Number of passes so far."""
+
+    def read_prompts(self, then: Tensor | None = None) -> Tensor:
+        """The first pass, over the prompts and the ids `then` [B, L] after them: hidden rows."""
+        ids = self.prompts
+        if then is not None:
+            ids = torch.cat([ids, then], 1)
+            self.mask = torch.cat([self.mask, torch.ones_like(then)], 1)
+        return self._read(self.embedding(ids))
+
+    def read(self, vectors: Tensor) -> Tensor:
+        """One pass over [B, L, D]: hidden rows [B, L, D] after the final norm."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(vectors.shape[:2])], 1)
+        return self._read(vectors)
+
+    def _read(self, vectors: Tensor) -> Tensor:
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, self.num_read :]
+        out = self.model.mtp_decoder(
+            inputs_embeds=vectors,
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.num_read, self.passes = self.mask.shape[1], self.passes + 1
+        return out.last_hidden_state
+
+
+def logits_of(model: Any, hidden: Tensor) -> Tensor:
+    """[..., D] hidden rows after the final norm -> [..., V] float32 logits of main."""
+    return model.output_layers()[0].logits(hidden).float()
+
+
+def read_in_parallel(model: Any, vectors: Tensor) -> Tensor:
+    """One causal forward over right-padded [B, T, D]: logits [B, T, V]."""
+    out = model.mtp_decoder(inputs_embeds=vectors, use_cache=False)
+    return logits_of(model, out.last_hidden_state)
+
+
+def ids_tensor(rows: list[list[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ragged ids -> [B, T] padded on the right, and [B, T] bool where there is a token."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([ids + [fill] * (longest - len(ids)) for ids in rows], device=device)
+    lengths = torch.tensor([len(ids) for ids in rows], device=device)
+    return ids, torch.arange(longest, device=device) < lengths[:, None]

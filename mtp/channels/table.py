@@ -1,0 +1,305 @@
+"""The table of all channels: `python -m mtp.channels.table`.
+
+Each cell is a run of `train.py experiment=channels/NAME` with a task and a seed, and a measurement
+of its model. Runs and measurements that exist are not repeated, so an interrupted table continues
+where it ended. First the cost is printed, from a few steps of each kind of run.
+
+Example: `python -m mtp.channels.table --tasks graph_search --rows token latent --seeds 1`
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from ..common.files import save_text
+from ..common.process import run_command
+
+ROOT = Path(__file__).parents[2]
+RESULT = Path("docs/results/channels/table.json")
+RUNS = Path("runs/channels")
+MEASURED = "measured.json"
+"""File of a run's measurement, in the run's folder."""
+
+TASKS: dict[str, list[str]] = {
+    "graph_search": ["task=graph_search"],
+    "running_sum": ["task=running_sum", "task.num_terms=5"],
+}
+"""Overrides of each task."""
+
+ROWS: dict[str, list[str]] = {
+    "no_thought": ["experiment=channels/no_thought"],
+    "token": ["experiment=channels/token"],
+    **{f"block_{k}": ["experiment=channels/block", f"head.num_slots={k}"] for k in (1, 2, 3, 5, 8)},
+    "soft": ["experiment=channels/soft"],
+    "multiplex": ["experiment=channels/multiplex"],
+    "latent": ["experiment=channels/latent"],
+    "gated": ["experiment=channels/gated"],
+}
+"""Overrides of each row of the table."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the table."""
+
+    row: str
+    task: str
+    seed: int
+    folder: Path
+    overrides: tuple[str, ...]
+    """Arguments of `train.py`, its folder and seed not included."""
+
+    @property
+    def is_trained(self) -> bool:
+        """True if the run has ended."""
+        return (self.folder / "summary.json").is_file()
+
+    @property
+    def is_measured(self) -> bool:
+        """True if its model has been measured."""
+        return (self.folder / MEASURED).is_file()
+
+    def command(self, *more: str) -> list[str]:
+        """The training command."""
+        where = [f"seed={self.seed}", f"run_dir={self.folder}"]
+        return [sys.executable, str(ROOT / "train.py"), *self.overrides, *where, *more]
+
+
+def plan(
+    rows: Iterable[str],
+    tasks: Iterable[str],
+    seeds: Iterable[int],
+    runs: Path,
+    overrides: Iterable[str],
+) -> list[Cell]:
+    """All cells; the first seed of every row comes first. Raises ValueError for unknown names."""
+    for given, known, option in ((rows, ROWS, "--rows"), (tasks, TASKS, "--tasks")):
+        for name in given:
+            if name not in known:
+                raise ValueError(f"{option} must be of {', '.join(known)}, got {name}")
+    return [
+        Cell(row, task, seed, runs / task / row / str(seed), (*ROWS[row], *TASKS[task], *overrides))
+        for seed in seeds
+        for task in tasks
+        for row in rows
+    ]
+
+
+def run_train(cell: Cell, *more: str, capture: bool = False) -> str:
+    """Run the training command. Raises ValueError with its last line of errors if it fails."""
+    done = subprocess.run(
+        cell.command(*more), stdout=subprocess.PIPE if capture else None, text=True
+    )
+    if done.returncode == 130:
+        raise KeyboardInterrupt
+    if done.returncode:
+        raise ValueError(
+            f"training of {cell.folder} must end with exit code 0, got {done.returncode}; its "
+            "message is above"
+        )
+    return done.stdout or ""
+
+
+def minutes_of(cell: Cell) -> float:
+    """Estimated minutes of a run, from a dry run of it."""
+    # A curriculum begins with its cheapest level; here three steps see three levels.
+    short = ["channel.options.level_steps=1"] if cell.row == "latent" else []
+    printed = run_train(cell, "dry_run=true", *short, capture=True)
+    found = re.search(r"a full run would take about \d+ min and its evaluations \((.*)\)", printed)
+    if found is None:
+        raise ValueError(f"the dry run of {cell.folder} must print an estimate, got {printed!r}")
+    return sum(float(number) for number in re.findall(r" (\d+\.\d+)", f" {found[1]}"))
+
+
+def print_cost(cells: list[Cell]) -> None:
+    """Estimate and print the cost of the cells that are not trained yet."""
+    left = [cell for cell in cells if not cell.is_trained]
+    total = 0.0
+    kinds = {(cell.row, cell.task): cell for cell in reversed(left)}
+    print(f"{len(cells)} runs, {len(cells) - len(left)} of them done", flush=True)
+    for (row, task), cell in kinds.items():
+        number = sum((c.row, c.task) == (row, task) for c in left)
+        minutes = minutes_of(cell)
+        total += number * minutes
+        print(f"  {task:14}{row:12}{number} x {minutes:.1f} min", flush=True)
+    if kinds:
+        print(f"about {total / 60:.1f} h for training, evaluations not included", flush=True)
+
+
+def measure(folder: Path, num_problems: int, num_attempts: int) -> dict[str, Any]:
+    """All measures of a trained run's model."""
+    from ..config import load_run_config
+    from ..hub.build import load_model
+    from ..tasks.base import training_index
+    from .channel import CHANNELS, build_channel
+    from .measure import BUDGETS, evaluate_channel, measure_attempts, training_cost
+    from .saving import load_channel
+
+    config = load_run_config(folder / "config.yaml")
+    stages = config.active_stages()
+    last = folder / "stages" / list(stages)[-1]
+    if config.channel.is_text:
+        model, fmt = load_model(last)
+        name = "block" if any(stage.train_head for stage in stages.values()) else "token"
+        channel = build_channel(name, {}, model)
+    else:
+        model, fmt, channel = load_channel(last)
+        name = config.channel.name
+    assert name in CHANNELS
+    model.eval()
+    task = config.task.build()
+    limits: dict[str, Any] = {
+        "batch_size": config.evaluation.batch_size,
+        "max_new_tokens": config.decoding.max_new_tokens,
+    }
+    metrics = evaluate_channel(
+        model, fmt, channel, task, num_problems=config.evaluation.num_problems, budgets=BUDGETS,
+        **limits,
+    )  # fmt: skip
+    metrics["accuracy_at_passes"] = {
+        str(n): value for n, value in zip(BUDGETS, metrics.pop("accuracy_by_budget"), strict=True)
+    }
+    metrics |= measure_attempts(
+        model, fmt, channel, task, num_problems=num_problems, num_attempts=num_attempts,
+        temperature=1.0, **limits,
+    )  # fmt: skip
+    size = task.size("train")
+    supervised = next(stage for stage in stages.values() if stage.kind == "supervised")
+    number = supervised.examples.batch_size
+    examples = [task.example("train", training_index(i, size, config.seed)) for i in range(number)]
+    cost = training_cost(model, fmt, channel, examples, step=supervised.steps)
+    summary = json.loads((folder / "summary.json").read_text())
+    return metrics | asdict(cost) | {
+        "attempts": num_attempts,
+        "training_seconds": summary["seconds"],
+        "training_steps": sum(stage["steps"] for stage in summary["stages"]),
+        "training_batch_size": number,
+        "main_parameters": sum(
+            p.numel() for n, p in model.named_parameters() if not n.startswith("mtp_head.")
+        ),
+        "head_parameters": sum(
+            p.numel() for n, p in model.named_parameters() if n.startswith("mtp_head.")
+        )
+        if name == "block"
+        else 0,
+    }  # fmt: skip
+
+
+def table_rows(cells: list[Cell]) -> list[dict[str, Any]]:
+    """One row per channel and task: means over its measured seeds, and accuracies by seed."""
+    rows = []
+    for row, task in dict.fromkeys((cell.row, cell.task) for cell in cells):
+        mine = [c for c in cells if (c.row, c.task) == (row, task) and c.is_measured]
+        if not mine:
+            continue
+        found = [json.loads((cell.folder / MEASURED).read_text()) for cell in mine]
+        averaged: dict[str, Any] = {}
+        for key, value in found[0].items():
+            if isinstance(value, dict):
+                averaged[key] = {k: mean(one[key][k] for one in found) for k in value}
+            else:
+                averaged[key] = mean(one[key] for one in found)
+        rows.append(
+            {
+                "channel": row,
+                "task": task,
+                "seeds": [cell.seed for cell in mine],
+                "command": "train.py " + " ".join(mine[0].overrides),
+                "accuracy_by_seed": [one["accuracy"] for one in found],
+                **averaged,
+            }
+        )
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table as Markdown, one part per task."""
+    heads = [
+        "channel", "accuracy (seeds)", "at 4", "at 8", "at 16", "at 32", "thought passes",
+        "passes in sequence", "kB / example", "training s", "one", "majority", "best of n",
+    ]  # fmt: skip
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        lines += [f"**{task}**", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for row in (row for row in rows if row["task"] == task):
+            by_seed = ", ".join(f"{100 * value:.1f}" for value in row["accuracy_by_seed"])
+            at = [f"{100 * value:.1f}" for value in row["accuracy_at_passes"].values()]
+            cells = [
+                row["channel"], by_seed, *at, f"{row['thought_passes']:.1f}",
+                f"{row['sequential_passes']:.0f}", f"{row['bytes_per_example'] / 1000:.0f}",
+                f"{row['training_seconds']:.0f}",
+                *(f"{100 * row[k]:.1f}" for k in
+                  ("mean_accuracy", "majority_accuracy", "best_accuracy")),
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def write_table(cells: list[Cell], path: Path) -> list[dict[str, Any]]:
+    """Write the rows that are measured so far, and return them."""
+    rows = table_rows(cells)
+    save_text(path, json.dumps({"rows": rows}, indent=2) + "\n")
+    return rows
+
+
+def make_table(arguments: argparse.Namespace) -> None:
+    """Plan, estimate, train, measure, write."""
+    cells = plan(
+        arguments.rows, arguments.tasks, arguments.seeds, arguments.runs, arguments.overrides
+    )
+    if not arguments.no_estimate:
+        print_cost(cells)
+    if arguments.plan:
+        return
+    for number, cell in enumerate(cells, 1):
+        label = f"[{number}/{len(cells)}] {cell.task}, {cell.row}, seed {cell.seed}"
+        if not cell.is_trained:
+            print(f"{label}: training", flush=True)
+            run_train(cell, "resume=auto")
+        if not cell.is_measured:
+            print(f"{label}: measuring", flush=True)
+            found = measure(cell.folder, arguments.num_problems, arguments.attempts)
+            save_text(cell.folder / MEASURED, json.dumps(found, indent=2) + "\n")
+        write_table(cells, arguments.out)
+    print(markdown(write_table(cells, arguments.out)))
+    print(f"written to {arguments.out}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    out = argparse.ArgumentParser(
+        prog="python -m mtp.channels.table", description="Train and measure all channels."
+    )
+    out.add_argument(
+        "--overrides", nargs="+", default=[], help="further overrides of every run, key=value"
+    )
+    out.add_argument("--rows", nargs="+", default=list(ROWS), help="channels (default: all)")
+    out.add_argument("--tasks", nargs="+", default=list(TASKS), help="tasks (default: all)")
+    out.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds (1 2 3)")
+    out.add_argument("--runs", type=Path, default=RUNS, help=f"folder of the runs ({RUNS})")
+    out.add_argument("--out", type=Path, default=RESULT, help=f"file of the table ({RESULT})")
+    out.add_argument("--attempts", type=int, default=16, help="attempts per problem (16)")
+    out.add_argument(
+        "--num-problems", type=int, default=256, help="problems with several attempts (256)"
+    )
+    out.add_argument("--plan", action="store_true", help="print the cost and end")
+    out.add_argument("--no-estimate", action="store_true", help="do not estimate the cost first")
+    return out
+
+
+def main() -> int:
+    """The command; returns its exit code."""
+    arguments = parser().parse_args()
+    return run_command(lambda: make_table(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

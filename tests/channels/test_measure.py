@@ -1,0 +1,102 @@
+"""The measures and the table, by hand-worked outputs of a scripted channel."""
+
+import json
+
+import pytest
+
+from mtp.channels.channel import Channel, Written
+from mtp.channels.measure import evaluate_channel, measure_attempts
+from mtp.channels.table import ROWS, TASKS, markdown, plan, table_rows
+from mtp.tasks.graph_search import GraphSearchConfig
+
+
+class Scripted(Channel):
+    """Answers from a function of (number of the problem, seed)."""
+
+    has_log_prob = True
+
+    def __init__(self, script):
+        super().__init__(None, 1)
+        self.script = script
+
+    def supervised_loss(self, model, fmt, examples, *, step, seed):
+        raise NotImplementedError
+
+    def write(self, model, fmt, examples, options):
+        return [self.script(i, e, options.seed >> 32) for i, e in enumerate(examples)]
+
+
+TASK = GraphSearchConfig().build()
+LIMITS = {"batch_size": 64, "max_new_tokens": 8}
+
+
+def test_an_answer_after_too_long_a_thought_is_wrong():
+    """Four problems: right after 2, 6 and 9 passes of thought, and wrong after 1."""
+    thought = [2, 6, 9, 1]
+
+    def script(i, example, seed):
+        return Written("?" if i == 3 else example.answer, thought[i] + 2, thought[i], "")
+
+    found = evaluate_channel(
+        None, None, Scripted(script), TASK, num_problems=4, budgets=(1, 2, 8, 16), **LIMITS
+    )
+    assert found["accuracy"] == 0.75
+    assert found["accuracy_by_budget"] == [0.0, 0.25, 0.5, 0.75]
+    assert found["thought_passes"] == 4.5 and found["passes"] == 6.5
+
+
+def test_majority_and_best_of_several_attempts():
+    """Problem 0 is right in attempts 1 to 3 of 5, problem 1 in attempt 2 only, problem 2 never."""
+    right = [{1, 2, 3}, {2}, set()]
+
+    def script(i, example, attempt):
+        return Written(example.answer if attempt in right[i] else "?", 1, 1, "")
+
+    found = measure_attempts(
+        None, None, Scripted(script), TASK, num_problems=3, num_attempts=5, temperature=1.0,
+        **LIMITS,
+    )  # fmt: skip
+    assert found["mean_accuracy"] == pytest.approx(4 / 15)
+    assert found["best_accuracy"] == pytest.approx(2 / 3)
+    assert found["majority_accuracy"] == pytest.approx(1 / 3)
+    assert found["majority_gain"] == pytest.approx(1 / 3 - 4 / 15)
+
+
+def test_attempts_without_an_answer_have_no_vote():
+    def script(i, example, attempt):
+        return Written(example.answer if attempt == 4 else None, 1, 1, "")
+
+    found = measure_attempts(
+        None, None, Scripted(script), TASK, num_problems=2, num_attempts=4, temperature=1.0,
+        **LIMITS,
+    )  # fmt: skip
+    assert found["majority_accuracy"] == 1.0
+    assert found["mean_accuracy"] == 0.25
+
+
+def test_the_plan_has_every_row_of_every_task_and_the_first_seed_first(tmp_path):
+    cells = plan(ROWS, TASKS, [1, 2], tmp_path, ["stages.main.steps=5"])
+    assert len(cells) == len(ROWS) * len(TASKS) * 2
+    assert len({cell.folder for cell in cells}) == len(cells)
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+    command = cells[-1].command("resume=auto")
+    assert "stages.main.steps=5" in command and "seed=2" in command
+    with pytest.raises(ValueError, match="--rows must be of .* got kv"):
+        plan(["kv"], TASKS, [1], tmp_path, [])
+
+
+def test_rows_hold_means_over_the_seeds_that_are_measured(tmp_path):
+    cells = plan(["token", "latent"], ["graph_search"], [1, 2, 3], tmp_path, [])
+    base = {"thought_passes": 3, "sequential_passes": 1, "bytes_per_example": 1000.0}
+    base |= {"training_seconds": 2.0, "mean_accuracy": 0.5, "majority_accuracy": 0.5}
+    base |= {"best_accuracy": 1.0}
+    for cell, accuracy in ((cells[0], 0.5), (cells[2], 1.0)):  # token, seeds 1 and 2
+        cell.folder.mkdir(parents=True)
+        found = base | {"accuracy": accuracy, "accuracy_at_passes": {"4": accuracy / 2}}
+        (cell.folder / "measured.json").write_text(json.dumps(found))
+    (row,) = table_rows(cells)
+    assert (row["channel"], row["task"], row["seeds"]) == ("token", "graph_search", [1, 2])
+    assert row["accuracy_by_seed"] == [0.5, 1.0] and row["accuracy"] == 0.75
+    assert row["accuracy_at_passes"] == {"4": 0.375}
+    assert row["command"] == "train.py experiment=channels/token task=graph_search"
+    assert "| token | 50.0, 100.0 | 37.5 |" in markdown([row])

@@ -1,0 +1,117 @@
+"""Runs with a comparator: train, evaluate, save, load, resume; what has no effect is refused."""
+
+import json
+
+import pytest
+from helpers import ROOT
+from hydra import compose, initialize_config_dir
+
+from mtp.channels import WriteOptions
+from mtp.channels.saving import load_channel
+from mtp.cli.hydra import register_configs
+from mtp.config import to_run_config
+from mtp.trainer import train
+
+TINY = [
+    "task.min_steps=2",
+    "task.max_steps=2",
+    "stages.main.steps=4",
+    "stages.main.examples.batch_size=4",
+    "stages.main.evaluate_every=2",
+    "evaluation.num_problems=8",
+    "evaluation.num_interim_problems=4",
+    "logger.log_every=1",
+    "fabric.accelerator=cpu",
+    "fabric.num_threads=1",
+    "decoding.max_new_tokens=16",
+    "model.config.hidden_size=32",
+    "model.config.intermediate_size=48",
+    "head.hidden_size=16",
+    "head.intermediate_size=24",
+]
+
+
+def config(run_dir, name, *overrides):
+    register_configs()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        chosen = [f"experiment=channels/{name}", *TINY, f"run_dir={run_dir}", *overrides]
+        return to_run_config(compose("train", chosen))
+
+
+def weights(folder):
+    model, _, channel = load_channel(folder)
+    return {**model.state_dict(), **{f"channel.{k}": v for k, v in channel.state_dict().items()}}
+
+
+RL = ["stages.rl.steps=2", "stages.rl.rollouts.num_prompts=2", "stages.rl.rollouts.group_size=4"]
+
+
+@pytest.mark.parametrize("name", ["soft", "multiplex", "latent", "no_thought", "gated"])
+def test_a_run_trains_and_its_checkpoint_writes_the_same_again(name, tmp_path):
+    more = RL if name == "gated" else []
+    run = config(tmp_path / "run", name, *more)
+    summary = train(run)
+    last = summary["stages"][-1]
+    assert last["steps"] == (2 if name == "gated" else 4)
+    assert 0 <= last["accuracy"] <= 1 and len(last["accuracy_by_budget"]) == 4
+    folder = tmp_path / "run" / "stages" / last["name"]
+    assert summary["export"] == str(folder)
+    assert not (tmp_path / "run" / "export").exists()  # other tools would drop the channel
+    model, fmt, channel = load_channel(folder)
+    assert vars(channel.options) == json.loads((folder / "channel.json").read_text())["options"]
+    task = run.task.build()
+    examples = [task.example("test", i) for i in range(8)]
+    options = WriteOptions(max_new_tokens=16)
+    outputs = channel.write(model, fmt, examples, options)
+    right = [w.answer == e.answer for w, e in zip(outputs, examples, strict=True)]
+    if not channel.is_random:
+        assert sum(right) / 8 == last["accuracy"]
+        assert sum(w.passes for w in outputs) / 8 == last["passes"]
+    assert train(config(tmp_path / "run", name, *more, "resume=true")) == summary
+
+
+@pytest.mark.parametrize("name", ["latent", "gated"])
+def test_a_resumed_run_gives_the_same_weights(name, tmp_path):
+    """A checkpoint after every step; the second run continues from the third one, between two
+    levels of the curriculum or within RL.
+    """
+    more = [*RL, "stages.main.steps=2"] if name == "gated" else ["channel.options.level_steps=2"]
+    if name == "gated":
+        more += ["stages.rl.rollouts.num_prompts=8", "stages.rl.rollouts.group_size=8"]
+    run = config(tmp_path / "run", name, *more, "checkpoint_minutes=0")
+    last = list(run.active_stages())[-1]
+    train(run)
+    before = weights(tmp_path / "run" / "stages" / last)
+    (tmp_path / "run" / "summary.json").unlink()
+    train(config(tmp_path / "run", name, *more, "checkpoint_minutes=0", "resume=step_00000003"))
+    after = weights(tmp_path / "run" / "stages" / last)
+    assert before.keys() == after.keys()
+    differ = {k: float((before[k] - after[k]).abs().max()) for k in before}
+    assert not {key: value for key, value in differ.items() if value}
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "error"),
+    [
+        ("soft", "channel.options.nois=1", "channel.options.nois is not known; .* noise"),
+        ("soft", "channel.options.noise=0.0", "channel.options.noise must be above 0"),
+        ("multiplex", "channel.options.num_tokens=0", "num_tokens must be at least 1"),
+        ("multiplex", "channel.options.num_tokens=2.5", "num_tokens must be of type int"),
+        ("soft", "channel.name=sof", "channel.name must be one of token, block, soft"),
+        ("soft", "channel.name=block", "channel.name must be text for an ordinary run"),
+        ("soft", "stages.main.train_head=true", "train_head"),
+        ("soft", "stages.main.gradient_checkpointing=true", "a comparator does not read it"),
+        ("soft", "stages.main.micro_batch_size=2", "a comparator does not read it"),
+        ("soft", "stages.main.objective.preserve.weight=1", "preserve.weight must be left at"),
+        ("soft", "fabric.precision=bf16-mixed", "one process with precision 32-true"),
+        ("soft", "decoding.top_k=3", "decoding.top_k"),
+        ("soft", "decoding=plain", "decoding.phases must be a thought and an answer"),
+        ("token", "channel.options={noise: 1}", "channel.options must be empty"),
+        ("gated", "channel={name: latent, options: {levels: 2}}", "no log-probability"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(name, override, error, tmp_path):
+    key = override.split("=")[0]
+    plus = "+" if key in ("channel.options.nois", "channel.options.noise") else ""
+    with pytest.raises(ValueError, match=error):
+        train(config(tmp_path / "run", name, *(RL if name == "gated" else []), plus + override))
