@@ -16,13 +16,14 @@ from typing import Any, TextIO
 
 from ..common.files import remove_temporary, save_text
 from ..reports.loggers import SINKS
+from ..reports.measures import FOLDER as MEASURES
 from .checkpoint import choose_checkpoint
 from .export import check_replaceable
 
 MARK = ".mtp-run"
 """File that marks a folder as a run's."""
 LOCK = ".mtp-lock"
-FOLDERS = ("checkpoints", "stages", "start", "export", "not_finite")
+FOLDERS = ("checkpoints", "stages", "start", "export", "not_finite", MEASURES)
 FILES = ("config.yaml", "curves.png", "summary.json")
 BESIDE = ("job.json", MARK, LOCK)
 """Files that may lie in the folder of a run that has not begun."""
