@@ -10,9 +10,12 @@ place, a share of the thought's length:
 | `filler` | the same, then one repeated token up to the thought's length |
 | `paraphrase` | the first f of the task's paraphrase of the thought, closed |
 | `retokenised` | the first f of the same text in the tokenizer's own tokens, closed |
-| `mistake` | the thought up to a number near f, one digit changed; the model writes on from there |
+| `mistake` | the thought up to a number near f, one digit changed; main writes the rest, slowly |
 | `unchanged` | the same, with the number as it was: the control of `mistake` |
 | `reader` | as `early`, answered by a frozen reader |
+
+Main writes the rest of a cut thought alone, token by token. In fast mode it would have to begin a
+pass in the middle of a block, where it never began one, and fail for that reason.
 
 A point counts right answers (`accuracy`), answers equal to the model's first one (`same`) and, for
 a mistake, answers that the mistake leads to (`followed`, where the task knows them). A thought
@@ -69,7 +72,7 @@ class Reading:
     prefixes: list[list[int]]
     """Tokens after each prompt: a closed thought, or an open one if the reading continues it."""
     continues: bool = False
-    """The model first writes the rest of the thought, in its own mode."""
+    """Main first writes the rest of the thought, in slow mode."""
     expected: list[str | None] = field(default_factory=list)
     """The answers that mistakes lead to; None where the task does not know one."""
 
@@ -136,7 +139,7 @@ def faithfulness_metrics(
     for done, reading in enumerate(todo, 1):
         completions = complete(
             reader if reading.curve == "reader" else model,
-            mode if reading.continues else "slow",
+            "slow",
             [thoughts[i].example for i in reading.thoughts],
             reading.prefixes,
         )
