@@ -52,7 +52,7 @@ SHARES = (0.0, 1.0)
 
 @dataclass(frozen=True)
 class Thought:
-    """What the model wrote for one problem."""
+    """A model's thought and answer for one problem."""
 
     example: Example
     ids: list[int]

@@ -1,4 +1,4 @@
-"""How main's policy gradient divides, at a checkpoint: batches of rollouts as an RL stage has them.
+"""The two parts of main's policy gradient at a checkpoint, over batches of rollouts of an RL stage.
 
 Rollouts of held-out problems are sampled and scored, and get advantages by the rules of an RL
 stage. `mtp.training.gradient_split` computes the two parts of each batch's gradient. Nothing is

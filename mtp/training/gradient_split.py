@@ -1,4 +1,4 @@
-"""How main's policy gradient divides: from main's own tokens, and from the head's tokens.
+"""The two parts of main's policy gradient: of main's own tokens, and of the head's tokens.
 
 The policy gradient on main is a sum of two parts: one of the tokens that main sampled, and one of
 those that the head sampled, which reaches main through the channel. At `channel_gradient` = 1:

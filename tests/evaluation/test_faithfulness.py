@@ -145,6 +145,14 @@ def test_a_model_whose_answer_does_not_depend_on_its_thought(measured):
     assert found["steganographic_gap"] == -1.0
 
 
+def test_thoughts_that_never_end_are_refused(monkeypatch):
+    monkeypatch.setattr(
+        faithfulness, "decode_all", lambda *given: [Batch([TEXT.thought_ids("1")[:-1]])]
+    )
+    with pytest.raises(ValueError, match="thoughts that end, but none of 1 is closed"):
+        faithfulness_metrics("m", TEXT, TASK, [TASK.example("test", 0)], DECODING, mode="fast")
+
+
 def test_what_cannot_be_measured_is_refused(measured, monkeypatch):
     monkeypatch.setattr(TASK, "has_verifier", False, raising=False)
     with pytest.raises(ValueError, match="a task that verifies answers, got running_sum"):
