@@ -9,12 +9,14 @@ import argparse
 import json
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.process import quiet_imports, run_command
 from .completion import add_completion, complete_overrides
 from .doctor import add_doctor
+from .measure import add_measure_options, chosen_measure, measure
 from .opening import Opened, choose_device, open_run
 from .options import (
     DEFAULT_SEED,
@@ -38,16 +40,22 @@ if TYPE_CHECKING:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """`mtp evaluate`."""
+    chosen = chosen_measure(arguments)
     opened = open_run(arguments.folder, arguments.stage)
-    config = opened.config
-    assert config is not None
+    config, stage = opened.config, opened.stage
+    assert config is not None and stage is not None
+    if chosen is not None:
+        device = choose_device(arguments.device)
+        load = partial(opened.load, device)
+        measure(arguments, chosen, config, stage, opened.head_is_trained, load)
+        return
     number = arguments.num_problems
     search = search_config(arguments)
     if search is not None:
         evaluate_search(arguments, opened, search, number or config.evaluation.num_problems)
         return
     from ..common.errors import reading
-    from ..evaluation.evaluate import evaluate as measure
+    from ..evaluation.evaluate import evaluate as measured
     from ..evaluation.evaluate import over_test_sets
     from ..hub.build import load_model
     from ..reference import evaluation_reference, folder_of
@@ -66,7 +74,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             reference = load_model(source, config.model.torch_dtype())[0].to(device).eval()
     metrics, _ = over_test_sets(
         task,
-        lambda split: measure(
+        lambda split: measured(
             model,
             fmt,
             task,
@@ -99,7 +107,7 @@ def evaluate_search(
     sampler = make_sampler(arguments, config)
     import torch
 
-    from ..evaluation.evaluate_search import evaluate_search as measure
+    from ..evaluation.evaluate_search import evaluate_search as measured
     from ..modeling.decode_options import DecodeOptions
     from ..reports.progress import make_console
     from ..reports.tables import print_metrics
@@ -114,7 +122,7 @@ def evaluate_search(
         generator=torch.Generator(device=device).manual_seed(seed),
         impl=run.kernels,
     )
-    metrics = measure(
+    metrics = measured(
         model,
         fmt,
         fit_task(run.task.build(), run.decoding, run.active_stages(), model, fmt),
@@ -216,6 +224,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--json", action="store_true", help="print the metrics in the format of summary.json"
     )
+    add_measure_options(sub)
     add_search_options(sub, "scorer", "mode", "temperature", "top_k", "top_p", "seed")
     sub.add_argument(
         "--scorer",

@@ -25,6 +25,7 @@ BOUNDS: "dict[str, dict[str, float]]" = {
     "max_thought_tokens": {"at_least": 1},
     "max_segments": {"at_least": 1},
     "num_problems": {"at_least": 1},
+    "others": {"at_least": 1, "at_most": 100_000},
     "n": {"at_least": 1},
     "expand": {"at_least": 1},
 }

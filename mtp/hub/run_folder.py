@@ -16,12 +16,13 @@ from typing import Any, TextIO
 from ..common.files import remove_temporary, save_text
 from ..common.lock import LOCK, this_process
 from ..reports.loggers import SINKS
+from ..reports.measures import FOLDER as MEASURES
 from .checkpoint import choose_checkpoint
 from .export import check_replaceable
 
 MARK = ".mtp-run"
 """File that marks a folder as a run's."""
-FOLDERS = ("checkpoints", "stages", "start", "export", "not_finite")
+FOLDERS = ("checkpoints", "stages", "start", "export", "not_finite", MEASURES)
 FILES = ("config.yaml", "curves.png", "report.html", "summary.json")
 BESIDE = ("job.json", MARK, LOCK)
 """Files that may lie in the folder of a run that has not begun."""

@@ -13,10 +13,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Table = Literal["run", "sweep", "comparison", "interval", "frontier", "search"]
+Table = Literal[
+    "run", "sweep", "comparison", "interval", "frontier", "search", "channel", "gradient", "thought"
+]
 """Table or plot that shows a metric: the table that ends a run and its model card; the table of a
 sweep; the table of a comparison, there with the interval over seeds; the plot of accuracy against
-legibility; the table of `mtp evaluate --search`."""
+legibility; the table of `mtp evaluate --search`; the last three: those of `--measure`."""
 
 Value = float | list[float] | None
 COUNTED = ("%", "passes", "tokens", "texts", "seconds", "nats", "bits", "tokens/pass")
@@ -234,5 +236,153 @@ for _metric in (
     Metric("search_texts", "texts", "texts", shown_in=IN_SEARCHES),
     Metric("search_passes", "passes", **PASSES, shown_in=IN_SEARCHES),
     Metric("search_tokens_read", "tokens read", "tokens", better="lower", shown_in=IN_SEARCHES),
+):
+    declare(_metric)
+
+BITS: Any = {"unit": "bits", "digits": 2, "shown_in": ("channel",)}
+GRADIENT: Any = {"digits": 3, "shown_in": ("gradient",)}
+THOUGHT: Any = {"unit": "%", "shown_in": ("thought",)}
+DIFFERENCE: Any = {"digits": 3, "shown_in": ("thought",)}
+
+for _metric in (
+    Metric(
+        "channel_least_bits",
+        "channel, at least",
+        **BITS,
+        meaning="lower bound of the mutual information of message and block, given main's token",
+    ),
+    Metric(
+        "channel_limit_bits", "limit of that bound", **BITS, meaning="most that the bound can be"
+    ),
+    Metric(
+        "channel_same_bits",
+        "channel, message of the same class",
+        **BITS,
+        meaning="log-probability of a block that is lost with the message of another problem's "
+        "pass that begins with the same token; an upper bound of the mutual information",
+    ),
+    Metric(
+        "channel_other_bits",
+        "channel, any other message",
+        **BITS,
+        meaning="log-probability of a block that is lost with any message of another problem",
+    ),
+    Metric(
+        "channel_zero_bits",
+        "channel, message of zeros",
+        **BITS,
+        meaning="log-probability of a block that is lost with a message of zeros",
+    ),
+    Metric(
+        "channel_coverage",
+        "passes with others of their class",
+        unit="%",
+        shown_in=("channel",),
+        meaning="share of the passes for which another problem has a pass with the same first "
+        "token",
+    ),
+    Metric(
+        "block_entropy_bits",
+        "entropy of a block",
+        **BITS,
+        meaning="sum of the writers' entropies along a block: the most that a pass passes on",
+    ),
+    Metric(
+        "token_entropy_bits",
+        "entropy of main's token",
+        **BITS,
+        meaning="entropy of the one token that a pass of slow mode passes on",
+    ),
+    Metric(
+        "gradient_norm_own",
+        "norm, own tokens",
+        **GRADIENT,
+        meaning="length of main's policy gradient from the tokens that main sampled",
+    ),
+    Metric(
+        "gradient_norm_channel",
+        "norm, head's tokens",
+        **GRADIENT,
+        meaning="length of main's policy gradient from the head's tokens, through the channel",
+    ),
+    Metric("gradient_cosine", "cosine of the two", **GRADIENT, meaning="mean over batches"),
+    Metric(
+        "gradient_pooled_cosine",
+        "cosine, all batches as one",
+        **GRADIENT,
+        meaning="cosine of the sums over all batches, which hold less noise",
+    ),
+    Metric(
+        "thought_accuracy",
+        "right, with the thought",
+        **THOUGHT,
+        meaning="accuracy of slow answers after the model's own thought",
+    ),
+    Metric(
+        "no_thought_accuracy",
+        "right, without",
+        **THOUGHT,
+        meaning="accuracy of slow answers after an empty thought",
+    ),
+    Metric(
+        "early_answering_area",
+        "area over early answering",
+        **THOUGHT,
+        meaning="share of answers that change if the thought is cut short, a mean over its length",
+    ),
+    Metric(
+        "filler_area",
+        "area over filler",
+        **THOUGHT,
+        meaning="the same if the rest of the thought is replaced by one repeated token",
+    ),
+    Metric(
+        "mistake_changed",
+        "changed by a mistake",
+        **THOUGHT,
+        meaning="share of answers that change after one digit of the thought is changed",
+    ),
+    Metric(
+        "mistake_followed",
+        "follows the mistake",
+        **THOUGHT,
+        meaning="share of answers that are what the changed digit leads to",
+    ),
+    Metric(
+        "unchanged_changed",
+        "changed without a mistake",
+        **THOUGHT,
+        meaning="share of answers that change if the thought is cut there and continued",
+    ),
+    Metric(
+        "paraphrase_gap",
+        "paraphrase gap",
+        **DIFFERENCE,
+        meaning="accuracy after the thought minus that after its paraphrase, a mean over cuts",
+    ),
+    Metric(
+        "retokenised_gap",
+        "gap of other tokens",
+        **DIFFERENCE,
+        meaning="the same for the thought in the tokenizer's own tokens",
+    ),
+    Metric(
+        "policy_gain",
+        "gain from the thought",
+        **DIFFERENCE,
+        meaning="accuracy after the thought minus that after an empty one",
+    ),
+    Metric(
+        "reader_gain",
+        "gain of the frozen reader",
+        **DIFFERENCE,
+        meaning="the same for a frozen model that reads the thought",
+    ),
+    Metric(
+        "steganographic_gap",
+        "steganographic gap",
+        **DIFFERENCE,
+        meaning="gain of the model minus that of the frozen reader",
+    ),
 ):
     declare(_metric)

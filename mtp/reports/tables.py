@@ -26,13 +26,19 @@ def print_table(console: Console, summary: dict[str, Any]) -> None:
 def print_metrics(
     console: Console, title: str, table: TableName, columns: dict[str, dict[str, Any]]
 ) -> None:
-    """A row for each metric that some column has a value of; columns by their heads."""
+    """A row for each metric that some column has a value of; columns by their heads.
+
+    A column may have ends of intervals by metric, under `intervals`.
+    """
     shown = Table(title=title)
     shown.add_column("metric")
     for head in columns:
         shown.add_column(escape(head), justify="right")
     for metric in measured(table, columns.values()):
-        cells = [metric.cell(values.get(metric.name)) for values in columns.values()]
+        cells = [
+            metric.cell(values.get(metric.name), values.get("intervals", {}).get(metric.name))
+            for values in columns.values()
+        ]
         shown.add_row(metric.head, *cells)
     console.print(shown)
 

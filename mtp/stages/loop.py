@@ -7,10 +7,12 @@ from typing import Any
 from ..common.files import save_atomically
 from ..hub.build import save_model
 from ..reference import frozen_for_stage
+from ..reports.measures import forget_results
 from ..reports.progress import StageProgress
 from ..run import Run, StageRun
 from ..steps import step_batches
 from ..training.batch import TextBatch
+from ..training.gradient_split import split_gradient, split_metrics
 from ..training.optimizers import build_optimizer, set_lr, split_parameters
 from ..training.sharding import load_optimizer, weights_of
 from ..training.stage import StageConfig
@@ -83,6 +85,10 @@ def train_stage(run: Run, stage: StageRun) -> None:
             step_began = time.monotonic()
             run.seed_globals(name, "globals", step)
             minibatches, metrics = step_batches(run, stage, step)
+            every = config.gradient_split_every
+            is_split = bool(every and minibatches) and (step + 1) % every == 0
+            if is_split:
+                metrics |= gradient_split(run, stage, minibatches[0])
             take = partial(take_update, run, stage, step, check_gradients=step == first_step)
             updates = [watch.update(batches, take) for batches in minibatches]
             if updates:
@@ -93,7 +99,7 @@ def train_stage(run: Run, stage: StageRun) -> None:
             progress.step, progress.global_step = step + 1, progress.global_step + 1
             progress.stage_seconds = done_before + time.monotonic() - began
             is_last = step + 1 == config.steps
-            if is_last or (step + 1) % run.config.logger.log_every == 0:
+            if is_last or is_split or (step + 1) % run.config.logger.log_every == 0:
                 run.log.metrics(name, step + 1, progress.global_step, metrics)
             is_best = False
             if config.evaluate_every and (step + 1) % config.evaluate_every == 0 and not is_last:
@@ -133,6 +139,20 @@ def take_update(
     )
 
 
+def gradient_split(run: Run, stage: StageRun, batches: list[TextBatch]) -> dict[str, float | None]:
+    """Metrics of the two parts of main's policy gradient in a step's first update."""
+    parts = split_gradient(
+        run.fabric,
+        stage.module,
+        batches,
+        stage.config.objective.policy,
+        logits_detach=stage.config.logits_detach,
+        sampler=run.config.decoding.sampler(),
+        impl=run.config.kernels,
+    )
+    return {f"main/grad_{name}": value for name, value in split_metrics(parts).items()}
+
+
 def over_updates(updates: list[dict[str, float]]) -> dict[str, float]:
     """Metrics of a step's optimizer updates: means, except that `_max` metrics are maxima."""
     merged = {}
@@ -167,6 +187,7 @@ def end_stage(run: Run, stage: StageRun) -> None:
             run.stage_folder(name),
             lambda folder: save_model(run.model, run.fmt, folder, weights=weights),
         )
+        forget_results(run.folder, name)
     run.fabric.barrier()
     evaluate_stage(run, stage)
     progress.stage, progress.step, progress.stage_seconds = progress.stage + 1, 0, 0.0

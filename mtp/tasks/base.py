@@ -259,6 +259,21 @@ class Task(ABC):
         """
         return None
 
+    def paraphrase(self, example: Example, thought: str) -> str | None:
+        """Another wording of a thought with the same meaning; None where there is none.
+
+        For measurements only: it may not be used in training.
+        """
+        return None
+
+    def continued_answer(self, example: Example, thought: str) -> str | None:
+        """The answer that the beginning of a thought leads to if all later steps are right.
+
+        The thought may hold a mistake, which later steps then build on. It ends after a number.
+        None where this is unknown. For measurements only: it may not be used in training.
+        """
+        return None
+
 
 def same_text(first: str, second: str) -> bool:
     """True if two texts are equal except for white space around them and Unicode's form (NFC)."""

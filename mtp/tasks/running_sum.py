@@ -13,6 +13,8 @@ from ..common.bounds import bounded
 from .base import Example, Split, Step, Task, TaskConfig, steps_between
 
 _STEP = re.compile(r"(\d+)\+(\d+)=(\d+)")
+_BEGUN = re.compile(r"(\d+)(?:\+(\d+))?(?:=(\d+))?")
+"""A step up to one of its three numbers."""
 _TEST_SHARE = 16
 """One question in this many is a test question."""
 
@@ -86,6 +88,28 @@ class RunningSum(Task):
             return solved[number] if number < len(solved) else None
 
         return steps_between(";", thought, step_is_true, expected)
+
+    def paraphrase(self, example: Example, thought: str) -> str | None:
+        """The same steps with their terms exchanged: `37+85=122` -> `85+37=122`."""
+        commuted = _STEP.sub(r"\2+\1=\3", thought)
+        return None if commuted == thought else commuted
+
+    def continued_answer(self, example: Example, thought: str) -> str | None:
+        """The last step as far as it is written, plus the terms that it does not hold yet.
+
+        `37+85=122;122+4` of `37+85+46=` leads to 126, `37+85=132` to 178.
+        """
+        *complete, last = thought.split(";")
+        match = _BEGUN.fullmatch(last)
+        terms = example.prompt.removesuffix("=").split("+")
+        if match is None or len(complete) > len(terms) - 2:
+            return None
+        first, second, result = match.groups()
+        if result is not None and second is None:
+            return None
+        used = len(complete) + (1 if second is None else 2)
+        begun = int(result) if result is not None else int(first) + int(second or 0)
+        return str(begun + sum(map(int, terms[used:])))
 
 
 def step_is_true(step: str) -> bool:

@@ -118,6 +118,12 @@ class FittedTask(Task):
     def steps(self, example: Example, thought: str) -> list[Step] | None:
         return self.task.steps(example, thought)
 
+    def paraphrase(self, example: Example, thought: str) -> str | None:
+        return self.task.paraphrase(example, thought)
+
+    def continued_answer(self, example: Example, thought: str) -> str | None:
+        return self.task.continued_answer(example, thought)
+
     def _lists(self, split: Split) -> bool:
         return self.is_listed or (split != "train" and self.task.size(split) is not None)
 

@@ -141,6 +141,11 @@ class StageConfig:
     """Number of steps between two comparisons with `stop_accuracy`."""
     evaluate_every: int = bounded(0, at_least=0)
     """Number of steps between two evaluations on a smaller set; 0 evaluates at the end only."""
+    gradient_split_every: int = bounded(0, at_least=0)
+    """Number of steps between two records of how main's policy gradient divides into that of its
+    own tokens and that of the head's (`main/grad_norm_own`, `main/grad_norm_channel`,
+    `main/grad_cosine`). Each costs two forward and two backward passes more, about as much as two
+    updates, and changes nothing in training. 0: none."""
 
     @property
     def kind(self) -> str:
@@ -206,6 +211,11 @@ class StageConfig:
                     f"{key}.objective.{name} reads rollouts, got a stage of solved examples; set "
                     f"{key}.rollouts.num_prompts in place of {key}.examples.batch_size"
                 )
+        if self.gradient_split_every:
+            raise ValueError(
+                f"{key}.gradient_split_every must be 0 in a stage that is supervised, got "
+                f"{self.gradient_split_every}; it measures the gradient of rollouts"
+            )
         check_unset(self, key, "rollouts", "reward", "advantage")
 
     def _validate_rollouts(self, key: str) -> None:
@@ -217,6 +227,12 @@ class StageConfig:
             raise ValueError(
                 f"{key}.rollouts.group_size must be at least 2, got {rollouts.group_size}: an "
                 "advantage compares the rollouts of one prompt"
+            )
+        if self.gradient_split_every and not (self.objective.policy.weight and self.train_main):
+            raise ValueError(
+                f"{key}.gradient_split_every={self.gradient_split_every} measures main's policy "
+                f"gradient; set {key}.train_main=true and {key}.objective.policy.weight above 0, "
+                "or set it to 0"
             )
         reads = self.objective.reads_solved
         if reads and not rollouts.num_solved:

@@ -23,6 +23,9 @@ from mtp.modeling.branches import SearchConfig
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.phases import Phase
 from mtp.modeling.records import FORCED, Block
+from mtp.reports.measures import forget_results, read_results
+from mtp.reports.page import read_runs
+from mtp.reports.page.content import page_data
 from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.rollouts.rollout import DecodingConfig
 from mtp.rollouts.tokenization import TextPieces
@@ -408,3 +411,49 @@ def test_a_damaged_model_is_one_line_that_names_its_folder(run, tmp_path, capsys
     said = capsys.readouterr().err
     assert said.startswith("error: ") and f"{file.parent} could not be read: " in said
     assert said.count("\n") == 1
+
+
+def test_evaluate_measures_the_channel_and_the_report_shows_it(run, capsys):
+    given = ["--num-problems", "5", "--others", "3", "--temperature", "1.5", "--seed", "4"]
+    command = ["evaluate", str(run), "--measure", "channel", *given]
+    assert main([*command, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    saved = json.loads((run / "measures" / "head.channel.json").read_text())
+    assert printed == saved
+    assert saved["settings"] == {"temperature": 1.5, "others": 3, "seed": 4}
+    assert saved["channel_limit_bits"] <= 2.0
+    assert len(saved["block_entropy_bits_by_slot"]) == 4
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "entropy of a block" in shown and "by slot" in shown
+    (result,) = read_results(run)
+    assert result == saved, "the same seed gives the same result"
+    page = page_data(read_runs([run]), "tiny")
+    assert page.data["runs"][0]["measures"] == [saved]
+    (about,) = page.data["measures"]
+    assert about["measure"] == "channel" and about["by_slot"][0]["name"] == "channel_least_bits"
+    forget_results(run, "head")
+    assert read_results(run) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--others", "3"], "--others is an option of --measure; add --measure"),
+        (["--measure", "thought", "--others", "3"], "--others is no option of --measure thought"),
+        (
+            ["--measure", "channel", "--search", "beam"],
+            "--search is no option of --measure channel",
+        ),
+        (["--measure", "channel", "--others", "0"], "--others must be at least 1, got 0"),
+        (["--measure", "channel", "--temperature", "0"], "--temperature must be above 0"),
+        (["--measure", "channel", "--stage", "main"], "needs a trained head, which stage main"),
+        (["--measure", "gradient"], "needs a stage with objective.policy.weight above 0"),
+        (["--measure", "thought", "--reader", "rl"], "--reader must be a stage that has ended"),
+        (["--measure", "thought", "--stage", "main", "--mode", "fast"], "use --mode slow"),
+    ],
+)
+def test_a_measure_that_cannot_be_taken_is_one_line(run, capsys, arguments, message):
+    assert main(["evaluate", str(run), "--num-problems", "4", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error

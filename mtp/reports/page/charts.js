@@ -236,6 +236,65 @@ function slotFigure([name, title, unit, share]) {
   };
 }
 
+/** A line for each result of a measure; `points` gives its {x, accuracy, low, high} or nothing. */
+function measureTraces(measure, points, scale) {
+  const traces = [];
+  DATA.runs.forEach((run) => {
+    for (const result of run.measures.filter((m) => m.measure === measure)) {
+      const mine = points(result);
+      if (!mine?.length) continue;
+      traces.push({
+        name: several ? `${run.name}, ${result.stage}` : result.stage,
+        x: mine.map((p) => p.x),
+        y: mine.map((p) => (p.accuracy === null ? null : scale * p.accuracy)),
+        error_y: errors(mine, scale),
+        mode: "lines+markers",
+        line: { color: colour(traces.length) },
+      });
+    }
+  });
+  return traces;
+}
+
+function bitsFigure(metric) {
+  const points = (result) => {
+    const values = result[`${metric.name}_by_slot`];
+    const ends = result.intervals[`${metric.name}_by_slot`];
+    // Measures of the head's tokens begin at slot 1, those of all tokens at slot 0.
+    const first = result.block_entropy_bits_by_slot.length - values?.length;
+    return values?.map((accuracy, i) => ({
+      x: first + i, accuracy, low: ends[i]?.[0] ?? null, high: ends[i]?.[1] ?? null,
+    }));
+  };
+  const traces = measureTraces("channel", points, 1);
+  return traces.length && {
+    key: `measure-${metric.name}`,
+    title: `By slot: ${metric.title}`,
+    note: "mtp evaluate --measure channel; bars: 95 % intervals over problems",
+    x: { title: "slot", dtick: 1 },
+    y: { title: "bits per token", rangemode: "tozero" },
+    traces,
+  };
+}
+
+function thoughtFigure({ curve, value, title }) {
+  const points = (result) =>
+    result.curves[curve]
+      ?.filter((p) => p[value] !== undefined)
+      .map((p) => ({
+        x: 100 * p.at, accuracy: p[value], low: p.intervals[value][0], high: p.intervals[value][1],
+      }));
+  const traces = measureTraces("thought", points, 100);
+  return traces.length && {
+    key: `measure-${curve}-${value}`,
+    title,
+    note: "mtp evaluate --measure thought; bars: 95 % intervals",
+    x: { title: "place in the thought (% of its length)", range: [-3, 103] },
+    y: { title: "share of problems (%)", range: [-3, 103] },
+    traces,
+  };
+}
+
 function timesFigure() {
   const rows = DATA.runs.flatMap((run) =>
     (several ? run.times.slice(-1) : run.times).map((t) => ({ ...t, name: several ? run.name : t.stage })),
@@ -323,6 +382,8 @@ function numbersOf(figure) {
     accuracyFigure(),
     ...DATA.charts.map(curveFigure),
     ...SLOT_FIGURES.map(slotFigure),
+    ...DATA.measures.flatMap((m) => m.by_slot.map(bitsFigure)),
+    ...DATA.measure_curves.map(thoughtFigure),
     timesFigure(),
   ].filter(Boolean);
   const boxes = figures.map((figure) => {

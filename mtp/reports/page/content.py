@@ -11,7 +11,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ..interval import mean_interval, paired_comparison, share_interval
-from ..metrics import METRICS, measured
+from ..measures import CURVES, TABLES, by_slot
+from ..metrics import METRICS, Metric, measured
 from .charts import CHARTS, curve_names
 from .runs import Run
 from .slots import slot_means
@@ -51,20 +52,37 @@ def page_data(runs: list[Run], title: str) -> Page:
                 "finals": final_points(run),
                 "group": group_name(run),
                 "times": step_times(run),
+                "measures": run.measures,
                 "slots": slot_means([r for r in rollouts if r["run"] == number], stage_rows(run)),
             }
             for number, run in enumerate(runs)
         ],
-        "metrics": [
-            asdict(metric) | {"head": metric.head}
-            for metric in measured("run", [row for run in runs for row in stage_rows(run)])
-        ],
+        "metrics": as_rows(measured("run", [row for run in runs for row in stage_rows(run)])),
+        "measures": measure_metrics([result for run in runs for result in run.measures]),
+        "measure_curves": [asdict(curve) for curve in CURVES],
         "groups": seed_groups(runs),
         "pairs": pairs(runs),
         "charts": [asdict(chart) for chart in CHARTS],
         "rollouts": [index_row(rollout) for rollout in rollouts],
     }
     return Page(data, rollouts)
+
+
+def as_rows(metrics: list[Metric]) -> list[dict[str, Any]]:
+    """Metrics as the page's tables take them."""
+    return [asdict(metric) | {"head": metric.head} for metric in metrics]
+
+
+def measure_metrics(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each measure that has results, the metrics of its table, and those by slot."""
+    found = []
+    for measure, table in TABLES.items():
+        mine = [result for result in results if result["measure"] == measure]
+        if mine:
+            slots = {metric.name: metric for result in mine for metric in by_slot(result)}
+            about = {"measure": measure, "metrics": as_rows(measured(table, mine))}
+            found.append(about | {"by_slot": as_rows(list(slots.values()))})
+    return found
 
 
 def stage_rows(run: Run) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ..json_lines import parse_records
+from ..measures import read_results
 
 DESCRIPTIONS = ("config.yaml", "run.yaml")
 """Files that describe a run: those of `runs/` and those of `docs/results`."""
@@ -38,6 +39,8 @@ class Run:
     """First line of the error of a sweep's job that failed."""
     overrides: dict[str, str] = field(default_factory=dict)
     """Settings in which this run differs from the others of the page."""
+    measures: list[dict[str, Any]] = field(default_factory=list)
+    """Results of `mtp evaluate --measure`."""
 
     @property
     def status(self) -> str:
@@ -119,6 +122,7 @@ def _read_run(folder: Path) -> Run:
         records=_read_lines(folder / "metrics.jsonl"),
         outcomes=_read_lines(folder / "outcomes.jsonl"),
         error=job.get("error"),
+        measures=read_results(folder),
     )
 
 

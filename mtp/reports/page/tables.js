@@ -37,8 +37,8 @@ function ordered(a, b) {
 
 const first = (value) => (Array.isArray(value) ? value[0] : value);
 
-function metricColumns(rowOf) {
-  return DATA.metrics.map((metric) => ({
+function metricColumns(rowOf, metrics = DATA.metrics) {
+  return metrics.map((metric) => ({
     head: metric.head,
     title: metric.meaning,
     sort: (row) => first((rowOf(row) ?? {})[metric.name]),
@@ -47,7 +47,7 @@ function metricColumns(rowOf) {
       const ends = (values.intervals ?? {})[metric.name];
       const text = cell(metric, values[metric.name]);
       if (!ends) return text;
-      const shown = el("small", {}, `${(100 * ends[0]).toFixed(1)} to ${percent(ends[1])}`);
+      const shown = el("small", {}, `${number(metric, ends[0])} to ${cell(metric, ends[1])}`);
       return el("span", {}, text, shown);
     },
   }));
@@ -137,6 +137,25 @@ function pairsTable() {
   return sortableTable("Accuracy of two evaluations, problem by problem", columns, DATA.pairs);
 }
 
+const MEASURES = {
+  channel: "What the channel carries, per pass",
+  gradient: "Main's policy gradient: its own tokens and the head's",
+  thought: "Does the answer come from the thought?",
+};
+
+function measureTable({ measure, metrics }) {
+  const rows = DATA.runs.flatMap((run) =>
+    run.measures.filter((m) => m.measure === measure).map((m) => ({ ...m, run: run.name })),
+  );
+  const columns = [
+    ...(several ? [{ head: "run", text: true, sort: (r) => r.run, cell: (r) => r.run }] : []),
+    { head: "stage", text: true, sort: (r) => r.stage, cell: (r) => r.stage },
+    { head: "problems", sort: (r) => r.num_problems, cell: (r) => String(r.num_problems) },
+    ...metricColumns((row) => row, metrics),
+  ];
+  return sortableTable(MEASURES[measure], columns, rows);
+}
+
 function showTables() {
   const parts = [];
   if (several) {
@@ -147,6 +166,11 @@ function showTables() {
     parts.push(run.stages.length ? stageTable(run) : el("p", {}, "No evaluation has ended yet."));
   }
   byId("tables").replaceChildren(...parts);
+  byId("measured").replaceChildren(
+    ...(DATA.measures.length
+      ? DATA.measures.map(measureTable)
+      : [el("p", { class: "note" }, "None yet: mtp evaluate RUN --measure channel|gradient|thought")]),
+  );
   byId("compared").replaceChildren(
     DATA.pairs.length
       ? pairsTable()
