@@ -46,7 +46,9 @@ class RowsConfig(TaskConfig):
     test_share: float = bounded(0.1, above=0, below=1)
     """Share of the questions that is held out if there are no test rows."""
     prompt_column: str = "prompt"
+    """Column of the prompt."""
     answer_column: str = "answer"
+    """Column of the answer."""
     thought_column: str = "thought"
     """Column of the thought, which rows may lack. Columns within columns are written
     `outer.inner`."""
