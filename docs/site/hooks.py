@@ -68,4 +68,8 @@ def notebook_page(notebook: dict[str, Any], name: str) -> str:
 def loaded_from_elsewhere(html: str) -> list[str]:
     """Addresses on other hosts that a page loads: scripts, styles, fonts, images, frames."""
     tags = re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*>", html)
-    return [url for tag in tags for url in re.findall(r"""(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)""", tag)]
+    return [
+        url
+        for tag in tags
+        for url in re.findall(r"""(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)""", tag)
+    ]
