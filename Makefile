@@ -36,10 +36,11 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
-# The pages of docs/ as a site in build/site; a warning is an error.
+# The pages of docs/ as a site in build/site; a warning is an error. Material announces the versions
+# after MkDocs 1 at every build; the variable leaves this out.
 docs: .venv/.docs
-	.venv/bin/mkdocs build --quiet --strict -f docs/site/mkdocs.yml
-	@echo "open build/site/index.html"
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict -f docs/site/mkdocs.yml
+	@echo "open build/site/index.html; for the search: python3 -m http.server -d build/site"
 
 .venv/.docs: .venv/.ready
 	@.venv/bin/python -m pip install -q -c constraints.txt -e '.[docs]'
