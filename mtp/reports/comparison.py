@@ -168,7 +168,7 @@ def save_plot(runs: list[VariantRun], summary: dict[str, Any], path: Path) -> No
         for row, (variant, look) in enumerate(zip(variants, series, strict=True)):
             value = variants[variant][metric.name]
             at = row + 0.2 * (i - (len(metrics) - 1) / 2)
-            marker = look | {"marker": "osD^v"[i % 5], "linestyle": "none"}
+            marker = look | {"marker": "soD^v"[i % 5], "linestyle": "none"}
             label = metric.label if row == 0 else None
             if value["mean"] is not None:
                 right.plot(value["mean"], at, label=label, **marker)
