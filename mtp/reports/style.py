@@ -73,7 +73,7 @@ def log_axis(axes: "Axes", label: str, unit: str, which: Literal["x", "y"] = "y"
     axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
     decades = max(values) / min(values)
-    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if decades < 30 else (1,)))
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if decades < 30 else (1,)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
