@@ -100,3 +100,17 @@ def test_a_notebook_runs_and_fast_mode_works_in_it(path):
     )
     assert "rl    fast:" in shown
     assert "LlamaForCausalLM" in shown
+
+
+def test_the_script_of_the_tutorial_makes_the_row_that_it_shows(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "tutorial.md").read_text()
+    script = text.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(script, "boxes.py", "exec"), {})
+    lines = (tmp_path / "boxes.jsonl").read_text().splitlines()
+    assert lines[0] in text and len(lines) == 4000
+    config = TASK_CONFIGS["rows"](source="boxes.jsonl")
+    example = config.build().example("train", 0)
+    product, total = (step.split(" = ") for step in example.thought.split("; "))
+    assert eval(product[0]) == int(product[1]) and eval(total[0]) == int(total[1])
+    assert total[1] == example.answer
