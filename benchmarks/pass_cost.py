@@ -26,16 +26,14 @@ from mtp.modeling.decode import PassLoop
 from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.phases import PhasePlan
 from mtp.modeling.sampler import Sampler
+from mtp.reports.style import legend, log_axis, looks, panels, save
 
 SLOTS = (1, 2, 3, 5, 8, 12, 16)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (128, 512, 1024, 2048, 4096, 8000)
-DRAWN = {
-    "slow": "tab:gray",
-    "fast parallel": "tab:blue",
-    "fast eavesdrop": "tab:orange",
-    "bare": "black",
-}
+DRAWN = {"fast parallel": 0, "fast eavesdrop": 1, "slow": 2, "bare": 6}
+"""Modes in the plot, with the numbers of their colours."""
+UNITS = {"k": "head tokens per pass", "batch": "texts", "context": "tokens"}
 
 
 @dataclass
@@ -118,33 +116,23 @@ def measure(model: Any, tokenizer: Any, axis: str, options: argparse.Namespace) 
 
 def plot(costs: list[Cost], path: Path) -> None:
     """Seconds of a pass (above) and peak memory (below) along each axis."""
-    from matplotlib.figure import Figure
-
     axes = list(dict.fromkeys(cost.axis for cost in costs))
-    figure = Figure(figsize=(5 * len(axes), 7))
-    panels = figure.subplots(2, len(axes), squeeze=False)
+    figure, rows = panels(2, len(axes))
     for column, axis in enumerate(axes):
-        for mode, color in DRAWN.items():
+        for mode, number in DRAWN.items():
             mine = [cost for cost in costs if cost.axis == axis and cost.mode == mode]
             at = [getattr(cost, axis) for cost in mine]
-            style = "--" if mode == "bare" else "-"
-            label = "main alone, k + 1 new tokens" if mode == "bare" else mode
-            values = ([c.seconds * 1e3 for c in mine], [c.peak_bytes / 2**20 for c in mine])
-            for row, value in enumerate(values):
-                panels[row][column].plot(
-                    at, value, style, color=color, marker="o", markersize=3, label=label
-                )
-        for row, unit in enumerate(("ms per pass", "peak MiB")):
-            panel = panels[row][column]
-            panel.set_xlabel("context in tokens" if axis == "context" else axis)
-            panel.set_ylabel(unit)
-            panel.set_ylim(bottom=0)
-            panel.grid(alpha=0.3)
-            if axis != "k":
-                panel.set_xscale("log", base=2)
-    panels[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+            look = looks(number) | {"marker": "o"}
+            look["linestyle"] = "--" if mode == "bare" else "-"
+            look["label"] = "main alone, k + 1 new tokens" if mode == "bare" else mode
+            rows[0][column].plot(at, [c.seconds * 1e3 for c in mine], **look)
+            rows[1][column].plot(at, [c.peak_bytes / 2**20 for c in mine], **look)
+        log_axis(rows[0][column], "time of a pass", "ms")
+        log_axis(rows[1][column], "peak memory", "MiB")
+        for row in rows:
+            log_axis(row[column], axis, UNITS[axis], "x")
+    legend(rows[0][0])
+    save(figure, path)
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ class RunConfig:
     run_dir: str = MISSING
     """Directory that the run writes to; `runs/<name>` by default."""
     seed: int = bounded(1, at_least=0, at_most=2**32 - 1)
+    """Seed of weights, data, rollouts and anchors."""
     resume: bool | str = False
     """Continue from the run's last checkpoint: `true` requires one, `auto` starts a new run if
     there is none. The name of a file in `checkpoints/`, such as `best`, continues from that one."""

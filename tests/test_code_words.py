@@ -11,7 +11,7 @@ import pytest
 from house_words import house_words
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("mtp", "kernels", "benchmarks")
+FOLDERS = ("mtp", "kernels", "benchmarks", "docs")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 CONFIGS = sorted((ROOT / "conf").rglob("*.yaml"))

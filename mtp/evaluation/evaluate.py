@@ -40,6 +40,7 @@ class EvaluationConfig:
     num_interim_problems: int = bounded(128, at_least=1, at_most=10_000_000)
     """Held-out problems of the evaluations within a stage."""
     batch_size: int = bounded(256, at_least=1, at_most=1_000_000)
+    """Number of problems that are decoded at once."""
     num_samples: int = bounded(4, at_least=0)
     """Completions shown in the log after each stage."""
     reference: str = "first"

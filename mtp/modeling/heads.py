@@ -40,8 +40,11 @@ class HeadConfig:
     hidden_size: int = field(default=96, metadata={"at_least": 1, "at_most": 1_000_000})
     """Width of the head, H."""
     num_layers: int = field(default=1, metadata={"at_least": 1, "at_most": 10_000})
+    """Number of layers of an `eavesdrop` head."""
     num_attention_heads: int = field(default=4, metadata={"at_least": 1})
+    """Number of attention heads of each layer and of `recall`; a divisor of `hidden_size`."""
     intermediate_size: int = field(default=256, metadata={"at_least": 1, "at_most": 10_000_000})
+    """Width of the feed-forward part of each layer of an `eavesdrop` head."""
     shared_embeddings: bool = True
     """Read and write tokens through main's embedding and output matrices. False: the head has its
     own matrices, [V, H], which are cheaper per slot where the vocabulary is large."""

@@ -30,6 +30,7 @@ from .json_lines import read_records
 from .metrics import METRICS, Metric, measured, metrics_of
 from .metrics import Table as TableName
 from .progress import make_console
+from .style import legend, log_axis, looks, panels, save, share_axis
 
 START = "start"
 """Variant whose models the others begin with."""
@@ -150,39 +151,35 @@ def save_plot(runs: list[VariantRun], summary: dict[str, Any], path: Path) -> No
     """Fast accuracy over steps, one line per variant, and each variant's means with their
     intervals.
     """
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
     variants = summary[ON_DISK]
-    colors = [colormaps["tab10"](i % 10) for i in range(len(variants))]
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for variant, color in zip(variants, colors, strict=True):
+    series = [looks(number) for number in range(len(variants))]
+    figure, [[left, right]] = panels(1, 2)
+    for variant, look in zip(variants, series, strict=True):
         curves = [dict(run.curve) for run in runs if run.variant == variant and run.curve]
         for curve in curves:
-            left.plot(list(curve), list(curve.values()), color=color, alpha=0.2, linewidth=1)
+            left.plot(list(curve), list(curve.values()), **look | {"alpha": 0.2, "linewidth": 1})
         shared = sorted(set.intersection(*map(set, curves))) if curves else []
         means = [sum(curve[step] for curve in curves) / len(curves) for step in shared]
-        left.plot(shared, means, color=color, label=variant)
-    left.set(xlabel="step of RL", ylabel="fast accuracy, held-out", ylim=(-0.03, 1.03))
-    left.legend(fontsize=7)
+        left.plot(shared, means, label=variant, **look)
+    left.set_xlabel("optimizer steps of RL")
+    share_axis(left, "held-out fast accuracy")
     metrics = [metric for metric in shown_metrics(summary, "interval") if metric.unit == "%"]
     for i, metric in enumerate(metrics):
-        for row, (variant, color) in enumerate(zip(variants, colors, strict=True)):
+        for row, (variant, look) in enumerate(zip(variants, series, strict=True)):
             value = variants[variant][metric.name]
             at = row + 0.2 * (i - (len(metrics) - 1) / 2)
-            marker = "osD^v"[i % 5]
+            marker = look | {"marker": "soD^v"[i % 5], "linestyle": "none"}
             label = metric.label if row == 0 else None
             if value["mean"] is not None:
-                right.plot(value["mean"], at, marker, color=color, markersize=5, label=label)
+                right.plot(value["mean"], at, label=label, **marker)
             if value["low"] is not None:
-                right.plot([value["low"], value["high"]], [at, at], color=color)
-    right.set(yticks=range(len(variants)), yticklabels=variants, xlabel="mean, 95 % interval")
+                right.plot([value["low"], value["high"]], [at, at], color=look["color"])
+    right.set(yticks=range(len(variants)), yticklabels=variants)
     right.invert_yaxis()
-    right.legend(fontsize=7)
+    share_axis(right, "mean over seeds and its 95 % interval", "x")
     for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
+        legend(axes)
+    save(figure, path)
 
 
 def save_frontier(runs: list[VariantRun], summary: dict[str, Any], path: Path) -> None:
@@ -190,9 +187,6 @@ def save_frontier(runs: list[VariantRun], summary: dict[str, Any], path: Path) -
 
     One panel for each metric of the frontier that all runs have; no plot if there is none.
     """
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
     variants = summary[ON_DISK]
     fast = {variant: mean_of(means.get("fast_accuracy")) for variant, means in variants.items()}
     metrics = [
@@ -202,20 +196,23 @@ def save_frontier(runs: list[VariantRun], summary: dict[str, Any], path: Path) -
     ]
     if not metrics or None in fast.values():
         return
-    figure = Figure(figsize=(5.5 * len(metrics), 4.5), layout="constrained")
-    panels = figure.subplots(1, len(metrics), squeeze=False)
-    for axes, metric in zip(panels[0], metrics, strict=True):
+    figure, [row] = panels(1, len(metrics))
+    for axes, metric in zip(row, metrics, strict=True):
         for i, (variant, means) in enumerate(variants.items()):
-            color = colormaps["tab10"](i % 10)
+            look = looks(i) | {"linestyle": "none"}
             mine = [run.metrics for run in runs if run.variant == variant]
             points = [(one[metric.name], one["fast_accuracy"]) for one in mine]
-            axes.plot(*zip(*points, strict=True), ".", color=color, alpha=0.4)
+            axes.plot(*zip(*points, strict=True), marker=".", **look | {"alpha": 0.4})
             mean = mean_of(means[metric.name])
-            axes.plot(mean, fast[variant], "o", color=color, label=variant)
-        axes.set(xlabel=f"{metric.label}, fast mode", ylabel="fast accuracy, held-out")
-        axes.grid(alpha=0.3)
-    panels[0][0].legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+            of_mean = look | {"marker": "o", "markersize": 6, "label": variant}
+            axes.plot(mean, fast[variant], **of_mean)
+        share_axis(axes, "held-out fast accuracy")
+        if metric.unit == "%":
+            share_axis(axes, f"{metric.label}, fast mode", "x")
+        else:
+            log_axis(axes, f"{metric.label}, fast mode", metric.unit, "x")
+    legend(row[0])
+    save(figure, path)
 
 
 def print_variants(console: Console, summary: dict[str, Any]) -> None:

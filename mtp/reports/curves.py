@@ -3,59 +3,35 @@
 from pathlib import Path
 from typing import Any
 
+from .style import MODES, STEPS, legend, log_axis, looks, panels, save, share_axis
+
 
 def save_curves(points: list[dict[str, Any]], path: Path) -> None:
     """Accuracy against passes per problem, one line per stage; accuracy and true steps against
     steps.
     """
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 4.2), layout="constrained")
-    panels = figure.subplots(1, 3)
-    left, right, legible = panels
-    stages = list(dict.fromkeys(point["stage"] for point in points))
-    for color, stage in zip(
-        colormaps["viridis_r"]([0.1 + 0.25 * i for i in range(9)]), stages, strict=False
-    ):
+    figure, [[cost, training, legible]] = panels(1, 3)
+    for number, stage in enumerate(dict.fromkeys(point["stage"] for point in points)):
         mine = [p for p in points if p["stage"] == stage]
+        line = looks(number) | {"marker": "o"}
         checked = [p for p in mine if "true_steps" in p]
-        legible.plot(
-            [p["global_step"] for p in checked],
-            [p["true_steps"] for p in checked],
-            "o-",
-            color=color,
-            markersize=4,
-        )
-        for mode, style, marker in (("slow", "--", "s"), ("fast", "-", "o")):
+        steps = [p["global_step"] for p in checked]
+        legible.plot(steps, [p["true_steps"] for p in checked], label=stage, **line)
+        for mode in ("slow", "fast"):
             with_mode = [p for p in mine if f"{mode}_accuracy" in p]
             if not with_mode:
                 continue
+            style, marker = MODES[mode]
+            line |= {"linestyle": style, "marker": marker, "label": f"{stage}, {mode}"}
             accuracies = [p[f"{mode}_accuracy"] for p in with_mode]
-            left.plot(
-                [p[f"{mode}_passes"] for p in with_mode],
-                accuracies,
-                style,
-                marker=marker,
-                color=color,
-                markersize=4,
-                label=f"{stage}, {mode}",
-            )
-            right.plot(
-                [p["global_step"] for p in with_mode],
-                accuracies,
-                style,
-                marker=marker,
-                color=color,
-                markersize=4,
-            )
-    left.set(xlabel="passes per problem", ylabel="held-out accuracy", ylim=(-0.03, 1.03))
-    right.set(xlabel="step", ylim=(-0.03, 1.03))
-    legible.set(xlabel="step", ylabel="true steps in thoughts", ylim=(-0.03, 1.03))
-    left.set_xlim(left=0)
-    if left.lines:
-        left.legend(fontsize=7)
-    for axes in panels:
-        axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, format="png")
+            cost.plot([p[f"{mode}_passes"] for p in with_mode], accuracies, **line)
+            training.plot([p["global_step"] for p in with_mode], accuracies, **line)
+    for axes in (cost, training):
+        share_axis(axes, "held-out accuracy")
+    share_axis(legible, "true steps in thoughts")
+    log_axis(cost, "passes per problem", "", "x")
+    for axes in (training, legible):
+        axes.set_xlabel(STEPS)
+    legend(cost)
+    legend(legible)
+    save(figure, path)

@@ -32,7 +32,9 @@ class DecodingConfig:
     temperature: float = bounded(1.0, at_least=0)
     """Sampling temperature of rollouts. Evaluations are greedy."""
     top_k: int = bounded(0, at_least=0)
+    """Number of likeliest tokens that rollouts sample from; 0: all."""
     top_p: float = bounded(1.0, above=0, at_most=1)
+    """Total probability of the likeliest tokens that rollouts sample from."""
     system_prompt: str | None = None
     """System prompt of the chat template; None: the template's own."""
     chat_template: bool = True

@@ -29,6 +29,7 @@ class ContinuationConfig(TaskConfig):
     files: list[str] = field(default_factory=list)
     """Patterns of UTF-8 text files, `**` for any folders; empty: Python's documentation."""
     min_characters: int = bounded(100, at_least=1)
+    """Minimum length of a part."""
     max_characters: int = bounded(400, at_least=1)
     """Maximum length of a part; it is sampled uniformly between the two, and the part ends at white
     space."""

@@ -48,6 +48,7 @@ class GsmSymbolicConfig(TaskConfig):
     num_train: int = bounded(100_000, at_least=1)
     """Training items, at most what the chosen templates have."""
     seed: int = bounded(0, at_least=0, at_most=2**63 - 1)
+    """Seed of the items."""
 
     def build(self) -> "GsmSymbolic":
         from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import tasks_ok

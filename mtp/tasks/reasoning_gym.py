@@ -50,6 +50,7 @@ class ReasoningGymConfig(TaskConfig):
     """Fields of the dataset's own config, without seed and size; None: its defaults. Not typed as a
     mapping, which could not be given whole on the command line."""
     seed: int = bounded(0, at_least=0, at_most=2**63 - 1)
+    """Seed of the items; the splits are ranges of their numbers."""
     num_train: int = bounded(100_000, at_least=1)
     """Number of training items; some datasets generate all of theirs at once, or allow at most
     20000."""

@@ -24,7 +24,9 @@ class RunningSumConfig(TaskConfig):
     """Settings for `task=running_sum`."""
 
     num_terms: int = bounded(3, at_least=2, at_most=1000)
+    """Number of terms of a sum."""
     low: int = bounded(10, at_least=0)
+    """Smallest term."""
     high: int = bounded(99, at_least=0)
     """Largest term; terms are sampled uniformly from low..high."""
     num_train: int = bounded(0, at_least=0)

@@ -15,7 +15,7 @@ class NumbersConfig:
     """Reaction to a loss or gradient that is NaN or infinite. `stop`: end the run. `skip`: leave
     the optimizer step out. In both cases the batch is saved in the run's `not_finite/`."""
     max_skipped: int = bounded(10, at_least=1)
-    """With `skip`, end the run after this many optimizer steps in a row that were left out."""
+    """Maximum number of optimizer steps in a row that `skip` leaves out; the run then ends."""
     sampler_difference: float = bounded(0.05, above=0)
     """Nats. Warn once if a rollout's tokens have log-probabilities in replay that differ from the
     sampler's by more than this on average, before any update on them."""

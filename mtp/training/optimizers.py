@@ -25,6 +25,7 @@ class OptimizerConfig:
     algorithm: str = "adamw"
     """Algorithm: `adamw`, or `muon` for the matrices of hidden layers and AdamW for the rest."""
     lr: float = bounded(1e-3, at_least=0, at_most=1000)
+    """Learning rate after the warm-up."""
     muon_lr_ratio: float = bounded(3.0, above=0)
     """Ratio of Muon's rate to `lr`. At 1 an update has the root mean square of AdamW's in large
     models; small models with noisy gradients make larger updates."""
@@ -33,10 +34,12 @@ class OptimizerConfig:
     clip_norm: float = bounded(1.0, above=0)
     """Maximum norm of the emitter's gradient; main and head are clipped separately."""
     warmup_steps: int = bounded(20, at_least=0)
+    """Number of steps in which the rate rises linearly to `lr`."""
     decay: str = "cosine"
     """Schedule of the rate: `constant`, `linear` or `cosine`, from lr to final_lr_ratio * lr at the
     stage's end."""
     final_lr_ratio: float = bounded(0.1, at_least=0)
+    """Rate at the stage's end over `lr`."""
 
     def validate(self, key: str) -> None:
         """Raises ValueError naming the key of an impossible value."""

@@ -29,9 +29,11 @@ class FabricConfig:
     """Arguments of `lightning.Fabric`."""
 
     accelerator: str = "auto"
+    """Kind of device, as lightning names it: `cpu`, `cuda`; `auto`: a GPU if there is one."""
     devices: int = bounded(1, at_least=1, at_most=1024)
     """Number of processes per node, one device each."""
     num_nodes: int = bounded(1, at_least=1, at_most=100_000)
+    """Number of machines."""
     strategy: str = "auto"
     """Distribution strategy. `ddp`: a copy of the model on each process. `fsdp2`: weights,
     gradients and optimizer states in shards, one on each process. `auto`: one device, or `ddp`."""

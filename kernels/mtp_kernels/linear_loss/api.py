@@ -64,8 +64,8 @@ def linear_loss(
     a single slot), so each slot is averaged over its own tokens; or row_weight as it is given.
 
     Args:
-        hidden, weight, target, tokens, shift, document, mask, temperature, softcap, bias,
-            ignore_index, impl: as in `linear_logprob`.
+        hidden: [..., D] rows, as in `linear_logprob`; so are weight, target, tokens, shift,
+            document, mask, temperature, softcap, bias, ignore_index and impl.
         advantage: [...] advantages A; needs old_logprob.
         old_logprob: [...] log-probabilities in nats under the policy that sampled.
         clip_low, clip_high: how far the ratio may fall below and rise above 1 with gradient.

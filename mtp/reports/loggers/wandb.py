@@ -16,6 +16,7 @@ class WandbConfig(SinkConfig):
     """A wandb run."""
 
     project: str = "mtp"
+    """Project of the wandb run."""
     entity: str | None = None
     """Owner of the project; None: the user's default."""
     mode: str = "auto"
@@ -24,6 +25,7 @@ class WandbConfig(SinkConfig):
     group: str | None = None
     """Group of the wandb run; the jobs of a sweep share theirs."""
     tags: list[str] = field(default_factory=list)
+    """Tags of the wandb run."""
 
     def validate(self, key: str) -> None:
         """Raises ValueError for an unknown mode."""

@@ -43,9 +43,11 @@ class Policy(Stream):
     clip_low: float | None = bounded(None, at_least=0)
     """Clip range of main's ratios, 1 - clip_low .. 1 + clip_high."""
     clip_high: float | None = bounded(None, at_least=0)
+    """Upper part of that range; null: the algorithm's."""
     head_clip_low: float | None = bounded(None, at_least=0)
     """Clip range of the head's ratios; null: main's."""
     head_clip_high: float | None = bounded(None, at_least=0)
+    """Upper part of that range; null: main's."""
     correction_cap: float = bounded(0.0, at_least=0)
     """Maximum of a token's truncated importance weight p_old / p_sampled, usually 2; 0: no
     correction. Has an effect only with `rollouts.recompute_old`, which takes p_old from replay."""
