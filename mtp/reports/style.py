@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8A8A8A")
@@ -38,17 +37,17 @@ def looks(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": style, "markersize": 4, **filling}
 
 
-def panels(rows: int, columns: int) -> "tuple[Figure, list[list[Axes]]]":
+def panels(rows: int, columns: int) -> "tuple[Figure, list[list[Any]]]":
     """A figure and its panels, by row and column."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(_STYLE):
+    with rc_context(_STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows))
         return figure, figure.subplots(rows, columns, squeeze=False).tolist()
 
 
-def share_axis(axes: "Axes", label: str, which: Literal["x", "y"] = "y") -> None:
+def share_axis(axes: Any, label: str, which: Literal["x", "y"] = "y") -> None:
     """An axis of values from 0 to 1, shown in per cent."""
     from matplotlib.ticker import PercentFormatter
 
@@ -57,7 +56,7 @@ def share_axis(axes: "Axes", label: str, which: Literal["x", "y"] = "y") -> None
     axis.set_major_formatter(PercentFormatter(xmax=1, symbol=""))
 
 
-def log_axis(axes: "Axes", label: str, unit: str, which: Literal["x", "y"] = "y") -> None:
+def log_axis(axes: Any, label: str, unit: str, which: Literal["x", "y"] = "y") -> None:
     """A logarithmic axis with plain numbers; linear if it has a value that is not above 0.
 
     Call it after the values are drawn.
@@ -78,7 +77,7 @@ def log_axis(axes: "Axes", label: str, unit: str, which: Literal["x", "y"] = "y"
     axis.set_minor_formatter(NullFormatter())
 
 
-def legend(axes: "Axes") -> None:
+def legend(axes: Any) -> None:
     """The legend of a panel, if it has a series with a label."""
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=8, framealpha=0.8)
