@@ -178,7 +178,7 @@ def docstrings(cls: type) -> dict[str, str]:
 
 
 def one_line(text: str | None) -> str:
-    """A docstring on one line, with its bars escaped as a table needs them."""
+    """A docstring on one line, with its vertical strokes escaped as a table needs them."""
     return " ".join((text or "").split()).replace("|", "\\|")
 
 

@@ -28,7 +28,7 @@ class NoOptions:
 
 @dataclass(kw_only=True)
 class WriteOptions:
-    """How thoughts and answers are written."""
+    """Options of writing thoughts and answers."""
 
     sampler: Sampler = field(default_factory=lambda: Sampler(temperature=0))
     """The distribution of the thought; temperature 0: the likeliest thought."""

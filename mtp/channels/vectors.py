@@ -37,7 +37,7 @@ from .reading import Reader, logits_of, read_in_parallel
 
 
 class Thought(NamedTuple):
-    """What a pass sampled for R rows."""
+    """The samples of a pass for R rows."""
 
     ids: Tensor
     """[R, M] int64 tokens that the vector is made of."""

@@ -1,6 +1,6 @@
 """One style for the PNGs of reports, docs and benchmarks: colours, markers, axes with units.
 
-The colours are those of Okabe and Ito, which people with any colour vision tell apart, in the order
+The colours are those of Okabe and Ito, which people with any colour vision can distinguish, in the order
 of the report page (`page/charts.js`). What grows by factors, such as passes, seconds or nats, is on
 a logarithmic axis, and its label says so. Shares are in per cent from 0 to 100.
 
@@ -59,7 +59,7 @@ def share_axis(axes: Any, label: str, which: Literal["x", "y"] = "y") -> None:
 def log_axis(axes: Any, label: str, unit: str, which: Literal["x", "y"] = "y") -> None:
     """A logarithmic axis with plain numbers; linear if it has a value that is not above 0.
 
-    Call it after the values are drawn.
+    Call it after the values are plotted.
     """
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 

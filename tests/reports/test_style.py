@@ -9,7 +9,7 @@ from mtp.reports.style import COLOURS, log_axis, looks, panels, share_axis
 
 @pytest.fixture
 def figures(monkeypatch) -> list[Figure]:
-    """Figures in place of the files that reports would write."""
+    """The plots, in place of the files that reports would write."""
     found: list[Figure] = []
     for module in (curves, comparison):
         monkeypatch.setattr(module, "save", lambda figure, path: found.append(figure))
