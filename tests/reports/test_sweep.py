@@ -1,9 +1,11 @@
 """A sweep's table over fabricated jobs, with means and intervals worked out by hand."""
 
 import csv
+import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,13 +14,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from mtp.cli.hydra import run_job
 from mtp.cli.main import main as command
 from mtp.reports.interval import t_quantile
 from mtp.reports.progress import make_console
 from mtp.reports.sweep import group_by_seed, main, read_jobs, report
-from mtp.reports.sweep_status import ago, read_status
+from mtp.reports.sweep_status import ago, print_status, read_status
 from mtp.training.runtime import StopRequest, hand_on
 
 ROOT = Path(__file__).parents[2]
@@ -165,6 +168,18 @@ def test_status_of_jobs_that_run_wait_or_have_stopped(tmp_path, capsys):
     assert "1 of 6 jobs done" in capsys.readouterr().out
     assert command(["sweep", "status", str(tmp_path / "seed=6")]) == 2
     assert "holds no jobs" in capsys.readouterr().err
+
+
+def test_tables_fit_a_narrow_terminal_without_colours(sweep):
+    for width in (44, 60):
+        file = io.StringIO()
+        console = Console(file=file, force_terminal=True, no_color=True, width=width)
+        print_status(console, Path("s"), read_status(sweep))
+        report(sweep, console)
+        shown = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())
+        assert max(map(len, shown.splitlines())) <= width
+        assert "s: 4 done" in shown and "4 of 4 jobs done" in shown.replace("\n", " ")
+        assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", file.getvalue()), "no colours"
 
 
 def test_ages_are_in_their_largest_unit():
