@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from helpers import ROOT
 from hydra import compose, initialize_config_dir
 
