@@ -102,7 +102,7 @@ def test_a_resumed_run_gives_the_same_weights(name, tmp_path):
         ("soft", "stages.main.train_head=true", "train_head"),
         ("soft", "stages.main.gradient_checkpointing=true", "a comparator does not read it"),
         ("soft", "stages.main.micro_batch_size=2", "a comparator does not read it"),
-        ("soft", "stages.main.objective.preserve.weight=1", "preserve.weight must be left at"),
+        ("soft", "stages.main.logits_detach=true", "logits_detach must be left at False"),
         ("soft", "fabric.precision=bf16-mixed", "one process with precision 32-true"),
         ("soft", "decoding.top_k=3", "decoding.top_k"),
         ("soft", "decoding=plain", "decoding.phases must be a thought and an answer"),
