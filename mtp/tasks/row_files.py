@@ -170,7 +170,7 @@ def _parquet(path: Path, key: str, at: Any) -> Iterator[tuple[dict[str, Any], An
             if twice:
                 raise ValueError(f"{key}={path} has the column {twice[0]!r} twice; rename one")
             narrow = {c.name: NARROW_FLOATS.get(str(c.type)) for c in schema}
-            groups = []
+            groups: list[int] = []
             for group in range(file.metadata.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
                 if not groups and skipped + size <= begin:
