@@ -36,7 +36,7 @@ class Progress:
     position: int = 0
     """Number of training examples used so far."""
     bookmark: dict[str, Any] = field(default_factory=dict)
-    """Where the task finds that position sooner, see `Task.bookmark`."""
+    """State with which the task finds that position sooner, see `Task.bookmark`."""
     stage_seconds: float = 0.0
     """Seconds spent in the current stage, over all resumptions."""
     summaries: list[dict[str, Any]] = field(default_factory=list)

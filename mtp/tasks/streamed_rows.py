@@ -79,7 +79,7 @@ class StreamedRows(RewardedTask):
         return self._window(number)[offset]
 
     def bookmark(self, position: int) -> dict[str, Any]:
-        """Where the windows up to a position begin, the last of them."""
+        """The beginnings of the last windows up to a position."""
         known = [n for n in sorted(self._begins) if n <= position // self.window_size]
         return {
             "files": self._reader.identity(),
