@@ -21,19 +21,20 @@ def loss(model, samples, plan):
     """Sum of -log p over main's rows."""
     batch = collate_text(samples, plan, 4, 0)
     scored = replay_batch(model, batch, channel_gradient=1.0, use_head=False, impl="torch")
-    return -float(scored.stats()["main"].logprob.sum()), batch
+    return -scored.stats()["main"].logprob.sum().item(), batch
 
 
 def test_main_is_trained_on_completions_alone(plan):
     """The sum is that of stock's cross-entropy with the prompt's labels at -100."""
     model = tiny_model()
     samples = [([5, 6, 7], [8, 9, 10, 2, 11, 1]), ([12], [13, 2, 14, 1])]
-    got, batch = loss(model, samples, plan)
+    with torch.no_grad():
+        got, batch = loss(model, samples, plan)
     wanted = 0.0
     for prompt, completion in samples:
         ids = torch.tensor([prompt + completion])
         labels = torch.tensor([[-100] * len(prompt) + completion])
-        logits = model(ids).logits[0, :-1].float()
+        logits = model(ids).logits[0, :-1].detach().float()
         wanted += float(
             torch.nn.functional.cross_entropy(
                 logits, labels[0, 1:], ignore_index=-100, reduction="sum"
