@@ -1,8 +1,8 @@
 """One style for the PNGs of reports, docs and benchmarks: colours, markers, axes with units.
 
-The colours are those of Okabe and Ito, which people with any colour vision can distinguish, in the order
-of the report page (`page/charts.js`). What grows by factors, such as passes, seconds or nats, is on
-a logarithmic axis, and its label says so. Shares are in per cent from 0 to 100.
+The colours are those of Okabe and Ito, which people with any colour vision can distinguish, in the
+order of the report page (`page/charts.js`). Quantities that grow by factors, such as passes,
+seconds or nats, have a logarithmic axis, whose label says so. Shares are in per cent from 0 to 100.
 
 matplotlib is imported when a plot is made.
 """

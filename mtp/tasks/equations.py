@@ -37,6 +37,9 @@ _LAST = re.compile(rf"({_EXPRESSION})\s*$")
 _PART = re.compile(rf"({_OPERAND}){_UNIT}({_OPERATOR})?")
 _OPERATOR_BEFORE = re.compile(r"(?:[-−+*×÷/(^]|\b[xX])\s*$")
 
+_PAIR = re.compile(rf"({_OPERAND}{_UNIT})(\s*[+*×]\s*|\s+[xX]\s+)({_OPERAND}{_UNIT})(?=\s*=)")
+"""A sum or a product of two operands up to the `=` after it."""
+
 _BULLET = re.compile(r"^\s*(?:[-•*–]|\d+\.)\s+")
 _ASIDE = re.compile(rf"\(\s*{_WORD}[^()]*\)")
 """Words in parentheses, as in `time(s)`."""
@@ -65,6 +68,20 @@ def equations(text: str) -> list[bool]:
                 if is_true is not None:
                     found.append(is_true)
     return found
+
+
+def commuted(text: str) -> str:
+    """The text with the operands of each sum and product of two exchanged.
+
+    `10 boxes * $20 = $200` becomes `$20 * 10 boxes = $200`. Longer expressions stay as they are.
+    """
+
+    def exchanged(match: re.Match[str]) -> str:
+        if _OPERATOR_BEFORE.search(text[: match.start()]):
+            return match[0]
+        return match[3] + match[2] + match[1]
+
+    return _PAIR.sub(exchanged, text)
 
 
 def _without_parentheses(side: str) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 from ..common.bounds import bounded
 from .base import Example, Split, Task, TaskConfig, fingerprint
-from .equations import equations
+from .equations import commuted, equations
 
 _NUM_ITEMS = 2**20
 """Items of the dataset, each of a random template."""
@@ -118,6 +118,11 @@ class GsmSymbolic(Task):
         """(true equations, equations that can be read), see `equations`."""
         found = equations(thought)
         return sum(found), len(found)
+
+    def paraphrase(self, example: Example, thought: str) -> str | None:
+        """The thought with the operands of its sums and products exchanged, see `commuted`."""
+        other = commuted(thought)
+        return None if other == thought else other
 
     def _items_of(self, templates: list[int]) -> list[int]:
         wanted = set(templates)

@@ -51,7 +51,7 @@ class RowsConfig(ColumnsConfig):
     reward: Any = "exact"
     """Reward of an answer: exact, math (equality by math-verify), `package.module:function`, or a
     list of several, whose weighted sum is the reward."""
-    reward_weights: list[float] = bounded([])
+    reward_weights: list[float] = bounded([], at_least=-1e9, at_most=1e9)
     """Weight of each function of a list; empty: 1 for each."""
     reward_style: str = "auto"
     """Signature of the functions: trl, verl, reasoning_gym; auto detects it by parameter names."""

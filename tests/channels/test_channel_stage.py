@@ -106,12 +106,13 @@ def test_a_resumed_run_gives_the_same_weights(name, tmp_path):
         ("soft", "fabric.precision=bf16-mixed", "one process with precision 32-true"),
         ("soft", "decoding.top_k=3", "decoding.top_k"),
         ("soft", "decoding=plain", "decoding.phases must be a thought and an answer"),
-        ("token", "channel.options={noise: 1}", "channel.options must be empty"),
-        ("gated", "channel={name: latent, options: {levels: 2}}", "no log-probability"),
+        ("token", "channel.options.noise=1", "channel.options must be empty"),
+        ("gated", "channel.name=latent", "no log-probability"),
     ],
 )
 def test_settings_without_an_effect_are_refused(name, override, error, tmp_path):
     key = override.split("=")[0]
     plus = "+" if key in ("channel.options.nois", "channel.options.noise") else ""
+    more = RL if name == "gated" else []
     with pytest.raises(ValueError, match=error):
-        train(config(tmp_path / "run", name, *(RL if name == "gated" else []), plus + override))
+        train(config(tmp_path / "run", name, *more, plus + override))

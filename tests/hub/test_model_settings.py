@@ -37,7 +37,10 @@ from mtp.tasks.running_sum import RunningSumConfig
         ({"taps": []}, r"head.taps must be layers between 0 and 3 .* got \[\]"),
         ({"taps": [-1]}, r"head.taps must be layers between 0 and 3 .* got \[-1\]"),
         ({"taps": [4]}, r"head.taps must be layers between 0 and 3 .* got \[4\]"),
-        ({"type": "shout"}, r"head.type must be one of \['eavesdrop', 'parallel'\], got 'shout'"),
+        (
+            {"type": "shout"},
+            r"head.type must be one of \['eagle3', 'eavesdrop', 'parallel'\], got 'shout'",
+        ),
     ],
 )
 def test_heads_that_cannot_be_are_one_line(settings, message):

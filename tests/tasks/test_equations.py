@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp.tasks.equations import equations
+from mtp.tasks.equations import commuted, equations
 
 TRUE, FALSE = [True], [False]
 
@@ -120,3 +120,16 @@ def test_an_equation_is_true_if_its_result_is_right(a, b, sign, off, currency, u
 @given(st.text(alphabet="0123456789+-*/x=($% .,|abT÷\n", max_size=40))
 def test_any_text_can_be_read(text):
     assert all(isinstance(found, bool) for found in equations(text))
+
+
+def test_operands_of_sums_and_products_are_exchanged():
+    pairs = {
+        "He has 5 * 6 = 30 friends.": "He has 6 * 5 = 30 friends.",
+        "10 boxes * $20 = $200": "$20 * 10 boxes = $200",
+        "2 x 3=6, then 6 + 4 = 10.": "3 x 2=6, then 4 + 6 = 10.",
+        "24 / 4 = 6": "24 / 4 = 6",
+        "2 + 3 * 4 = 14": "2 + 3 * 4 = 14",
+        "9 - 2 * 3 = 3": "9 - 2 * 3 = 3",
+        "Mike = 12": "Mike = 12",
+    }
+    assert {text: commuted(text) for text in pairs} == pairs

@@ -179,7 +179,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match="task.source: line 2 of .* is not JSON"):
         RowsConfig(source=str(tmp_path / "a.jsonl")).build()
     (tmp_path / "a.csv").write_text("prompt,answer\n")
-    with pytest.raises(ValueError, match="must end in .jsonl or .parquet"):
+    with pytest.raises(ValueError, match="must end in .jsonl, .jsonl.gz or .parquet"):
         RowsConfig(source=str(tmp_path / "a.csv")).build()
     (tmp_path / "a.parquet").write_text("no parquet")
     with pytest.raises(ValueError, match="could not be read as Parquet"):
