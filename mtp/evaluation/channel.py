@@ -197,7 +197,7 @@ def sampled_anchors(
     )
     text = text.to(next(model.parameters()).device)
     hidden, taps = model.main_hidden(text.tokens, use_cache=False)
-    context = model.mtp_head.replay_context(taps, text.tokens, text.anchors)
+    context = model.head_context(taps, text.tokens, text.anchors)
     targets, kept = torch.zeros_like(text.slot_inputs), torch.zeros_like(text.slot_inputs).bool()
     targets.view(-1)[text.head.outputs] = text.head.targets
     kept.view(-1)[text.head.outputs] = True
