@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -99,13 +100,15 @@ def print_status(console: Console, folder: Path, jobs: list[Status]) -> None:
     """A row per job, then the errors of those that failed."""
     states = [job.state for job in jobs]
     count = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    table = Table(title=f"{folder}: {count}")
+    table = Table(title=f"{folder}: {count}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    # In a narrow terminal long names are folded, and no number is cut.
     table.add_column("job", overflow="fold")
-    for head in ("state", "stage", "step"):
-        table.add_column(head)
+    table.add_column("state", no_wrap=True)
+    table.add_column("stage", overflow="fold")
+    table.add_column("step", overflow="fold")
     for name in SHOWN:
-        table.add_column(METRICS[name].narrow_head, justify="right")
-    table.add_column("last\nrecord", justify="right")
+        table.add_column(METRICS[name].narrow_head, justify="right", no_wrap=True)
+    table.add_column("last\nrecord", justify="right", overflow="fold")
     for job in jobs:
         cells = [METRICS[name].cell(job.metrics.get(name)) for name in SHOWN]
         step = f"{job.step}" if job.steps is None else f"{job.step} of {job.steps}"
