@@ -63,7 +63,7 @@ def test_named_paths_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_named_experiments_exist(page):
-    for name in re.findall(r"experiment=([\w/,]+)", page.read_text()):
+    for name in re.findall(r"experiment=([\w/,]+(?:\.\w+)*)", page.read_text()):
         for one in name.split(","):
             assert one == "NAME" or experiment_exists(one), f"{page.name} names experiment={one}"
 
