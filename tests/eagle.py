@@ -3,7 +3,7 @@
 import json
 
 import torch
-from helpers import EOS, PAD, VOCABULARY
+from helpers import tiny_config
 from safetensors.torch import load_file
 
 from mtp.modeling.heads import HeadConfig
@@ -14,21 +14,7 @@ def eagle_model(family="llama", *, drafts=None, seed=0, width=32, tied=False, op
     """A random model of four layers; drafts: token ids of its draft vocabulary, None for all."""
     torch.manual_seed(seed)
     cls = family_class(family)
-    config = cls.config_class(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        initializer_range=0.25,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
+    config = tiny_config(cls, 4, tied)
     options = {**(options or {}), **({"draft_vocab_size": len(drafts)} if drafts else {})}
     settings = {"type": "eagle3", "num_slots": 3, "hidden_size": width, "intermediate_size": 24}
     config.mtp = HeadConfig(**{**settings, "options": options, **head}).to_checkpoint()

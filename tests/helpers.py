@@ -6,6 +6,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -43,6 +44,25 @@ DRAFT = [1, 2, 4, 5, 6, 8, 9, 12, 15, 18, 21]
 """A draft vocabulary: half of the tokens, the end and the delimiter among them."""
 
 
+def tiny_config(cls: Any, num_layers: int, tied: bool) -> Any:
+    """Main's config of a random model: a few thousand parameters a layer."""
+    return cls.config_class(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        initializer_range=0.25,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+
+
 def tiny_model(
     family: str = "llama",
     *,
@@ -54,21 +74,7 @@ def tiny_model(
     """A random model of a few thousand parameters whose tokens vary from position to position."""
     torch.manual_seed(seed)
     cls = family_class(family)
-    config = cls.config_class(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        initializer_range=0.25,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
+    config = tiny_config(cls, 3, tied)
     kind, _, does = type.partition(" that ")
     settings = {"type": kind, "recall": does == "recalls", "num_slots": 3, "hidden_size": 16}
     settings |= {"intermediate_size": 24}

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from helpers import tiny_model
+from toy import PHASES
 
 from mtp.evaluation.channel import (
     Anchors,
@@ -26,10 +27,6 @@ from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
 from mtp.rollouts.rollout import DecodingConfig, sample
 from mtp.tasks.running_sum import RunningSumConfig
 
-PHASES = {
-    "thought": Phase(mode="fast", opened_by="<think>"),
-    "answer": Phase(mode="slow", opened_by="</think>"),
-}
 TEXT = PromptFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), PHASES, 4)
 TASK = RunningSumConfig(num_terms=2).build()
 EXAMPLES = [TASK.example("test", i) for i in range(6)]

@@ -4,6 +4,7 @@ import random
 import re
 
 import pytest
+from toy import PHASES
 
 from mtp.evaluation import faithfulness
 from mtp.evaluation.faithfulness import areas, faithfulness_metrics
@@ -20,10 +21,6 @@ from mtp.rollouts.rollout import DecodingConfig
 from mtp.tasks.base import Example
 from mtp.tasks.running_sum import RunningSumConfig
 
-PHASES = {
-    "thought": Phase(mode="fast", opened_by="<think>"),
-    "answer": Phase(mode="slow", opened_by="</think>"),
-}
 TEXT = PromptFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), PHASES, 4)
 TASK = RunningSumConfig().build()
 DECODING = DecodingConfig(phases=PHASES, max_new_tokens=40)
