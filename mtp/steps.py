@@ -15,7 +15,7 @@ from .rollouts.rollout import Rollouts
 from .run import Run, StageRun, next_examples
 from .tasks.base import Scored
 from .training.batch import AnyBatch, RolloutBatch, TextBatch, without_rows
-from .training.collate import collate_rollouts, collate_slow_rollouts, collate_text
+from .training.collate import collate_main_rollouts, collate_rollouts, collate_text
 from .training.objectives.scored import RowStats, replay_batch
 from .training.runtime import all_of, on_first_process, over_processes
 from .training.stage import AnchorsConfig, StageConfig
@@ -165,16 +165,16 @@ def collate(
 ) -> RolloutBatch:
     """The chosen segments as a batch.
 
-    anchor_seed: seed of the anchors of slow rollouts if `num_anchors` limits them.
+    anchor_seed: seed of the anchors of slow and verified rollouts if `num_anchors` limits them.
     """
     fmt, config, rollouts = run.fmt, stage.config.rollouts, groups.rollouts
-    if config.mode == "slow":
-        batch = collate_slow_rollouts(
+    if config.mode != "fast":
+        batch = collate_main_rollouts(
             rollouts.prompts,
             rollouts.out,
             advantages.flatten(),
             segments,
-            plan=fmt.plan("fast"),
+            plan=fmt.plan("verified" if config.mode == "verified" else "fast"),
             block_size=fmt.block_size,
             pad_id=fmt.pad_id,
             owners=rollouts.owners,

@@ -97,7 +97,7 @@ def test_a_variant_of_a_study_comes_after_the_one_that_it_begins_from(study):
         assert config.run_dir == f"runs/{config.name}"
         source, _, stage = (config.model.source or "").partition("/7/stages/")
         if experiment != f"{study}/start":
-            assert source in before and stage in ("joint", "rl"), f"{experiment}: {source}"
+            assert source in before and stage in ("head", "joint", "rl"), f"{experiment}: {source}"
         before.add(config.run_dir.removesuffix("/7"))
 
 
@@ -172,7 +172,10 @@ def test_the_log_is_files_and_the_sinks_that_are_chosen():
         ),
         ("=foo", "unknown key '', got =foo; write key=value"),
         ("model.attention=foo", "model.attention must be sdpa or eager, got 'foo'"),
-        ("stages.rl.rollouts.mode=foo", "stages.rl.rollouts.mode must be fast or slow, got 'foo'"),
+        (
+            "stages.rl.rollouts.mode=foo",
+            "stages.rl.rollouts.mode must be fast, slow or verified, got 'foo'",
+        ),
         ("stages.main.rollouts.num_prompts=4", "stages.main must have either stages.main.examples"),
         ("stages.rl.rollouts.zzz=1", "unknown key stages.rl.rollouts.zzz; there are "),
         ("task=rows", "task.source must be a .jsonl or .parquet file"),

@@ -26,7 +26,7 @@ from mtp.steps import micro_batches, segment_metrics
 from mtp.tasks.base import Example
 from mtp.tasks.running_sum import RunningSumConfig
 from mtp.trainer import train
-from mtp.training.collate import collate_rollouts, collate_slow_rollouts
+from mtp.training.collate import collate_main_rollouts, collate_rollouts
 from mtp.training.objectives.policy import Policy
 from mtp.training.objectives.scored import replay_batch
 from mtp.training.objectives.stream import StreamInputs
@@ -159,7 +159,7 @@ def test_slow_rollouts_leave_forced_tokens_unscored():
         group_size=4,
     )
     rows = list(range(len(out.prompts)))
-    batch = collate_slow_rollouts(
+    batch = collate_main_rollouts(
         out.prompts, out.out, torch.ones(8), rows, TEXT.plan("fast"), 4, 0, out.owners
     )
     assert int((out.out.slots == FORCED).sum()) > 5

@@ -129,7 +129,7 @@ def collate_rollouts(
     return chosen.batch(_text_batch(tokens, positions, anchors, blocks, scored), advantages)
 
 
-def collate_slow_rollouts(
+def collate_main_rollouts(
     prompts: list[list[int]],
     record: Decoded,
     advantages: Tensor,
@@ -143,13 +143,13 @@ def collate_slow_rollouts(
     block_anchors: bool = False,
     anchor_seed: int = 0,
 ) -> RolloutBatch:
-    """Rollouts that main wrote alone, with the anchors of a solved example.
+    """Rollouts of main's own distribution, slow or verified, with the anchors of a solved example.
 
     Main's tokens are its actions. The head's rows score the tokens that main wrote after each
     anchor, which the head did not influence: their `sampled` is main's log-probability of the
     token. Arguments are those of `collate_rollouts` and of `collate_text`; `plan` has the phases in
-    fast mode. A text's anchors are sampled by `anchor_seed` and the text, so that they do not
-    depend on the batch.
+    which the head writes. A text's anchors are sampled by `anchor_seed` and the text, so that they
+    do not depend on the batch.
     """
     chosen = ChosenSegments(prompts, record, segments, owners)
     samples = [(prompts[s], record.completion(s)) for s in chosen.segment_of_text]

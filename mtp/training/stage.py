@@ -7,6 +7,7 @@ set determines the kind of the stage.
 from dataclasses import dataclass, field
 
 from ..common.bounds import bounded
+from ..modeling.phases import MODES
 from ..rollouts.advantage import ADVANTAGES, Advantage, AdvantageConfig
 from ..rollouts.reward import RewardConfig
 from .objectives import ObjectiveConfig
@@ -30,8 +31,8 @@ class AnchorsConfig:
     """Anchors of the head in a text that it did not help to write."""
 
     num_anchors: int = bounded(0, at_least=0)
-    """Number of anchors sampled per sequence of solved examples or slow rollouts, 0 for all. Fewer
-    save memory and time."""
+    """Number of anchors sampled per sequence of solved examples, slow or verified rollouts, 0 for
+    all. Fewer save memory and time."""
     block_anchors: bool = False
     """Train the head only where a pass would begin at decoding time, about one position in K + 1.
     False: every position of a fast phase is an anchor."""
@@ -58,7 +59,8 @@ class RolloutsConfig(AnchorsConfig):
     """Number of rollouts per prompt, G."""
     mode: str = "fast"
     """Mode of the rollouts. `fast`: the head's tokens are executed. `slow`: main writes alone, and
-    the head's rows score main's tokens (an auxiliary loss)."""
+    the head's rows score main's tokens (an auxiliary loss). `verified`: as `slow`, in fewer passes:
+    the head drafts and main decides, which leaves main's distribution as it is."""
     num_minibatches: int = bounded(1, at_least=1)
     """Number of optimizer steps per batch of rollouts, each on its own share of the prompts."""
     num_epochs: int = bounded(1, at_least=1)
@@ -77,8 +79,8 @@ class RolloutsConfig(AnchorsConfig):
 
     def validate(self, key: str) -> None:
         """Raises ValueError naming the key of an impossible value."""
-        if self.mode not in ("fast", "slow"):
-            raise ValueError(f"{key}.mode must be fast or slow, got {self.mode!r}")
+        if self.mode not in MODES:
+            raise ValueError(f"{key}.mode must be fast, slow or verified, got {self.mode!r}")
         if self.num_prompts % self.num_minibatches:
             raise ValueError(
                 f"{key}.num_minibatches must divide {key}.num_prompts={self.num_prompts}, got "
@@ -199,7 +201,7 @@ class StageConfig:
         if self.train_head and not self.objective.uses_head:
             raise ValueError(
                 f"{key}.train_head is true but no stream scores the head; give head_ce, head_kl, "
-                "policy or reference_kl a weight, or set train_head=false"
+                "head_tv, policy or reference_kl a weight, or set train_head=false"
             )
         self.optimizers.main.validate(f"{key}.optimizers.main")
         self.optimizers.head.validate(f"{key}.optimizers.head")

@@ -10,7 +10,7 @@ from helpers import PAD, PLAN, SAMPLES, rollouts, tiny_model
 from mtp.modeling.sampler import Sampler
 from mtp.steps import evened
 from mtp.training.batch import TextBatch, without_rows
-from mtp.training.collate import collate_rollouts, collate_slow_rollouts, collate_text
+from mtp.training.collate import collate_main_rollouts, collate_rollouts, collate_text
 from mtp.training.objectives import ObjectiveConfig
 from mtp.training.optimizers import split_parameters
 from mtp.training.sharding import gathered, is_sharded, shard_frozen
@@ -106,7 +106,7 @@ def batches_of(case: Case, model: Any, rank: int, world: int) -> list[TextBatch]
     parts = [(tuple(range(4)),)] if world == 1 else case.split
     for chosen in parts[rank] or ((0,),):
         if case.rollouts == "slow":
-            batch = collate_slow_rollouts(prompts, record, advantages, list(chosen), PLAN, 4, PAD)
+            batch = collate_main_rollouts(prompts, record, advantages, list(chosen), PLAN, 4, PAD)
         else:
             batch = collate_rollouts(prompts, record, advantages, list(chosen), 4, PAD)
         batches.append(batch if parts[rank] else without_rows(batch))

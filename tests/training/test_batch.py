@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mtp.modeling.phases import PhasePlan
 from mtp.modeling.records import Decoded
-from mtp.training.collate import collate_rollouts, collate_slow_rollouts, collate_text
+from mtp.training.collate import collate_main_rollouts, collate_rollouts, collate_text
 
 
 def test_rollout_rows_by_hand():
@@ -112,7 +112,7 @@ def test_the_anchors_of_a_slow_rollout_do_not_depend_on_the_batch():
     plan = PhasePlan(keep=[4], opened_by=[None], eos_ids=[EOS])
 
     def anchors(rows, seed=7):
-        batch = collate_slow_rollouts(
+        batch = collate_main_rollouts(
             [[5]] * 4, out, torch.zeros(4), rows, plan, 4, PAD, num_anchors=3, anchor_seed=seed
         )
         width = batch.tokens.shape[1]

@@ -17,6 +17,7 @@ from mtp.hub.build import load_model, start_from_main
 from mtp.modeling.branches import SearchConfig
 from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.phases import Phase, PhasePlan
+from mtp.modeling.sampler import Sampler
 from mtp.reports.metrics import METRICS, measured
 from mtp.reports.tables import print_table
 from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
@@ -24,8 +25,9 @@ from mtp.rollouts.rollout import DecodingConfig
 from mtp.tasks.continuation import ContinuationConfig
 from mtp.tasks.running_sum import RunningSum
 from mtp.trainer import train
-from mtp.training.collate import collate_slow_rollouts
+from mtp.training.collate import collate_main_rollouts
 from mtp.training.objectives.head_ce import HeadCE
+from mtp.training.objectives.head_tv import HeadTV
 from mtp.training.objectives.scored import replay_batch
 from mtp.training.objectives.stream import StreamInputs
 
@@ -76,7 +78,7 @@ def test_a_head_that_learns_what_main_wrote_is_accepted_more_often():
     objective = HeadCE(weight=1.0, on_rollouts=True)
     advantages, rows = torch.zeros(len(prompts)), list(range(len(prompts)))
     for step in range(80):
-        batch = collate_slow_rollouts(
+        batch = collate_main_rollouts(
             prompts, slow, advantages, rows, PLAN, 4, PAD, num_anchors=8,
             anchor_seed=step,
         )  # fmt: skip
@@ -93,14 +95,39 @@ def test_a_head_that_learns_what_main_wrote_is_accepted_more_often():
     assert learned[0] > 0.4
 
 
+@pytest.mark.parametrize("stream", [HeadCE(weight=1.0, on_rollouts=True), HeadTV(weight=1.0)])
+def test_a_head_that_learns_from_verified_rollouts_makes_them_shorter(stream):
+    """Sampled at temperature 1; main stays as it is, so texts keep their distribution."""
+    model = tiny_model(type="parallel", hidden_size=32)
+    start_from_main(model)
+    with torch.no_grad():
+        model.lm_head.weight *= 2  # main is surer, so that there is something to learn
+    prompts = [[3 + i % 19, 3 + i * 7 % 19] for i in range(64)]
+    plan, sampler = PLAN.as_verified(4), Sampler()
+    optimizer = torch.optim.AdamW(model.mtp_head.parameters(), lr=3e-3)
+    advantages, rows, speed = torch.zeros(len(prompts)), list(range(len(prompts))), []
+    for step in range(40):
+        out = run(model, prompts, plan, sampler, seed=step)
+        speed.append(float(out.lengths.sum() / out.passes.sum()))
+        batch = collate_main_rollouts(
+            prompts, out, advantages, rows, plan, 4, PAD, num_anchors=8, anchor_seed=step
+        )
+        scored = replay_batch(model, batch, channel_gradient=0.0, use_head=True)
+        term = next(iter(stream.terms(StreamInputs(scored, batch, sampler)).values()))
+        optimizer.zero_grad()
+        (term.total / len(batch.head)).backward()
+        optimizer.step()
+    assert sum(speed[-8:]) > 1.05 * sum(speed[:8])
+
+
 def test_anchors_of_slow_rollouts_are_drawn_or_begin_blocks():
     model = tiny_model()
     prompts = [[5, 6, 7], [8]]
     out = run(model, prompts, PLAN.as_slow(), GREEDY, max_new_tokens=12)
     given = (prompts, out, torch.zeros(2), [0, 1], PLAN, 4, PAD)
-    every = collate_slow_rollouts(*given)
-    drawn = collate_slow_rollouts(*given, num_anchors=3)
-    blocks = collate_slow_rollouts(*given, block_anchors=True)
+    every = collate_main_rollouts(*given)
+    drawn = collate_main_rollouts(*given, num_anchors=3)
+    blocks = collate_main_rollouts(*given, block_anchors=True)
     time = every.tokens.shape[1]
     assert (drawn.anchors // time).bincount().tolist() == [3, 3]
     assert set(drawn.anchors.tolist()) < set(every.anchors.tolist())
@@ -221,6 +248,38 @@ def test_a_run_trains_a_drafter_and_reports_verified_mode(
     assert "Accepted by slot: share of the passes" in card and "slow acc." not in card
     _, text = load_model(tmp_path / "export")
     assert not text.chat_template and text.phases["text"].mode == "verified"
+
+
+def test_a_run_learns_by_rl_from_verified_rollouts(tmp_path):
+    changes = {
+        "stages.rl.rollouts.mode": "verified",
+        "stages.rl.rollouts.group_size": "4",
+        "stages.rl.train_main": "true",
+        "stages.rl.objective.policy.weight": "1",
+        "stages.rl.objective.head_ce.weight": "0",
+        "decoding.temperature": "1",
+    }
+    kept = [one for one in DRAFT if one.partition("=")[0] not in changes]
+    given = [f"{name}={value}" for name, value in changes.items()]
+    train(
+        config(
+            tmp_path,
+            *kept,
+            *given,
+            "stages.rl.rollouts.num_minibatches=1",
+            "stages.rl.rollouts.num_epochs=1",
+            "stages.rl.objective.policy.head_weight=0",
+            "stages.rl.objective.head_tv.weight=1",
+        )
+    )
+    steps = [one for one in records(tmp_path) if "loss/head_tv" in one]
+    assert len(steps) == 2
+    for step in steps:
+        # The sampler's log-probability of each token, drafts included, is main's in replay.
+        assert step["main/sampling_logp_difference_max"] < 1e-4
+        assert 0 < step["head/acceptance"] < 1
+        assert step["loss/head_tv"] == pytest.approx(1 - step["head/acceptance"], abs=1e-5)
+        assert step["passes"] < step["completions/mean_length"]
 
 
 def test_outcomes_that_nobody_verifies_are_no_reward(tmp_path, unverified):

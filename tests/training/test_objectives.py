@@ -9,11 +9,13 @@ from helpers import DRAFT, PAD, PLAN, SAMPLES, emitter, rollouts, tiny_model
 from lightning.fabric import Fabric
 
 from mtp.modeling.output_layer import OutputLayer
+from mtp.modeling.sampler import Sampler
 from mtp.training.algorithms import PolicyTokens, clipped
 from mtp.training.collate import collate_rollouts, collate_text
 from mtp.training.objectives import ObjectiveConfig, ReferenceRows, StreamInputs
 from mtp.training.objectives.head_ce import HeadCE
 from mtp.training.objectives.head_kl import HeadKL
+from mtp.training.objectives.head_tv import HeadTV
 from mtp.training.objectives.main_ce import MainCE
 from mtp.training.objectives.policy import Policy
 from mtp.training.objectives.reference_kl import ReferenceKL
@@ -129,6 +131,58 @@ def test_head_kl_compares_with_mains_row_for_the_same_token():
     model.lm_head.weight.grad = None
     HeadKL(weight=1).terms(StreamInputs(scored, batch))["head_kl"].total.backward()
     assert model.mtp_head.out_proj.weight.grad.abs().sum() > 0
+
+
+def test_overlap_of_rows_by_hand(monkeypatch):
+    """Row 1 of the other in two thirds, and the same in chunks of one row."""
+    rows = emitter([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]], [0, 0])
+    other = torch.tensor([[0.25, 0.25, 0.5], [0.2, 0.8, 0.0 + 1e-9]]).log()
+    given = other, OutputLayer(torch.eye(3)), torch.tensor([1, 0])
+    expected = torch.tensor([0.2 + 0.25, 0.1 + 0.1 + 0.5])
+    assert torch.allclose(rows.overlap(*given, Sampler()), expected, atol=1e-6)
+    monkeypatch.setattr("mtp.training.objectives.scored.OVERLAP_LOGITS", 3)
+    assert torch.allclose(rows.overlap(*given, Sampler()), expected, atol=1e-6)
+    likeliest = Sampler(top_k=1)  # 0 against 1, then 2 against 2
+    assert rows.overlap(*given, likeliest).tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("head", ["eavesdrop", "eagle3 that drafts"])
+def test_head_tv_is_the_distance_of_the_heads_distribution_from_mains(head):
+    """Both as the sampler makes them; no gradient flows into main's."""
+    model = tiny_model(type=head)
+    batch = collate_text(SAMPLES, PLAN, 4, PAD)
+    sampler = Sampler(temperature=0.5)
+    scored = replay_batch(model, batch, channel_gradient=0.0, use_head=True)
+    with torch.no_grad():
+        p = sampler.log_probs(model(batch.tokens).logits).exp().flatten(0, 1)[batch.head.positions]
+        q = sampler.log_probs(scored.head.output.logits(scored.head.hidden)).exp()
+    distance = (p - q).abs().sum(-1) / 2
+    assert distance.min() > 0.01
+    stream = HeadTV(weight=1.0, slot_weights=[1.0, 0.5, 0.25])
+    term = stream.terms(StreamInputs(scored, batch, sampler))["head_tv"]
+    weights = torch.tensor([1.0, 0.5, 0.25])[batch.head.slots - 1]
+    assert torch.allclose(term.total, (weights * distance).sum(), rtol=1e-5)
+    assert torch.allclose(torch.as_tensor(stream.counts(batch)["head_tv"]), weights.sum())
+    total, count = term.metrics["head/acceptance"]
+    assert float(total) / count == pytest.approx(1 - float(distance.mean()), abs=1e-5)
+    term.total.backward()
+    own = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert own and all(name.startswith("mtp_head") for name in own)
+
+
+def test_head_tv_raises_the_share_of_drafts_that_verified_mode_accepts():
+    """One distribution on each side: the head's rows move until main accepts nearly every draft."""
+    p = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    rows = emitter([[0.1, 0.2, 0.3, 0.4]], [0])
+    logits = rows.hidden.clone().requires_grad_(True)
+    rows.hidden = logits
+    given = p, OutputLayer(torch.eye(4)), torch.tensor([0]), Sampler()
+    assert rows.overlap(*given).item() == pytest.approx(0.6, abs=1e-6)
+    for _ in range(200):
+        (gradient,) = torch.autograd.grad(1 - rows.overlap(*given).sum(), logits)
+        with torch.no_grad():
+            logits -= 0.1 * gradient
+    assert rows.overlap(*given).item() > 0.98
 
 
 def test_the_reference_kl_is_zero_for_main_at_the_reference_and_not_for_the_head():

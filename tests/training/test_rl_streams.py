@@ -10,7 +10,7 @@ from mtp.modeling.decode import decode
 from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.sampler import Sampler
 from mtp.rollouts.reward import RewardConfig
-from mtp.training.collate import collate_rollouts, collate_slow_rollouts, collate_text
+from mtp.training.collate import collate_main_rollouts, collate_rollouts, collate_text
 from mtp.training.objectives import ObjectiveConfig, StreamInputs
 from mtp.training.objectives.head_ce import HeadCE
 from mtp.training.objectives.main_ce import MainCE
@@ -91,7 +91,8 @@ def test_logits_detach_keeps_the_heads_gradient_off_the_output_matrix_and_opens_
         assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
 
 
-def test_slow_rollouts_score_main_as_sampled_and_the_head_on_what_main_wrote():
+@pytest.mark.parametrize("mode", ["slow", "verified"])
+def test_rollouts_of_main_score_it_as_sampled_and_the_head_on_what_main_wrote(mode):
     model = tiny_model()
     prompts, _, advantages = rollouts(model)
     tokens = torch.nn.utils.rnn.pad_sequence(
@@ -101,7 +102,7 @@ def test_slow_rollouts_score_main_as_sampled_and_the_head_on_what_main_wrote():
         model,
         tokens,
         torch.tensor([len(p) for p in prompts]),
-        PLAN.as_slow(),
+        PLAN.as_slow() if mode == "slow" else PLAN.as_verified(4),
         DecodeOptions(
             sampler=Sampler(),
             max_new_tokens=12,
@@ -109,7 +110,8 @@ def test_slow_rollouts_score_main_as_sampled_and_the_head_on_what_main_wrote():
             generator=torch.Generator().manual_seed(1),
         ),
     )
-    batch = collate_slow_rollouts(prompts, out, advantages, [2, 0], PLAN, 4, PAD)
+    assert bool((out.passes < out.lengths).any()) == (mode == "verified")
+    batch = collate_main_rollouts(prompts, out, advantages, [2, 0], PLAN, 4, PAD)
     assert len(batch.main) == int(out.lengths[[2, 0]].sum())
     scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
     assert torch.allclose(scored.main.stats().logprob, batch.main.sampled, atol=1e-4)
@@ -145,7 +147,7 @@ def test_the_channel_opens_evenly():
     ("settings", "message"),
     [
         ({"max_rounds": 2}, "stages.x.rollouts.max_rounds=2 .*drop_uninformative=true"),
-        ({"mode": "odd"}, "stages.x.rollouts.mode must be fast or slow"),
+        ({"mode": "odd"}, "stages.x.rollouts.mode must be fast, slow or verified, got 'odd'"),
         (
             {"group_size": 1},
             "stages.x.rollouts.group_size must be at least 2, got 1: an advantage compares",

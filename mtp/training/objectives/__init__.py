@@ -10,6 +10,7 @@ from ...common.registry import Registry
 from ..batch import RolloutBatch, TextBatch
 from .head_ce import HeadCE
 from .head_kl import HeadKL
+from .head_tv import HeadTV
 from .main_ce import MainCE
 from .policy import Policy
 from .preserve import Preserve
@@ -40,6 +41,7 @@ class ObjectiveConfig:
     main_ce: MainCE = field(default_factory=MainCE)
     head_ce: HeadCE = field(default_factory=HeadCE)
     head_kl: HeadKL = field(default_factory=HeadKL)
+    head_tv: HeadTV = field(default_factory=HeadTV)
     policy: Policy = field(default_factory=Policy)
     reference_kl: ReferenceKL = field(default_factory=ReferenceKL)
     preserve: Preserve = field(default_factory=Preserve)

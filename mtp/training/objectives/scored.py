@@ -12,12 +12,15 @@ import torch
 from mtp_kernels import LinearLoss, linear_kl, linear_logprob, linear_loss
 from torch import Tensor
 from torch.nn.functional import kl_div
+from torch.utils.checkpoint import checkpoint
 
 from ...modeling.output_layer import OutputLayer
 from ...modeling.sampler import Sampler
 from ..batch import TextBatch
 
 PLAIN = Sampler()
+OVERLAP_LOGITS = 1 << 24
+"""Number of logits of each emitter that `OutputRows.overlap` holds at once."""
 
 
 class RowStats(NamedTuple):
@@ -131,6 +134,25 @@ class OutputRows:
             direction=direction,
             impl=self.impl,
         ).kl
+
+    def overlap(
+        self, hidden: Tensor, output: OutputLayer, rows: Tensor, sampler: Sampler
+    ) -> Tensor:
+        """[R] sum over the vocabulary of min(other, this): the probability that a draft from this
+        distribution is accepted by the other, both as the sampler makes them.
+
+        Row i is compared with row `rows[i]` of `hidden` [., D] under the layer `output`. Logits
+        are computed for some rows at a time, and again in the backward.
+        """
+
+        def part(mine: Tensor, other: Tensor) -> Tensor:
+            q = sampler.log_probs(self.output.logits(mine)).exp()
+            p = sampler.log_probs(output.logits(other)).exp()
+            return torch.minimum(p, q).sum(-1)
+
+        size = max(1, OVERLAP_LOGITS // output.weight.shape[0])
+        pairs = zip(self.hidden.split(size), hidden[rows].split(size), strict=True)
+        return torch.cat([checkpoint(part, *pair, use_reentrant=False) for pair in pairs])
 
 
 @dataclass

@@ -113,6 +113,33 @@ class SupervisedStream(Stream):
         return "rollouts" if self.on_rollouts else "solved"
 
 
+@dataclass(kw_only=True)
+class SlotWeights:
+    """Settings of a stream over the head's tokens whose slots may differ in weight."""
+
+    slot_weights: list[float] = bounded([], at_least=0)
+    """Weights of slots 1..K; empty: equal weights. The sum is divided by the weights' sum."""
+
+    def row_weights(self, batch: TextBatch, stream: str) -> Tensor:
+        """[R] float32 weight of each of the head's rows; `stream` is named in the ValueError for a
+        wrong number of weights.
+        """
+        slots = batch.head.slots
+        if not self.slot_weights:
+            return torch.ones_like(slots, dtype=torch.float32)
+        num_head_slots = batch.slot_inputs.shape[1]
+        if len(self.slot_weights) != num_head_slots:
+            raise ValueError(
+                f"{stream}.slot_weights must have {num_head_slots} entries, one per head slot, got "
+                f"{len(self.slot_weights)}; leave it empty for equal weights"
+            )
+        return torch.tensor(self.slot_weights, device=slots.device)[slots - 1]
+
+    def weight_sum(self, batch: TextBatch, stream: str) -> float | Tensor:
+        """Sum of the weights of the head's rows."""
+        return self.row_weights(batch, stream).sum() if self.slot_weights else len(batch.head)
+
+
 def rollouts_of(batch: TextBatch) -> RolloutBatch:
     """The batch, which must be one of rollouts."""
     if not isinstance(batch, RolloutBatch):
