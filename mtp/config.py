@@ -102,6 +102,23 @@ class RunConfig:
             )
         self.logger.validate()
         self._check_shares()
+        self._check_lag()
+
+    def _check_lag(self) -> None:
+        """Raises ValueError where no other process can sample the rollouts."""
+        for name, stage in self.active_stages().items():
+            if stage.rollouts.lag is None:
+                continue
+            key = f"stages.{name}.rollouts.lag={stage.rollouts.lag}"
+            if self.fabric.strategy == "fsdp2":
+                raise ValueError(
+                    f"{key} sends whole weights to the process that samples, got "
+                    "fabric.strategy=fsdp2; use fabric.strategy=ddp, or set it to null"
+                )
+            if not self.channel.is_text:
+                raise ValueError(
+                    f"{key} samples text, got channel.name={self.channel.name}; set it to null"
+                )
 
     def _check_shares(self) -> None:
         """Raises ValueError for a step's examples that the processes cannot divide evenly."""

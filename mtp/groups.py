@@ -5,17 +5,23 @@ and teach nothing. DAPO's dynamic sampling (Yu et al. 2025) leaves such groups o
 """
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from .modeling.decode_options import DecodeOptions
-from .modeling.records import Decoded
+from .modeling.memory import Memory
+from .modeling.records import Decoded, pad
 from .rollouts.advantage import informative
 from .rollouts.reward import Rewards, score
 from .rollouts.rollout import Rollouts, sample
-from .run import Run, StageRun, next_examples
+from .run import Run, StageRun, next_examples, training_example
+from .tasks.base import Example
+from .training.remote_sampler import RemoteSampler, Request
 from .training.runtime import all_of, over_processes
 from .training.sharding import whole
 from .training.stage import RolloutsConfig
@@ -34,7 +40,7 @@ class Groups:
     """Indices of the groups that each minibatch replays; no minibatch at all if no process has a
     group to learn from. A minibatch may have no group here and some on another process."""
     seconds: float
-    """Seconds of sampling, without scoring."""
+    """Seconds of sampling, or of waiting for the process that samples, without scoring."""
 
 
 def sample_groups(run: Run, stage: StageRun, step: int) -> Groups:
@@ -49,27 +55,13 @@ def sample_groups(run: Run, stage: StageRun, step: int) -> Groups:
     places: list[int] = []
     seconds = 0.0
     for number in range(config.max_rounds):
-        examples = next_examples(run, config.num_prompts)
-        purpose = (stage.name, step, number) if number else (stage.name, step)
-        seeds = run.row_seeds(config.num_prompts * config.group_size, *purpose)
         began = time.monotonic()
-        part = within(
-            stage.module,
-            partial(
-                sample,
-                fmt=run.fmt,
-                examples=list(examples.values()),
-                plan=run.fmt.plan(config.mode),
-                options=DecodeOptions(
-                    sampler=run.config.decoding.sampler(),
-                    max_new_tokens=run.config.decoding.max_new_tokens,
-                    seeds=seeds.view(-1, config.group_size)[list(examples)].flatten(),
-                    impl=run.config.kernels,
-                    any_continues=passes_in_step(run.fabric, stage.module),
-                ),
-                group_size=config.group_size,
-            ),
-        )
+        if run.ahead is None:
+            asked = request(run, stage, step, number)
+            part = sampled_here(run, stage, asked)
+            examples = asked.examples
+        else:
+            examples, part = run.ahead.take(run, stage, step)
         seconds += time.monotonic() - began
         parts.append(part)
         places += [number * config.num_prompts + place for place in examples]
@@ -94,6 +86,146 @@ def sample_groups(run: Run, stage: StageRun, step: int) -> Groups:
     places_of = shares(used, config.num_minibatches) if used else []
     mine = [[index[place] for place in share if place in index] for share in places_of]
     return Groups(join_rollouts(parts), scored, mine, seconds)
+
+
+@dataclass
+class Asked:
+    """The prompts of one round, and the request for their rollouts."""
+
+    begin: int
+    """Position of the first prompt of all processes in the run's data."""
+    examples: dict[int, Example]
+    """This process's prompts, by their place among those of all processes."""
+    request: Request
+
+
+def request(run: Run, stage: StageRun, step: int, number: int = 0) -> Asked:
+    """The next prompts of a step's round, and what to sample for them."""
+    config, begin = stage.config.rollouts, run.progress.position
+    examples = next_examples(run, config.num_prompts)
+    purpose = (stage.name, step, number) if number else (stage.name, step)
+    seeds = run.row_seeds(config.num_prompts * config.group_size, *purpose)
+    options = DecodeOptions(
+        sampler=run.config.decoding.sampler(),
+        max_new_tokens=run.config.decoding.max_new_tokens,
+        seeds=seeds.view(-1, config.group_size)[list(examples)].flatten(),
+        impl=run.config.kernels,
+    )
+    plan = run.fmt.plan(config.mode)
+    found = Request(list(examples.values()), plan, options, config.group_size)
+    return Asked(begin, examples, found)
+
+
+def sampled_here(run: Run, stage: StageRun, asked: Asked) -> Rollouts:
+    """The rollouts of a request, sampled by this process."""
+    request = asked.request
+    options = replace(request.options, any_continues=passes_in_step(run.fabric, stage.module))
+    return within(
+        stage.module,
+        partial(
+            sample,
+            fmt=run.fmt,
+            examples=request.examples,
+            plan=request.plan,
+            options=options,
+            group_size=request.group_size,
+        ),
+    )
+
+
+@dataclass
+class Ahead:
+    """Rollouts that another process samples, those of the next step among them if `lag` is 1.
+
+    The rollouts of step n + 1 are asked for before the update of step n, so they are sampled by
+    the weights of step n. A checkpoint holds them, since a resumed run has those weights no more.
+    """
+
+    sampler: RemoteSampler
+    lag: int
+    asked: dict[int, tuple[Asked, Any]] = field(default_factory=dict)
+    """Requests by step, each with what the sampler gave for it."""
+    restored: dict[int, tuple[dict[int, Example], Rollouts]] = field(default_factory=dict)
+    """Prompts and rollouts of a checkpoint, by step."""
+
+    def take(self, run: Run, stage: StageRun, step: int) -> tuple[dict[int, Example], Rollouts]:
+        """Prompts and rollouts of a step; then the next step's are asked for."""
+        if step in self.restored:
+            found = self.restored.pop(step)
+        else:
+            if step not in self.asked:
+                self._ask(run, stage, step)
+            asked, handle = self.asked.pop(step)
+            found = asked.examples, self.sampler.result(handle)
+        if self.lag and step + 1 < stage.config.steps:
+            self._ask(run, stage, step + 1)
+        return found
+
+    def _ask(self, run: Run, stage: StageRun, step: int) -> None:
+        asked = request(run, stage, step)
+        self.asked[step] = asked, self.sampler.submit(asked.request, run.model)
+
+    def state(self, run: Run) -> list[dict[str, Any]]:
+        """The rollouts that were asked for, of all processes, as a checkpoint holds them."""
+        states = []
+        for step, (asked, handle) in self.asked.items():
+            mine = asked.begin, list(asked.examples), self.sampler.result(handle)
+            parts = all_of(run.fabric, mine)
+            joined = join_rollouts([rollouts for _, _, rollouts in parts])
+            tokens, lengths = pad(joined.prompts, 0)
+            states.append(
+                {
+                    "step": step,
+                    "begin": asked.begin,
+                    "places": [place for _, places, _ in parts for place in places],
+                    "group_size": joined.group_size,
+                    "prompts": tokens,
+                    "prompt_lengths": lengths,
+                    "out": vars(joined.out),
+                    "owners": joined.owners,
+                    "memories": [
+                        vars(memory) | {"entries": dict(memory.entries)}
+                        for memory in joined.memories
+                    ],
+                }
+            )
+        return states
+
+    def restore(self, run: Run, states: list[dict[str, Any]]) -> None:
+        """Take this process's share of the rollouts of a checkpoint."""
+        rank, world = run.fabric.global_rank, run.fabric.world_size
+        for state in states:
+            places = state["places"]
+            lengths = state["prompt_lengths"].tolist()
+            rollouts = Rollouts(
+                [training_example(run, state["begin"] + place) for place in places],
+                state["group_size"],
+                [row[:n].tolist() for row, n in zip(state["prompts"], lengths, strict=True)],
+                Decoded(**state["out"]),
+                state["owners"],
+                [Memory(**memory) for memory in state["memories"]],
+            )
+            mine = [places.index(place) for place in range(rank, len(places), world)]
+            chosen = rollouts.of_examples(mine)
+            examples = {places[i]: rollouts.examples[i] for i in mine}
+            self.restored[state["step"]] = examples, chosen
+
+
+@contextmanager
+def rollouts_ahead(run: Run, stage: StageRun) -> Iterator[None]:
+    """Within, rollouts come from another process, if the stage's `rollouts.lag` asks for one."""
+    lag = stage.config.rollouts.lag
+    if lag is None:
+        yield
+        return
+    run.ahead = Ahead(RemoteSampler(run.fabric, run.model, run.fmt, run.config.fabric), lag)
+    try:
+        run.ahead.restore(run, run.restored_rollouts)
+        run.restored_rollouts = []
+        yield
+    finally:
+        run.ahead.sampler.close()
+        run.ahead = None
 
 
 def merged(parts: list[dict[int, bool]]) -> dict[int, bool]:

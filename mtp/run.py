@@ -72,6 +72,10 @@ class Run:
     """Settings that a checkpoint keeps, see `settings_of`."""
     module: Any = None
     """The model as the current stage wraps it, see `step_module.wrap`; None before the first."""
+    ahead: Any = None
+    """Rollouts that another process samples, see `groups.Ahead`; None where this one samples."""
+    restored_rollouts: list[dict[str, Any]] = field(default_factory=list)
+    """Rollouts of the checkpoint that the run continues from, which were asked for ahead."""
     has_warned: bool = False
     """True after the warning that sampler and replay disagree."""
 

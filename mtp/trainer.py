@@ -152,6 +152,7 @@ def run_stages(
             progress,
             stop,
             settings,
+            restored_rollouts=state.get("rollouts", []) if state else [],
         )
         try:
             if state is None:

@@ -56,7 +56,7 @@ class Spread:
             number = min(len(batch.examples), own)
             own -= number
             if number:
-                kept.append(batch.first(number))
+                kept.append(batch.of_examples(range(number)))
         return self.all_of(kept)
 
 

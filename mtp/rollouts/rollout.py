@@ -1,6 +1,6 @@
 """Sampling: completes examples with a policy and returns rollouts with their text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -136,16 +136,19 @@ class Rollouts:
         """P * G trajectories."""
         return len(self.examples) * self.group_size
 
-    def first(self, number: int) -> "Rollouts":
-        """The rollouts of the first `number` examples."""
-        end = sum(owner < number * self.group_size for owner in self.owners)
+    def of_examples(self, numbers: Sequence[int]) -> "Rollouts":
+        """The rollouts of the chosen examples, in their order."""
+        size = self.group_size
+        rows = [number * size + row for number in numbers for row in range(size)]
+        segments = [self.segments_of(row) for row in rows]
+        flat = [segment for mine in segments for segment in mine]
         return Rollouts(
-            self.examples[:number],
-            self.group_size,
-            self.prompts[:end],
-            self.out.select(list(range(end))),
-            self.owners[:end],
-            self.memories[:end],
+            [self.examples[number] for number in numbers],
+            size,
+            [self.prompts[segment] for segment in flat],
+            self.out.select(flat),
+            [row for row, mine in enumerate(segments) for _ in mine],
+            [self.memories[segment] for segment in flat],
         )
 
     def segments_of(self, row: int) -> list[int]:

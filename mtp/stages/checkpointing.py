@@ -29,6 +29,7 @@ def save_run(run: Run, optimizers: Mapping[str, Optimizer], is_best: bool = Fals
     """
     check_weights(run)
     keep = run.fabric.is_global_zero
+    rollouts = [] if run.ahead is None else run.ahead.state(run)
     weights = weights_of(run.model, keep)
     states = {part: gathered(o.state_dict(), keep) for part, o in optimizers.items()}
     if not keep:
@@ -40,6 +41,7 @@ def save_run(run: Run, optimizers: Mapping[str, Optimizer], is_best: bool = Fals
         "progress": asdict(run.progress),
         "log": run.log.states(),
         "settings": run.settings,
+        "rollouts": rollouts,
     }
     save_checkpoint(run.folder / "checkpoints", run.progress.global_step, state, is_best)
 

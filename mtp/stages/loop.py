@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from ..common.files import save_atomically
+from ..groups import rollouts_ahead
 from ..hub.build import save_model
 from ..reference import frozen_for_stage
 from ..reports.measures import forget_results
@@ -32,7 +33,8 @@ def run_stage(
     """
     stage = begin_stage(run, name, config, optimizer_states or {})
     if not run.progress.is_trained:
-        train_stage(run, stage)
+        with rollouts_ahead(run, stage):
+            train_stage(run, stage)
         run.progress.is_trained = True
         save_run(run, {})
     end_stage(run, stage)

@@ -65,6 +65,8 @@ class Watch:
         run, config = self.run, self.stage.config
         if config.kind != "rl" or run.has_warned or metrics.get("skipped"):
             return
+        if config.rollouts.lag:  # other weights sampled, so the two differ
+            return
         emitters = ["main", "head"] if config.rollouts.mode == "fast" else ["main"]
         limit, precision = run.config.numbers.sampler_difference, run.config.fabric.precision
         found = sampler_warning(metrics, emitters, limit, run.model, precision)

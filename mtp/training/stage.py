@@ -77,6 +77,11 @@ class RolloutsConfig(AnchorsConfig):
     """Number of solved examples mixed into each optimizer step over all processes, for main_ce and
     head_ce (supervised replay)."""
 
+    lag: int | None = bounded(None, at_least=0, at_most=1)
+    """Rollouts by another process, which Ray starts. 1: it samples the next step's rollouts while
+    this step's train the model, so that their weights are one step old. 0: this step's, which are
+    the same as without it. null: this process samples."""
+
     def validate(self, key: str) -> None:
         """Raises ValueError naming the key of an impossible value."""
         if self.mode not in MODES:
@@ -85,6 +90,11 @@ class RolloutsConfig(AnchorsConfig):
             raise ValueError(
                 f"{key}.num_minibatches must divide {key}.num_prompts={self.num_prompts}, got "
                 f"{self.num_minibatches}"
+            )
+        if self.lag is not None and self.max_rounds > 1:
+            raise ValueError(
+                f"{key}.max_rounds must be 1 with {key}.lag={self.lag}, got {self.max_rounds}: the "
+                "number of rounds follows from rewards, and the rollouts are asked for before"
             )
         if self.max_rounds > 1 and not self.drop_uninformative:
             raise ValueError(
@@ -229,6 +239,13 @@ class StageConfig:
             raise ValueError(
                 f"{key}.rollouts.group_size must be at least 2, got {rollouts.group_size}: an "
                 "advantage compares the rollouts of one prompt"
+            )
+        is_corrected = rollouts.recompute_old and self.objective.policy.correction_cap
+        if rollouts.lag and self.objective.policy.weight and not is_corrected:
+            raise ValueError(
+                f"{key}.rollouts.lag=1 samples by weights that are one step old; set "
+                f"{key}.rollouts.recompute_old=true and {key}.objective.policy.correction_cap "
+                "(2 is usual), which correct for it"
             )
         if self.gradient_split_every and not (self.objective.policy.weight and self.train_main):
             raise ValueError(
