@@ -163,8 +163,8 @@ def check_slow_mode(model: Any, what: str | None = None) -> None:
       rounding grows with depth: the norm of the difference is at most 1e-3 of that of a text's
       logits in float32, 0.1 in 16 bits. SmolLM2-135M, of 30 layers, is at 1e-6 and at 0.03; with
       a window of 8 tokens it would be at 0.4 or more.
-    * The taps that the pass loop gives the head are those hidden states of the stock forward, within
-      the same bounds. The index of a hidden state has changed between versions of transformers.
+    * The taps that the pass loop gives the head are those hidden states of the stock forward,
+      within the same bounds. Their index differs between versions of transformers.
     * The hidden rows in training are those in evaluation, within the same bounds: no dropout.
 
     Leaves torch's random generators as they are. A model on the meta device has no numbers and
@@ -281,7 +281,7 @@ def _rows_in_training(model: Any, text: Tensor) -> Tensor:
 
 
 def _slow_rows(model: Any, tokens: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
-    """Last hidden rows of each text by the pass loop's forward, and each tap's: [length, D] each."""
+    """Last hidden rows of each text by the pass loop's forward, and its taps: [length, D] each."""
     start = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
     cache = BlockCache(model.main_config.num_hidden_layers, len(tokens), tokens.shape[1])
     rows: list[list[list[Tensor]]] = [[] for _ in tokens]  # by text, by forward: hidden, taps

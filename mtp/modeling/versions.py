@@ -40,8 +40,8 @@ def set_activation_checkpointing(model: Any, is_on: bool) -> None:
 
 
 def gguf_options() -> dict[str, Any]:
-    """The arguments of `from_pretrained` that unpack the weights of a GGUF file, so that they can be
-    trained. Versions without `GgufConfig` always do so.
+    """The arguments of `from_pretrained` that unpack the weights of a GGUF file, which makes them
+    trainable. Versions without `GgufConfig` always do so.
     """
     made = getattr(transformers, "GgufConfig", None)
     return {} if made is None else {"quantization_config": made(dequantize=True)}
