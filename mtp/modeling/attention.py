@@ -87,7 +87,7 @@ def mask_of_pass(
     A call from outside a pass, or of rows that end together, gets transformers' own mask; else
     `BlockCache` has given the positions of the queries.
     """
-    positions = positions_of_queries(kwargs.get("q_offset"), kv_length)
+    positions = positions_of_queries(**kwargs)
     if positions is None:
         return sdpa_mask(kv_length=kv_length, mask_function=mask_function, **kwargs)
     queries = positions[:, None, :, None]
@@ -101,7 +101,7 @@ def mask_of_pass(
 
 def eager_mask_of_pass(*, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
     """The same mask as numbers: 0 where a query may look, else the lowest of the dtype."""
-    if positions_of_queries(kwargs.get("q_offset"), kwargs["kv_length"]) is None:
+    if positions_of_queries(**kwargs) is None:
         mask: Tensor = eager_mask(dtype=dtype, **kwargs)
         return mask
     allowed = mask_of_pass(**kwargs)

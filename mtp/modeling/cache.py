@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .versions import num_keys
+from .versions import offset_of_keys
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class BlockCacheLayer(CacheLayerMixin):
         return self.keys[:, :, :span], self.values[:, :, :span]
 
     def get_mask_sizes(self, *args: Any) -> tuple[int, int]:
-        return num_keys(self.cache.span, self.cache.get_query_offset()), 0
+        return self.cache.span, offset_of_keys(self.cache.get_query_offset())
 
     def get_seq_length(self) -> int:
         return self.cache.length - self.cache.positions.shape[1]  # before this forward

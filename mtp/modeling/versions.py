@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 SELECTS_HIDDEN_STATES = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
 """`output_hidden_states=[i]` keeps entry i of the hidden states and no other. Some versions before
@@ -18,7 +19,7 @@ SELECTS_HIDDEN_STATES = tuple(map(int, transformers.__version__.split(".")[:2]))
 
 ASKS_FOR_QUERIES = hasattr(Cache, "get_query_offset")
 """The cache is asked for the positions of the queries before a mask is made. Before 5.14 it is
-asked for the number of keys only."""
+asked for nothing but the number of its keys and their offset."""
 
 
 def wanted_states(taps: list[int]) -> list[int] | bool | None:
@@ -47,29 +48,28 @@ def gguf_options() -> dict[str, Any]:
     return {} if made is None else {"quantization_config": made(dequantize=True)}
 
 
-class NumKeys(int):
-    """A number of keys, with the positions of the queries that look at them.
-
-    transformers gives the number to the mask function as it got it from the cache. Before 5.14 this
-    is the only value that goes from one to the other.
+def remember_code(opened: Any) -> None:
+    """Let a class that was opened by `trust_remote_code=True` save its code with its weights, as
+    recent versions do by themselves.
     """
-
-    queries: Any
-
-    def __new__(cls, number: int, queries: Any) -> "NumKeys":
-        made = super().__new__(cls, number)
-        made.queries = queries
-        return made
+    is_of_checkpoint = opened.__module__.split(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME
+    if is_of_checkpoint and opened._auto_class is None:
+        opened.register_for_auto_class("AutoModelForCausalLM")
 
 
-def num_keys(number: int, queries: Any) -> int:
-    """The number of keys as a cache gives it to transformers; queries: `get_query_offset` of it."""
-    return number if ASKS_FOR_QUERIES else NumKeys(number, queries)
+def offset_of_keys(queries: Any) -> Any:
+    """The position of a cache's first key, 0, as transformers asks for it before it makes a mask.
+
+    transformers gives the offset to the mask function as it got it from the cache. Before 5.14 no
+    other value goes from one to the other, so the offset is replaced by the positions of the
+    queries where these are a tensor. queries: `get_query_offset` of the cache.
+    """
+    return queries if isinstance(queries, Tensor) and not ASKS_FOR_QUERIES else 0
 
 
-def positions_of_queries(q_offset: Any, kv_length: int) -> Tensor | None:
+def positions_of_queries(q_offset: Any = 0, kv_offset: Any = 0, **others: Any) -> Tensor | None:
     """Positions [B, L] of a pass's queries, from the arguments of a mask function; None where
     transformers' own mask is right.
     """
-    given = q_offset if ASKS_FOR_QUERIES else getattr(kv_length, "queries", None)
+    given = q_offset if ASKS_FOR_QUERIES else kv_offset
     return given if isinstance(given, Tensor) and given.ndim == 2 else None
