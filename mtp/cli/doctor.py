@@ -28,6 +28,8 @@ GIB = 2**30
 DISTRIBUTION = "mtp-eavesdrop"
 IMPORTED = ("torch", "transformers", "lightning.fabric", "hydra", "datasets", "mtp_kernels")
 """Modules that a run imports."""
+NEWEST_TESTED = {"torch": "2.13", "triton": "3.7", "transformers": "5.23"}
+"""Newest versions that all tests run with, of the libraries that change the most."""
 LITTLE_DISK = 1 * GIB
 SCARCE_DISK = 20 * GIB
 """Bytes free below which checkpoints of a tiny model, or of a small pretrained one, may not fit."""
@@ -127,6 +129,7 @@ def first_line(error: Exception) -> str:
 def packages() -> Iterator[Finding]:
     """Python and the packages that mtp declares, against the versions that it asks for."""
     from packaging.requirements import Requirement
+    from packaging.version import Version
 
     yield Finding("ok", "Python", f"{platform.python_version()}, {sys.executable}")
     try:
@@ -155,6 +158,11 @@ def packages() -> Iterator[Finding]:
             yield Finding("broken", "packages", text)
         else:
             shown.append(f"{one.name} {version}")
+            newest = NEWEST_TESTED.get(one.name)
+            if newest and Version(str(version)).release[:2] > Version(newest).release:
+                text = f"{one.name} {version} is newer than all that mtp was tested with; if "
+                text += f"something fails, pip install '{one.name}=={newest}.*' (docs/stacks.md)"
+                yield Finding("note", "packages", text)
     yield Finding("ok", "packages", ", ".join(shown))
     for extra, missing in extras.items():
         if extra != "dev":

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GgufConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from ..common.errors import reading
 from ..modeling.contract import check_slow_mode, dropout_fields, without_dropout
@@ -19,6 +19,7 @@ from ..modeling.memory import ALPHABET
 from ..modeling.modeling_mtp import family_class
 from ..modeling.phases import Phase, phases_from_json, phases_to_json
 from ..modeling.segments import SegmentSettings
+from ..modeling.versions import gguf_options
 from ..rollouts.prompt_format import PromptFormat, character_tokenizer
 from ..rollouts.rollout import DecodingConfig
 from ..rollouts.tokenization import add_delimiters
@@ -311,7 +312,7 @@ def _from_source(config: ModelConfig, head: HeadConfig) -> tuple[Any, Any]:
     stock.mtp = asdict(head)
     tokenizer = read_tokenizer(folder, what, **extra)
     if config.gguf_file is not None:
-        extra["quantization_config"] = GgufConfig(dequantize=True)
+        extra |= gguf_options()
     model = read_model(
         cls,
         folder,

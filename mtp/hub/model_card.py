@@ -18,6 +18,8 @@ TAG = "mtp-eavesdrop"
 """Tag of every card, which identifies an export."""
 MODES = ("fast", "slow")
 """Modes of the card's example; plain `generate` on main writes the text of `slow`."""
+OLDEST_TRANSFORMERS = "5.0"
+"""Oldest version that opens main with its head, the bound of pyproject.toml."""
 NUM_TRIED = 8
 """Held-out problems among which the example is chosen."""
 
@@ -48,7 +50,8 @@ def model_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: A
         "## Use",
         "Main alone, with nothing but transformers.",
         _snippet(fmt, prompt, head=False),
-        "Main with its head. The code is in this folder, so no other package is needed.",
+        f"Main with its head. The code is in this folder, so no package but transformers "
+        f"{OLDEST_TRANSFORMERS} or newer is needed.",
         _snippet(fmt, prompt, head=True),
         *caveat,
         "`fast` decodes each phase in its own mode, `slow` all of them one token per pass, "

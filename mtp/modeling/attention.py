@@ -30,6 +30,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
+from .versions import positions_of_queries
+
 NAME, EAGER = "sdpa_of_blocks", "eager_of_blocks"
 """The names of the two implementations in transformers' registries."""
 STOCK = {NAME: "sdpa", EAGER: "eager"}
@@ -74,39 +76,32 @@ def attend_eagerly(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
 
 
-def has_positions(q_offset: Any) -> bool:
-    """True for positions of a pass; False for what transformers' own caches give."""
-    return isinstance(q_offset, Tensor) and q_offset.ndim == 2
-
-
 def mask_of_pass(
     *,
     kv_length: int,
-    q_offset: Any = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask [B or 1, 1, L, S], True where a query may look; None where SDPA needs none.
 
-    q_offset: positions [B, L] of a pass's queries, as `BlockCache` gives them. Anything else is a
-    call from outside a pass, or of rows that end together, and gets transformers' own mask.
+    A call from outside a pass, or of rows that end together, gets transformers' own mask; else
+    `BlockCache` has given the positions of the queries.
     """
-    if not has_positions(q_offset):
-        return sdpa_mask(
-            kv_length=kv_length, q_offset=q_offset, mask_function=mask_function, **kwargs
-        )
-    queries = q_offset[:, None, :, None]
-    keys = torch.arange(kv_length, device=q_offset.device)
+    positions = positions_of_queries(**kwargs)
+    if positions is None:
+        return sdpa_mask(kv_length=kv_length, mask_function=mask_function, **kwargs)
+    queries = positions[:, None, :, None]
+    keys = torch.arange(kv_length, device=positions.device)
     if mask_function is causal_mask_function:
         return keys <= queries
-    rows = torch.arange(len(q_offset), device=q_offset.device)[:, None, None, None]
+    rows = torch.arange(len(positions), device=positions.device)[:, None, None, None]
     mask = mask_function(rows, torch.zeros_like(rows), queries, keys[None, None, None])
-    return mask.expand(-1, -1, q_offset.shape[1], kv_length)
+    return mask.expand(-1, -1, positions.shape[1], kv_length)
 
 
 def eager_mask_of_pass(*, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
     """The same mask as numbers: 0 where a query may look, else the lowest of the dtype."""
-    if not has_positions(kwargs.get("q_offset")):
+    if positions_of_queries(**kwargs) is None:
         mask: Tensor = eager_mask(dtype=dtype, **kwargs)
         return mask
     allowed = mask_of_pass(**kwargs)

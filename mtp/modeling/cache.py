@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .versions import offset_of_keys
+
 
 def in_autocast_dtype(x: Tensor) -> Tensor:
     """A tensor as autocast would cast it for a product, so that no pass has to cast it again."""
@@ -53,14 +55,16 @@ class BlockCacheLayer(CacheLayerMixin):
             self.values[row, :, self.cache.positions] = value_states.transpose(1, 2)
         return self.keys[:, :, :span], self.values[:, :, :span]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.span, 0
+    def get_mask_sizes(self, *args: Any) -> tuple[int, int]:
+        return self.cache.span, offset_of_keys(self.cache.get_query_offset())
 
     def get_seq_length(self) -> int:
         return self.cache.length - self.cache.positions.shape[1]  # before this forward
 
     def get_max_length(self) -> int:
         return -1
+
+    get_max_cache_shape = get_max_length  # its name in transformers before 5.14
 
 
 class BlockCache(Cache):

@@ -154,7 +154,7 @@ def check_slow_mode(model: Any, what: str | None = None) -> None:
 
     Two texts of different lengths go through the pass loop's cache, masks and positions: the
     prompts in one pass, then a block, then single tokens. The stock forward reads the same texts,
-    one at a time, with transformers' own attention. Three things must hold:
+    one at a time, with transformers' own attention. Four things must hold:
 
     * The stock logits are those of the output layer on the stock hidden rows. Both come from the
       same rows, so they differ by the rounding of one product: at most 1e-5 of the largest logit in
@@ -163,6 +163,8 @@ def check_slow_mode(model: Any, what: str | None = None) -> None:
       rounding grows with depth: the norm of the difference is at most 1e-3 of that of a text's
       logits in float32, 0.1 in 16 bits. SmolLM2-135M, of 30 layers, is at 1e-6 and at 0.03; with
       a window of 8 tokens it would be at 0.4 or more.
+    * The taps that the pass loop gives the head are those hidden states of the stock forward,
+      within the same bounds. Their index differs between versions of transformers.
     * The hidden rows in training are those in evaluation, within the same bounds: no dropout.
 
     Leaves torch's random generators as they are. A model on the meta device has no numbers and
@@ -192,7 +194,7 @@ def _cannot_run(name: str, error: Exception) -> ValueError:
     cause = (str(error).splitlines() or ["no reason given"])[0]
     return ValueError(
         f"{name} must run in the pass loop, but it stops with {type(error).__name__}: {cause}; "
-        "choose a base model of another family"
+        "choose a base model of another family, or a newer transformers"
     )
 
 
@@ -206,11 +208,12 @@ def _compare(model: Any, output: OutputLayer, name: str) -> None:
     if pad_id is not None:
         # Its embedding may be zeros, on which whatever selects by score is undecided.
         tokens = torch.where(tokens == pad_id, tokens - 1, tokens) % len(output.weight)
-    for row, ours in enumerate(_slow_rows(model, tokens)):
+    for row, (ours, taps) in enumerate(_slow_rows(model, tokens)):
         text = tokens[row : row + 1, : len(ours)]
         with _stock_attention(model):
             logits = model(input_ids=text, use_cache=False).logits[0].float()
-            hidden = decoder(input_ids=text, use_cache=False).last_hidden_state[0]
+            out = decoder(input_ids=text, use_cache=False, output_hidden_states=True)
+            hidden = out.last_hidden_state[0]
         in_training = _rows_in_training(model, text)
         if not bool(logits.isfinite().all()):
             raise ValueError(
@@ -233,6 +236,14 @@ def _compare(model: Any, output: OutputLayer, name: str) -> None:
                 f"they differ by {difference:.1e} of their size (rounding: {close:g}); choose a "
                 "base model whose layers attend to earlier tokens only, by position"
             )
+        for tap, states in zip(model.mtp_taps, taps, strict=True):
+            difference = _difference(states.float(), out.hidden_states[tap][0].float())
+            if not difference <= close:
+                raise ValueError(
+                    f"{name} must give the head hidden_states[{tap}] of its stock forward, but the "
+                    f"pass loop's differ by {difference:.1e} of their size (rounding: {close:g}); "
+                    "choose a base model of another family, or a newer transformers"
+                )
         difference = _difference(in_training.float(), hidden.float())
         if not difference <= close:
             raise ValueError(
@@ -269,11 +280,11 @@ def _rows_in_training(model: Any, text: Tensor) -> Tensor:
             model.eval()
 
 
-def _slow_rows(model: Any, tokens: Tensor) -> list[Tensor]:
-    """Last hidden rows of each text by the pass loop's forward: [length, D] each."""
+def _slow_rows(model: Any, tokens: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
+    """Last hidden rows of each text by the pass loop's forward, and its taps: [length, D] each."""
     start = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
     cache = BlockCache(model.main_config.num_hidden_layers, len(tokens), tokens.shape[1])
-    rows: list[list[Tensor]] = [[] for _ in tokens]
+    rows: list[list[list[Tensor]]] = [[] for _ in tokens]  # by text, by forward: hidden, taps
     for new in (PROMPTS, *((step,) * len(tokens) for step in STEPS)):
         width = max(new)
         fed = torch.stack([t[s : s + width] for t, s in zip(tokens, start, strict=True)])
@@ -285,7 +296,8 @@ def _slow_rows(model: Any, tokens: Tensor) -> list[Tensor]:
                     f"its layers give hidden states {list(tap.shape)}, which are not rows of the "
                     f"width of its last ones {list(hidden.shape)}"
                 )
-        for kept, states, number in zip(rows, hidden, new, strict=True):
-            kept.append(states[:number])
+        for row, number in enumerate(new):
+            rows[row].append([states[row, :number] for states in (hidden, *taps)])
         start = start + torch.tensor(new, device=start.device)
-    return [torch.cat(kept) for kept in rows]
+    whole = [[torch.cat(parts) for parts in zip(*kept, strict=True)] for kept in rows]
+    return [(hidden, taps) for hidden, *taps in whole]

@@ -53,6 +53,7 @@ from .requests import (
 from .sampler import Sampler
 from .saving import MTPFilesMixin
 from .segments import Segments, SegmentSettings, check_segments, decode_segments
+from .versions import wanted_states
 
 __all__ = [
     "FORCED",
@@ -157,7 +158,7 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
             out = self.mtp_decoder(
                 input_ids=cache.whole_text(fed),
                 use_cache=False,
-                output_hidden_states=taps or None,
+                output_hidden_states=wanted_states(taps),
             )
             rows = torch.arange(len(fed), device=fed.device)[:, None]
             hidden = out.last_hidden_state[rows, positions]
@@ -167,7 +168,7 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            output_hidden_states=taps or None,
+            output_hidden_states=wanted_states(taps),
             in_pass=True,
         )
         return out.last_hidden_state, [out.hidden_states[tap] for tap in taps]

@@ -27,6 +27,7 @@ from .eagle3 import Eagle3Head
 from .heads import HEADS, Head, HeadConfig, HeadLinear, HeadRMSNorm, register_head
 from .output_layer import OutputLayer
 from .search import MTPSearchMixin
+from .versions import wanted_states
 
 logger = logging.get_logger(__name__)
 
@@ -157,7 +158,8 @@ class MTPMixin(MTPSearchMixin):
 
     def main_hidden(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Main's forward: hidden rows [B, T, D] after the final norm and taps [B, T, taps, D]."""
-        out = self.mtp_decoder(input_ids=input_ids, output_hidden_states=self.mtp_taps, **kwargs)
+        wanted = wanted_states(self.mtp_taps)
+        out = self.mtp_decoder(input_ids=input_ids, output_hidden_states=wanted, **kwargs)
         taps = torch.stack([out.hidden_states[tap] for tap in self.mtp_taps], -2)
         return out.last_hidden_state, taps
 

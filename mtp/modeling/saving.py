@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from transformers.utils import cached_file
 
 from .contract import stock_class
+from .versions import remember_code
 
 HEAD = "mtp_head."
 """Beginning of the names of the head's weights."""
@@ -75,6 +76,7 @@ class MTPFilesMixin:
                 f"{len(missing) - 1} more); open main alone without trust_remote_code, or give "
                 f"the whole export, {HEAD_FILE} and {INDEX} included"
             )
+        remember_code(type(model))
         return (model, info) if told else model
 
     def save_pretrained(

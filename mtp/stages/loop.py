@@ -7,6 +7,7 @@ from typing import Any
 from ..common.files import save_atomically
 from ..groups import rollouts_ahead
 from ..hub.build import save_model
+from ..modeling.versions import set_activation_checkpointing
 from ..reference import frozen_for_stage
 from ..reports.measures import forget_results
 from ..reports.progress import StageProgress
@@ -51,10 +52,7 @@ def begin_stage(
     for part, is_trained in trained.items():
         for parameter in parameters[part].values():
             parameter.requires_grad_(is_trained)
-    if config.gradient_checkpointing:
-        run.model.activation_checkpointing_enable({"use_reentrant": False})
-    else:
-        run.model.activation_checkpointing_disable()
+    set_activation_checkpointing(run.model, config.gradient_checkpointing)
     run.module = wrap(run.fabric, run.model, run.module, run.config.fabric.rollout_weights)
     parameters = split_parameters(run.model)  # of the wrapped model, where they may be shards
     optimizers: dict[str, Any] = {}

@@ -45,6 +45,11 @@ class OptimizerConfig:
         """Raises ValueError naming the key of an impossible value."""
         if self.algorithm not in ("adamw", "muon"):
             raise ValueError(f"{key}.algorithm must be adamw or muon, got {self.algorithm!r}")
+        if self.algorithm == "muon" and not hasattr(torch.optim, "Muon"):
+            raise ValueError(
+                f"{key}.algorithm must be adamw with torch {torch.__version__}, got 'muon', which "
+                "needs torch 2.9 or newer; set it to adamw, or pip install 'torch>=2.9'"
+            )
         if self.decay not in ("constant", "linear", "cosine"):
             raise ValueError(f"{key}.decay must be constant, linear or cosine, got {self.decay!r}")
 
@@ -74,7 +79,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     The groups are those of the two, so setting a rate in a group sets it in its optimizer.
     """
 
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
+    def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.AdamW):
         self.parts = {"muon": muon, "adamw": adamw}
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
 

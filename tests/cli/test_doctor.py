@@ -59,6 +59,16 @@ def test_kernels_that_give_a_wrong_value_are_broken(monkeypatch):
     assert first.level == "broken" and "gives a loss of" in first.text
 
 
+def test_a_library_newer_than_all_tested_ones_is_noted(monkeypatch):
+    needs = ["torch>=2.8", "transformers>=5.0,<6", "rich>=14"]
+    have = {"torch": "2.13.1+cpu", "transformers": "5.99.0", "rich": "99.0"}
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: needs)
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "0.1.0")
+    monkeypatch.setattr(doctor, "installed", have.get)
+    (note,) = [one for one in doctor.packages() if one.level == "note"]
+    assert note.text.startswith("transformers 5.99.0 is newer than all that mtp was tested with")
+
+
 def test_a_package_that_is_missing_or_too_old_is_broken(monkeypatch):
     needs = ["torch>=2.13", "rich>=14", "wandb>=0.31", 'mlflow-skinny>=3; extra == "mlflow"']
     have = {"torch": "2.1.0", "rich": "15.0.0"}

@@ -11,6 +11,7 @@ import torch
 from helpers import run_alone, tiny_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.dynamic_module_utils import get_relative_imports
 
 from mtp.config import RunConfig
 from mtp.hub import model_card
@@ -144,6 +145,14 @@ print(json.dumps(got))
         assert values["fast"] != values["slow"]
         for key in ("logits", "fast_logprobs", "slow_logprobs"):
             torch.testing.assert_close(torch.tensor(got[name][key]), torch.tensor(values[key]))
+
+
+def test_the_modeling_file_itself_imports_every_file_of_the_export(tmp_path):
+    """transformers before 5.8 copies the files that it imports, and none that those import."""
+    make(tmp_path / "out")
+    files = {path.stem for path in (tmp_path / "out").glob("*.py")} - {"modeling_mtp"}
+    assert set(get_relative_imports(tmp_path / "out" / "modeling_mtp.py")) == files
+    assert {"decode_state", "versions"} <= files
 
 
 def test_the_trusting_door_searches_as_here_where_mtp_is_not_importable(tmp_path):

@@ -5,6 +5,7 @@ import torch
 from helpers import CLOSE, EOS, HEADS, PAD, tiny_model
 
 from mtp.modeling.phases import PhasePlan
+from mtp.modeling.versions import set_activation_checkpointing
 from mtp.training.batch import within_draft_vocabulary
 from mtp.training.collate import collate_text
 from mtp.training.objectives import ObjectiveConfig
@@ -68,7 +69,7 @@ def test_recomputing_layers_in_the_backward_changes_no_gradient(family):
     objective = ObjectiveConfig(main_ce=MainCE(weight=1.0), head_ce=HeadCE(weight=1.0))
     model = tiny_model(family).train()
     plain = gradients(model, objective, 1.0)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    set_activation_checkpointing(model, True)
     recomputed = gradients(model, objective, 1.0)
     for name, grad in plain.items():
         assert torch.allclose(grad, recomputed[name], atol=1e-5), name

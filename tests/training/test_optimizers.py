@@ -9,6 +9,10 @@ from helpers import tiny_model
 from mtp.training.optimizers import OptimizerConfig, build_optimizer, set_lr, split_parameters
 from mtp.training.sharding import load_optimizer
 
+needs_muon = pytest.mark.skipif(
+    not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on"
+)
+
 
 def gradients(model: torch.nn.Module, seed: int) -> None:
     """A random gradient for every parameter."""
@@ -17,6 +21,7 @@ def gradients(model: torch.nn.Module, seed: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
+@needs_muon
 def test_muon_moves_hidden_matrices_by_orthogonal_steps_and_adamw_the_rest():
     model = tiny_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -38,6 +43,7 @@ def test_muon_moves_hidden_matrices_by_orthogonal_steps_and_adamw_the_rest():
             assert torch.allclose(step, 1e-2 * parameter.grad.sign(), atol=1e-4), name
 
 
+@needs_muon
 def test_a_restored_optimizer_goes_on_alike():
     config = OptimizerConfig(algorithm="muon", lr=1e-2)
     models = [tiny_model(), tiny_model()]
@@ -56,6 +62,7 @@ def test_a_restored_optimizer_goes_on_alike():
         assert torch.equal(one, other)
 
 
+@needs_muon
 def test_a_resumed_muon_follows_the_schedule():
     """The rate set after loading reaches the parts that step, as in `run_stage`."""
     config = OptimizerConfig(algorithm="muon", lr=1e-2, muon_lr_ratio=2.0)
@@ -71,6 +78,7 @@ def test_a_resumed_muon_follows_the_schedule():
     assert rates == {"muon": 6e-3, "adamw": 3e-3}
 
 
+@needs_muon
 def test_muon_is_refused_where_a_layers_experts_are_one_parameter():
     experts = torch.nn.Parameter(torch.zeros(4, 16, 8))
     convolution = torch.nn.Parameter(torch.zeros(16, 1, 4))
@@ -82,3 +90,12 @@ def test_muon_is_refused_where_a_layers_experts_are_one_parameter():
         build_optimizer(parameters, muon)
     adamw = build_optimizer(parameters, OptimizerConfig(weight_decay=0.1))
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.1]
+
+
+def test_muon_is_refused_where_torch_has_none(monkeypatch):
+    OptimizerConfig(algorithm="adamw").validate("stages.rl.optimizers.main")
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(
+        ValueError, match=r"stages\.rl\.optimizers\.main\.algorithm must be adamw .*2\.9"
+    ):
+        OptimizerConfig(algorithm="muon").validate("stages.rl.optimizers.main")

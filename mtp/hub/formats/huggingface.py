@@ -45,6 +45,12 @@ def write_code(model: Any, folder: Path) -> None:
         folder / "config.json",
         auto_map={"AutoModelForCausalLM": f"{MODELING.stem}.{type(model).__name__}"},
     )
-    for file in [MODELING, *map(Path, get_relative_import_files(MODELING))]:
-        shutil.copyfile(file, folder / file.name)
+    needed = sorted(set(map(Path, get_relative_import_files(MODELING))))
+    for path in [MODELING, *needed]:
+        shutil.copyfile(path, folder / path.name)
+    with (folder / MODELING.name).open("a") as file:
+        file.write(
+            "\n\n# transformers before 5.8 copies only the files that this one itself imports.\n"
+            + "".join(f"from .{path.stem} import __name__ as _  # noqa\n" for path in needed)
+        )
     write_outside_head(model.mtp_settings.type, folder)
