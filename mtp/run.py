@@ -74,6 +74,8 @@ class Run:
     """The model as the current stage wraps it, see `step_module.wrap`; None before the first."""
     has_warned: bool = False
     """True after the warning that sampler and replay disagree."""
+    has_warned_of_grace: bool = False
+    """True after the warning that a step takes longer than `grace_seconds`."""
 
     @cached_property
     def windows(self) -> LengthWindows:

@@ -24,6 +24,7 @@ LAUNCHERS = {
     "joblib": "hydra-joblib-launcher",
     "submitit_local": "hydra-submitit-launcher",
     "submitit_slurm": "hydra-submitit-launcher",
+    "ray": "hydra-ray-launcher",
 }
 """Launchers of conf/sweep that are separate packages."""
 
