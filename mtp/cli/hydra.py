@@ -194,7 +194,7 @@ class SweepCallback(Callback):
         if config.hydra.runtime.choices["hydra/sweeper"] == "optuna":
             found: Any = OmegaConf.load(folder / "optimization_results.yaml")
             best = ", ".join(f"{key}={value}" for key, value in found["best_params"].items())
-            print(f"best accuracy, {found['best_value']:.1%}: {best}")
+            print(f"best accuracy, {100 * found['best_value']:.1f} %: {best}")
         if num_failed:
             sys.exit(1)
 
