@@ -51,7 +51,7 @@ def start_sweep(slurm: dict[str, str], folder: Path, *arguments: str) -> subproc
     )
 
 
-def until(condition, process: subprocess.Popen, seconds: float = 300) -> None:
+def until(condition, process: subprocess.Popen, seconds: float = 900) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0]
@@ -63,7 +63,7 @@ def until(condition, process: subprocess.Popen, seconds: float = 300) -> None:
 def test_a_sweep_on_slurm(tmp_path, slurm):
     arguments = ["hydra.launcher.cpus_per_task=1", "seed=1,2", "stages.main.steps=1"]
     process = start_sweep(slurm, tmp_path, *arguments)
-    said, _ = process.communicate(timeout=600)
+    said, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, said
     assert [job.status for job in read_jobs(tmp_path)] == ["done", "done"]
     assert "2 seeds" in said
@@ -100,7 +100,7 @@ def test_a_job_that_is_preempted_and_meets_its_time_limit_ends_with_the_bits_of_
     command("scontrol", "update", f"JobId={number}", "TimeLimit=1")
     until(lambda: said("Requeued job") + said("this job is") > 1, process)
     command("scontrol", "update", f"JobId={number}", "TimeLimit=60")
-    printed, _ = process.communicate(timeout=600)
+    printed, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, printed
     assert said("resumed in stage main at its step") >= 2
 
