@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 
 GRACE = 10.0
 """Seconds in which a job whose launcher has ended may finish its step and save a checkpoint."""
@@ -21,7 +22,8 @@ def end_with(process: int, line: str) -> None:
 
     def watch() -> None:
         wait_for_end(process)
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # the reader of its output has often ended, too
+            print(f"error: {line}", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE)
         os._exit(1)

@@ -71,12 +71,13 @@ def test_a_sweep_on_slurm(tmp_path, slurm):
 
 @pytest.mark.slow
 def test_a_job_that_is_preempted_and_meets_its_time_limit_ends_with_the_bits_of_a_whole_run(
-    tmp_path, slurm
+    tmp_path, slurm, request
 ):
     """Both signals reach the job within its first stage, which saves no checkpoint by itself."""
     steps = ["stages.main.steps=400", "stages.main.examples.batch_size=64"]
     cpus = f"hydra.launcher.cpus_per_task={os.cpu_count()}"
     process = start_sweep(slurm, tmp_path / "sweep", "seed=3", cpus, *steps)
+    request.addfinalizer(process.kill)
     job, output = tmp_path / "sweep" / "seed=3", tmp_path / "sweep" / ".submitit"
 
     def steps_done() -> int:
