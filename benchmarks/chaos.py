@@ -1,12 +1,18 @@
 """Kill a run at random and at named moments, resume it, compare it with one that was not killed.
 
     python benchmarks/chaos.py --kills 40 [--seed 1] [--json]
+    python benchmarks/chaos.py --kills 20 --ranks 2 --strategy fsdp2
+    python benchmarks/chaos.py --kills 20 --signal TERM
 
-A small four-stage run is started in a process of its own and ended by SIGKILL: after a random time,
+A small four-stage run is started in processes of its own, and one of them is ended by SIGKILL, or
+gets a signal that asks it to stop: after a random time,
 or at a named moment (the n-th call of a function: a step, a checkpoint half written, an evaluation,
 a rollout, the export). It is resumed with `resume=auto`, perhaps killed again, and must end with
 the very bits of the whole run: weights of every stage, metrics, completions, summary and export.
 Clocks (seconds, tokens per second) are left out of the comparison.
+
+With several ranks the others must end by themselves. A run that stops at a signal with a checkpoint
+counts as killed, too.
 
 Prints one line per kill, and with --json `{"kills", "bit_equal", "stages"}`: kills by the stage in
 which the run died. Exit code 1 unless every run is bit equal.
@@ -18,10 +24,12 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +79,14 @@ MOMENTS = {
     "start": ("mtp.run", "save_run_config", 1),
 }
 """Named moments: module, function, and up to which call of it a kill is placed."""
+OF_EVERY_RANK = ("step", "update", "rollout", "evaluation", "end of stage")
+"""Moments that every rank has; the first alone writes files."""
+STOPPED = 130
+"""Exit code of a run that has stopped at a signal, with a checkpoint."""
 
 
-def compose(folder: Path) -> Any:
-    """The config of the run."""
+def compose(folder: Path, more: list[str]) -> Any:
+    """The config of the run, with more overrides."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
@@ -83,12 +95,12 @@ def compose(folder: Path) -> Any:
 
     register_configs()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return to_run_config(hydra_compose("train", [*OVERRIDES, f"run_dir={folder}"]))
+        return to_run_config(hydra_compose("train", [*OVERRIDES, *more, f"run_dir={folder}"]))
 
 
-def die_at(module: str, name: str, call: int, inside: bool) -> None:
-    """Let this process kill itself at the given call of a function: before it, or after its work
-    and before its caller continues.
+def die_at(number: int, module: str, name: str, call: int, inside: bool) -> None:
+    """Let this process send itself a signal at the given call of a function: before it, or after
+    its work and before its caller continues.
     """
     import importlib
 
@@ -100,18 +112,34 @@ def die_at(module: str, name: str, call: int, inside: bool) -> None:
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         seen.append(1)
-        if len(seen) == call and not inside:
-            os.kill(os.getpid(), signal.SIGKILL)
+        is_call = len(seen) == call  # the function may call itself
+        if is_call and not inside:
+            os.kill(os.getpid(), number)
         result = original(*args, **kwargs)
-        if len(seen) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if is_call and inside:
+            os.kill(os.getpid(), number)
         return result
 
     setattr(owner, last, counted)
 
 
-def start(folder: Path, log: Path, plan: tuple[str, str, int, bool] | None) -> int:
-    """Fork a process that runs the run, with a planned death or none. Returns its pid."""
+def start(folder: Path, log: Path, more: list[str], ranks: int, plan: "Plan | None") -> list[int]:
+    """Fork the processes of a run, one of them perhaps with a planned death. Returns their pids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        start_rank(
+            rank, port, folder, log, more, ranks, plan if plan and plan.rank == rank else None
+        )
+        for rank in range(ranks)
+    ]
+
+
+def start_rank(
+    rank: int, port: int, folder: Path, log: Path, more: list[str], ranks: int, plan: "Plan | None"
+) -> int:
+    """Fork one process of a run. Returns its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -120,12 +148,18 @@ def start(folder: Path, log: Path, plan: tuple[str, str, int, bool] | None) -> i
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        if plan is not None:
-            die_at(*plan)
-        from mtp.trainer import train
+        if ranks > 1:
+            os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_PORT": str(port)}
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+        if plan is not None and plan.at is not None:
+            die_at(plan.number, *plan.at)
+        from mtp.trainer import Interrupted, train
 
-        train(compose(folder))
-        code = 0
+        try:
+            train(compose(folder, more))
+            code = 0
+        except Interrupted:
+            code = STOPPED
     except BaseException:
         import traceback
 
@@ -135,17 +169,23 @@ def start(folder: Path, log: Path, plan: tuple[str, str, int, bool] | None) -> i
     return 0  # not reached
 
 
-def wait(pid: int, seconds: float | None = None) -> int:
-    """Wait for a process, killing it after some seconds. Returns minus its signal, or its code."""
-    deadline = None if seconds is None else time.monotonic() + seconds
-    while True:
-        done, status = os.waitpid(pid, 0 if deadline is None else os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if deadline is not None and time.monotonic() > deadline:
-            os.kill(pid, signal.SIGKILL)
+def wait(pids: list[int], plan: "Plan | None" = None) -> bool:
+    """Wait for the processes of a run, sending a plan's signal after its time. True if it has
+    ended; False if it has died, or stopped.
+    """
+    deadline = time.monotonic() + plan.after if plan and plan.after is not None else None
+    codes: dict[int, int] = {}
+    while len(codes) < len(pids):
+        for pid in set(pids) - codes.keys():
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        if plan and deadline is not None and time.monotonic() > deadline:
             deadline = None
+            if pids[plan.rank] not in codes:
+                os.kill(pids[plan.rank], plan.number)
         time.sleep(0.002)
+    return not any(codes.values())
 
 
 def stage_of(folder: Path) -> str:
@@ -201,22 +241,48 @@ def without_seconds(card: str) -> list[str]:
     ]
 
 
-def plan_of(kill: int, seed: int, seconds: float) -> tuple[str, Any]:
-    """A planned death: at a named moment's call, or after a time in seconds."""
+@dataclass(frozen=True)
+class Plan:
+    """A planned death of one process of a run."""
+
+    moment: str
+    rank: int
+    number: int
+    """The signal."""
+    after: float | None = None
+    """Seconds after its start; None: at a named moment."""
+    at: tuple[str, str, int, bool] | None = None
+    """Arguments of `die_at`."""
+
+
+def plan_of(kill: int, seed: int, seconds: float, ranks: int, number: int) -> Plan:
+    """The planned death of a kill: at a named moment's call, or after a time."""
     rng = random.Random(f"{seed}/{kill}")
     if kill % 3 == 2:
-        return "random time", rng.uniform(0.1, seconds)
+        after = rng.uniform(0.1, seconds)
+        return Plan("random time", rng.randrange(ranks), number, after=after)
     moment = list(MOMENTS)[(kill - kill // 3) % len(MOMENTS)]
     module, name, most = MOMENTS[moment]
-    return moment, (module, name, rng.randint(1, most), rng.random() < 0.5)
+    at = (module, name, rng.randint(1, most), rng.random() < 0.5)
+    rank = rng.randrange(ranks) if moment in OF_EVERY_RANK else 0
+    return Plan(moment, rank, number, at=at)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=40, metavar="N", help="default 40")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the moments")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes; default 1")
+    parser.add_argument("--strategy", default="auto", help="of several ranks: ddp or fsdp2")
+    signals = ("KILL", "TERM", "USR1", "USR2", "INT")
+    parser.add_argument("--signal", choices=signals, default="KILL", help="default KILL")
     add_json_option(parser)
     arguments = parser.parse_args()
+    number = signal.Signals[f"SIG{arguments.signal}"]
+    ranks, seed = arguments.ranks, arguments.seed
+    more = [f"fabric.devices={ranks}", f"fabric.strategy={arguments.strategy}"]
+
+    import mtp.trainer  # noqa: F401  # once, for all processes that are forked
 
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     stages: Counter[str] = Counter()
@@ -224,30 +290,28 @@ def main() -> int:
     try:
         whole = folder / "whole"
         began = time.monotonic()
-        if wait(start(whole, folder / "whole.log", None)):
+        if not wait(start(whole, folder / "whole.log", more, ranks, None)):
             raise SystemExit(f"the whole run failed:\n{(folder / 'whole.log').read_text()}")
         seconds = time.monotonic() - began
-        number = 0
+        at = 0
         while kill < arguments.kills:
-            number += 1
-            run, log = folder / f"run{number}", folder / f"run{number}.log"
+            at += 1
+            run, log = folder / f"run{at}", folder / f"run{at}.log"
             died: list[str] = []
             # One run in four is killed again after it was resumed.
-            for turn in range(2 if number % 4 == 3 and kill + 1 < arguments.kills else 1):
-                moment, how = plan_of(2 * number + turn, arguments.seed, seconds)
-                is_timed = isinstance(how, float)
-                pid = start(run, log, None if is_timed else how)
-                code = wait(pid, how if is_timed else None)
-                if code != -signal.SIGKILL:
+            for turn in range(2 if at % 4 == 3 and kill + 1 < arguments.kills else 1):
+                plan = plan_of(2 * at + turn, seed, seconds, ranks, number)
+                if wait(start(run, log, more, ranks, plan), plan):
                     break  # it ended before its moment came
-                died.append(f"{moment} in {stage_of(run)}")
+                where = f"{plan.moment} in {stage_of(run)}"
+                died.append(where if ranks == 1 else f"{where}, rank {plan.rank}")
                 stages[stage_of(run)] += 1
             kill += len(died)
             if not died:
                 shutil.rmtree(run, ignore_errors=True)
                 continue
-            code = wait(start(run, log, None))
-            found = differences(run, whole) if code == 0 else [f"resuming failed, see {log}"]
+            has_ended = wait(start(run, log, more, ranks, None))
+            found = differences(run, whole) if has_ended else [f"resuming failed, see {log}"]
             num_equal += len(died) if not found else 0
             print(f"{kill:4} {', then '.join(died)}: {', '.join(found) or 'bit equal'}", flush=True)
             if found:

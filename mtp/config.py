@@ -51,6 +51,10 @@ class RunConfig:
     run."""
     checkpoint_minutes: float = bounded(10.0, at_least=0)
     """Minutes between two checkpoints within a stage."""
+    grace_seconds: float = bounded(0.0, at_least=0)
+    """Seconds that a cluster leaves between the signal that asks a run to stop and its end. The run
+    warns once if a step or an evaluation takes longer, since the signal could not be obeyed in
+    time. 0: not known."""
     kernels: str = "auto"
     """Implementation of the output-layer ops: `auto` (triton on a GPU, else torch), `triton`,
     `torch` or `reference`."""

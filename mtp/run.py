@@ -78,6 +78,8 @@ class Run:
     """Rollouts of the checkpoint that the run continues from, which were asked for ahead."""
     has_warned: bool = False
     """True after the warning that sampler and replay disagree."""
+    has_warned_of_grace: bool = False
+    """True after the warning that a step takes longer than `grace_seconds`."""
 
     @cached_property
     def windows(self) -> LengthWindows:

@@ -23,14 +23,15 @@ chmod 755 "$dir"
 head -c 1024 /dev/urandom >"$dir/munge.key"
 chmod 400 "$dir/munge.key"
 host=$(hostname -s)
+port=$((20000 + $$ % 10000 * 2))  # two tests may run at the same time
 preempt=""
 version=$(slurmctld -V | grep -oE '[0-9]+' | head -1)
 [ "$version" -lt 23 ] || preempt="PreemptParameters=send_user_signal"
 cat >"$dir/slurm.conf" <<EOF
 ClusterName=one
 SlurmctldHost=$host(127.0.0.1)
-SlurmctldPort=16817
-SlurmdPort=16818
+SlurmctldPort=$port
+SlurmdPort=$((port + 1))
 AuthType=auth/munge
 AuthInfo=socket=$dir/munge.socket
 SlurmUser=root

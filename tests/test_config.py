@@ -110,6 +110,13 @@ def test_every_sweep_chooses_its_launcher(sweep):
     assert config.hydra.runtime.choices["hydra/launcher"] == sweep
     if sweep == "submitit_slurm":
         assert config.hydra.launcher.max_num_timeout > 0, "a preempted job would not run again"
+        assert config.grace_seconds == config.hydra.launcher.signal_delay_s
+
+
+def test_optuna_raises_the_accuracy_and_proposes_the_same_values_again():
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    sweeper = composed("sweeper=optuna").hydra.sweeper
+    assert (sweeper.direction, sweeper.sampler.seed) == ("maximize", 1)
 
 
 def test_a_single_run_does_not_resume_and_belongs_to_no_group():
@@ -232,12 +239,15 @@ def test_a_mistake_in_an_experiment_names_the_file(tmp_path):
     assert line == "conf/experiment/mine.yaml: unknown key stages.main.stpes; did you mean steps?"
 
 
-def test_a_launcher_that_is_not_installed_says_what_to_install():
-    error = MissingConfigException("", "hydra/launcher/submitit_slurm", ["basic"])
-    assert one_line(error) == (
-        "sweep=submitit_slurm needs the package hydra-submitit-launcher; install the launchers "
-        "with: pip install '.[sweep]'"
-    )
+def test_a_launcher_or_sweeper_that_is_not_installed_says_what_to_install():
+    for group, key, name, package in (
+        ("launcher", "sweep", "submitit_slurm", "hydra-submitit-launcher"),
+        ("sweeper", "sweeper", "optuna", "hydra-optuna-sweeper"),
+    ):
+        assert one_line(MissingConfigException("", f"hydra/{group}/{name}", ["basic"])) == (
+            f"{key}={name} needs the package {package}; install the launchers and sweepers with: "
+            "pip install '.[sweep]'"
+        )
 
 
 def test_errors_of_other_libraries_keep_their_traceback():

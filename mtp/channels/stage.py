@@ -20,7 +20,7 @@ from ..reports.progress import StageProgress
 from ..rollouts.advantage import GroupRewards
 from ..rollouts.prompt_format import PromptFormat
 from ..run import Run, StageRun, next_examples
-from ..stages.checkpointing import interrupted, save_run, stop_signal
+from ..stages.checkpointing import check_grace, interrupted, save_run, stop_signal
 from ..stages.evaluation import record
 from ..training.optimizers import build_optimizer, set_lr, split_parameters
 from ..training.runtime import NotFinite
@@ -179,6 +179,7 @@ def train_stage(run: Run, stage: StageRun) -> None:
             if asked is not None or (is_due and not is_last):
                 save_run(run, stage.optimizers)
                 saved = time.monotonic()
+            check_grace(run, f"step {step + 1} of stage {name}", step_began)
             if asked is not None:
                 raise interrupted(
                     run, f"in stage {name} after step {step + 1} of {config.steps}", asked
@@ -273,7 +274,7 @@ def measured(run: Run, num_problems: int) -> dict[str, Any]:
 
 def end_stage(run: Run, stage: StageRun) -> None:
     """Save the model at the end of the stage, evaluate it, and advance to the next stage."""
-    progress, name = run.progress, stage.name
+    progress, name, began = run.progress, stage.name, time.monotonic()
     save_atomically(
         run.stage_folder(name),
         partial(save_channel, run.model, run.fmt, run.config.channel.name),
@@ -285,3 +286,4 @@ def end_stage(run: Run, stage: StageRun) -> None:
     progress.stage, progress.step, progress.stage_seconds = progress.stage + 1, 0, 0.0
     progress.is_trained, progress.best_accuracy = False, 0.0
     save_run(run, {})
+    check_grace(run, f"the evaluation of stage {name}", began)

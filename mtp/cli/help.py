@@ -8,7 +8,10 @@ import textwrap
 from pathlib import Path
 
 WIDTH = 100
-GROUPS = ("experiment", "model", "head", "task", "decoding", "fabric", "logger", "sweep", "study")
+GROUPS = (
+    "experiment", "model", "head", "task", "decoding", "fabric", "logger", "sweep", "sweeper",
+    "study",
+)  # fmt: skip
 """Groups of conf/, sorted by how often they are used."""
 
 PROGRAM = "python train.py"

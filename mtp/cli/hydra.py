@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import re
 import sys
@@ -22,9 +21,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from ..common.errors import in_quotes, one_line
 from ..common.files import save_text
 from ..common.process import run_command
+from ..common.watch import end_with
 from ..config import RunConfig, to_run_config
 from ..reports.loggers import SINKS
 from ..tasks import TASK_CONFIGS
+from .code_copy import check_code, run_from_copy, this_code
 
 
 def compose_and_run(arguments: list[str], conf: Path) -> None:
@@ -33,20 +34,33 @@ def compose_and_run(arguments: list[str], conf: Path) -> None:
     A sweep runs each of its jobs, or gives them to a launcher.
     """
     register_configs()
-    given = list(sys.argv)
+    given, submitted, launcher = list(sys.argv), this_code().name, os.getpid()
 
     def task(config: DictConfig) -> float | None:
-        """A run, or a job of a sweep; a sweeper may maximise the accuracy that it returns."""
+        """A run, or a job of a sweep; a sweeper may maximise the accuracy that it returns.
+
+        Launchers send it to other processes, with the values of this one.
+        """
         sys.argv = given  # a strategy of several processes starts the same command again
         overrides = job_overrides()
         if overrides is None:
             code = run_command(lambda: run(config))  # Hydra would print its own message
             return sys.exit(code) if code else None
-        return run_job(lambda: run(config), Path(config.run_dir), overrides)
+        begin_job(launcher)
+
+        def job() -> float | None:
+            check_code(submitted)
+            return run(config)
+
+        return run_job(job, Path(config.run_dir), overrides)
 
     sys.argv = [given[0], *arguments]  # where Hydra reads them
     try:
         hydra.main(version_base="1.3", config_path=str(conf), config_name="train")(task)()
+    except ValueError as error:
+        if "No trials are completed" in str(error):  # Optuna's, which has no best job then
+            raise ValueError("no job of the sweep has ended well; mend the errors above") from None
+        raise
     finally:
         sys.argv = given
 
@@ -78,7 +92,7 @@ def register_configs() -> None:
     for name, kind in SINKS.items():
         package = f"logger.sinks.{name}"
         store.store(group="logger", name=f"{name}_schema", node=kind.config, package=package)
-    for resolver in (in_sweep, run_folder, job_folder, variant_folder, sweep_name):
+    for resolver in (in_sweep, run_folder, job_folder, variant_folder, sweep_name, code_folder):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
@@ -100,6 +114,11 @@ def run_folder(name: str) -> str:
 def sweep_name() -> str | None:
     """`${sweep_name:}` is the name of a sweep's folder; None outside of one."""
     return Path(HydraConfig.get().runtime.output_dir).parent.name if in_sweep(True, False) else None
+
+
+def code_folder() -> str:
+    """`${code_folder:}` is the folder that `mtp` is imported from: in a sweep, its copy."""
+    return str(this_code())
 
 
 def job_folder(overrides: str, number: int) -> str:
@@ -154,6 +173,7 @@ class SweepCallback(Callback):
                 file=sys.stderr,
             )
             sys.exit(2)
+        run_from_copy(Path(config.hydra.sweep.dir), sys.argv[1:])
         fixed, launcher = ",".join(sorted(given - swept)), config.hydra.launcher
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.overrides.hydra.append(
@@ -166,10 +186,16 @@ class SweepCallback(Callback):
         print(f"sweep over {', '.join(sorted(swept)) or 'nothing'}: {folder}{logs}", flush=True)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print the table; exit with code 1 if a job failed."""
+        """Print the table, and the values that Optuna found; exit with code 1 if a job failed."""
         from ..reports.sweep import report
 
-        if report(Path(config.hydra.sweep.dir)):
+        folder = Path(config.hydra.sweep.dir)
+        num_failed = report(folder)
+        if config.hydra.runtime.choices["hydra/sweeper"] == "optuna":
+            found: Any = OmegaConf.load(folder / "optimization_results.yaml")
+            best = ", ".join(f"{key}={value}" for key, value in found["best_params"].items())
+            print(f"best accuracy, {100 * found['best_value']:.1f} %: {best}")
+        if num_failed:
             sys.exit(1)
 
 
@@ -178,8 +204,8 @@ def run_job(
 ) -> float | None:
     """Run a sweep's job and return its value.
 
-    An exception is printed and written to `job.json`, and the value is NaN, so that the other jobs
-    of the sweep run and the table lists the error.
+    An exception is printed and written to `job.json`, and the value is None, so that the other jobs
+    of the sweep run and the table lists the error. Optuna counts the job as failed.
     """
     note_job(folder, overrides, None)
     try:
@@ -191,7 +217,20 @@ def run_job(
             line = f"{type(error).__name__}: {error}".splitlines()[0]
         print(f"error: {folder.name}: {line}", file=sys.stderr)
         note_job(folder, overrides, line)
-        return math.nan
+        return None
+
+
+def begin_job(launcher: int) -> None:
+    """Prepare the process of a job: its working folder, and its end if its launcher ends.
+
+    launcher: process that started the sweep.
+    """
+    hydra = HydraConfig.get()
+    os.chdir(hydra.runtime.cwd)  # Ray starts processes wherever it was started itself
+    # Slurm's jobs outlive the command that submitted them; Ray ends its own.
+    if hydra.runtime.choices["hydra/launcher"] in ("joblib", "submitit_local"):
+        line = f"process {launcher}, which started the sweep, has ended; start it again to continue"
+        end_with(launcher, line)
 
 
 def note_job(folder: Path, overrides: dict[str, str], error: str | None) -> None:

@@ -20,12 +20,14 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-LAUNCHERS = {
+PLUGINS = {
     "joblib": "hydra-joblib-launcher",
     "submitit_local": "hydra-submitit-launcher",
     "submitit_slurm": "hydra-submitit-launcher",
+    "ray": "hydra-ray-launcher",
+    "optuna": "hydra-optuna-sweeper",
 }
-"""Launchers of conf/sweep that are separate packages."""
+"""Launchers of conf/sweep and sweepers of conf/sweeper that are separate packages."""
 
 
 OURS = ("__main__", "hydra", "mtp", "mtp_kernels")
@@ -160,10 +162,11 @@ def in_quotes(value: str) -> str:
 def _unknown_choice(path: str, options: Iterable[str]) -> str:
     """Message for an unknown option of a config group; `path` is group/option."""
     group, _, option = path.rpartition("/")
-    if group == "hydra/launcher" and option in LAUNCHERS:
+    if group in ("hydra/launcher", "hydra/sweeper") and option in PLUGINS:
+        key = "sweep" if group == "hydra/launcher" else "sweeper"
         return (
-            f"sweep={option} needs the package {LAUNCHERS[option]}; install the launchers with: "
-            "pip install '.[sweep]'"
+            f"{key}={option} needs the package {PLUGINS[option]}; install the launchers and "
+            "sweepers with: pip install '.[sweep]'"
         )
     shown = [name for name in options if not name.endswith("_schema")]
     return f"{group}={option} is not a choice{_closest(option, shown)}"

@@ -1,6 +1,7 @@
 """Checkpoints of a run, and the signals that end a run with one."""
 
 import signal
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 
@@ -59,6 +60,23 @@ def stop_if_asked(run: Run, where: str) -> None:
     asked = stop_signal(run)
     if asked is not None:
         raise interrupted(run, where, asked)
+
+
+def check_grace(run: Run, work: str, began: float) -> None:
+    """Warn once if work that a signal cannot stop has taken longer than the grace period.
+
+    began: time in seconds, by `time.monotonic`, at which the work began.
+    """
+    seconds, grace = time.monotonic() - began, run.config.grace_seconds
+    if not grace or seconds <= grace or run.has_warned_of_grace:
+        return
+    run.has_warned_of_grace = True
+    run.console.print(
+        f"[yellow]warning: {work} took {seconds:.1f} s, longer than grace_seconds={grace:g}: a "
+        "signal that comes in between ends the run without a new checkpoint, and it resumes from "
+        "the one before; make steps and evaluations smaller, or the grace period longer (with "
+        "Slurm hydra.launcher.signal_delay_s)"
+    )
 
 
 def interrupted(run: Run, where: str, number: int) -> Interrupted:

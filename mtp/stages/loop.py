@@ -20,7 +20,7 @@ from ..training.sharding import load_optimizer, weights_of
 from ..training.stage import StageConfig
 from ..training.step_module import wrap
 from ..training.update import update
-from .checkpointing import interrupted, save_run, stop_signal
+from .checkpointing import check_grace, interrupted, save_run, stop_signal
 from .evaluation import evaluate_stage, has_learned, interim_evaluation
 from .numbers import Watch
 
@@ -111,6 +111,7 @@ def train_stage(run: Run, stage: StageRun) -> None:
             if asked is not None or is_best or (is_due and not is_last):
                 save_run(run, stage.optimizers, is_best)
                 saved = time.monotonic()
+            check_grace(run, f"step {step + 1} of stage {name}", step_began)
             if asked is not None:
                 raise interrupted(
                     run, f"in stage {name} after step {step + 1} of {config.steps}", asked
@@ -180,7 +181,7 @@ def headline(
 
 def end_stage(run: Run, stage: StageRun) -> None:
     """Save the model at the end of the stage, evaluate it, and advance to the next stage."""
-    progress, name = run.progress, stage.name
+    progress, name, began = run.progress, stage.name, time.monotonic()
     weights = weights_of(run.model, run.fabric.is_global_zero)
     if run.fabric.is_global_zero:
         save_atomically(
@@ -193,3 +194,4 @@ def end_stage(run: Run, stage: StageRun) -> None:
     progress.stage, progress.step, progress.stage_seconds = progress.stage + 1, 0, 0.0
     progress.is_trained, progress.best_accuracy = False, 0.0
     save_run(run, {})
+    check_grace(run, f"the evaluation of stage {name}", began)

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -232,31 +231,6 @@ def test_a_failing_job_does_not_stop_the_sweep_and_a_second_call_resumes(tmp_pat
 def test_launchers_of_this_machine(tmp_path, launcher):
     pytest.importorskip("hydra_plugins.hydra_" + launcher.partition("_")[0] + "_launcher")
     done = run_sweep(tmp_path, f"sweep={launcher}", "seed=1,2")
-    assert done.returncode == 0, done.stderr
-    assert [job.status for job in read_jobs(tmp_path)] == ["done", "done"]
-    assert "2 seeds" in done.stdout
-
-
-@pytest.fixture
-def slurm(tmp_path_factory):
-    """The SLURM_CONF of a Slurm of one node."""
-    if os.geteuid() != 0 or not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))):
-        pytest.skip("needs root and Debian's slurm-wlm and munge")
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    folder, script = tmp_path_factory.mktemp("slurm"), str(ROOT / "tests" / "slurm_one_node.sh")
-    started = subprocess.run([script, "start", str(folder)], capture_output=True, text=True)
-    try:
-        if started.returncode:
-            pytest.skip(f"Slurm does not start on this machine: {started.stderr.strip()}")
-        yield str(folder / "slurm.conf")
-    finally:
-        subprocess.run([script, "stop", str(folder)], check=True)
-
-
-@pytest.mark.slow
-def test_a_sweep_on_slurm(tmp_path, slurm):
-    arguments = ["sweep=submitit_slurm", "hydra.launcher.cpus_per_task=1", "seed=1,2"]
-    done = run_sweep(tmp_path, *arguments, SLURM_CONF=slurm)
     assert done.returncode == 0, done.stderr
     assert [job.status for job in read_jobs(tmp_path)] == ["done", "done"]
     assert "2 seeds" in done.stdout
