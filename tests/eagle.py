@@ -5,6 +5,7 @@ import json
 import torch
 from helpers import tiny_config
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.modeling_mtp import family_class
@@ -69,3 +70,19 @@ def plain_logits(folder, hidden, embed, text, block):
         rows.append(linear(norm(x[-1], "norm"), "lm_head"))
         features = torch.cat([features, x[-1:]])
     return torch.stack(rows)
+
+
+@torch.no_grad()
+def logits_of_head(model, text, block):
+    """[K, W] logits of the rows of the head's output layer after a text."""
+    tokens, anchor = torch.tensor([text]), torch.tensor([len(text) - 1])
+    rows = model.replay(tokens, anchor, torch.tensor([block]))
+    return rows.head_output.row_logits(rows.head_hidden[0])
+
+
+@torch.no_grad()
+def states_of_main(folder, layers, text):
+    """[T, taps * D] hidden states of main as it is exported, and its embeddings."""
+    main = AutoModelForCausalLM.from_pretrained(folder)
+    hidden = main(torch.tensor([text]), output_hidden_states=True).hidden_states
+    return torch.cat([hidden[layer][0] for layer in layers], -1), main.get_input_embeddings().weight

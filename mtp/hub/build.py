@@ -25,6 +25,7 @@ from ..rollouts.rollout import DecodingConfig
 from ..rollouts.tokenization import add_delimiters
 from ..tasks.base import Task
 from .draft_vocabulary import choose_draft_vocabulary
+from .native_mtp import start_from_native
 from .outside_head import outside_head
 from .pretrained import (
     blame,
@@ -124,6 +125,8 @@ def build_model(
     model.generation_config = generation_config(fmt, decoding.phases)
     if not has_head(config):
         start_from_main(model)
+        if config.source is not None and config.gguf_file is None:
+            start_from_native(model, source_folder(config.source))
         choose_draft_vocabulary(model, fmt, task, config.draft_tokens)
     elif config.draft_tokens is not None:
         raise ValueError(

@@ -84,8 +84,11 @@ def main_card(
     summary: dict[str, Any],
     config: Any,
     gguf_file: str | None = None,
+    with_mtp_layer: bool = False,
 ) -> str:
-    """README.md of main without its head: how to open it, metrics, provenance, limits."""
+    """README.md of main alone, or with its family's MTP layer: how to open it, metrics, provenance,
+    limits.
+    """
     prompt, wrong = sample_prompt(model, fmt, config)
     caveat = [f"The answer to this prompt, the best of {NUM_TRIED} that were tried, is wrong."]
     parts = [
@@ -93,12 +96,18 @@ def main_card(
         f"# {config.name}: main of a language model with an eavesdropping head",
         f"A causal language model ({_parameters(model)['main']:,} parameters, `"
         f"{model.config.model_type}`). It was trained as the main LLM of a model whose small head "
-        "reads its residual stream and writes further tokens of each forward pass. The head is "
-        "not in this folder: this model writes one token per pass, as in the slow mode of the "
-        "whole.",
+        "reads its residual stream and writes further tokens of each forward pass. "
+        + (
+            "The head is this model's MTP layer: transformers drafts a token of each pass with it "
+            "(`use_mtp=True`) and keeps it if main would have written it, so the text is that of "
+            "slow mode."
+            if with_mtp_layer
+            else "The head is not in this folder: this model writes one token per pass, as in the "
+            "slow mode of the whole."
+        ),
         "## Use",
         *(["`llama-cli -m model.gguf`, or with transformers:"] if gguf_file else []),
-        _snippet(fmt, prompt, head=False, gguf_file=gguf_file),
+        _snippet(fmt, prompt, head=False, gguf_file=gguf_file, with_mtp_layer=with_mtp_layer),
         *(caveat if "slow" in wrong else []),
         "## Measured",
         "Slow accuracy and slow passes are those of this folder; fast and verified mode need the "
@@ -110,6 +119,11 @@ def main_card(
         "\n".join(_limitations(config)),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def native_mtp_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: Any) -> str:
+    """README.md of main with its head as the MTP layer of its family."""
+    return main_card(model, fmt, summary, config, with_mtp_layer=True)
 
 
 def draft_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: Any) -> str:
@@ -167,9 +181,17 @@ def _listed(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names) or "none here"
 
 
-def _snippet(fmt: PromptFormat, prompt: str, *, head: bool, gguf_file: str | None = None) -> str:
+def _snippet(
+    fmt: PromptFormat,
+    prompt: str,
+    *,
+    head: bool,
+    gguf_file: str | None = None,
+    with_mtp_layer: bool = False,
+) -> str:
     """Python that loads the folder, with or without its head, and answers a prompt."""
     file = "" if gguf_file is None else f", gguf_file={json.dumps(gguf_file)}"
+    drafting = ", use_mtp=True" if with_mtp_layer else ""
     if not fmt.uses_template:
         tokenizer: Any = fmt.tokenizer
         shown, special = prompt + (fmt.opener or ""), ""
@@ -205,7 +227,7 @@ def _snippet(fmt: PromptFormat, prompt: str, *, head: bool, gguf_file: str | Non
     else:
         lines += [
             f"model = AutoModelForCausalLM.from_pretrained(folder{file})",
-            "print(tokenizer.decode(model.generate(**given)[0]))",
+            f"print(tokenizer.decode(model.generate(**given{drafting})[0]))",
         ]
     return "\n".join(["```python", *lines, "```"])
 

@@ -1,15 +1,8 @@
 """The draft head of EAGLE-3 (Li et al., arXiv 2503.01840), as servers of speculative decoding know.
 
 Three taps of main at a position are projected to one vector, the position's features. One
-transformer layer reads, for each position i, the features of i together with the token at i + 1,
-and attends to the same pairs of all earlier positions:
-
-    slot 1     features of main at the anchor a, and t_0
-    slot j     the layer's own output in slot j - 1 in place of main's features, and t_{j-1}
-
-Pairs of accepted tokens are kept in main's cache; what the head computed for its own slots is
-forgotten after the pass. Training unrolls the same slots, so the head learns from its own features
-too (the paper's training-time test).
+transformer layer reads pairs of features and the following token, see `pairs.py`. Training unrolls
+the slots, so the head learns from its own features too (the paper's training-time test).
 
 The head may write a part of the vocabulary only, the draft vocabulary: `lm_head` has a row for each
 of its tokens, and all others have probability 0. `d2t` [W] int64 is the token's id minus its row,
@@ -20,11 +13,12 @@ than query heads, biases, and a norm before the residual connection.
 
 Ships with checkpoints: imports torch, transformers and siblings only.
 
-Shapes: R rows of a pass, L tokens read, B texts, T time, N anchors, G cells (anchors, padded to the
-same number M for each text), J slots, S positions of a text that are kept, D main width, H head
-width, d width of an attention head, W draft vocabulary, V vocabulary.
+Shapes: B texts, G cells (anchors, padded to the same number M for each text), J slots, S positions
+of a text that are kept, D main width, H head width, d width of an attention head, W draft
+vocabulary, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, initialization
 
-from .heads import Embed, Head, HeadConfig, HeadLinear, HeadRMSNorm, Remember
+from .heads import HeadConfig, HeadLinear, HeadRMSNorm
+from .pairs import PairHead
 
 NORM_EPS = 1e-6
 """Epsilon of the norms."""
@@ -75,11 +70,10 @@ def rotated(states: Tensor, position: Tensor, theta: float) -> Tensor:
     return (states * cos + turned * sin).to(states.dtype)
 
 
-class Eagle3Head(Head):
+class Eagle3Head(PairHead):
     """One layer over the pairs of main's features and the following token."""
 
     options_class = Eagle3Options
-    num_cache_layers = 2  # keys and values; features, of which a later pass reads the last
 
     d2t: Tensor
     t2d: Tensor
@@ -196,7 +190,7 @@ class Eagle3Head(Head):
         self, features: Tensor, embeds: Tensor, position: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [., heads, J, d] of pairs: features and embeddings [., J, H] at
-        position [., J].
+        position [., J] of the features.
         """
         pairs = torch.cat([self.input_layernorm(embeds), self.hidden_norm(features)], -1)
         queries, keys, values = (
@@ -206,49 +200,14 @@ class Eagle3Head(Head):
         theta = self.theta
         return rotated(queries, position, theta), rotated(keys, position, theta), values
 
-    def observe(
-        self, taps: list[Tensor], tokens: Tensor, start: Tensor, embed: Embed, remember: Remember
-    ) -> list[Tensor]:
-        features = self.fc(torch.cat(taps, -1))
-        # The pair of a token holds the features before it, for the first token those of an earlier
-        # pass. A layer of the cache keeps features in two halves, as its keys and its values.
-        halves = remember(1, *(half[:, None] for half in features.chunk(2, -1)))
-        row = torch.arange(len(tokens), device=tokens.device)[:, None]
-        before = start[:, None] + torch.arange(-1, tokens.shape[1] - 1, device=tokens.device)
-        previous = torch.cat([half[row, 0, before.clamp(min=0)] for half in halves], -1)
-        _, keys, values = self.attention_states(previous, embed(tokens), before)
-        return [features, *remember(0, keys, values)]
+    def features(self, taps: Sequence[Tensor]) -> Tensor:
+        return self.fc(torch.cat(list(taps), -1))
 
-    def context(self, observed: list[Tensor], at: Tensor, position: Tensor) -> list[Tensor]:
-        features, keys, values = observed
-        row = torch.arange(len(at), device=at.device)
-        return [features[row, at], position, keys, values]
-
-    def replay_context(
-        self, taps: Tensor, tokens: Tensor, anchors: Tensor, embed: Embed
-    ) -> list[Tensor]:
-        num_texts, length = tokens.shape
-        features = self.fc(taps.flatten(-2))
-        previous = F.pad(features, (0, 0, 1, 0))[:, :length]
-        before = torch.arange(-1, length - 1, device=tokens.device)[None]
-        _, keys, values = self.attention_states(previous, embed(tokens), before)
-        flat = features.flatten(0, 1)
-        cells = cells_of(anchors // length, num_texts)
-        return [flat[anchors], anchors % length, keys, values, *cells]
-
-    def swapped(self, context: list[Tensor]) -> list[Tensor]:
-        """Features of another anchor; what the head keeps of earlier positions stays."""
-        features, *rest = context
-        return [*super().swapped([features]), *rest]
-
-    def forward(self, context: list[Tensor], embeds: Tensor | None) -> Tensor:
-        assert embeds is not None
-        features, position, keys, values, *cells = context
-        if not cells:
-            return self.step(context, embeds, 0, None)[0]
-        anchor, cell = cells
-        padded = [features[anchor], position[anchor], keys, values]
-        return self.step(padded, embeds[anchor], 0, None)[0][cell]
+    def keys_and_values(
+        self, features: Tensor, embeds: Tensor, position: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        _, keys, values = self.attention_states(features, embeds, position - 1)
+        return keys, values
 
     def step(
         self, context: list[Tensor], embeds: Tensor, slot: int, state: Any
@@ -296,20 +255,3 @@ def attend(
     grouped = of_text.view(num_texts, -1, num_heads, length).transpose(1, 2)
     mixed = (grouped @ values).transpose(1, 2).reshape(len(query), num_heads, width)
     return (mixed + (of_own[..., None] * own_values).sum(2)).flatten(1)
-
-
-def cells_of(text: Tensor, num_texts: int) -> tuple[Tensor, Tensor]:
-    """Pad anchors to the same number for each text: text [N] of each anchor.
-
-    Returns the anchor of each cell [G] (0 for an empty one, whose result nobody reads) and the cell
-    of each anchor [N].
-    """
-    count = text.bincount(minlength=num_texts)
-    order = text.argsort(stable=True)
-    nth = torch.arange(len(text), device=text.device) - (count.cumsum(0) - count)[text[order]]
-    most = int(count.max())
-    cell = torch.empty_like(text)
-    cell[order] = text[order] * most + nth
-    anchor = torch.zeros(num_texts * most, dtype=text.dtype, device=text.device)
-    anchor[cell] = torch.arange(len(text), device=text.device)
-    return anchor, cell

@@ -25,6 +25,7 @@ from transformers.utils import logging
 from .contract import check_config, find_decoder, why_whole_text
 from .eagle3 import Eagle3Head
 from .heads import HEADS, Head, HeadConfig, HeadLinear, HeadRMSNorm, register_head
+from .native_mtp import NativeMTPHead
 from .output_layer import OutputLayer
 from .search import MTPSearchMixin
 from .versions import wanted_states
@@ -32,6 +33,7 @@ from .versions import wanted_states
 logger = logging.get_logger(__name__)
 
 register_head("eagle3", Eagle3Head)
+register_head("native_mtp", NativeMTPHead)
 
 
 class _ScaleGradient(torch.autograd.Function):

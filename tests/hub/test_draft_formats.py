@@ -5,11 +5,10 @@ import json
 
 import pytest
 import torch
-from eagle import eagle_model, plain_logits
+from eagle import eagle_model, logits_of_head, plain_logits, states_of_main
 from helpers import DRAFT, run_alone, tiny_model
 from safetensors.torch import load_file
 from test_export import PHASES, SUMMARY, tiny_config, tiny_text
-from transformers import AutoModelForCausalLM
 
 from mtp.hub.build import generation_config
 from mtp.hub.export import export
@@ -30,22 +29,6 @@ def write(folder, format, config=None, **settings):
     model.generation_config = generation_config(text, PHASES)
     export(model, text, folder, SUMMARY, config or tiny_config(), format)
     return model, json.loads((folder / "config.json").read_text())
-
-
-@torch.no_grad()
-def logits_of_head(model, text, block):
-    """[K, W] logits of the rows of the head's output layer after a text."""
-    tokens, anchor = torch.tensor([text]), torch.tensor([len(text) - 1])
-    rows = model.replay(tokens, anchor, torch.tensor([block]))
-    return rows.head_output.row_logits(rows.head_hidden[0])
-
-
-@torch.no_grad()
-def states_of_main(folder, layers, text):
-    """[T, taps * D] hidden states of main as it is exported, and its embeddings."""
-    main = AutoModelForCausalLM.from_pretrained(folder)
-    hidden = main(torch.tensor([text]), output_hidden_states=True).hidden_states
-    return torch.cat([hidden[layer][0] for layer in layers], -1), main.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize("settings", [{}, {"drafts": DRAFT}, {"drafts": DRAFT, "tied": True}])

@@ -310,6 +310,9 @@ def tiny_family(model_type: str, **head: Any) -> Any:
     config.mtp = asdict(HeadConfig(**settings))
     model = family_class(model_type)(config).eval()
     with torch.no_grad():
+        # A row of zeros ties all scores of a family that selects positions by score.
+        rows = model.get_input_embeddings().weight
+        rows[PAD] = rows[PAD + 2].flip(0)
         bias = model.get_output_embeddings().bias
         if bias is not None:
             bias.normal_()

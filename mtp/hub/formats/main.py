@@ -14,9 +14,15 @@ from ..build import save_model
 from .base import edit_json, export_dtype, finish_tokenizer
 
 
-def write(model: Any, fmt: PromptFormat, folder: Path, config: Any) -> None:
-    """Write main's weights, configs and tokenizer."""
-    save_model(model, fmt, folder, export_dtype(config))
+def write(
+    model: Any,
+    fmt: PromptFormat,
+    folder: Path,
+    config: Any,
+    weights: dict[str, Any] | None = None,
+) -> None:
+    """Write main's weights, configs and tokenizer; weights: used in place of the model's."""
+    save_model(model, fmt, folder, export_dtype(config), weights)
     shutil.rmtree(folder / Path(HEAD_FILE).parent)
     (folder / INDEX).unlink()
     edit_json(folder / "config.json", drop=("mtp", "auto_map"))
