@@ -187,8 +187,8 @@ def print_jobs(console: Console, folder: Path, jobs: list[Job], groups: list[Gro
         console.print(table)
         if groups:
             console.print(
-                "± or the range in brackets: 95 % interval of the mean over the seeds by Student's t, cut "
-                "at the bounds of the metric"
+                "± or the range in brackets: 95 % interval of the mean over the seeds, "
+                "by Student's t, cut at the bounds of the metric"
             )
     for job in jobs:
         if job.status != "done":
