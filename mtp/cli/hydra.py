@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from ..common.errors import in_quotes, one_line
+from ..common.errors import in_quotes, one_line, reading
 from ..common.files import save_text
 from ..common.process import run_command
 from ..common.watch import end_with
@@ -156,6 +158,32 @@ def job_overrides() -> dict[str, str] | None:
     fixed = hydra.job.config.override_dirname.exclude_keys
     pairs = (override.partition("=")[::2] for override in hydra.overrides.task)
     return {key: value for key, value in pairs if key not in fixed}
+
+
+def jobs_of_command(path: Path) -> list[tuple[str, dict[str, str]]]:
+    """Name and overrides of each job that a sweep's command starts, from its `multirun.yaml`.
+
+    Hydra writes this file before a launcher gets the jobs. Only Hydra's own sweeper knows all of
+    them at that time; the list is empty for another one, such as Optuna's, and for a sweep over
+    `glob(...)`, whose values are names of files in conf/. Raises ValueError for a damaged file.
+    """
+    with reading(str(path)):
+        settings: Any = OmegaConf.load(path).hydra
+        if not str(settings.sweeper._target_).endswith(f".{BasicSweeper.__name__}"):
+            return []
+        params = [f"{key}={value}" for key, value in (settings.sweeper.params or {}).items()]
+        given = OverridesParser.create().parse_overrides(list(settings.overrides.task))
+        every = OverridesParser.create().parse_overrides(params) + given
+    if any(override.value_type == ValueType.GLOB_CHOICE_SWEEP for override in every):
+        return []
+    shared = {one.get_key_element() for one in given if not one.is_sweep_override()}
+    found = []
+    for number, job in enumerate(BasicSweeper.split_arguments(every, None)[0]):
+        pairs = [override.split("=", 1) for override in job]
+        own = {key: value for key, value in pairs if key not in shared}
+        name = job_folder(",".join(f"{key}={value}" for key, value in own.items()), number)
+        found.append((name, own))
+    return found
 
 
 class SweepCallback(Callback):

@@ -2,7 +2,10 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..reports.sweep_status import Status
 
 
 def add_sweep(commands: Any) -> None:
@@ -32,12 +35,33 @@ def status(arguments: argparse.Namespace) -> int:
     from ..reports.progress import make_console
     from ..reports.sweep_status import print_status, read_status
 
-    jobs = read_status(arguments.folder)
+    not_started = jobs_to_start(arguments.folder)
+    jobs: list[Status] = []
+    try:
+        jobs = read_status(arguments.folder)
+    except ValueError:  # it holds no jobs
+        if not not_started:
+            raise
+    begun = [job.overrides for job in jobs]
+    jobs += [job for job in not_started if job.overrides not in begun]
     if arguments.json:
         print(json.dumps([asdict(job) for job in jobs], indent=2))
     else:
         print_status(make_console(), arguments.folder, jobs)
     return int(any(job.state == "failed" for job in jobs))
+
+
+def jobs_to_start(folder: Path) -> "list[Status]":
+    """The jobs of a sweep's last command as jobs that have not started."""
+    if not (folder / "multirun.yaml").is_file():
+        return []
+    from ..reports.sweep_status import Status
+    from .hydra import jobs_of_command
+
+    return [
+        Status(folder=name, overrides=overrides, state="not started", metrics={})
+        for name, overrides in jobs_of_command(folder / "multirun.yaml")
+    ]
 
 
 def table(arguments: argparse.Namespace) -> int:

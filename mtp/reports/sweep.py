@@ -186,7 +186,10 @@ def print_jobs(console: Console, folder: Path, jobs: list[Job], groups: list[Gro
             table.add_row(*map(escape, named), "", *(mean_cell(m, group) for m in metrics))
         console.print(table)
         if groups:
-            console.print("±: 95 % interval of the mean over the seeds, by Student's t")
+            console.print(
+                "± or the range in brackets: 95 % interval of the mean over the seeds, "
+                "by Student's t, cut at the bounds of the metric"
+            )
     for job in jobs:
         if job.status != "done":
             console.print(f"{job.status}: {escape(job.folder)}" + _colon(job.error))

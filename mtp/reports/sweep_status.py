@@ -1,6 +1,6 @@
 """The jobs of a sweep while it runs: state, step, last metrics. Reads the jobs' folders only.
 
-A job that a launcher has queued has no folder yet and is left out.
+A job that has not started has no folder; `mtp sweep status` adds it from the sweep's command.
 """
 
 import time
@@ -31,8 +31,8 @@ class Status:
     """Name within the sweep's folder."""
     overrides: dict[str, str]
     state: str
-    """`done`, `failed`, `running`, `stopped` (it has records, and no process writes it) or
-    `waiting` (its folder exists, but it has not begun)."""
+    """`done`, `failed`, `running`, `stopped` (it has records, and no process writes it), `waiting`
+    (its folder exists, but it has not begun) or `not started` (it has no folder)."""
     stage: str | None = None
     """Stage of its last record."""
     step: int = 0

@@ -1,7 +1,9 @@
 """The report page in a real browser: no error, what is seen, what clicks and keys do."""
 
+import json
+
 import pytest
-from made_run import write_run
+from made_run import rollout, write_run
 
 from mtp.reports.page import write_page
 from mtp.reports.page.browser import missing, open_page
@@ -42,6 +44,87 @@ def test_a_wrong_answer_its_pass_and_who_wrote_it_are_on_the_first_screen(one):
             page.locator("#panes .t.head").count() == 5
             and page.locator("#panes .pass").count() == 4
         )
+
+
+def is_on_screen(part):
+    """Whether the middle of an element is within the window and nothing covers it."""
+    return part.evaluate(
+        """(part) => {
+          const { left, right, top, bottom } = part.getBoundingClientRect();
+          return part.contains(document.elementFromPoint((left + right) / 2, (top + bottom) / 2));
+        }"""
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"width": 1280}, {"width": 390, "height": 844, "has_touch": True}],
+    ids=["wide", "narrow"],
+)
+def test_from_the_top_of_the_page_to_the_mistake_without_scrolling(one, options):
+    """Two clicks: the first wrong answer, with the pass and the emitter, then the token."""
+    with open_page(one, **options) as page:
+        button = page.locator("text=Show the first wrong answer")
+        assert is_on_screen(button)
+        button.click()
+        mistake = page.locator(".wrong-at")
+        assert is_on_screen(mistake)
+        assert "Went wrong in pass 3 of 4: main wrote 5 in the answer 5" in mistake.inner_text()
+        button = mistake.locator("button")
+        assert is_on_screen(button)
+        button.click()
+        token = page.locator("#panes .t.current")
+        assert token.inner_text() == "5" and is_on_screen(token)
+        details = page.locator("#details")
+        assert is_on_screen(details.locator("text=written by"))
+        assert "written by main" in details.inner_text() and "3 of 4" in details.inner_text()
+
+
+def test_the_text_shows_what_each_segment_changed_in_the_memory_file(tmp_path):
+    """Three segments: the first writes a line, the second replaces one and adds one, the third
+    deletes one."""
+    folder = write_run(tmp_path / "run")
+    memories = ["sum: 3", "sum: 7\nnext: 5", "next: 5"]
+    row = rollout(
+        9, "1+2+4+5=", [["a", "b"], ["c"], ["d"]], "12", stage="rl", right=True, steps=[],
+        mistake=None, correct="12",
+    )  # fmt: skip
+    row["segments"] = [
+        {"start": start, "context": f"context {start}", "ended_by": ended, "memory": memory}
+        for start, ended, memory in zip((0, 2, 3), ("limit", "limit", "end"), memories, strict=True)
+    ]
+    row["phases"] = [[0, "thought", "fast"], [2, "thought", "fast"], [3, "answer", "slow"]]
+    with (folder / "thoughts.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    write_page([folder], folder / "report.html")
+    with open_page(folder / "report.html") as page:
+        page.select_option("#show", "all")
+        page.fill("#query", "1+2+4+5=")
+        boxes = page.locator("#panes .memory").filter(has_text="memory after segment")
+        heads = [box.inner_text().splitlines()[0] for box in boxes.all()]
+        assert heads == [
+            "memory after segment 1 (ended by limit)",
+            "memory after segment 2 (ended by limit)",
+            "memory after segment 3 (ended by end)",
+        ]
+        edits = [
+            [(line.get_attribute("class"), line.inner_text()) for line in box.locator("div").all()]
+            for box in boxes.all()
+        ]
+        assert edits == [
+            [("added", "sum: 3")],
+            [("removed", "sum: 3"), ("added", "sum: 7"), ("added", "next: 5")],
+            [("removed", "sum: 7"), ("", "next: 5")],
+        ]
+        sign = "(line) => getComputedStyle(line, '::before').content"
+        assert [
+            boxes.nth(1).locator(f".{kind}").first.evaluate(sign) for kind in ("added", "removed")
+        ] == ['"+ "', '"− "']
+        assert page.locator("#panes b", has_text="segment").all_inner_texts() == [
+            "segment 1", "segment 2", "segment 3",
+        ]  # fmt: skip
+        page.locator("summary", has_text="context that it continues").nth(1).click()
+        assert page.locator("text=context 2").is_visible()
 
 
 def test_a_token_says_who_wrote_it_and_what_others_prefer(one):
@@ -164,6 +247,40 @@ def test_printing_shows_the_text_and_no_controls(one):
         page.emulate_media(media="print")
         assert not page.is_visible(".filters") and not page.is_visible("#list")
         assert page.is_visible(".tokens") and page.is_visible("#tables table")
+
+
+def test_a_dark_page_is_printed_in_light_with_all_its_plots(one):
+    with open_page(one) as page:
+        page.select_option("#theme", "dark")
+        theme = "document.documentElement.dataset.theme"
+        pale = page.evaluate("getComputedStyle(document.body).color")
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert page.evaluate(theme) == "light"
+        assert page.evaluate("getComputedStyle(document.body).color") != pale
+        number = page.locator(".plot").count()
+        assert page.locator(".plot .main-svg .xtick").first.evaluate("(t) => t !== null")
+        assert page.locator(".plot:has(.main-svg)").count() == number > 4
+        page.evaluate("dispatchEvent(new Event('afterprint'))")
+        assert page.evaluate(theme) == "dark"
+
+
+def test_a_watched_page_reads_itself_again_until_its_run_has_ended(tmp_path):
+    folder = write_run(tmp_path / "run", has_ended=False)
+    page_file = folder / "report.html"
+    write_page([folder], page_file, watch=True)
+    with open_page(page_file) as page:
+        page.clock.install()
+        page.reload()
+        assert "unfinished" in page.inner_text("#about") and page.is_visible("#refresh")
+        (folder / "summary.json").write_text('{"stages": [], "seed": 1}')
+        write_page([folder], page_file, watch=True)
+        page.uncheck("#refreshing")
+        page.clock.fast_forward(60_000)
+        assert "unfinished" in page.inner_text("#about")
+        page.check("#refreshing")
+        with page.expect_navigation():
+            page.clock.fast_forward(60_000)
+        assert "ended, seed 1" in page.inner_text("#about") and not page.is_visible("#refresh")
 
 
 def test_a_page_that_is_read_again_keeps_what_was_chosen(one):

@@ -170,6 +170,32 @@ def test_status_of_jobs_that_run_wait_or_have_stopped(tmp_path, capsys):
     assert "holds no jobs" in capsys.readouterr().err
 
 
+def test_status_lists_the_jobs_of_the_command_that_have_not_started(tmp_path, capsys):
+    """A sweep of two seeds and two rates whose launcher has begun one job of the four, or none."""
+    sweeper = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+    (tmp_path / "multirun.yaml").write_text(
+        "name: x\nhydra:\n"
+        f"  sweeper: {{_target_: {sweeper}, params: null}}\n"
+        "  overrides: {task: ['name=x', 'seed=1,2', 'lr=0.1,0.2']}\n"
+    )
+    names = [f"seed={seed},lr={rate}" for seed in (1, 2) for rate in ("0.1", "0.2")]
+
+    def listed():
+        assert command(["sweep", "status", str(tmp_path), "--json"]) == 0
+        return [(job["folder"], job["state"]) for job in json.loads(capsys.readouterr().out)]
+
+    assert listed() == [(name, "not started") for name in names]
+    finished(tmp_path / names[2], {"seed": "2", "lr": "0.1"}, 0.9)
+    others = [(name, "not started") for name in names if name != names[2]]
+    assert listed() == [(names[2], "done"), *others]
+    assert command(["sweep", "status", str(tmp_path)]) == 0
+    assert "1 done, 3 not started" in " ".join(capsys.readouterr().out.split())
+    text = (tmp_path / "multirun.yaml").read_text()
+    for other in (text.replace("Basic", "Optuna"), text.replace("seed=1,2", "head=glob(*)")):
+        (tmp_path / "multirun.yaml").write_text(other)
+        assert listed() == [(names[2], "done")], "the jobs to come are not known"
+
+
 def test_tables_fit_a_narrow_terminal_without_colours(sweep):
     for width in (44, 60):
         file = io.StringIO()
@@ -209,7 +235,7 @@ def run_sweep(folder: Path, *arguments: str, **environment: str) -> subprocess.C
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_a_failing_job_does_not_stop_the_sweep_and_a_second_call_resumes(tmp_path):
+def test_a_failing_job_does_not_stop_the_sweep_and_a_second_call_resumes(tmp_path, capsys):
     """Two jobs, the first impossible; each in its folder, and in wandb under the sweep's group."""
     arguments = ["head.taps=[9],[2]", "stages.rl.steps=0", "logger=wandb"]
     done = run_sweep(tmp_path, *arguments)
@@ -224,6 +250,12 @@ def test_a_failing_job_does_not_stop_the_sweep_and_a_second_call_resumes(tmp_pat
     trained = (folder / "stages" / "joint" / "model.safetensors").stat().st_mtime_ns
     run_sweep(tmp_path, *arguments)
     assert (folder / "stages" / "joint" / "model.safetensors").stat().st_mtime_ns == trained
+    failed = jobs[("[9]",)].folder
+    shutil.rmtree(tmp_path / failed)
+    capsys.readouterr()
+    command(["sweep", "status", str(tmp_path), "--json"])
+    states = {job["folder"]: job["state"] for job in json.loads(capsys.readouterr().out)}
+    assert states == {failed: "not started", folder.name: "done"}
 
 
 @pytest.mark.slow

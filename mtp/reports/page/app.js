@@ -27,6 +27,16 @@ function setTheme(name) {
   document.dispatchEvent(new Event("theme"));
 }
 
+/** Paper is white: a page with the dark theme is printed with the light one. */
+function printInLight() {
+  let theme = null;
+  addEventListener("beforeprint", () => {
+    theme = byId("theme").value;
+    setTheme("light");
+  });
+  addEventListener("afterprint", () => theme && setTheme(theme));
+}
+
 /** Read the file again every few seconds, but not while somebody uses the page. */
 function startRefreshing(seconds) {
   let used = 0;
@@ -56,6 +66,7 @@ function startRefreshing(seconds) {
   showCallout();
   setTheme(state.theme ?? "auto");
   byId("theme").addEventListener("input", () => setTheme(byId("theme").value));
+  printInLight();
   addEventListener("pagehide", () => Viewer.rows.length && store());
   if (DATA.refresh) startRefreshing(DATA.refresh);
   if (state.scroll) addEventListener("load", () => scrollTo(0, state.scroll));

@@ -219,7 +219,9 @@ function showCallout() {
     byId("show").value = "wrong";
     byId("query").value = "";
     Viewer.filter();
-    byId("thoughts").scrollIntoView();
+    // On a narrow screen the text is below the filters and the list.
+    const isNarrow = matchMedia("(max-width: 760px)").matches;
+    byId(isNarrow ? "panes" : "thoughts").scrollIntoView();
     byId("panes").querySelector(".tokens")?.focus({ preventScroll: true });
   };
   const text = `${labelOf(last[0])}: ${wrong.length} of ${last.length} kept rollouts are wrong.`;
