@@ -15,7 +15,7 @@ from mtp.hub.export import export
 from mtp.trainer import Interrupted, train
 
 NUM_DRAFTS = 13
-"""Of the task's 17 tokens: delimiters and the end token, then those that its solutions use most."""
+"""Size of the draft vocabulary: delimiters, the end token, then what solutions use most."""
 SETTINGS = [
     "head=tiny_eagle3",
     "head.hidden_size=32",

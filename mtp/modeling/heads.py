@@ -30,6 +30,7 @@ class HeadConfig:
     """Type of the head. `eavesdrop`: a causal transformer over the slots of a block. `parallel`:
     one projection of the message per slot, all slots in one step, independent of the block's own
     tokens. `eagle3`: EAGLE-3's draft layer, which attends to all earlier positions (`eagle3.py`).
+    `native_mtp`: the MTP layer of main's own family (`native_mtp.py`).
     Or the name of a head that was added with `register_head`."""
     num_slots: int = field(default=5, metadata={"at_least": 1, "at_most": 1000})
     """Number of head tokens per pass, K; a pass yields at most K + 1 tokens."""

@@ -56,6 +56,8 @@ def with_mtp_layer(config: PretrainedConfig) -> Any:
     found = type(config).from_dict({**fields, name: 1})
     types = getattr(found, "mtp_layer_types", None) or ATTENTION[:1]
     is_other = getattr(found, MAIN_FIRST, False) or hasattr(found, CHAIN_NORM)
+    # The layers of a recurrent family are not all attention.
+    is_other |= not set(getattr(found, "layer_types", None) or types) <= set(ATTENTION)
     if is_other or types[0] not in ATTENTION:
         raise ValueError(
             f"{what} and MTP layers that attend to keys and values by position, got "

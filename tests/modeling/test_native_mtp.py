@@ -13,9 +13,11 @@ from family_contract import (
     rollout_batch,
     stock_of,
 )
+from transformers import CONFIG_MAPPING
 
 from mtp.modeling.contract import check_slow_mode
 from mtp.modeling.heads import HeadConfig
+from mtp.modeling.native_mtp import with_mtp_layer
 from mtp.modeling.sampler import Sampler
 from mtp.training.objectives.scored import replay_batch
 
@@ -113,3 +115,9 @@ def test_what_the_layer_cannot_be_is_refused(family, settings, message):
     with pytest.raises(ValueError, match=message):
         HeadConfig(**{"type": "native_mtp", "hidden_size": 32, **settings}).validate()
         native_model(family, **settings)
+
+
+@pytest.mark.parametrize("family", ["bailing_hybrid", "inkling_text"])
+def test_layers_that_keep_more_than_keys_and_values_are_refused(family):
+    with pytest.raises(ValueError, match=f"keys and values by position, got {family}"):
+        with_mtp_layer(CONFIG_MAPPING[family]())
