@@ -15,7 +15,7 @@ from ..rollouts.prompt_format import PromptFormat
 
 HELP = {
     "/mode fast|slow|verified": "decoding mode",
-    "/k N": "number of the head's tokens per pass",
+    "/k N": "head tokens per pass, at most N",
     "/save FILE": "write the conversation as JSON",
     "/new": "forget the conversation",
     "/help": "show the commands",
