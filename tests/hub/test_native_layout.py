@@ -41,6 +41,8 @@ def teach_greedy(model, steps):
             text.append(int(model.output_layers()[0].logits(hidden[0, -1]).argmax()))
     tokens, anchors = torch.tensor([text]), torch.arange(len(PROMPT) - 1, len(text) - 3)
     blocks = tokens[0].unfold(0, 3, 1)[anchors + 1]
+    model.requires_grad_(False)
+    model.mtp_head.requires_grad_(True)
     optimizer = torch.optim.Adam(model.mtp_head.parameters(), lr=1e-2)
     for _ in range(steps):
         rows = model.replay(tokens, anchors, blocks)
