@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
+from mtp.modeling import versions
 from mtp.modeling.phases import PhasePlan
 from mtp.modeling.sampler import Sampler
 
@@ -226,6 +227,10 @@ def test_attention_reads_one_length_of_a_static_cache():
         model.generate(ids, **given, cache_implementation="quantized")
 
 
+@pytest.mark.skipif(
+    not versions.ASKS_FOR_QUERIES,
+    reason="transformers before 5.14 reads the cache's length, so every pass is compiled again",
+)
 def test_a_compiled_main_is_compiled_once_for_each_width_of_a_static_cache():
     model = tiny_model()
     plan = PhasePlan([model.block_size], [None])
