@@ -6,7 +6,7 @@ is no autotuning: a result must not depend on which tile size won a race.
 
 import functools
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,12 +76,13 @@ OF_LOGITS = {"row_stats_store", "row_gradient", "kl_stats", "kl_gradient"}
 """Kernels that read or write rows of V numbers. Where V is not aligned they compute an address for
 each number, and have registers for half a tile."""
 
-_FLOAT32: dict[tuple[str, str], dict[str, int]] = {
+_FLOAT32: dict[tuple[str, str], dict[str, Any]] = {
     ("residual", "sm_80"): {"warps": 8},
     ("residual", "sm_89"): {"warps": 8},
     ("residual", "sm_120"): {"warps": 8},
     ("row_stats", "sm_120"): {"vocab": 32},
     ("row_stats_store", "sm_120"): {"vocab": 32},
+    ("kl_stats", "sm_120"): {"vocab": 32},
 }
 """What differs for float32 operands."""
 
