@@ -264,7 +264,9 @@ def compile_all(kernels: list[str], targets: list[str], variants: list[str]) -> 
                 for variant in [v for v in variants_of(kernel) if v in variants]:
                     is_aligned = "odd" not in variant
                     configs = {
-                        shipped_config(kernel, target, dtype, described, is_aligned)
+                        shipped_config(
+                            kernel, target, dtype, described, is_aligned, "softcap" in variant
+                        )
                         for described in (True, False)
                     }
                     for config in sorted(configs, key=lambda c: c.described):

@@ -67,9 +67,11 @@ _DEFAULTS = {
 _EXCEPTIONS = {
     ("kl_stats", "sm_90"): Config(rows=64, vocab=64, depth=64, warps=4, stages=4),
     ("row_stats_store", "sm_89"): NARROW,
+    ("row_stats_store", "sm_100"): NARROW,
     ("row_stats_store", "sm_120"): NARROW,
     ("sample", "sm_100"): replace(DECODE, warps=8),
     ("residual", "sm_100"): replace(DECODE_TWO, vocab=64, warps=8),
+    ("residual", "gfx942"): replace(DECODE_TWO, vocab=64),
 }
 
 OF_LOGITS = {"row_stats_store", "row_gradient", "kl_stats", "kl_gradient"}
@@ -84,7 +86,7 @@ _FLOAT32: dict[tuple[str, str], dict[str, Any]] = {
     ("row_stats_store", "sm_120"): {"vocab": 32},
     ("kl_stats", "sm_120"): {"vocab": 32},
 }
-"""What differs for float32 operands."""
+"""Changes for float32 operands."""
 
 _DESCRIBED = {
     ("row_stats", "sm_90"): HOPPER,
@@ -93,6 +95,8 @@ _DESCRIBED = {
     ("kl_gradient", "sm_90"): HOPPER_STORE,
 }
 """For 16-bit operands that can be read through tensor descriptors."""
+_DESCRIBED_SOFTCAP = {("row_gradient", "sm_90"): HOPPER_STORE}
+"""The same with a softcap, where four warps have too few registers."""
 
 
 def shipped_config(
@@ -101,20 +105,19 @@ def shipped_config(
     dtype: torch.dtype,
     described: bool = True,
     is_aligned: bool = True,
+    has_softcap: bool = False,
 ) -> Config:
     """The configuration of a kernel on an architecture, for operands of a dtype.
 
     described: whether the operands can be read through tensor descriptors; is_aligned: whether the
-    vocabulary is a multiple of `ALIGNMENT`.
+    vocabulary is a multiple of `ALIGNMENT`; has_softcap: whether the logits have one.
     """
     is_narrow = not is_aligned and kernel in OF_LOGITS
-    if (
-        described
-        and not is_narrow
-        and dtype != torch.float32
-        and (kernel, architecture) in _DESCRIBED
-    ):
-        return _DESCRIBED[kernel, architecture]
+    described_configs = _DESCRIBED | (_DESCRIBED_SOFTCAP if has_softcap else {})
+    if described and not is_narrow and dtype != torch.float32:
+        found = described_configs.get((kernel, architecture))
+        if found is not None:
+            return found
     config = _EXCEPTIONS.get((kernel, architecture), _DEFAULTS.get(kernel, TRAIN))
     if architecture.startswith("gfx"):
         config = replace(config, stages=min(2, config.stages))  # its pipeline has two buffers
@@ -129,7 +132,7 @@ def shipped_config(
     return config
 
 
-def config_for(kernel: str, *operands: Tensor) -> Config:
+def config_for(kernel: str, *operands: Tensor, has_softcap: bool = False) -> Config:
     """The configuration of a kernel for the device, dtype and layout of its operands.
 
     The last operand of a kernel of `OF_LOGITS` is the weight [V, D].
@@ -139,7 +142,9 @@ def config_for(kernel: str, *operands: Tensor) -> Config:
     architecture = architecture_of(operands[0].device.index or 0)
     described = all(describable(operand) for operand in operands)
     is_aligned = operands[-1].shape[0] % ALIGNMENT == 0
-    return shipped_config(kernel, architecture, operands[0].dtype, described, is_aligned)
+    return shipped_config(
+        kernel, architecture, operands[0].dtype, described, is_aligned, has_softcap
+    )
 
 
 def describable(operand: Tensor) -> bool:

@@ -41,7 +41,7 @@ class Plan:
     layout: Layout | None
     load: Workload
     most: int = 0
-    """Where it does not fit: the most rollouts that do."""
+    """The most rollouts that fit, if these do not."""
     memory: Memory | None = None
     step: StepTime | None = None
     asynchronous: StepTime | None = None

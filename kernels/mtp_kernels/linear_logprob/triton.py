@@ -195,7 +195,7 @@ def backward_triton(
     hidden, weight = hidden.contiguous(), weight.contiguous()
     factors = aligned(hidden), aligned(weight)
     rows, vocab = hidden.shape[0], weight.shape[0]
-    config = config_for("row_gradient", *factors)
+    config = config_for("row_gradient", *factors, has_softcap=softcap is not None)
     grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else None
     grad_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if needs[1] else None
     grad_bias = hidden.new_zeros(vocab, dtype=torch.float32) if needs[2] else None
