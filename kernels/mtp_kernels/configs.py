@@ -6,7 +6,7 @@ is no autotuning: a result must not depend on which tile size won a race.
 
 import functools
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,9 +43,11 @@ HOPPER = Config(rows=128, vocab=256, depth=64, described=True)
 """Bulk copies need no registers for addresses, so that a tile may be wider."""
 HOPPER_STORE = Config(rows=128, vocab=128, depth=64, stages=4, described=True)
 """For kernels that write their tile: twice the width spills there."""
-INTERPRET = Config(rows=16, vocab=32, depth=16, warps=1, stages=1)
+INTERPRET = Config(rows=16, vocab=32, depth=32, warps=1, stages=1)
+ALIGNMENT = 16
+"""Numbers in a row of which the JIT compiler makes wide copies: D is padded to a multiple."""
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 KERNELS = (
     "row_stats",
     "row_stats_store",
@@ -64,10 +66,27 @@ _DEFAULTS = {
 }
 _EXCEPTIONS = {
     ("kl_stats", "sm_90"): Config(rows=64, vocab=64, depth=64, warps=4, stages=4),
+    ("row_stats_store", "sm_89"): NARROW,
+    ("row_stats_store", "sm_100"): NARROW,
+    ("row_stats_store", "sm_120"): NARROW,
     ("sample", "sm_100"): replace(DECODE, warps=8),
     ("residual", "sm_100"): replace(DECODE_TWO, vocab=64, warps=8),
+    ("residual", "gfx942"): replace(DECODE_TWO, vocab=64),
 }
 
+OF_LOGITS = {"row_stats_store", "row_gradient", "kl_stats", "kl_gradient"}
+"""Kernels that read or write rows of V numbers. Where V is not aligned they compute an address for
+each number, and have registers for half a tile."""
+
+_FLOAT32: dict[tuple[str, str], dict[str, Any]] = {
+    ("residual", "sm_80"): {"warps": 8},
+    ("residual", "sm_89"): {"warps": 8},
+    ("residual", "sm_120"): {"warps": 8},
+    ("row_stats", "sm_120"): {"vocab": 32},
+    ("row_stats_store", "sm_120"): {"vocab": 32},
+    ("kl_stats", "sm_120"): {"vocab": 32},
+}
+"""Changes for float32 operands."""
 
 _DESCRIBED = {
     ("row_stats", "sm_90"): HOPPER,
@@ -76,36 +95,56 @@ _DESCRIBED = {
     ("kl_gradient", "sm_90"): HOPPER_STORE,
 }
 """For 16-bit operands that can be read through tensor descriptors."""
+_DESCRIBED_SOFTCAP = {("row_gradient", "sm_90"): HOPPER_STORE}
+"""The same with a softcap, where four warps have too few registers."""
 
 
 def shipped_config(
-    kernel: str, architecture: str, dtype: torch.dtype, described: bool = True
+    kernel: str,
+    architecture: str,
+    dtype: torch.dtype,
+    described: bool = True,
+    is_aligned: bool = True,
+    has_softcap: bool = False,
 ) -> Config:
     """The configuration of a kernel on an architecture, for operands of a dtype.
 
-    described: whether the operands can be read through tensor descriptors.
+    described: whether the operands can be read through tensor descriptors; is_aligned: whether the
+    vocabulary is a multiple of `ALIGNMENT`; has_softcap: whether the logits have one.
     """
-    if described and dtype != torch.float32 and (kernel, architecture) in _DESCRIBED:
-        return _DESCRIBED[kernel, architecture]
+    is_narrow = not is_aligned and kernel in OF_LOGITS
+    described_configs = _DESCRIBED | (_DESCRIBED_SOFTCAP if has_softcap else {})
+    if described and not is_narrow and dtype != torch.float32:
+        found = described_configs.get((kernel, architecture))
+        if found is not None:
+            return found
     config = _EXCEPTIONS.get((kernel, architecture), _DEFAULTS.get(kernel, TRAIN))
     if architecture.startswith("gfx"):
         config = replace(config, stages=min(2, config.stages))  # its pipeline has two buffers
-    if dtype == torch.float32 and (kernel, architecture) == ("residual", "sm_80"):
-        config = replace(config, warps=8)
     if dtype == torch.float32 and config.depth > 1:
         config = replace(config, depth=config.depth // 2)  # the same bytes in flight
         if config.rows == TRAIN.rows and not architecture.startswith("gfx"):
             config = replace(config, vocab=64)  # three TF32 products of 128 x 128 spill
+    if dtype == torch.float32:
+        config = replace(config, **_FLOAT32.get((kernel, architecture), {}))
+    if is_narrow:
+        config = replace(config, vocab=min(config.vocab, 32 if dtype == torch.float32 else 64))
     return config
 
 
-def config_for(kernel: str, *operands: Tensor) -> Config:
-    """The configuration of a kernel for the device, dtype and layout of its operands."""
+def config_for(kernel: str, *operands: Tensor, has_softcap: bool = False) -> Config:
+    """The configuration of a kernel for the device, dtype and layout of its operands.
+
+    The last operand of a kernel of `OF_LOGITS` is the weight [V, D].
+    """
     if triton_interpreted():
         return INTERPRET
     architecture = architecture_of(operands[0].device.index or 0)
     described = all(describable(operand) for operand in operands)
-    return shipped_config(kernel, architecture, operands[0].dtype, described)
+    is_aligned = operands[-1].shape[0] % ALIGNMENT == 0
+    return shipped_config(
+        kernel, architecture, operands[0].dtype, described, is_aligned, has_softcap
+    )
 
 
 def describable(operand: Tensor) -> bool:
@@ -120,13 +159,15 @@ def architecture_of(index: int) -> str:
     if torch.version.hip is not None:
         return "gfx942"
     # A device without a table of its own uses that of an architecture with no more shared memory.
-    major, _ = torch.cuda.get_device_capability(index)
+    major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         raise ValueError(
             f"the Triton kernels need compute capability 8.0 or later, got {major}; "
             "use impl='torch'"
         )
-    return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+    if major == 8:
+        return "sm_80" if minor == 0 else "sm_89"
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
 
 
 @functools.cache

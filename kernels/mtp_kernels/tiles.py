@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mtp_kernels.configs import Config
+from mtp_kernels.configs import ALIGNMENT, Config
 from mtp_kernels.dispatch import triton_interpreted
 from mtp_kernels.noise import (
     LARGEST,
@@ -216,6 +217,16 @@ def tile_options(config: Config, *hidden: Tensor) -> dict[str, Any]:
         described=config.described,
     )
     return {"T": tile, "num_warps": config.warps, "num_stages": config.stages}
+
+
+def aligned(operand: Tensor) -> Tensor:
+    """A contiguous operand [R, D] with zeros after D, up to a multiple of `ALIGNMENT`.
+
+    The products are the same. Rows of any other length begin where no wide copy can, and kernels
+    that compute the address of every number spill registers.
+    """
+    missing = -operand.shape[-1] % ALIGNMENT
+    return (F.pad(operand, (0, missing)) if missing else operand).contiguous()
 
 
 def operand_arguments(config: Config, hidden: Tensor, weight: Tensor) -> tuple[Any, Any]:

@@ -22,6 +22,7 @@ from ..rollouts.prompt_format import PromptFormat
 from ..run import Run, StageRun, next_examples
 from ..stages.checkpointing import check_grace, interrupted, save_run, stop_signal
 from ..stages.evaluation import record
+from ..stages.loop import run_stage
 from ..training.optimizers import build_optimizer, set_lr, split_parameters
 from ..training.runtime import NotFinite
 from ..training.sharding import load_optimizer
@@ -117,16 +118,10 @@ def _pairs(value: Any, default: Any, prefix: str = "") -> dict[str, tuple[Any, A
 def run_channel_stage(
     run: Run, name: str, config: StageConfig, optimizer_states: dict[str, Any] | None
 ) -> None:
-    """Take the remaining steps of a stage, evaluate it and save its model.
-
-    optimizer_states: those of a checkpoint within the stage, by emitter; else empty or None.
-    """
-    stage = begin_stage(run, name, config, optimizer_states or {})
-    if not run.progress.is_trained:
-        train_stage(run, stage)
-        run.progress.is_trained = True
-        save_run(run, {})
-    end_stage(run, stage)
+    """`run_stage` of a comparator."""
+    run_stage(
+        run, name, config, optimizer_states, begin=begin_stage, train=train_stage, end=end_stage
+    )
 
 
 def begin_stage(

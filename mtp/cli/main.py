@@ -27,6 +27,7 @@ from .options import (
     make_sampler,
     search_config,
 )
+from .plan import add_plan
 from .report import add_report
 from .sweep import add_sweep
 from .train import train
@@ -271,6 +272,7 @@ def make_parser() -> argparse.ArgumentParser:
             )
     add_report(commands)
     add_sweep(commands)
+    add_plan(commands)
     add_doctor(commands)
     add_completion(commands, parser)
     return parser

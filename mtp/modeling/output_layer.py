@@ -57,6 +57,22 @@ def scale_and_softcap(config: Any) -> tuple[float, float | None]:
     return scale, next((float(cap) for cap in caps if cap is not None), None)
 
 
+def rows_of(tokens: Tensor, ids: Tensor) -> Tensor:
+    """Row numbers of token ids [...] in a matrix whose row i is tokens[i], ascending; some row for
+    an id without one.
+    """
+    return torch.searchsorted(tokens, ids.contiguous()).clamp(max=len(tokens) - 1)
+
+
+def has_row(tokens: Tensor | None, ids: Tensor) -> Tensor:
+    """True for token ids [...] that are among `tokens` [W], ascending; None: all are."""
+    return (
+        torch.ones_like(ids, dtype=torch.bool)
+        if tokens is None
+        else (tokens[rows_of(tokens, ids)] == ids)
+    )
+
+
 class OutputLayer:
     """Matrix, scale, bias and softcap of an output layer.
 
@@ -132,13 +148,11 @@ class OutputLayer:
 
     def rows_of(self, ids: Tensor) -> Tensor:
         """Row numbers of token ids [...]; some row for a token without one, see `has_row`."""
-        if self.tokens is None:
-            return ids
-        return torch.searchsorted(self.tokens, ids.contiguous()).clamp(max=len(self.tokens) - 1)
+        return ids if self.tokens is None else rows_of(self.tokens, ids)
 
     def has_row(self, ids: Tensor) -> Tensor:
         """True for token ids [...] that have a row, whose logits are finite."""
-        return self.ids_of(self.rows_of(ids)) == ids
+        return has_row(self.tokens, ids)
 
     def given(self, tokens: Tensor | None) -> "OutputLayer":
         """The layer of the distribution conditioned on the token being one of `tokens` [W].

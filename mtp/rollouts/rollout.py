@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..common.bounds import bounded
+from ..common.heap import release
 from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.memory import Memory
 from ..modeling.phases import Phase, PhasePlan, check_phases
@@ -229,5 +230,7 @@ def sample(
             num_return_sequences=group_size,
         )
     model.train(training)
+    if device.type == "cpu":
+        release()  # what the cache has left: the next to come are replays, with other sizes
     record = out.out.to("cpu")
     return Rollouts(examples, group_size, out.prompts, record, out.owners, out.memories)

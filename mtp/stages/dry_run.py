@@ -1,5 +1,7 @@
 """A dry run: a few steps of each stage, and an estimate of the whole run's cost."""
 
+import statistics
+from collections import defaultdict
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,9 @@ from ..config import RunConfig
 from ..reports.json_lines import read_records
 from ..reports.loggers import FilesConfig
 
-DRY_STEPS = 3
+WARM_UP = 3
+"""First steps of a stage, which include compilation, for one shape and then for any shape."""
+DRY_STEPS = WARM_UP + 3
 """Steps of each stage in a dry run."""
 
 
@@ -16,6 +20,7 @@ def dry_config(config: RunConfig) -> RunConfig:
     """The same run with DRY_STEPS steps per stage and small evaluations, logged to files only."""
     config = deepcopy(config)
     config.logger.sinks = {"files": FilesConfig()}
+    config.logger.log_every = 1
     for stage in config.active_stages().values():
         stage.steps = min(DRY_STEPS, stage.steps)
     config.evaluation.num_problems = min(8, config.evaluation.num_problems)
@@ -24,17 +29,20 @@ def dry_config(config: RunConfig) -> RunConfig:
 
 
 def estimate(full_steps: dict[str, int], summary: dict[str, Any], log: Path) -> str:
-    """Estimated cost of a full run, from the few steps of each stage that a dry run took.
+    """Estimated cost of a full run, from the steps of each stage that a dry run took.
 
-    The first steps of a stage include compilation, for one shape and then for any shape. All other
-    steps are assumed to take as long as the last one in the `log`.
+    Steps that were not taken count as the median of those after the warm-up. Rollouts of a model
+    that was hardly trained are longer than later ones, so the estimate of an RL stage is high.
     """
-    steps = {r["stage"]: r["step_time"] for r in read_records(log) if "step_time" in r}
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for record in read_records(log):
+        if "step_time" in record:
+            seconds[record["stage"]].append(record["step_time"])
     minutes = {}
     for stage in summary["stages"]:
-        name = stage["name"]
-        left = max(0, full_steps[name] - DRY_STEPS)
-        minutes[name] = (stage["seconds"] + steps[name] * left) / 60
+        name, taken = stage["name"], seconds[stage["name"]]
+        left = max(0, full_steps[name] - len(taken))
+        minutes[name] = (sum(taken) + left * statistics.median(taken[WARM_UP:] or taken)) / 60
     parts = ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
     return (
         f"a full run would take about {sum(minutes.values()):.0f} min and its evaluations ({parts})"

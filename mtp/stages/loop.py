@@ -1,6 +1,7 @@
 """A stage: its steps, its evaluations and checkpoints, and the model that it saves."""
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,21 +25,32 @@ from .checkpointing import check_grace, interrupted, save_run, stop_signal
 from .evaluation import evaluate_stage, has_learned, interim_evaluation
 from .numbers import Watch
 
+Begin = Callable[[Run, str, StageConfig, dict[str, Any]], StageRun]
+"""Makes a stage of its name, its settings and the optimizers' states."""
+
 
 def run_stage(
-    run: Run, name: str, config: StageConfig, optimizer_states: dict[str, Any] | None
+    run: Run,
+    name: str,
+    config: StageConfig,
+    optimizer_states: dict[str, Any] | None,
+    *,
+    begin: Begin | None = None,
+    train: Callable[[Run, StageRun], None] | None = None,
+    end: Callable[[Run, StageRun], None] | None = None,
 ) -> None:
     """Take the remaining steps of a stage, evaluate it and save its model.
 
     optimizer_states: those of a checkpoint within the stage, by emitter; else empty or None.
+    begin, train, end: the parts of a stage; None: those of this file.
     """
-    stage = begin_stage(run, name, config, optimizer_states or {})
+    stage = (begin or begin_stage)(run, name, config, optimizer_states or {})
     if not run.progress.is_trained:
         with rollouts_ahead(run, stage):
-            train_stage(run, stage)
+            (train or train_stage)(run, stage)
         run.progress.is_trained = True
         save_run(run, {})
-    end_stage(run, stage)
+    (end or end_stage)(run, stage)
 
 
 def begin_stage(

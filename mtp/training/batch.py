@@ -26,10 +26,13 @@ token ids are int64, log-probabilities float32 in nats.
 """
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from ..modeling.output_layer import has_row
 
 AnyRows = TypeVar("AnyRows", bound="Rows")
 AnyBatch = TypeVar("AnyBatch", bound="TextBatch")
@@ -117,17 +120,23 @@ def without_rows(batch: AnyBatch) -> AnyBatch:
     )
 
 
-def within_draft_vocabulary(batch: AnyBatch, is_drafted: Tensor | None) -> AnyBatch:
+def within_draft_vocabulary(batch: AnyBatch, tokens: Tensor | None) -> AnyBatch:
     """The batch without rows of the head whose target it cannot write.
 
     Their log-probability is -inf whatever the weights are, so they teach nothing. They count in no
     divisor.
 
-    is_drafted: [V] bool, True for tokens of the draft vocabulary; None: all are.
+    tokens: [W] ids of the draft vocabulary, `Head.draft_tokens`; None: all are in it.
     """
-    if is_drafted is None:
+    if tokens is None:
         return batch
-    return replace(batch, head=batch.head.take(is_drafted[batch.head.targets]))
+    return replace(batch, head=batch.head.take(has_row(tokens, batch.head.targets)))
+
+
+def num_distinct(numbers: Tensor) -> Tensor:
+    """[] int64 number of different values in [R], without a wait for the device."""
+    ordered = numbers.sort().values
+    return (ordered[1:] != ordered[:-1]).sum() + min(len(ordered), 1)
 
 
 @dataclass
@@ -144,11 +153,10 @@ class RolloutBatch(TextBatch):
     head: PolicyRows
     """Tokens of the head."""
 
-    @property
+    @cached_property
     def num_rollouts(self) -> Tensor:
         """[] int64 number of rollouts, G. Main samples tokens in every rollout."""
-        ordered = self.main.rollouts.sort().values
-        return (ordered[1:] != ordered[:-1]).sum() + min(len(ordered), 1)
+        return num_distinct(self.main.rollouts)
 
     def blocks(self, rows: PolicyRows) -> Tensor:
         """[R] int64 number of each token's block, the same for the rows of main and of the head."""

@@ -84,9 +84,9 @@ def update(
         ValueError: if a gradient is missing that was to be checked.
     """
     in_rl = any(isinstance(batch, RolloutBatch) for batch in batches)
-    is_drafted = getattr(module.module.model.mtp_head, "t2d", None)
+    drafted = module.module.model.mtp_head.draft_tokens
     num_head_rows = sum(len(batch.head) for batch in batches)
-    batches = [within_draft_vocabulary(batch, is_drafted) for batch in batches]
+    batches = [within_draft_vocabulary(batch, drafted) for batch in batches]
     num_undrafted = float(num_head_rows - sum(len(batch.head) for batch in batches))
     counts = global_counts(fabric, objective, batches, in_rl)
     exact = torch.float32 if fabric.device.type == "mps" else torch.float64
@@ -140,7 +140,7 @@ def update(
     metrics = read_metrics(fabric, sums, seen, maxima, norms)
     metrics |= {f"loss/{n}": metrics[f"loss/{n}"] / max(c, 1.0) for n, c in counts.items()}
     metrics |= {f"num_tokens/{n}": c for n, c in counts.items()}
-    if is_drafted is not None:
+    if drafted is not None:
         outside = over_processes(fabric, {"rows": num_undrafted}, "sum")["rows"]
         metrics["num_tokens/outside_draft_vocabulary"] = outside
     found = [] if math.isfinite(metrics["loss"]) else [f"the loss is {metrics['loss']}"]

@@ -10,12 +10,14 @@ import pytest
 import torch
 from mtp_kernels.configs import ARCHITECTURES, KERNELS
 from mtp_kernels.dispatch import rows_per_chunk
+from mtp_kernels.tiles import aligned
 
 KERNELS_FOLDER = str(Path(__file__).parents[2] / "kernels")
 FIELDS = {
     "kernel",
     "target",
     "config",
+    "variant",
     "registers",
     "spill_bytes",
     "shared_bytes",
@@ -34,7 +36,7 @@ def gate(*arguments: str) -> tuple[int, list[dict]]:
 
 
 def test_a_product_on_hopper_uses_its_tensor_cores_without_spilling():
-    status, configs = gate("--kernel", "row_gradient", "--target", "sm_90")
+    status, configs = gate("--kernel", "row_gradient", "--target", "sm_90", "--variant", "plain")
     assert status == 0
     # bfloat16 operands, the same read through descriptors, and float32 operands
     assert [config["async_copy"] for config in configs] == ["LDGSTS", "UTMALDG", "LDGSTS"]
@@ -45,13 +47,32 @@ def test_a_product_on_hopper_uses_its_tensor_cores_without_spilling():
         assert config["tensor_core"] == "HGMMA"
 
 
+def test_a_block_of_a_consumer_gpu_has_99_kib_and_odd_sizes_do_not_spill():
+    for target in ("sm_89", "sm_120"):
+        status, (config, *_) = gate(
+            "--kernel", "row_stats_store", "--target", target, "--variant", "odd"
+        )
+        assert status == 0
+        assert config["shared_limit"] == 99 << 10 and config["tensor_core"] == "HMMA"
+
+
+def test_rows_of_odd_length_are_padded_with_zeros():
+    rows = torch.arange(1.0, 11.0).view(2, 5)
+    padded = aligned(rows)
+    assert padded.shape == (2, 16) and padded.is_contiguous()
+    assert torch.equal(padded[:, :5], rows) and not padded[:, 5:].any()
+    assert aligned(padded) is padded
+
+
 @pytest.mark.slow
 def test_every_shipped_configuration_passes():
     status, configs = gate()
     assert status == 0, [config for config in configs if config["spill_bytes"]]
     described = [config for config in configs if "described" in config["config"]]
-    assert len(configs) - len(described) == 2 * len(KERNELS) * len(ARCHITECTURES)
-    assert len(described) == 4
+    plain = [config for config in configs if config["variant"] == "plain"]
+    in_plain = [config for config in described if config["variant"] == "plain"]
+    assert len(plain) - len(in_plain) == 2 * len(KERNELS) * len(ARCHITECTURES)
+    assert len(in_plain) == 4
     assert all(config["async_copy"] == "UTMALDG" for config in described)
 
 

@@ -20,7 +20,7 @@ BATCH = collate_text([([5, 6], [7, 8, 9, 10, CLOSE, 11, EOS]), ([3], [4, 5])], P
 
 def gradients(model, objective, channel_gradient):
     model.zero_grad()
-    batch = within_draft_vocabulary(BATCH, getattr(model.mtp_head, "t2d", None))
+    batch = within_draft_vocabulary(BATCH, model.mtp_head.draft_tokens)
     scored = replay_batch(
         model, batch, channel_gradient=channel_gradient, use_head=objective.uses_head
     )

@@ -35,7 +35,7 @@ def trained(steps=25, **settings):
     batch = collate_text(
         [(row[:1], row[1:]) for row in texts.tolist()], PLAN_FAST, model.block_size, PAD
     )
-    batch = within_draft_vocabulary(batch, getattr(model.mtp_head, "t2d", None))
+    batch = within_draft_vocabulary(batch, model.mtp_head.draft_tokens)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     found = []
     for _ in range(steps):
@@ -251,7 +251,7 @@ def test_losses_leave_out_tokens_that_the_head_cannot_write():
     model = eagle_model(drafts=DRAFT)
     samples = [([5, 6], [7, 8, 9, 10, CLOSE, 11, EOS]), ([3], [4, 5])]
     whole = collate_text(samples, PLAN, 4, PAD)
-    batch = within_draft_vocabulary(whole, model.mtp_head.t2d)
+    batch = within_draft_vocabulary(whole, model.mtp_head.draft_tokens)
     targets = batch.head.targets.tolist()
     assert targets == [t for t in whole.head.targets.tolist() if t in DRAFT]
     assert 0 < len(targets) < len(whole.head.targets)
@@ -288,7 +288,7 @@ def test_the_loss_of_other_trainers_leaves_them_out():
     model.config.mtp_loss_weight = 1.0
     found = model(ids, labels=ids).loss - stock
     batch = collate_text([(ids[0, :1].tolist(), ids[0, 1:].tolist())], PLAN_FAST, 4, PAD)
-    batch = within_draft_vocabulary(batch, model.mtp_head.t2d)
+    batch = within_draft_vocabulary(batch, model.mtp_head.draft_tokens)
     scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
     torch.testing.assert_close(found, scored.head.cross_entropy().loss / len(batch.head))
     nothing = torch.tensor([[7, 7, 7, 7, 7]])  # a token that the head cannot write

@@ -29,6 +29,7 @@ from mtp_kernels.rowstats import finish
 from mtp_kernels.tiles import (
     NEG,
     VARYING,
+    aligned,
     check_triton,
     launch,
     logits_tile,
@@ -169,8 +170,8 @@ def kl_gradient_kernel(
 def divergence_triton(problem: Problem) -> tuple[Tensor, Tensor]:
     """([R] divergences, [R] the students' lse), 0 where the index is negative."""
     check_triton(*problem.student, *problem.teacher)
-    problem = problem.contiguous()
     hidden, weight, bias = problem.student
+    hidden, weight = aligned(hidden), aligned(weight)
     vocab = weight.shape[0]
     config = config_for("kl_stats", hidden, weight)
     plan = make_plan(problem.index)
@@ -280,6 +281,7 @@ def _logit_gradient(
 ) -> Tensor:
     """[S, V] gradient by the products of the students, or of the teachers they meet."""
     _, weight, bias = problem.student
+    inputs, weight = aligned(inputs), aligned(weight)
     config = config_for("kl_gradient", inputs, weight)
     count, vocab = inputs.shape[0], weight.shape[0]
     dtype = problem.teacher.hidden.dtype if of_teacher else inputs.dtype

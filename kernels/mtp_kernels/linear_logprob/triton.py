@@ -19,6 +19,7 @@ from mtp_kernels.rowstats import RowStats, combine
 from mtp_kernels.tiles import (
     NEG,
     VARYING,
+    aligned,
     check_triton,
     launch,
     logits_tile,
@@ -151,7 +152,7 @@ def stats_triton(
 ) -> RowStats:
     """RowStats [R]; a negative target is in no part. Float32 logits [R, V] take scaled logits."""
     check_triton(hidden, weight, bias)
-    hidden, weight = hidden.contiguous(), weight.contiguous()
+    hidden, weight = aligned(hidden), aligned(weight)
     rows, vocab = hidden.shape[0], weight.shape[0]
     config = config_for("row_stats" if logits is None else "row_stats_store", hidden, weight)
     row_tiles, splits, per_split = split_grid(rows, vocab, config, hidden.device)
@@ -192,8 +193,9 @@ def backward_triton(
     """Gradients by hidden, weight and bias, each None unless `needs` asks for it."""
     check_triton(hidden, weight, bias)
     hidden, weight = hidden.contiguous(), weight.contiguous()
+    factors = aligned(hidden), aligned(weight)
     rows, vocab = hidden.shape[0], weight.shape[0]
-    config = config_for("row_gradient", hidden, weight)
+    config = config_for("row_gradient", *factors, has_softcap=softcap is not None)
     grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else None
     grad_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if needs[1] else None
     grad_bias = hidden.new_zeros(vocab, dtype=torch.float32) if needs[2] else None
@@ -207,7 +209,7 @@ def backward_triton(
             row_gradient_kernel,
             (triton.cdiv(count, config.rows), triton.cdiv(vocab, config.vocab)),
             (
-                *operand_arguments(config, hidden[part], weight),
+                *operand_arguments(config, factors[0][part], factors[1]),
                 hidden if bias is None else bias,
                 target[part],
                 values[:, part],
@@ -215,9 +217,9 @@ def backward_triton(
             (dx,),
             count,
             vocab,
-            hidden.shape[1],
+            factors[0].shape[1],
             **scaling_options(bias, temperature, softcap),
-            **tile_options(config, hidden),
+            **tile_options(config, factors[0]),
         )
         if grad_hidden is not None:
             torch.mm(dx, weight, out=grad_hidden[part])

@@ -16,6 +16,7 @@ from mtp_kernels.rowstats import combine_best
 from mtp_kernels.tiles import (
     NEG,
     VARYING,
+    aligned,
     check_triton,
     gumbel_tile,
     launch,
@@ -107,6 +108,7 @@ def best_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(best score, its token, its scaled logit, maximum, total), each [R]; see `best_torch`."""
     check_triton(hidden, weight, bias)
+    hidden, weight = aligned(hidden), aligned(weight)
     rows, vocab = hidden.shape[0], weight.shape[0]
     config = config_for("sample", hidden)
     row_tiles, splits, per_split = split_grid(rows, vocab, config, hidden.device)

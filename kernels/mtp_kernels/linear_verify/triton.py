@@ -15,6 +15,7 @@ from mtp_kernels.rowstats import NEGATIVE, combine_best
 from mtp_kernels.tiles import (
     NEG,
     VARYING,
+    aligned,
     check_triton,
     gumbel_tile,
     launch,
@@ -133,6 +134,8 @@ def residual_triton(
 ) -> tuple[Tensor, Tensor]:
     """(token, its log p), each [R]; see `residual_torch`."""
     check_triton(hidden, weight, bias, draft_hidden, draft_weight, draft_bias)
+    hidden, weight = aligned(hidden), aligned(weight)
+    draft_hidden, draft_weight = aligned(draft_hidden), aligned(draft_weight)
     rows, vocab = hidden.shape[0], weight.shape[0]
     config = config_for("residual", hidden)
     row_tiles, splits, per_split = split_grid(rows, vocab, config, hidden.device)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ...common.registry import Registry
-from ..batch import PolicyRows
-from .ratio import group_index, group_sum
+from ..batch import PolicyRows, RolloutBatch, num_distinct
+from .ratio import group_sum
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Division:
 class Normalizer:
     """A rule of division."""
 
-    divide: Callable[[PolicyRows, Tensor, int], Division]
-    """(tokens of one emitter, number of rollouts in the micro-batch, `policy.length`)."""
+    divide: Callable[[PolicyRows, RolloutBatch, int], Division]
+    """(tokens of one emitter, the micro-batch, `policy.length`)."""
     needs_length: bool = False
     """True if `policy.length` must be set."""
 
@@ -44,20 +44,19 @@ def _ones(rows: PolicyRows) -> Tensor:
     return torch.ones_like(rows.old)
 
 
-def _sequence(rows: PolicyRows, num_rollouts: Tensor, length: int) -> Division:
-    index = group_index(rows.rollouts)
-    return Division(group_sum(_ones(rows), rows.rollouts), index.max() + 1 if len(index) else 0)
+def _sequence(rows: PolicyRows, batch: RolloutBatch, length: int) -> Division:
+    return Division(group_sum(_ones(rows), rows.rollouts), num_distinct(rows.rollouts))
 
 
-per_token = Normalizer(lambda rows, num_rollouts, length: Division(_ones(rows), len(rows)))
+per_token = Normalizer(lambda rows, batch, length: Division(_ones(rows), len(rows)))
 """Divides by the number of the emitter's tokens."""
 per_sequence = Normalizer(_sequence)
 """Divides each rollout's tokens by their number, then by the number of rollouts that have such
 tokens."""
-per_rollout = Normalizer(lambda rows, num_rollouts, length: Division(_ones(rows), num_rollouts))
+per_rollout = Normalizer(lambda rows, batch, length: Division(_ones(rows), batch.num_rollouts))
 """Divides by the number of rollouts."""
 per_length = Normalizer(
-    lambda rows, num_rollouts, length: Division(_ones(rows), num_rollouts * length),
+    lambda rows, batch, length: Division(_ones(rows), batch.num_rollouts * length),
     needs_length=True,
 )
 """Divides by the number of rollouts times a fixed length."""

@@ -101,7 +101,7 @@ class Policy(Stream):
         }
 
     def _division(self, batch: RolloutBatch, rows: PolicyRows) -> Division:
-        return self.rules().normalizer.divide(rows, batch.num_rollouts, self.length)
+        return self.rules().normalizer.divide(rows, batch, self.length)
 
     def terms(self, inputs: StreamInputs) -> dict[str, Term]:
         """Surrogate of each emitter, under the distribution that the rollouts came from."""
