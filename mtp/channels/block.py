@@ -67,10 +67,18 @@ class Block(Channel):
                 )
                 for row, i in enumerate(closed):
                     answers[i] = fmt.bare_answer_text(again.completion(row))
-        return [
-            Written(answers[i], passes[i], int(thoughts[i]), fmt.thought_text(completions[i]))
-            for i in range(len(batch))
-        ]
+        out = []
+        for i, ids in enumerate(completions):
+            # The thought ends with its delimiter, unless it never ended.
+            end = len(fmt.split(ids)[0]) - 1
+            is_closed = ids[end : end + 1] == fmt.thought_ids("")
+            vectors = model.get_input_embeddings()(
+                torch.tensor(ids[: max(end, 0)], dtype=torch.long, device=model.device)
+            )
+            text = fmt.thought_text(ids)
+            kept = vectors.detach() if is_closed else None
+            out.append(Written(answers[i], passes[i], int(thoughts[i]), text, kept, ids[end:]))
+        return out
 
 
 class Token(Block):

@@ -54,6 +54,11 @@ class Written:
     writes it, and not where the channel ends every thought after a given number of passes."""
     trace: str
     """The thought as text; for a vector, the tokens that it was made of."""
+    vectors: Tensor | None = field(default=None, compare=False, repr=False)
+    """[n, D] inputs that the passes of the answer attend to in place of the thought; None if the
+    thought never ended."""
+    text: list[int] = field(default_factory=list)
+    """Ids after the thought: the delimiter, the answer and the end."""
 
 
 class Channel(nn.Module, ABC):

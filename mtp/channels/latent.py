@@ -34,8 +34,10 @@ class LatentOptions:
     """Number of steps of the text that vectors replace at the end of the curriculum."""
     per_step: int = bounded(1, at_least=1, at_most=100)
     """Number of vectors for each of these steps."""
+    text_steps: int = bounded(300, at_least=0)
+    """Optimizer steps on the whole text, before the first level that has vectors."""
     level_steps: int = bounded(300, at_least=1)
-    """Optimizer steps of each level; the last level has all that are left."""
+    """Optimizer steps of each level with vectors; the last level has all that are left."""
 
 
 class Latent(Channel):
@@ -46,7 +48,10 @@ class Latent(Channel):
 
     def level(self, step: int) -> int:
         """Level of the curriculum at an optimizer step."""
-        return min(step // self.options.level_steps, self.options.levels)
+        if step < self.options.text_steps:
+            return 0
+        level = 1 + (step - self.options.text_steps) // self.options.level_steps
+        return min(level, self.options.levels)
 
     def begins_level(self, step: int) -> bool:
         return step > 0 and self.level(step) != self.level(step - 1)
@@ -89,12 +94,17 @@ class Latent(Channel):
         number = self.options.levels * self.options.per_step
         hidden = reader.read_prompts(None if number else closer)[:, -1:]
         rows = [Row(prompt, text=[closer_id(fmt)]) for prompt in prompts]
+        thoughts = [hidden[:, :0]]
         for left in reversed(range(number)):
             likeliest = logits_of(model, hidden[:, 0]).argmax(-1).tolist()
             for row, token in zip(rows, likeliest, strict=True):
                 row.thought.append([token])
+            thoughts.append(hidden)
             # The delimiter is not sampled, so the pass that reads the last vector reads it too.
             read = hidden if left else torch.cat([hidden, reader.embedding(closer)], 1)
             hidden = reader.read(read)[:, -1:]
         rows = continue_rows(None, reader, hidden[:, 0], fmt, rows, options)
-        return [written(fmt, row, number, number + len(row.log_probs)) for row in rows]
+        return [
+            written(fmt, row, vectors, number, number + len(row.log_probs))
+            for row, vectors in zip(rows, torch.cat(thoughts, 1), strict=True)
+        ]

@@ -5,6 +5,7 @@ Passes are forward passes of main that must follow each other. Accuracy at N pas
 wrong. Attempts differ by their sampled thoughts; the answer after a thought is greedy.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..evaluation.evaluate import held_out
 from ..modeling.sampler import Sampler
@@ -21,6 +23,7 @@ from ..reports.metrics import Metric, declare
 from ..rollouts.prompt_format import PromptFormat
 from ..tasks.base import Example, Task
 from .channel import Channel, WriteOptions, Written
+from .reading import read_in_parallel
 
 BUDGETS = (4, 8, 16, 32)
 """Limits on the passes of a thought in the table."""
@@ -130,6 +133,78 @@ def measure_attempts(
     }
 
 
+def measure_message(
+    model: Any,
+    fmt: PromptFormat,
+    channel: Channel,
+    task: Task,
+    *,
+    num_problems: int,
+    batch_size: int,
+    max_new_tokens: int,
+) -> dict[str, float | None]:
+    """Bits of a thought that its answer depends on, by interventions on the thought's inputs.
+
+        log2 p(answer | question, its own thought) - log2 p(answer | question, another thought)
+
+    `message_swap_bits`: the thought of another problem. `message_zero_bits`: as many vectors of
+    zeros. The answer is the model's own. Means over problems whose thought ended; both are 0 where
+    the answer follows from the question alone. They have no upper limit, since a wrong thought can
+    make an answer arbitrarily unlikely.
+    """
+    examples = held_out(task, num_problems)
+    options = WriteOptions(
+        sampler=Sampler(temperature=1.0 if channel.is_random else 0.0),
+        max_new_tokens=max_new_tokens,
+    )
+    outputs = write_all(model, fmt, channel, examples, options, batch_size)
+    pairs = [(e, o) for e, o in zip(examples, outputs, strict=True) if o.answer and len(o.text) > 1]
+    thoughts = [o.vectors for _, o in pairs if o.vectors is not None]
+    assert len(thoughts) == len(pairs)
+    if len(pairs) < 2:
+        return {"message_swap_bits": None, "message_zero_bits": None}
+    prompts = [fmt.prompt_ids(example.prompt) for example, _ in pairs]
+    texts = [output.text for _, output in pairs]
+    own, swapped, zero = (
+        answer_log_probs(model, prompts, chosen, texts)
+        for chosen in (thoughts, thoughts[1:] + thoughts[:1], [0 * v for v in thoughts])
+    )
+    bits = 1 / math.log(2)
+    return {
+        "message_swap_bits": bits * float((own - swapped).mean()),
+        "message_zero_bits": bits * float((own - zero).mean()),
+    }
+
+
+@torch.no_grad()
+def answer_log_probs(
+    model: Any, prompts: list[list[int]], thoughts: list[Tensor], texts: list[list[int]]
+) -> Tensor:
+    """[B] log p of the answers and their ends, given prompts, vectors [n, D] and delimiters.
+
+    texts: ids after each thought, the first of which, the delimiter, is not scored.
+    """
+    embedding = model.get_input_embeddings()
+    device = embedding.weight.device
+    rows = [
+        torch.cat(
+            [
+                embedding(torch.tensor(prompt, device=device)),
+                thought,
+                embedding(torch.tensor(text[:-1], device=device)),
+            ]
+        )
+        for prompt, thought, text in zip(prompts, thoughts, texts, strict=True)
+    ]
+    inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    log_p = read_in_parallel(model, inputs).log_softmax(-1)
+    out = []
+    for b, text in enumerate(texts):
+        scored = log_p[b, len(rows[b]) - len(text) + 1 : len(rows[b])]
+        out.append(scored.gather(-1, torch.tensor(text[1:], device=device)[:, None]).sum())
+    return torch.stack(out)
+
+
 @dataclass(frozen=True)
 class TrainingCost:
     """Cost of training on solved examples, measured on one batch."""
@@ -140,6 +215,8 @@ class TrainingCost:
     """Bytes that the forward keeps for the backward, weights not included."""
     seconds_per_example: float
     """Seconds of forward and backward."""
+    flops_per_example: float
+    """Floating-point operations of forward and backward: those of matrix products."""
 
 
 def training_cost(
@@ -167,10 +244,19 @@ def training_cost(
         loss = channel.supervised_loss(model, fmt, examples, step=step, seed=0)
     hook.remove()
     del loss
+    with FlopCounterMode(display=False) as counter:
+        channel.supervised_loss(model, fmt, examples, step=step, seed=0).backward()
+    model.zero_grad(set_to_none=True)
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
         channel.supervised_loss(model, fmt, examples, step=step, seed=0).backward()
         seconds.append(time.perf_counter() - began)
         model.zero_grad(set_to_none=True)
-    return TrainingCost(passes, sum(kept.values()) / len(examples), median(seconds) / len(examples))
+    number = len(examples)
+    return TrainingCost(
+        passes,
+        sum(kept.values()) / number,
+        median(seconds) / number,
+        counter.get_total_flops() / number,
+    )

@@ -20,6 +20,7 @@ from typing import Any
 
 from ..common.files import save_text
 from ..common.process import run_command
+from ..reports.json_lines import read_records
 
 ROOT = Path(__file__).parents[2]
 RESULT = Path("docs/results/channels/table.json")
@@ -110,7 +111,11 @@ def run_train(cell: Cell, *more: str, capture: bool = False) -> str:
 def minutes_of(cell: Cell) -> float:
     """Estimated minutes of a run, from a dry run of it."""
     # A curriculum begins with its cheapest level; here three steps see three levels.
-    short = ["channel.options.level_steps=1"] if cell.row == "latent" else []
+    short = (
+        ["channel.options.text_steps=1", "channel.options.level_steps=1"]
+        if cell.row == "latent"
+        else []
+    )
     printed = run_train(cell, "dry_run=true", *short, capture=True)
     found = re.search(r"a full run would take about \d+ min and its evaluations \((.*)\)", printed)
     if found is None:
@@ -139,7 +144,13 @@ def measure(folder: Path, num_problems: int, num_attempts: int) -> dict[str, Any
     from ..hub.build import load_model
     from ..tasks.base import training_index
     from .channel import CHANNELS, build_channel
-    from .measure import BUDGETS, evaluate_channel, measure_attempts, training_cost
+    from .measure import (
+        BUDGETS,
+        evaluate_channel,
+        measure_attempts,
+        measure_message,
+        training_cost,
+    )
     from .saving import load_channel
 
     config = load_run_config(folder / "config.yaml")
@@ -170,6 +181,7 @@ def measure(folder: Path, num_problems: int, num_attempts: int) -> dict[str, Any
         model, fmt, channel, task, num_problems=num_problems, num_attempts=num_attempts,
         temperature=1.0, **limits,
     )  # fmt: skip
+    metrics |= measure_message(model, fmt, channel, task, num_problems=num_problems, **limits)
     size = task.size("train")
     supervised = next(stage for stage in stages.values() if stage.kind == "supervised")
     number = supervised.examples.batch_size
@@ -178,6 +190,7 @@ def measure(folder: Path, num_problems: int, num_attempts: int) -> dict[str, Any
     summary = json.loads((folder / "summary.json").read_text())
     return metrics | asdict(cost) | {
         "attempts": num_attempts,
+        "accuracy_at_step": accuracy_at_steps(folder, summary),
         "training_seconds": summary["seconds"],
         "training_steps": sum(stage["steps"] for stage in summary["stages"]),
         "training_batch_size": number,
@@ -192,6 +205,39 @@ def measure(folder: Path, num_problems: int, num_attempts: int) -> dict[str, Any
     }  # fmt: skip
 
 
+def accuracy_at_steps(folder: Path, summary: dict[str, Any]) -> dict[str, float]:
+    """Held-out accuracy by optimizer step of the first stage, in the channel's own mode."""
+    first = summary["stages"][0]
+    name = next(n for n in ("accuracy", "fast_accuracy", "slow_accuracy") if n in first)
+    found = {}
+    for record in read_records(folder / "metrics.jsonl"):
+        if record["stage"] == first["name"] and f"eval/{name}" in record:
+            found[str(record["step"])] = record[f"eval/{name}"]
+    return found
+
+
+def add_equal_flops(rows: list[dict[str, Any]]) -> None:
+    """Add `accuracy_at_equal_flops`: that of the last evaluation within the cheapest row's FLOPs.
+
+    FLOPs are those of training on solved examples. None where the row has no evaluation so early,
+    and in rows whose training has an RL stage too.
+    """
+
+    def flops(row: dict[str, Any], steps: float) -> float:
+        return steps * row["training_batch_size"] * row["flops_per_example"]
+
+    for task in {row["task"] for row in rows}:
+        mine = [row for row in rows if row["task"] == task]
+        least = min(flops(row, row["training_steps"]) for row in mine)
+        for row in mine:
+            within = {
+                int(n): a for n, a in row["accuracy_at_step"].items() if flops(row, int(n)) <= least
+            }
+            supervised = str(int(row["training_steps"])) in row["accuracy_at_step"]
+            row["training_flops"] = flops(row, row["training_steps"]) if supervised else None
+            row["accuracy_at_equal_flops"] = within[max(within)] if within and supervised else None
+
+
 def table_rows(cells: list[Cell]) -> list[dict[str, Any]]:
     """One row per channel and task: means over its measured seeds, and accuracies by seed."""
     rows = []
@@ -204,6 +250,8 @@ def table_rows(cells: list[Cell]) -> list[dict[str, Any]]:
         for key, value in found[0].items():
             if isinstance(value, dict):
                 averaged[key] = {k: mean(one[key][k] for one in found) for k in value}
+            elif any(one[key] is None for one in found):
+                averaged[key] = None
             else:
                 averaged[key] = mean(one[key] for one in found)
         rows.append(
@@ -216,14 +264,21 @@ def table_rows(cells: list[Cell]) -> list[dict[str, Any]]:
                 **averaged,
             }
         )
+    add_equal_flops(rows)
     return rows
+
+
+def shown(value: float | None, factor: float = 1.0) -> str:
+    """A number of a cell; a dash for None."""
+    return "-" if value is None else f"{factor * value:.1f}"
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table as Markdown, one part per task."""
     heads = [
         "channel", "accuracy (seeds)", "at 4", "at 8", "at 16", "at 32", "thought passes",
-        "passes in sequence", "kB / example", "training s", "one", "majority", "best of n",
+        "passes in sequence", "ms / example", "kB / example", "training s", "at equal FLOPs",
+        "one", "majority", "best of n", "swap bits", "zero bits",
     ]  # fmt: skip
     lines = []
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -233,10 +288,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             at = [f"{100 * value:.1f}" for value in row["accuracy_at_passes"].values()]
             cells = [
                 row["channel"], by_seed, *at, f"{row['thought_passes']:.1f}",
-                f"{row['sequential_passes']:.0f}", f"{row['bytes_per_example'] / 1000:.0f}",
-                f"{row['training_seconds']:.0f}",
-                *(f"{100 * row[k]:.1f}" for k in
+                f"{row['sequential_passes']:.0f}", f"{1000 * row['seconds_per_example']:.2f}",
+                f"{row['bytes_per_example'] / 1000:.0f}", f"{row['training_seconds']:.0f}",
+                shown(row["accuracy_at_equal_flops"], 100),
+                *(shown(row[k], 100) for k in
                   ("mean_accuracy", "majority_accuracy", "best_accuracy")),
+                shown(row["message_swap_bits"]), shown(row["message_zero_bits"]),
             ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")

@@ -201,7 +201,15 @@ class VectorChannel(Channel):
     ) -> list[Written]:
         prompts = [fmt.prompt_ids(example.prompt) for example in examples]
         rows = self.rollouts(model, fmt, prompts, options)
-        return [written(fmt, row, len(row.thought) + 1, len(row.log_probs)) for row in rows]
+        embedding = model.get_input_embeddings()
+        out = []
+        for row in rows:
+            vectors = embedding.weight.new_zeros(0, embedding.embedding_dim)
+            if row.thought:
+                ids = torch.tensor(row.thought, device=vectors.device)
+                vectors = self.vectors(embedding, ids, torch.stack(row.records)).detach()
+            out.append(written(fmt, row, vectors, len(row.thought) + 1, len(row.log_probs)))
+        return out
 
 
 def continue_rows(
@@ -261,11 +269,15 @@ def continue_rows(
     return rows
 
 
-def written(fmt: PromptFormat, row: Row, thought_passes: int, passes: int) -> Written:
-    """A record as an output."""
+def written(
+    fmt: PromptFormat, row: Row, vectors: Tensor, thought_passes: int, passes: int
+) -> Written:
+    """A record as an output; vectors: [n, D] of its thought."""
     decode = fmt.tokenizer.decode
     trace = "|".join(str(decode(sorted(set(ids)))) for ids in row.thought)
-    return Written(fmt.answer_text(row.text), passes, thought_passes, trace)
+    answer = fmt.answer_text(row.text)
+    kept = vectors if row.text else None
+    return Written(answer, passes, thought_passes, trace, kept, row.text)
 
 
 def closer_id(fmt: PromptFormat) -> int:

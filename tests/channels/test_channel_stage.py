@@ -24,8 +24,8 @@ TINY = [
     "fabric.accelerator=cpu",
     "fabric.num_threads=1",
     "decoding.max_new_tokens=16",
-    "model.config.hidden_size=32",
-    "model.config.intermediate_size=48",
+    "model.config.n_embd=32",
+    "model.config.n_inner=48",
     "head.hidden_size=16",
     "head.intermediate_size=24",
 ]
@@ -75,7 +75,7 @@ def test_a_resumed_run_gives_the_same_weights(name, tmp_path):
     """A checkpoint after every step; the second run continues from the third one, between two
     levels of the curriculum or within RL.
     """
-    more = [*RL, "stages.main.steps=2"] if name == "gated" else ["channel.options.level_steps=2"]
+    more = [*RL, "stages.main.steps=2"] if name == "gated" else ["channel.options.text_steps=2"]
     if name == "gated":
         more += ["stages.rl.rollouts.num_prompts=8", "stages.rl.rollouts.group_size=8"]
     run = config(tmp_path / "run", name, *more, "checkpoint_minutes=0")

@@ -9,13 +9,13 @@ from mtp.channels.measure import training_cost
 
 def test_the_curriculum_replaces_one_step_of_the_text_after_the_other(built):
     model, _ = built
-    channel = build_channel("latent", {"levels": 3, "level_steps": 10}, model)
+    channel = build_channel("latent", {"levels": 3, "text_steps": 20, "level_steps": 10}, model)
     thought = "ab;bc;cd"
-    assert [channel.level(step) for step in (0, 9, 10, 29, 30, 99)] == [0, 0, 1, 2, 3, 3]
+    assert [channel.level(step) for step in (0, 19, 20, 39, 40, 99)] == [0, 0, 1, 2, 3, 3]
     assert [channel.remaining_text(thought, level) for level in range(4)] == [
         "ab;bc;cd", "bc;cd", "cd", "",
     ]  # fmt: skip
-    assert [step for step in range(50) if channel.begins_level(step)] == [10, 20, 30]
+    assert [step for step in range(60) if channel.begins_level(step)] == [20, 30, 40]
     short = build_channel("latent", {"levels": 2}, model)
     assert short.remaining_text(thought, 2) == ""  # all of the text at the last level
 
@@ -25,7 +25,7 @@ def test_the_loss_is_that_of_the_answer_after_main_has_read_its_own_vectors(buil
     inputs before it, without a cache.
     """
     model, fmt = built
-    channel = build_channel("latent", {"levels": 2, "level_steps": 1}, model)
+    channel = build_channel("latent", {"levels": 2, "text_steps": 1, "level_steps": 1}, model)
     example = task.example("train", 0)
     inputs = model.get_input_embeddings()(torch.tensor([fmt.prompt_ids(example.prompt)]))
     for _ in range(2):

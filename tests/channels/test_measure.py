@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
 
-from mtp.channels.channel import Channel, Written
-from mtp.channels.measure import evaluate_channel, measure_attempts
-from mtp.channels.table import ROWS, TASKS, markdown, plan, table_rows
+from mtp.channels import build_channel
+from mtp.channels.channel import Channel, WriteOptions, Written
+from mtp.channels.measure import answer_log_probs, evaluate_channel, measure_attempts
+from mtp.channels.table import ROWS, TASKS, add_equal_flops, markdown, plan, table_rows
+from mtp.modeling.sampler import Sampler
 from mtp.tasks.graph_search import GraphSearchConfig
 
 
@@ -89,7 +92,9 @@ def test_rows_hold_means_over_the_seeds_that_are_measured(tmp_path):
     cells = plan(["token", "latent"], ["graph_search"], [1, 2, 3], tmp_path, [])
     base = {"thought_passes": 3, "sequential_passes": 1, "bytes_per_example": 1000.0}
     base |= {"training_seconds": 2.0, "mean_accuracy": 0.5, "majority_accuracy": 0.5}
-    base |= {"best_accuracy": 1.0}
+    base |= {"best_accuracy": 1.0, "seconds_per_example": 0.001, "message_swap_bits": 2.0}
+    base |= {"message_zero_bits": None, "accuracy_at_step": {"5": 0.25, "10": 0.5}}
+    base |= {"flops_per_example": 7.0, "training_batch_size": 2, "training_steps": 10}
     for cell, accuracy in ((cells[0], 0.5), (cells[2], 1.0)):  # token, seeds 1 and 2
         cell.folder.mkdir(parents=True)
         found = base | {"accuracy": accuracy, "accuracy_at_passes": {"4": accuracy / 2}}
@@ -99,4 +104,47 @@ def test_rows_hold_means_over_the_seeds_that_are_measured(tmp_path):
     assert row["accuracy_by_seed"] == [0.5, 1.0] and row["accuracy"] == 0.75
     assert row["accuracy_at_passes"] == {"4": 0.375}
     assert row["command"] == "train.py experiment=channels/token task=graph_search"
+    assert row["message_swap_bits"] == 2.0 and row["message_zero_bits"] is None
     assert "| token | 50.0, 100.0 | 37.5 |" in markdown([row])
+
+
+def test_accuracy_at_equal_flops_is_that_of_the_last_evaluation_that_the_cheapest_row_can_afford():
+    """10 steps at 2 FLOPs are 20: 5 steps at 4; none at 9, evaluated at steps 3 and 6."""
+    row = {"task": "a", "training_batch_size": 1}
+    steps = {"3": 0.3, "5": 0.5, "10": 0.9}
+    rows = [
+        row | {"training_steps": 10, "flops_per_example": 2, "accuracy_at_step": steps},
+        row | {"training_steps": 10, "flops_per_example": 4, "accuracy_at_step": steps},
+        row | {"training_steps": 6, "flops_per_example": 9, "accuracy_at_step": {"3": 0, "6": 1}},
+        row | {"training_steps": 12, "flops_per_example": 2, "accuracy_at_step": steps},  # with RL
+    ]
+    add_equal_flops(rows)
+    assert [r["accuracy_at_equal_flops"] for r in rows] == [0.9, 0.5, None, None]
+    assert [r["training_flops"] for r in rows] == [20, 40, 54, None]
+
+
+@pytest.mark.parametrize("name", ["token", "block", "soft", "multiplex", "gated", "latent"])
+def test_the_log_probability_of_an_answer_after_its_recorded_thought(name, built, task):
+    """The answer's log-probability is that of one forward over question, thought and answer."""
+    model, fmt = built
+    channel = build_channel(name, {}, model)
+    with torch.no_grad():  # so that thoughts and answers end after a few passes
+        weight = model.lm_head.weight
+        weight[fmt.delimiter_id("</think>")] += 0.3
+        weight[fmt.eos_id] += 0.3
+    options = WriteOptions(sampler=Sampler(), max_new_tokens=24, seed=2)
+    examples = [task.example("test", i) for i in range(96)]
+    outputs = channel.write(model, fmt, examples, options)
+    chosen = [i for i, o in enumerate(outputs) if o.answer and o.vectors is not None]
+    assert len(chosen) >= 2
+    prompts = [fmt.prompt_ids(examples[i].prompt) for i in chosen]
+    thoughts, texts = [outputs[i].vectors for i in chosen], [outputs[i].text for i in chosen]
+    together = answer_log_probs(model, prompts, thoughts, texts)
+    embed = model.get_input_embeddings()
+    for b, text in enumerate(texts):
+        parts = [embed(torch.tensor(prompts[b])), thoughts[b], embed(torch.tensor(text))]
+        hidden = model.mtp_decoder(inputs_embeds=torch.cat(parts)[None]).last_hidden_state[0]
+        log_p = model.lm_head(hidden).log_softmax(-1)
+        first = len(prompts[b]) + len(thoughts[b])
+        alone = sum(log_p[first + t - 1, token] for t, token in enumerate(text) if t)
+        assert float(together[b]) == pytest.approx(float(alone), abs=1e-4)

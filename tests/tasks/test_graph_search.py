@@ -36,6 +36,49 @@ def test_one_candidate_is_reachable_and_the_thought_is_the_path_to_it():
     assert depths == {2, 3, 4, 5}
 
 
+def test_parents_and_layers_are_the_same_graph_as_edges_and_a_path():
+    """Forms of one problem: `prompt` and `thought` change its text, and not what is asked."""
+    settings = {"min_steps": 3, "max_steps": 3}
+    by_edges = GraphSearchConfig(**settings).build()
+    task = GraphSearchConfig(prompt="parents", thought="layers", **settings).build()
+    for index in range(50):
+        example = task.example("train", index)
+        graph, question = example.prompt.removesuffix("=").split("?")
+        assert len(graph) == 14 and graph.count("-") == 2
+        edges = {up + node for up, node in zip(graph, "abcdefghijklmn", strict=True) if up != "-"}
+        root, candidates = question.split(":")
+        found = reachable(sorted(edges), root)
+        assert [c for c in candidates if c in found] == [example.answer]
+        layers = example.thought.split(";")
+        assert layers == example.columns["layers"]
+        assert set("".join(layers)) | {root} == found
+        for before, layer in zip([root, *layers], layers, strict=False):
+            assert sorted(layer) == sorted(c for up, c in edges if up in before)
+    with_edges = by_edges.example("test", 3)
+    assert by_edges.steps(with_edges, with_edges.thought)[2].is_true
+
+
+def test_layers_of_a_thought_are_checked_against_the_graph():
+    task = GraphSearchConfig(min_steps=3, max_steps=3, prompt="parents", thought="layers").build()
+    example = task.example("test", 0)
+    first, second, third = example.thought.split(";")
+    swapped = ";".join([first[::-1], second[::-1], third])
+    assert [s.is_true for s in task.steps(example, swapped)] == [True] * 3
+    thought = ";".join([first, second[0], third])
+    assert [s.is_true for s in task.steps(example, thought)][:2] == [True, False]
+    assert [s.is_true for s in task.steps(example, f"{first};{second}{first}")] == [True, False]
+    assert task.steps(example, "")[0].is_true is False
+
+
+def test_short_problems_are_in_the_training_split_only():
+    task = GraphSearchConfig(min_steps=3, max_steps=3, min_train_steps=1).build()
+    lengths = {
+        split: {len(task.example(split, i).columns["layers"]) for i in range(50)}
+        for split in ("train", "test")
+    }
+    assert lengths == {"train": {1, 2, 3}, "test": {3}}
+
+
 def test_both_trees_have_one_shape_so_degree_and_position_do_not_give_the_answer_away():
     task = GraphSearchConfig().build()
     first = 0
@@ -75,6 +118,9 @@ def test_splits_are_disjoint_and_repeatable():
     ("settings", "error"),
     [
         ({"min_steps": 5, "max_steps": 4}, "task.min_steps must be at most task.max_steps=4"),
+        ({"min_train_steps": 5}, "task.min_train_steps must be at most task.max_steps=4, got 5"),
+        ({"prompt": "matrix"}, "task.prompt must be edges or parents, got 'matrix'"),
+        ({"thought": "tree"}, "task.thought must be path or layers, got 'tree'"),
         ({"width": 5, "max_steps": 6}, "need 62 nodes, but only 52 letters"),
         ({"min_steps": 1, "max_steps": 1, "width": 1}, "leave too few questions to split"),
     ],
