@@ -77,8 +77,8 @@ def copy_code(folder: Path) -> Path:
 
 
 def version(source: Path) -> dict[str, Any]:
-    """Where the code of a package is from: its folder, git's commit, and whether files of the
-    checkout differ from it; None without git.
+    """Source of a package's code: its folder, git's commit, and whether files of the checkout
+    differ from it; None without git.
     """
 
     def git(*words: str) -> str | None:

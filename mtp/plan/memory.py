@@ -207,7 +207,7 @@ def memory(load: Workload, layout: Layout) -> Memory:
     if shards > 1:
         root = main.root_parameters + num_head
         layers = narrow * main.layer_parameters
-        casts = wide * root + (narrow * root if mixed else 0) + 2 * layers
+        casts = float(wide * root + (narrow * root if mixed else 0) + 2 * layers)
         sampling = casts
         if layout.rollout_weights == "whole":
             sampling = casts + layers * main.num_layers

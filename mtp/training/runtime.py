@@ -7,6 +7,7 @@ import os
 import signal
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,13 +81,16 @@ class FabricConfig:
         if self.num_threads:
             torch.set_num_threads(self.num_threads)
         try:
-            fabric = Fabric(
-                accelerator=self.accelerator,
-                devices=self.devices,
-                num_nodes=self.num_nodes,
-                strategy=self._strategy(),
-                precision=self.precision,  # type: ignore[arg-type]
-            )
+            with warnings.catch_warnings():
+                # lightning's hint to every run on a machine that has Slurm
+                warnings.filterwarnings("ignore", "The `srun` command is available")
+                fabric = Fabric(
+                    accelerator=self.accelerator,
+                    devices=self.devices,
+                    num_nodes=self.num_nodes,
+                    strategy=self._strategy(),
+                    precision=self.precision,  # type: ignore[arg-type]
+                )
         except (ValueError, RuntimeError, MisconfigurationException) as error:
             raise ValueError(f"fabric could not be set up: {error}") from None
         watch_start(fabric)

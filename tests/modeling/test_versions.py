@@ -1,4 +1,4 @@
-"""What differs between the versions of transformers: both ways give what one of them gives."""
+"""Differences between versions of transformers: both ways give what one of them gives."""
 
 import pytest
 import torch
