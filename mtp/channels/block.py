@@ -52,6 +52,7 @@ class Block(Channel):
         passes, thoughts = batch.out.passes.tolist(), thought_passes(batch, fmt).tolist()
         completions = [batch.completion(row) for row in range(len(batch))]
         answers = [fmt.answer_text(ids) for ids in completions]
+        again_ids: dict[int, list[int]] = {}
         if options.sampler.temperature > 0 and not options.sample_answer:
             prefixes = [fmt.split(ids)[0] for ids in completions]
             greedy = replace(decoding, sampler=Sampler(temperature=0))
@@ -66,18 +67,19 @@ class Block(Channel):
                     prefixes=[prefixes[i] for i in closed],
                 )
                 for row, i in enumerate(closed):
-                    answers[i] = fmt.bare_answer_text(again.completion(row))
+                    again_ids[i] = again.completion(row)
+                    answers[i] = fmt.bare_answer_text(again_ids[i])
         out = []
+        closing = fmt.thought_ids("")
         for i, ids in enumerate(completions):
-            # The thought ends with its delimiter, unless it never ended.
-            end = len(fmt.split(ids)[0]) - 1
-            is_closed = ids[end : end + 1] == fmt.thought_ids("")
-            vectors = model.get_input_embeddings()(
-                torch.tensor(ids[: max(end, 0)], dtype=torch.long, device=model.device)
-            )
-            text = fmt.thought_text(ids)
-            kept = vectors.detach() if is_closed else None
-            out.append(Written(answers[i], passes[i], int(thoughts[i]), text, kept, ids[end:]))
+            prefix = fmt.split(ids)[0]
+            is_closed = prefix[-1:] == closing
+            inner = torch.tensor(prefix[:-1], dtype=torch.long, device=model.device)
+            vectors = model.get_input_embeddings()(inner).detach() if is_closed else None
+            rest = again_ids.get(i, ids[len(prefix) :])
+            text = [*closing, *rest] if is_closed else []
+            trace = fmt.thought_text(ids)
+            out.append(Written(answers[i], passes[i], int(thoughts[i]), trace, vectors, text))
         return out
 
 

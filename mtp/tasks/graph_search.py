@@ -121,7 +121,8 @@ class GraphSearch(Task):
         answer = rng.choice(layers[-1])
         candidates = [answer, rng.choice(names[-config.width :])]
         rng.shuffle(candidates)
-        path, node = [], answer
+        path: list[str] = []
+        node = answer
         while node in parents:
             path.insert(0, parents[node] + node)
             node = parents[node]
@@ -147,7 +148,7 @@ class GraphSearch(Task):
         def is_true(step: str) -> bool:
             before = next(befores)
             if self.config.thought == "layers":
-                children = sorted(child for parent, child in edges if parent in before)
+                children = sorted(edge[1] for edge in edges if edge[0] in before)
                 return bool(step) and sorted(step) == children
             return step in edges and step[0] == before[-1:]
 

@@ -147,4 +147,4 @@ def test_the_log_probability_of_an_answer_after_its_recorded_thought(name, built
         log_p = model.lm_head(hidden).log_softmax(-1)
         first = len(prompts[b]) + len(thoughts[b])
         alone = sum(log_p[first + t - 1, token] for t, token in enumerate(text) if t)
-        assert float(together[b]) == pytest.approx(float(alone), abs=1e-4)
+        assert float(together[b]) == pytest.approx(float(alone.detach()), abs=1e-4)
