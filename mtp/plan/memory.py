@@ -208,7 +208,7 @@ def memory(load: Workload, layout: Layout) -> Memory:
         root = main.root_parameters + num_head
         layers = narrow * main.layer_parameters
         casts = wide * root + (narrow * root if mixed else 0) + 2 * layers
-        sampling = casts
+        sampling: float = casts
         if layout.rollout_weights == "whole":
             sampling = casts + layers * main.num_layers
     else:
