@@ -207,8 +207,8 @@ def memory(load: Workload, layout: Layout) -> Memory:
     if shards > 1:
         root = main.root_parameters + num_head
         layers = narrow * main.layer_parameters
-        casts = float(wide * root + (narrow * root if mixed else 0) + 2 * layers)
-        sampling = casts
+        casts = wide * root + (narrow * root if mixed else 0) + 2 * layers
+        sampling: float = casts
         if layout.rollout_weights == "whole":
             sampling = casts + layers * main.num_layers
     else:
