@@ -1,4 +1,4 @@
-"""What differs between the versions of transformers: both ways give what one of them gives."""
+"""The differences between versions of transformers: both ways give the same numbers."""
 
 import pytest
 import torch
