@@ -7,12 +7,14 @@ updates the matrices of hidden layers, and AdamW all other parameters.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..common.bounds import bounded
+from .muon import Muon
 
 BETAS = (0.9, 0.95)
 """AdamW's betas, as in most runs of language models."""
@@ -45,11 +47,6 @@ class OptimizerConfig:
         """Raises ValueError naming the key of an impossible value."""
         if self.algorithm not in ("adamw", "muon"):
             raise ValueError(f"{key}.algorithm must be adamw or muon, got {self.algorithm!r}")
-        if self.algorithm == "muon" and not hasattr(torch.optim, "Muon"):
-            raise ValueError(
-                f"{key}.algorithm must be adamw with torch {torch.__version__}, got 'muon', which "
-                "needs torch 2.9 or newer; set it to adamw, or pip install 'torch>=2.9'"
-            )
         if self.decay not in ("constant", "linear", "cosine"):
             raise ValueError(f"{key}.decay must be constant, linear or cosine, got {self.decay!r}")
 
@@ -101,6 +98,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.param_groups[:] = [g for part in self.parts.values() for g in part.param_groups]
 
 
+make_muon: Callable[..., torch.optim.Optimizer] = (
+    partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
+    if hasattr(torch.optim, "Muon")
+    else Muon
+)
+"""torch's Muon, or ours in torch 2.8, which has none."""
+
+
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     """True for the matrices of hidden layers: neither embeddings nor output matrices."""
     names = ("embed", "lm_head", ".wte.", ".wpe.")
@@ -140,11 +145,10 @@ def build_optimizer(
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True)
     if not muon_names:
         return adamw
-    muon = torch.optim.Muon(
+    muon = make_muon(
         [parameters[name] for name in muon_names],
         lr=config.lr * config.muon_lr_ratio,
         weight_decay=config.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
     )
     muon.param_groups[0]["lr_ratio"] = config.muon_lr_ratio
     return MuonWithAdamW(muon, adamw)

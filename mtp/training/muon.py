@@ -1,0 +1,53 @@
+"""Muon for torch 2.8. From 2.9 on torch has it, and that one is used (`optimizers.py`).
+
+Nesterov momentum, made orthogonal by five steps of a Newton-Schulz iteration in bfloat16 (Jordan et
+al. 2024) and scaled to the root mean square of AdamW's updates (Liu et al. 2025, arXiv 2502.16982).
+A step is that of torch's, to the last bit, and so are the names of the state.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+MOMENTUM = 0.95
+COEFFICIENTS = (3.4445, -4.775, 2.0315)
+"""Of the polynomial a x + b x^3 + c x^5 of an iteration's singular values x."""
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """The matrix [R, C] with singular values between about 0.5 and 1.2, in bfloat16."""
+    a, b, c = COEFFICIENTS
+    x = matrix.bfloat16()
+    is_tall = len(matrix) > matrix.shape[1]
+    x = x.T if is_tall else x
+    x = x / x.norm().clamp(min=1e-7)  # the largest singular value is at most 1
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if is_tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """The part of `torch.optim.Muon` that mtp uses, with `adjust_lr_fn="match_rms_adamw"`."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step. Closures are not supported."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                gradient, state = parameter.grad, self.state[parameter]
+                if gradient is None:
+                    continue
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(gradient)
+                average = state["momentum_buffer"]
+                average.lerp_(gradient, 1 - MOMENTUM)
+                update = orthogonal(gradient.lerp(average, MOMENTUM))
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                scale = 0.2 * max(parameter.shape) ** 0.5
+                parameter.add_(update, alpha=-group["lr"] * scale)
