@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Differences between versions of transformers: both ways give what one of them gives."""
-=======
 """The differences between versions of transformers: both ways give the same numbers."""
->>>>>>> stacks
 
 import pytest
 import torch
