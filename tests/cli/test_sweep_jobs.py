@@ -161,7 +161,7 @@ def test_a_sweep_on_a_ray_of_this_machine(tmp_path):
     assert "2 seeds" in said
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
 def test_a_launcher_that_is_killed_takes_its_jobs_along(tmp_path, launcher):
     pytest.importorskip("hydra_plugins.hydra_" + launcher.partition("_")[0] + "_launcher")

@@ -59,7 +59,7 @@ def until(condition, process: subprocess.Popen, seconds: float = 900) -> None:
         time.sleep(0.2)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_sweep_on_slurm(tmp_path, slurm):
     arguments = ["hydra.launcher.cpus_per_task=1", "seed=1,2", "stages.main.steps=1"]
     process = start_sweep(slurm, tmp_path, *arguments)
@@ -69,7 +69,7 @@ def test_a_sweep_on_slurm(tmp_path, slurm):
     assert "2 seeds" in said
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_job_that_is_preempted_and_meets_its_time_limit_ends_with_the_bits_of_a_whole_run(
     tmp_path, slurm, request
 ):
