@@ -25,6 +25,10 @@ from ..tasks.base import Example, Task
 from .channel import Channel, WriteOptions, Written
 from .reading import read_in_parallel
 
+SEEDS_OF_ATTEMPT = 1_000_000
+"""Distance between the seeds of two attempts, more than the number of problems. torch's generator
+on a CPU reads the lowest 32 bits of a seed, so a multiple of 2^32 would repeat the attempt."""
+
 BUDGETS = (4, 8, 16, 32)
 """Limits on the passes of a thought in the table."""
 
@@ -112,7 +116,14 @@ def measure_attempts(
     examples = held_out(task, num_problems)
     options = WriteOptions(sampler=Sampler(temperature=temperature), max_new_tokens=max_new_tokens)
     attempts = [
-        write_all(model, fmt, channel, examples, replace(options, seed=(n + 1) << 32), batch_size)
+        write_all(
+            model,
+            fmt,
+            channel,
+            examples,
+            replace(options, seed=(n + 1) * SEEDS_OF_ATTEMPT),
+            batch_size,
+        )
         for n in range(num_attempts)
     ]
     single, best, majority = [], [], []

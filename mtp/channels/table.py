@@ -208,7 +208,9 @@ def measure(folder: Path, num_problems: int, num_attempts: int) -> dict[str, Any
 def accuracy_at_steps(folder: Path, summary: dict[str, Any]) -> dict[str, float]:
     """Held-out accuracy by optimizer step of the first stage, in the channel's own mode."""
     first = summary["stages"][0]
-    name = next(n for n in ("accuracy", "fast_accuracy", "slow_accuracy") if n in first)
+    name = next(
+        n for n in ("accuracy", "fast_accuracy", "slow_accuracy") if first.get(n) is not None
+    )
     found = {}
     for record in read_records(folder / "metrics.jsonl"):
         if record["stage"] == first["name"] and f"eval/{name}" in record:

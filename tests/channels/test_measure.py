@@ -1,5 +1,6 @@
 """The measures and the table, by hand-worked outputs of a scripted channel."""
 
+import itertools
 import json
 
 import pytest
@@ -7,8 +8,21 @@ import torch
 
 from mtp.channels import build_channel
 from mtp.channels.channel import Channel, WriteOptions, Written
-from mtp.channels.measure import answer_log_probs, evaluate_channel, measure_attempts
-from mtp.channels.table import ROWS, TASKS, add_equal_flops, markdown, plan, table_rows
+from mtp.channels.measure import (
+    SEEDS_OF_ATTEMPT,
+    answer_log_probs,
+    evaluate_channel,
+    measure_attempts,
+)
+from mtp.channels.table import (
+    ROWS,
+    TASKS,
+    accuracy_at_steps,
+    add_equal_flops,
+    markdown,
+    plan,
+    table_rows,
+)
 from mtp.modeling.sampler import Sampler
 from mtp.tasks.graph_search import GraphSearchConfig
 
@@ -26,7 +40,7 @@ class Scripted(Channel):
         raise NotImplementedError
 
     def write(self, model, fmt, examples, options):
-        return [self.script(i, e, options.seed >> 32) for i, e in enumerate(examples)]
+        return [self.script(i, e, options.seed // SEEDS_OF_ATTEMPT) for i, e in enumerate(examples)]
 
 
 TASK = GraphSearchConfig().build()
@@ -148,3 +162,35 @@ def test_the_log_probability_of_an_answer_after_its_recorded_thought(name, built
         first = len(prompts[b]) + len(thoughts[b])
         alone = sum(log_p[first + t - 1, token] for t, token in enumerate(text) if t)
         assert float(together[b]) == pytest.approx(float(alone.detach()), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["token", "soft", "multiplex", "gated"])
+def test_attempts_sample_different_thoughts(name, built, task):
+    """The seeds of attempts differ for torch's generator, not only as numbers."""
+    model, fmt = built
+    channel, traces = build_channel(name, {}, model), []
+    write = channel.write
+
+    def recorded(*args):
+        out = write(*args)
+        traces.append([written.trace for written in out])
+        return out
+
+    channel.write = recorded
+    measure_attempts(
+        model, fmt, channel, task, num_problems=4, num_attempts=3, temperature=1.0, **LIMITS
+    )
+    assert len(traces) == 3
+    assert all(a != b for a, b in itertools.combinations(traces, 2))
+
+
+@pytest.mark.parametrize("name", ["accuracy", "fast_accuracy", "slow_accuracy"])
+def test_accuracy_by_step_is_that_of_the_channels_own_mode(name, tmp_path):
+    """Runs without a head have a fast accuracy of null in their summary."""
+    first = {"name": "main", "slow_accuracy": 0.5, "fast_accuracy": None} | {name: 0.75}
+    records = [{"stage": "main", "step": n, f"eval/{name}": n / 8} for n in (2, 4)]
+    records += [{"stage": "main", "step": 3, "loss": 1.0}]
+    records += [{"stage": "rl", "step": 2, f"eval/{name}": 0.1}]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    assert accuracy_at_steps(tmp_path, {"stages": [first]}) == {"2": 0.25, "4": 0.5}
