@@ -97,7 +97,7 @@ def main_card(
         "not in this folder: this model writes one token per pass, as in the slow mode of the "
         "whole.",
         "## Use",
-        *(["`llama-cli -m model.gguf`, or with transformers:"] if gguf_file else []),
+        *(["`llama-cli -m model.gguf`, or with transformers 5.18 or newer:"] if gguf_file else []),
         _snippet(fmt, prompt, head=False, gguf_file=gguf_file),
         *(caveat if "slow" in wrong else []),
         "## Measured",
