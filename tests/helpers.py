@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
+import transformers
 from hydra import compose, initialize_config_dir
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,6 +44,15 @@ HEADS = (
 """Types of heads for `tiny_model`."""
 DRAFT = [1, 2, 4, 5, 6, 8, 9, 12, 15, 18, 21]
 """A draft vocabulary: half of the tokens, the end and the delimiter among them."""
+
+opens_gguf = pytest.mark.skipif(
+    not hasattr(transformers, "GgufConfig"),
+    reason="transformers before 5.18 reads the tokenizer of a GGUF file wrong",
+)
+checks_configs = pytest.mark.skipif(
+    not is_dataclass(transformers.LlamaConfig),
+    reason="transformers checks how the fields of a config fit together from 5.4 on",
+)
 
 
 def tiny_config(cls: Any, num_layers: int, tied: bool) -> Any:

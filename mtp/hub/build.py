@@ -4,7 +4,7 @@ import difflib
 import importlib.util
 import json
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..modeling.memory import ALPHABET
 from ..modeling.modeling_mtp import family_class
 from ..modeling.phases import Phase, phases_from_json, phases_to_json
 from ..modeling.segments import SegmentSettings
-from ..modeling.versions import gguf_options
+from ..modeling.versions import check_types, config_fields, gguf_options
 from ..rollouts.prompt_format import PromptFormat, character_tokenizer
 from ..rollouts.rollout import DecodingConfig
 from ..rollouts.tokenization import add_delimiters
@@ -225,6 +225,7 @@ def _from_scratch(
     check_fields(config, cls.config_class)
     misfit, remedy = f"model.config does not fit {config.family}", "correct or leave out that field"
     with blame(misfit, remedy):
+        check_types(cls.config_class, config.config)
         main_config = cls.config_class(
             **{
                 **config.config,
@@ -272,7 +273,7 @@ def check_fields(config: ModelConfig, config_class: type[PretrainedConfig]) -> N
     transformers keeps unknown fields without an error, and divides by sizes before it checks them.
     """
     misfit = f"model.config does not fit {config.family}"
-    known = {f.name for f in fields(config_class)} | {"rope_theta", *config_class.attribute_map}
+    known = config_fields(config_class) | {"rope_theta", *config_class.attribute_map}
     for name, value in config.config.items():
         if name in ELSEWHERE:
             raise ValueError(
@@ -296,6 +297,7 @@ def _from_source(config: ModelConfig, head: HeadConfig) -> tuple[Any, Any]:
     folder, what = source_folder(config.source or ""), f"model.source={config.source!r}"
     extra: dict[str, Any] = {}
     if config.gguf_file is not None:
+        unpacked = gguf_options()
         what += f" model.gguf_file={config.gguf_file!r}"
         if Path(folder).is_dir() and not (Path(folder) / config.gguf_file).is_file():
             raise ValueError(
@@ -315,7 +317,7 @@ def _from_source(config: ModelConfig, head: HeadConfig) -> tuple[Any, Any]:
     stock.mtp = asdict(head)
     tokenizer = read_tokenizer(folder, what, **extra)
     if config.gguf_file is not None:
-        extra |= gguf_options()
+        extra |= unpacked
     model = read_model(
         cls,
         folder,

@@ -106,7 +106,7 @@ def main_card(
             "slow mode of the whole."
         ),
         "## Use",
-        *(["`llama-cli -m model.gguf`, or with transformers:"] if gguf_file else []),
+        *(["`llama-cli -m model.gguf`, or with transformers 5.18 or newer:"] if gguf_file else []),
         _snippet(fmt, prompt, head=False, gguf_file=gguf_file, with_mtp_layer=with_mtp_layer),
         *(caveat if "slow" in wrong else []),
         "## Measured",

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from helpers import run_alone, tiny_model
+from helpers import opens_gguf, run_alone, tiny_model
 from safetensors.torch import load_file, save_file
 from test_export import PHASES, SUMMARY, make, tiny_config, tiny_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -203,6 +203,7 @@ def test_the_template_gives_the_prompts_of_training(tmp_path, template):
     assert str(tmp_path) not in json.dumps(config)
 
 
+@opens_gguf
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

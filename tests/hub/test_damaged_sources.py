@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from helpers import opens_gguf
 from safetensors.torch import load_file, save_file
 from toy import build_toy, save_toy, toy_tokenizer
 from transformers import LlamaForCausalLM
@@ -98,7 +99,7 @@ DAMAGE = {
     "size is a word": (
         "one",
         lambda f: edit_config(f, hidden_size="wide"),
-        "{what} could not be read: .*'hidden_size' expected int, got str",
+        "{what} could not be read: .*got str",
     ),
     "no key heads": (
         "one",
@@ -196,6 +197,7 @@ def test_what_is_no_part_of_main_is_left_aside(whole, tmp_path):
     assert torch.equal(model(ids).logits[..., :known], expected(ids).logits[..., :known])
 
 
+@opens_gguf
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + bytes(range(256)) * 9, b"nothing"])
 def test_a_gguf_file_that_is_none_is_one_line(whole, tmp_path, content):
     (tmp_path / "model.gguf").write_bytes(content)
