@@ -48,7 +48,7 @@ def config_fields(config_class: type) -> set[str]:
     """
     if is_dataclass(config_class):
         return {field.name for field in fields(config_class)}
-    made_by = [one.__init__ for one in config_class.__mro__ if "__init__" in vars(one)]
+    made_by = [vars(one)["__init__"] for one in config_class.__mro__ if "__init__" in vars(one)]
     given = [one for init in made_by for one in inspect.signature(init).parameters.values()]
     named = {one.name for one in given if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD}
     return named - {"self"}
