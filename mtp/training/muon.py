@@ -12,7 +12,7 @@ from torch import Tensor
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
-"""Coefficients a, b, c of an iteration's polynomial a x + b x^3 + c x^5 of the singular values x."""
+"""Coefficients a, b, c of an iteration's polynomial a x + b x^3 + c x^5 of singular values x."""
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
