@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measure import add_json_option, print_json
+from measure import TINY_MODEL, add_json_option, print_json
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -51,12 +51,7 @@ OVERRIDES = [
     "evaluation.num_interim_problems=4",
     "evaluation.reference=start",
     "logger.log_every=1",
-    "fabric.accelerator=cpu",
-    "fabric.num_threads=1",
-    "model.config.hidden_size=32",
-    "model.config.intermediate_size=48",
-    "head.hidden_size=16",
-    "head.intermediate_size=24",
+    *TINY_MODEL,
     "checkpoint_minutes=0",
     "resume=auto",
 ]
@@ -64,7 +59,7 @@ CLOCKS = {"step_time", "rollout_time", "tokens_per_second", "seconds"}
 MOMENTS = {
     "step": ("mtp.stages.loop", "step_batches", 18),
     "update": ("mtp.stages.loop", "update", 18),
-    "rollout": ("mtp.groups", "sample", 4),
+    "rollout": ("mtp.training.remote_sampler", "sample", 4),
     "evaluation": ("mtp.stages.evaluation", "evaluate", 6),
     "checkpoint written": ("mtp.hub.checkpoint", "write_state", 24),
     "checkpoint moved": ("mtp.common.files", "_settle", 40),

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import add_json_option, print_json
+from measure import TINY_MODEL, add_json_option, print_json
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -34,12 +34,7 @@ OVERRIDES = [
     "stages.rl.rollouts.group_size=4",
     "evaluation.num_problems=8",
     "evaluation.num_interim_problems=4",
-    "fabric.accelerator=cpu",
-    "fabric.num_threads=1",
-    "model.config.hidden_size=32",
-    "model.config.intermediate_size=48",
-    "head.hidden_size=16",
-    "head.intermediate_size=24",
+    *TINY_MODEL,
     "logger.log_every=5",
     "checkpoint_minutes=0.1",
 ]

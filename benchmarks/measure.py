@@ -18,6 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+TINY_MODEL = [
+    "fabric.accelerator=cpu",
+    "fabric.num_threads=1",
+    "model.config.hidden_size=32",
+    "model.config.intermediate_size=48",
+    "head.hidden_size=16",
+    "head.intermediate_size=24",
+]
+"""Overrides of a run on one thread with a model that is as small as a model can be."""
+
 
 def gpu() -> Any:
     """`torch.cuda` if this process has imported torch and has a GPU, else None."""

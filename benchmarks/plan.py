@@ -67,6 +67,7 @@ def measured(load: Workload) -> dict[str, float]:
     from mtp.modeling.modeling_mtp import family_class
     from mtp.modeling.phases import PhasePlan
     from mtp.modeling.sampler import Sampler
+    from mtp.modeling.versions import set_activation_checkpointing
     from mtp.training.collate import collate_rollouts
     from mtp.training.objectives import ObjectiveConfig
     from mtp.training.objectives.policy import Policy
@@ -76,29 +77,15 @@ def measured(load: Workload) -> dict[str, float]:
 
     main, head = load.main, load.head
     config = LlamaConfig(
-        hidden_size=main.width,
-        intermediate_size=main.inner,
-        num_hidden_layers=main.num_layers,
-        num_attention_heads=main.num_heads,
-        num_key_value_heads=main.key_width * main.num_heads // main.query_width,
-        vocab_size=main.vocab,
-        tie_word_embeddings=main.is_tied,
+        **main.fields,
         max_position_embeddings=load.most + 64,
     )
-    config.mtp = HeadConfig(
-        type=head.kind,
-        num_slots=head.num_slots,
-        hidden_size=head.width,
-        num_layers=head.num_layers,
-        num_attention_heads=head.num_heads,
-        intermediate_size=head.inner,
-    ).to_checkpoint()
+    config.mtp = HeadConfig(**head.fields).to_checkpoint()
     torch.manual_seed(0)
     rates = rates_here(load.precision)
     before = 0
     model: Any = family_class("llama")(config)
-    if load.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    set_activation_checkpointing(model, load.gradient_checkpointing)
     fabric = Fabric(accelerator="auto", devices=1, precision=load.precision)
     if load.precision == "bf16-true":
         model = model.to(torch.bfloat16)

@@ -46,13 +46,7 @@ def write(main: MainShape, folder: Path) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
-        hidden_size=main.width,
-        intermediate_size=main.inner,
-        num_hidden_layers=main.num_layers,
-        num_attention_heads=main.num_heads,
-        num_key_value_heads=main.key_width * main.num_heads // main.query_width,
-        vocab_size=main.vocab,
-        tie_word_embeddings=main.is_tied,
+        **main.fields,
         max_position_embeddings=8192,
         dtype=torch.bfloat16,
     )

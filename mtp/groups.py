@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from .modeling.memory import Memory
 from .modeling.records import Decoded, pad
 from .rollouts.advantage import informative
 from .rollouts.reward import Rewards, score
-from .rollouts.rollout import Rollouts, sample
+from .rollouts.rollout import Rollouts
 from .run import Run, StageRun, next_examples, training_example
 from .tasks.base import Example
 from .training.remote_sampler import RemoteSampler, Request
@@ -57,9 +56,8 @@ def sample_groups(run: Run, stage: StageRun, step: int) -> Groups:
     for number in range(config.max_rounds):
         began = time.monotonic()
         if run.ahead is None:
-            asked = request(run, stage, step, number)
-            part = sampled_here(run, stage, asked)
-            examples = asked.examples
+            asked = ask(run, stage, step, number)
+            examples, part = asked.examples, sampled_here(run, stage, asked.request)
         else:
             examples, part = run.ahead.take(run, stage, step)
         seconds += time.monotonic() - began
@@ -99,7 +97,7 @@ class Asked:
     request: Request
 
 
-def request(run: Run, stage: StageRun, step: int, number: int = 0) -> Asked:
+def ask(run: Run, stage: StageRun, step: int, number: int = 0) -> Asked:
     """The next prompts of a step's round, and what to sample for them."""
     config, begin = stage.config.rollouts, run.progress.position
     examples = next_examples(run, config.num_prompts)
@@ -112,25 +110,15 @@ def request(run: Run, stage: StageRun, step: int, number: int = 0) -> Asked:
         impl=run.config.kernels,
     )
     plan = run.fmt.plan(config.mode)
-    found = Request(list(examples.values()), plan, options, config.group_size)
-    return Asked(begin, examples, found)
+    request = Request(list(examples.values()), plan, options, config.group_size)
+    return Asked(begin, examples, request)
 
 
-def sampled_here(run: Run, stage: StageRun, asked: Asked) -> Rollouts:
+def sampled_here(run: Run, stage: StageRun, request: Request) -> Rollouts:
     """The rollouts of a request, sampled by this process."""
-    request = asked.request
-    options = replace(request.options, any_continues=passes_in_step(run.fabric, stage.module))
-    return within(
-        stage.module,
-        partial(
-            sample,
-            fmt=run.fmt,
-            examples=request.examples,
-            plan=request.plan,
-            options=options,
-            group_size=request.group_size,
-        ),
-    )
+    in_step = passes_in_step(run.fabric, stage.module)
+    request = replace(request, options=replace(request.options, any_continues=in_step))
+    return within(stage.module, lambda model: request.sample(model, run.fmt))
 
 
 @dataclass
@@ -162,22 +150,21 @@ class Ahead:
         return found
 
     def _ask(self, run: Run, stage: StageRun, step: int) -> None:
-        asked = request(run, stage, step)
+        asked = ask(run, stage, step)
         self.asked[step] = asked, self.sampler.submit(asked.request, run.model)
 
     def state(self, run: Run) -> list[dict[str, Any]]:
         """The rollouts that were asked for, of all processes, as a checkpoint holds them."""
         states = []
         for step, (asked, handle) in self.asked.items():
-            mine = asked.begin, list(asked.examples), self.sampler.result(handle)
-            parts = all_of(run.fabric, mine)
-            joined = join_rollouts([rollouts for _, _, rollouts in parts])
+            parts = all_of(run.fabric, (list(asked.examples), self.sampler.result(handle)))
+            joined = join_rollouts([rollouts for _, rollouts in parts])
             tokens, lengths = pad(joined.prompts, 0)
             states.append(
                 {
                     "step": step,
                     "begin": asked.begin,
-                    "places": [place for _, places, _ in parts for place in places],
+                    "places": [place for places, _ in parts for place in places],
                     "group_size": joined.group_size,
                     "prompts": tokens,
                     "prompt_lengths": lengths,

@@ -165,6 +165,26 @@ TINY = [
 ]
 
 
+SWEEP = [
+    "stages.head.steps=0",
+    "stages.joint.steps=0",
+    "stages.rl.steps=0",
+    "evaluation.num_problems=2",
+    "evaluation.num_interim_problems=2",
+    "fabric.accelerator=cpu",
+    "fabric.num_threads=1",
+]
+"""Jobs of the main stage alone."""
+
+
+def start_sweep(folder: Path, *arguments: str, env: dict[str, str] | None = None):
+    """Start a sweep in a folder; its output is in a pipe."""
+    command = [sys.executable, "train.py", "-m", f"hydra.sweep.dir={folder}", *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
 CLOCKS = {"step_time", "rollout_time", "tokens_per_second"}
 
 

@@ -64,10 +64,15 @@ def test_weights_arrive_as_they_were_sent():
         assert found[name].dtype == value.dtype and torch.equal(found[name], value)
 
 
+def check_same(folder):
+    """A run with lag 0 has the numbers of one without the other process."""
+    train(config(folder / "alone", *RL))
+    train(config(folder / "lag", *RL, "stages.rl.rollouts.lag=0"))
+    assert numbers(folder / "lag") == numbers(folder / "alone")
+
+
 def test_with_lag_0_a_run_is_the_same_as_without_the_other_process(tmp_path, here):
-    train(config(tmp_path / "alone", *RL))
-    train(config(tmp_path / "lag", *RL, "stages.rl.rollouts.lag=0"))
-    assert numbers(tmp_path / "lag") == numbers(tmp_path / "alone")
+    check_same(tmp_path)
 
 
 def test_with_lag_1_rollouts_are_sampled_by_the_weights_before_the_last_update(tmp_path, here):
@@ -95,15 +100,20 @@ def stop_after(monkeypatch, number):
     monkeypatch.setattr(loop, "take_update", counted)
 
 
-def test_a_run_that_was_stopped_has_the_rollouts_that_were_asked_for(tmp_path, here, monkeypatch):
+def check_resumed(folder, monkeypatch):
+    """A run with lag 1 that is stopped and resumed has the numbers of a whole one."""
     given = [*RL, *CORRECTED, "stages.rl.rollouts.lag=1"]
-    train(config(tmp_path / "whole", *given))
+    train(config(folder / "whole", *given))
     with monkeypatch.context() as patched:
         stop_after(patched, 2)
         with pytest.raises(Interrupted):
-            train(config(tmp_path / "cut", *given))
-    train(config(tmp_path / "cut", *given, "resume=true"))
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+            train(config(folder / "cut", *given))
+    train(config(folder / "cut", *given, "resume=true"))
+    assert numbers(folder / "cut") == numbers(folder / "whole")
+
+
+def test_a_run_that_was_stopped_has_the_rollouts_that_were_asked_for(tmp_path, here, monkeypatch):
+    check_resumed(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -130,17 +140,8 @@ def test_shards_are_not_sent(tmp_path):
 @pytest.mark.slow
 def test_ray_samples_the_same_rollouts_and_a_stopped_run_resumes(tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="the optional extra [ray]")
-    train(config(tmp_path / "alone", *RL))
-    train(config(tmp_path / "lag", *RL, "stages.rl.rollouts.lag=0"))
-    assert numbers(tmp_path / "lag") == numbers(tmp_path / "alone")
-    given = [*RL, *CORRECTED, "stages.rl.rollouts.lag=1"]
-    train(config(tmp_path / "whole", *given))
-    with monkeypatch.context() as patched:
-        stop_after(patched, 2)
-        with pytest.raises(Interrupted):
-            train(config(tmp_path / "cut", *given))
-    train(config(tmp_path / "cut", *given, "resume=true"))
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    check_same(tmp_path)
+    check_resumed(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow

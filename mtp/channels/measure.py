@@ -56,6 +56,12 @@ def write_all(
     return out
 
 
+def usual_options(channel: Channel, max_new_tokens: int) -> WriteOptions:
+    """Greedy thoughts, except those of a channel that is random by definition; greedy answers."""
+    sampler = Sampler(temperature=1.0 if channel.is_random else 0.0)
+    return WriteOptions(sampler=sampler, max_new_tokens=max_new_tokens)
+
+
 def is_right(task: Task, example: Example, output: Written) -> bool:
     """True if the answer is right."""
     return output.answer is not None and task.outcome(example, output.answer) == 1.0
@@ -77,8 +83,7 @@ def evaluate_channel(
     Thoughts are greedy, except those of a channel that is random by definition; answers are greedy.
     """
     examples = held_out(task, num_problems)
-    sampler = Sampler(temperature=1.0 if channel.is_random else 0.0)
-    options = WriteOptions(sampler=sampler, max_new_tokens=max_new_tokens)
+    options = usual_options(channel, max_new_tokens)
     outputs = write_all(model, fmt, channel, examples, options, batch_size)
     right = [is_right(task, e, w) for e, w in zip(examples, outputs, strict=True)]
     metrics: dict[str, Any] = {
@@ -164,10 +169,7 @@ def measure_message(
     make an answer arbitrarily unlikely.
     """
     examples = held_out(task, num_problems)
-    options = WriteOptions(
-        sampler=Sampler(temperature=1.0 if channel.is_random else 0.0),
-        max_new_tokens=max_new_tokens,
-    )
+    options = usual_options(channel, max_new_tokens)
     outputs = write_all(model, fmt, channel, examples, options, batch_size)
     pairs = [(e, o) for e, o in zip(examples, outputs, strict=True) if o.answer and len(o.text) > 1]
     thoughts = [o.vectors for _, o in pairs if o.vectors is not None]

@@ -269,7 +269,7 @@ def measured(run: Run, num_problems: int) -> dict[str, Any]:
 
 def end_stage(run: Run, stage: StageRun) -> None:
     """Save the model at the end of the stage, evaluate it, and advance to the next stage."""
-    progress, name, began = run.progress, stage.name, time.monotonic()
+    progress, name = run.progress, stage.name
     save_atomically(
         run.stage_folder(name),
         partial(save_channel, run.model, run.fmt, run.config.channel.name),
@@ -281,4 +281,3 @@ def end_stage(run: Run, stage: StageRun) -> None:
     progress.stage, progress.step, progress.stage_seconds = progress.stage + 1, 0, 0.0
     progress.is_trained, progress.best_accuracy = False, 0.0
     save_run(run, {})
-    check_grace(run, f"the evaluation of stage {name}", began)

@@ -46,10 +46,11 @@ def writer_of(folder: Path) -> Writer | None:
     if found is None:
         return None
     writer = Writer(int(found[1]), found[2])
-    return writer if not writer.is_here or _is_alive(writer.process) else None
+    return writer if not writer.is_here or is_alive(writer.process) else None
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """True if a process of this machine, of any user, has not ended."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

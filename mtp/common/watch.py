@@ -8,6 +8,8 @@ import threading
 import time
 from contextlib import suppress
 
+from .lock import is_alive
+
 GRACE = 10.0
 """Seconds in which a job whose launcher has ended may finish its step and save a checkpoint."""
 
@@ -50,9 +52,5 @@ def wait_for_end(process: int) -> None:
 
 
 def _poll(process: int) -> None:
-    while True:
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            return
+    while is_alive(process):
         time.sleep(0.5)

@@ -35,6 +35,19 @@ class MainShape:
     """True if embeddings and output layer are one matrix."""
 
     @property
+    def fields(self) -> dict[str, Any]:
+        """The sizes by their names in a config of Llama or Qwen2."""
+        return {
+            "hidden_size": self.width,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.key_width * self.num_heads // self.query_width,
+            "vocab_size": self.vocab,
+            "tie_word_embeddings": self.is_tied,
+        }
+
+    @property
     def layer_parameters(self) -> int:
         """Weights of one layer."""
         attention = 2 * self.width * (self.query_width + self.key_width)
@@ -83,6 +96,18 @@ class HeadShape:
             raise ValueError(
                 f"head must be eavesdrop or parallel, got {self.kind!r}; others are not planned"
             )
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The sizes by their names in `HeadConfig`, with the type."""
+        return {
+            "type": self.kind,
+            "num_slots": self.num_slots,
+            "hidden_size": self.width,
+            "num_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "intermediate_size": self.inner,
+        }
 
     def parameters(self, main: MainShape) -> int:
         """All weights of the head beside `main`."""

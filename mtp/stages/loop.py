@@ -50,7 +50,9 @@ def run_stage(
             (train or train_stage)(run, stage)
         run.progress.is_trained = True
         save_run(run, {})
+    began = time.monotonic()
     (end or end_stage)(run, stage)
+    check_grace(run, f"the evaluation of stage {name}", began)
 
 
 def begin_stage(
@@ -193,7 +195,7 @@ def headline(
 
 def end_stage(run: Run, stage: StageRun) -> None:
     """Save the model at the end of the stage, evaluate it, and advance to the next stage."""
-    progress, name, began = run.progress, stage.name, time.monotonic()
+    progress, name = run.progress, stage.name
     weights = weights_of(run.model, run.fabric.is_global_zero)
     if run.fabric.is_global_zero:
         save_atomically(
@@ -206,4 +208,3 @@ def end_stage(run: Run, stage: StageRun) -> None:
     progress.stage, progress.step, progress.stage_seconds = progress.stage + 1, 0, 0.0
     progress.is_trained, progress.best_accuracy = False, 0.0
     save_run(run, {})
-    check_grace(run, f"the evaluation of stage {name}", began)

@@ -32,12 +32,18 @@ SECONDS_TO_START = 300.0
 
 @dataclass
 class Request:
-    """Arguments of `sample`, beside the model and its format."""
+    """Rollouts to sample, wherever the model is."""
 
     examples: list[Example]
     plan: PhasePlan
     options: DecodeOptions
     group_size: int
+
+    def sample(self, model: Any, fmt: PromptFormat) -> Rollouts:
+        """The rollouts by a model."""
+        return sample(
+            model, fmt, self.examples, self.plan, self.options, group_size=self.group_size
+        )
 
 
 @dataclass
@@ -79,17 +85,7 @@ class Worker:
     def sample(self, request: Request, weights: Mapping[str, Any]) -> Rollouts:
         """The request's rollouts, sampled by a model with these weights, see `packed`."""
         self.model.load_state_dict(unpacked(weights))
-        return within(
-            self.module,
-            lambda model: sample(
-                model,
-                self.fmt,
-                request.examples,
-                request.plan,
-                request.options,
-                group_size=request.group_size,
-            ),
-        )
+        return within(self.module, lambda model: request.sample(model, self.fmt))
 
 
 def packed(weights: Mapping[str, Tensor]) -> dict[str, Any]:

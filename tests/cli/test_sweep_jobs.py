@@ -12,34 +12,19 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import ROOT, SWEEP, start_sweep
 
 from mtp.cli import code_copy
 from mtp.common.lock import writer_of
 from mtp.common.watch import wait_for_end
 from mtp.reports.sweep import read_jobs
 
-ROOT = Path(__file__).parents[2]
-TINY = [
-    "stages.main.steps=1",
-    "stages.head.steps=0",
-    "stages.joint.steps=0",
-    "stages.rl.steps=0",
-    "evaluation.num_problems=2",
-    "evaluation.num_interim_problems=2",
-    "fabric.accelerator=cpu",
-    "fabric.num_threads=1",
-]
+TINY = ["stages.main.steps=1", *SWEEP]
 """One step and its evaluation."""
 
 
-def start_sweep(folder: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "train.py", "-m", f"hydra.sweep.dir={folder}", *TINY, *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True)
-
-
 def sweep(folder: Path, *arguments: str) -> tuple[int, str]:
-    process = start_sweep(folder, *arguments)
+    process = start_sweep(folder, *TINY, *arguments)
     said, _ = process.communicate(timeout=1800)
     return process.returncode, said
 
@@ -165,7 +150,8 @@ def test_a_sweep_on_a_ray_of_this_machine(tmp_path):
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
 def test_a_launcher_that_is_killed_takes_its_jobs_along(tmp_path, launcher):
     pytest.importorskip("hydra_plugins.hydra_" + launcher.partition("_")[0] + "_launcher")
-    process = start_sweep(tmp_path, f"sweep={launcher}", "seed=1,2", "stages.main.steps=100000")
+    arguments = [*TINY, f"sweep={launcher}", "seed=1,2", "stages.main.steps=100000"]
+    process = start_sweep(tmp_path, *arguments)
     writers: list[int] = []
     try:
         while len(writers) < 2:

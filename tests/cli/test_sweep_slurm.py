@@ -6,25 +6,14 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, SWEEP, start_sweep
 
 from mtp.reports.json_lines import read_records
 from mtp.reports.sweep import read_jobs
 
-ROOT = Path(__file__).parents[2]
-TINY = [
-    "stages.head.steps=0",
-    "stages.joint.steps=0",
-    "stages.rl.steps=0",
-    "evaluation.num_problems=2",
-    "evaluation.num_interim_problems=2",
-    "fabric.accelerator=cpu",
-    "fabric.num_threads=1",
-    "logger.log_every=1",
-    "sweep=submitit_slurm",
-]
+TINY = [*SWEEP, "logger.log_every=1", "sweep=submitit_slurm"]
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +32,6 @@ def slurm(tmp_path_factory):
         subprocess.run([script, "stop", str(folder)], check=True)
 
 
-def start_sweep(slurm: dict[str, str], folder: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "train.py", "-m", f"hydra.sweep.dir={folder}", *TINY, *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=ROOT, env=slurm, stdout=pipe, stderr=subprocess.STDOUT, text=True
-    )
-
-
 def until(condition, process: subprocess.Popen, seconds: float = 900) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -62,7 +43,7 @@ def until(condition, process: subprocess.Popen, seconds: float = 900) -> None:
 @pytest.mark.cluster
 def test_a_sweep_on_slurm(tmp_path, slurm):
     arguments = ["hydra.launcher.cpus_per_task=1", "seed=1,2", "stages.main.steps=1"]
-    process = start_sweep(slurm, tmp_path, *arguments)
+    process = start_sweep(tmp_path, *TINY, *arguments, env=slurm)
     said, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, said
     assert [job.status for job in read_jobs(tmp_path)] == ["done", "done"]
@@ -76,7 +57,7 @@ def test_a_job_that_is_preempted_and_meets_its_time_limit_ends_with_the_bits_of_
     """Both signals reach the job within its first stage, which saves no checkpoint by itself."""
     steps = ["stages.main.steps=400", "stages.main.examples.batch_size=64"]
     cpus = f"hydra.launcher.cpus_per_task={os.cpu_count()}"
-    process = start_sweep(slurm, tmp_path / "sweep", "seed=3", cpus, *steps)
+    process = start_sweep(tmp_path / "sweep", *TINY, "seed=3", cpus, *steps, env=slurm)
     request.addfinalizer(process.kill)
     job, output = tmp_path / "sweep" / "seed=3", tmp_path / "sweep" / ".submitit"
 

@@ -28,13 +28,7 @@ HEAD = HeadShape("eavesdrop", 5, 32, 2, 80, 2, num_taps=2)
 
 def model_of(main, head):
     config = LlamaConfig(
-        hidden_size=main.width,
-        intermediate_size=main.inner,
-        num_hidden_layers=main.num_layers,
-        num_attention_heads=main.num_heads,
-        num_key_value_heads=main.key_width * main.num_heads // main.query_width,
-        vocab_size=main.vocab,
-        tie_word_embeddings=main.is_tied,
+        **main.fields,
     )
     config.mtp = HeadConfig(
         type=head.kind,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..batch import TextBatch
-from .stream import SlotWeights, StreamInputs, SupervisedStream, Term, mean_of, mean_where
+from .stream import SlotWeights, StreamInputs, SupervisedStream, Term, mean_by_slot, mean_of
 
 
 @dataclass(kw_only=True)
@@ -21,8 +21,6 @@ class HeadCE(SlotWeights, SupervisedStream):
         batch = inputs.batch
         out = inputs.scored.head.cross_entropy(self.row_weights(batch, "head_ce"))
         correct = out.argmax == batch.head.targets
-        metrics: dict[str, tuple[Tensor, int | Tensor]]
-        metrics = {"head/accuracy": mean_of(correct), "head/entropy": mean_of(out.entropy)}
-        for slot in range(1, batch.slot_inputs.shape[1] + 1):
-            metrics[f"head/accuracy_{slot}"] = mean_where(correct, batch.head.slots == slot)
+        metrics = mean_by_slot("head/accuracy", correct, batch)
+        metrics["head/entropy"] = mean_of(out.entropy)
         return {"head_ce": Term(out.loss, self.weight, metrics)}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..batch import TextBatch
-from .stream import SlotWeights, Stream, StreamInputs, Term, mean_of, mean_where
+from .stream import SlotWeights, Stream, StreamInputs, Term, mean_by_slot
 
 
 @dataclass(kw_only=True)
@@ -32,15 +32,13 @@ class HeadTV(SlotWeights, Stream):
         Metrics: `head/acceptance`, the expected share of drafts that main accepts if it accepted
         the earlier ones of the block, and `head/acceptance_J` of slot J alone.
         """
-        scored, head = inputs.scored, inputs.batch.head
+        scored = inputs.scored
         accepted = scored.head.overlap(
             scored.flat_hidden.detach(),
             scored.main.output.detach(),
-            head.positions,
+            inputs.batch.head.positions,
             inputs.sampler,
         )
         distance = (1 - accepted) * self.row_weights(inputs.batch, "head_tv")
-        metrics: dict[str, tuple[Tensor, int | Tensor]] = {"head/acceptance": mean_of(accepted)}
-        for slot in range(1, inputs.batch.slot_inputs.shape[1] + 1):
-            metrics[f"head/acceptance_{slot}"] = mean_where(accepted, head.slots == slot)
+        metrics = mean_by_slot("head/acceptance", accepted, inputs.batch)
         return {"head_tv": Term(distance.sum(), self.weight, metrics)}

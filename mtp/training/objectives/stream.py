@@ -6,7 +6,7 @@ A new stream is one file: a dataclass that derives from `Stream`, and a line tha
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -157,6 +157,13 @@ def mean_where(values: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """A metric that is the mean of the chosen values [R], chosen [R] bool."""
     with torch.no_grad():
         return torch.where(chosen, values.float(), 0.0).sum(), chosen.sum()
+
+
+def mean_by_slot(name: str, values: Tensor, batch: TextBatch) -> dict[str, tuple[Tensor, Any]]:
+    """Metrics of the head's rows [R]: the mean as `name`, and that of slot J as `name`_J."""
+    slots, number = batch.head.slots, batch.slot_inputs.shape[1]
+    by_slot = {f"{name}_{j}": mean_where(values, slots == j) for j in range(1, number + 1)}
+    return {name: mean_of(values), **by_slot}
 
 
 def max_of(values: Tensor) -> Tensor:
