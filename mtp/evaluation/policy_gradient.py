@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 
 from ..modeling.decode_options import DecodeOptions
@@ -23,6 +22,7 @@ from ..tasks.base import Example, Task
 from ..training.batch import TextBatch
 from ..training.collate import collate_rollouts
 from ..training.gradient_split import split_gradient, split_metrics
+from ..training.runtime import quiet_fabric
 from ..training.stage import StageConfig
 from ..training.step_module import wrap
 
@@ -68,7 +68,7 @@ def gradient_metrics(
             "the gradient of the head's tokens needs a stage with rollouts.mode=fast, got "
             f"{stage.rollouts.mode}; measure a run whose RL executes the head's tokens"
         )
-    fabric = Fabric(accelerator=next(model.parameters()).device.type, devices=1)
+    fabric = quiet_fabric(accelerator=next(model.parameters()).device.type, devices=1)
     model.requires_grad_(True).train()
     module = wrap(fabric, model)
     size = min(stage.rollouts.num_prompts, len(examples))

@@ -22,7 +22,7 @@ from ..modeling.phases import PhasePlan
 from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import Rollouts, sample
 from ..tasks.base import Example
-from .runtime import FabricConfig
+from .runtime import FabricConfig, quiet_fabric
 from .sharding import weights_of
 from .step_module import within, wrap
 
@@ -74,7 +74,7 @@ class Worker:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         torch.use_deterministic_algorithms(config.deterministic)
-        fabric = Fabric(accelerator=accelerator, devices=1, precision=config.precision)  # type: ignore[arg-type]
+        fabric = quiet_fabric(accelerator=accelerator, devices=1, precision=config.precision)
         self.model, self.fmt = blueprint.build(), fmt
         self.module = wrap(fabric, self.model)
 

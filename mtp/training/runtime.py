@@ -81,21 +81,27 @@ class FabricConfig:
         if self.num_threads:
             torch.set_num_threads(self.num_threads)
         try:
-            with warnings.catch_warnings():
-                # lightning's hint to every run on a machine that has Slurm
-                warnings.filterwarnings("ignore", "The `srun` command is available")
-                fabric = Fabric(
-                    accelerator=self.accelerator,
-                    devices=self.devices,
-                    num_nodes=self.num_nodes,
-                    strategy=self._strategy(),
-                    precision=self.precision,  # type: ignore[arg-type]
-                )
+            fabric = quiet_fabric(
+                accelerator=self.accelerator,
+                devices=self.devices,
+                num_nodes=self.num_nodes,
+                strategy=self._strategy(),
+                precision=self.precision,
+            )
         except (ValueError, RuntimeError, MisconfigurationException) as error:
             raise ValueError(f"fabric could not be set up: {error}") from None
         watch_start(fabric)
         fabric.launch()
         return fabric
+
+
+def quiet_fabric(**given: Any) -> Fabric:
+    """`Fabric(**given)` without lightning's hint about srun, which every run on a machine that has
+    Slurm would print.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The `srun` command is available")
+        return Fabric(**given)
 
 
 def check_writable(folder: Path, key: str) -> None:
