@@ -166,5 +166,5 @@ def test_a_launcher_that_is_killed_takes_its_jobs_along(tmp_path, launcher):
     for writer in writers:
         wait_for_end(writer)
     assert time.monotonic() - killed < 60, "about 10 s, or a step, on a machine that is not busy"
-    process.wait()
+    process.communicate()
     assert [job.status for job in read_jobs(tmp_path)] == ["unfinished", "unfinished"]
