@@ -24,13 +24,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModel, PretrainedConfig
-from transformers.modeling_layers import MtpLayer
 
 from .attention import STOCK
 from .heads import HeadConfig
 from .pairs import PairHead
+from .versions import MtpLayer
 
 NUM_LAYERS = "num_mtp_layers"
 """Field of a config with the number of MTP layers, under this or another name."""
@@ -43,8 +44,14 @@ ATTENTION = ("full_attention", "sliding_attention")
 def with_mtp_layer(config: PretrainedConfig) -> Any:
     """Main's config with one MTP layer.
 
-    Raises ValueError for a family whose MTP layers transformers does not decode, or not as here.
+    Raises ValueError for a transformers without MTP layers, and for a family whose MTP layers
+    transformers does not decode, or not as here.
     """
+    if MtpLayer is None:
+        raise ValueError(
+            "head.type=native_mtp must be given transformers 5.14 or newer, which have MTP layers, "
+            f"got {transformers.__version__}; update it or use head.type=eagle3"
+        )
     what = f"head.type=native_mtp must be given a main of a family with {NUM_LAYERS} in its config"
     name = config.attribute_map.get(NUM_LAYERS, NUM_LAYERS)
     fields = config.to_dict()

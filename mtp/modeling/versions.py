@@ -12,8 +12,12 @@ from typing import Any
 
 import transformers
 from torch import Tensor
+from transformers import modeling_layers
 from transformers.cache_utils import Cache
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+MtpLayer: Any = getattr(modeling_layers, "MtpLayer", None)
+"""transformers' own MTP layer; None before 5.14."""
 
 SELECTS_HIDDEN_STATES = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
 """`output_hidden_states=[i]` keeps entry i of the hidden states and no other. Some versions before

@@ -15,11 +15,17 @@ from family_contract import (
 )
 from transformers import CONFIG_MAPPING
 
+from mtp.modeling import native_mtp
 from mtp.modeling.contract import check_slow_mode
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.native_mtp import with_mtp_layer
 from mtp.modeling.sampler import Sampler
+from mtp.modeling.versions import MtpLayer
 from mtp.training.objectives.scored import replay_batch
+
+pytestmark = pytest.mark.skipif(
+    MtpLayer is None, reason="transformers before 5.14 has no MTP layers"
+)
 
 FAMILIES = ("deepseek_v3", "glm4_moe", "mellum")
 """A latent cache, plain keys and values, a window of 8 tokens."""
@@ -121,3 +127,9 @@ def test_what_the_layer_cannot_be_is_refused(family, settings, message):
 def test_layers_that_keep_more_than_keys_and_values_are_refused(family):
     with pytest.raises(ValueError, match=f"keys and values by position, got {family}"):
         with_mtp_layer(CONFIG_MAPPING[family]())
+
+
+def test_a_transformers_without_mtp_layers_is_refused(monkeypatch):
+    monkeypatch.setattr(native_mtp, "MtpLayer", None)
+    with pytest.raises(ValueError, match="transformers 5.14 or newer, .*use head.type=eagle3"):
+        native_model("mellum")
