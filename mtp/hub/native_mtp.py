@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers.modeling_layers import MtpModel
+from transformers import modeling_layers
 from transformers.utils import cached_file
 
 from ..common.errors import read_json
@@ -23,10 +23,10 @@ def start_from_native(model: Any, source: str) -> None:
     head = model.mtp_head
     if not isinstance(head, NativeMTPHead):
         return
-    known = MtpModel.get_mtp_weights_regex(model)
+    known = modeling_layers.MtpModel.get_mtp_weights_regex(model)
     if not any(known.search(name) for name in weight_names(source)):
         return
-    native = MtpModel.from_pretrained(model)
+    native = modeling_layers.MtpModel.from_pretrained(model)
     head.layer.load_state_dict(native.layers[0].state_dict())
 
 

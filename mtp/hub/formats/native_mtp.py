@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers.modeling_layers import MtpModel
+from transformers import modeling_layers
 
 from ...modeling.contract import stock_class
 from ...modeling.native_mtp import NUM_LAYERS, NativeMTPHead, with_mtp_layer
@@ -64,7 +64,7 @@ def layer_weights(model: Any) -> dict[str, Tensor]:
 
     Raises ValueError if transformers knows none of the layouts for a main of this depth.
     """
-    known = MtpModel.get_mtp_weights_regex(model)
+    known = modeling_layers.MtpModel.get_mtp_weights_regex(model)
     depth = model.main_config.num_hidden_layers
     after_last, apart = f"model.layers.{depth}.", "mtp."
     if known.search(f"{apart}fc.weight"):
