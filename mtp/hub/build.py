@@ -19,7 +19,6 @@ from ..modeling.memory import ALPHABET
 from ..modeling.modeling_mtp import family_class
 from ..modeling.phases import Phase, phases_from_json, phases_to_json
 from ..modeling.segments import SegmentSettings
-from ..modeling.versions import check_types, config_fields, gguf_options
 from ..rollouts.prompt_format import PromptFormat, character_tokenizer
 from ..rollouts.rollout import DecodingConfig
 from ..rollouts.tokenization import add_delimiters
@@ -36,6 +35,7 @@ from .pretrained import (
     read_tokenizer,
     vocabulary_size,
 )
+from .versions import check_types, config_fields, gguf_options
 
 
 @dataclass(kw_only=True)
