@@ -233,14 +233,13 @@ def print_variants(console: Console, summary: dict[str, Any]) -> None:
 
 
 def variant_cell(metric: Metric, value: Any) -> str:
-    """A mean as the table shows it, with its interval if it has one."""
+    """A mean as the table shows it; its interval, if it has one, in a line below."""
     if not isinstance(value, dict) or value["low"] is None:
         return metric.cell(mean_of(value))
-    cell = metric.cell(value["mean"], (value["low"], value["high"]))
-    mean, _, rest = cell.partition(" (")
-    ends, _, unit = rest.partition(")")
-    # An interval that is not symmetric takes a line of its own, or the table would be too wide.
-    return f"{mean}{unit}\n({ends})" if rest else cell
+    # One digit less than the mean, or the columns would be too wide for 120 characters.
+    digits, scale = max(metric.digits - 1, 0), 100 if metric.unit == "%" else 1
+    ends = (f"{scale * value[end]:.{digits}f}" for end in ("low", "high"))
+    return f"{metric.cell(value['mean'])}\n{'–'.join(ends)}"
 
 
 def main(argv: list[str] | None = None) -> int:
