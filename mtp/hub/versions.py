@@ -20,7 +20,7 @@ def config_fields(config_class: type) -> set[str]:
 
 
 def check_types(config_class: type, given: dict[str, Any]) -> None:
-    """Raises ValueError for a field whose value is of another type than its default. From 5.4 on
+    """Raises TypeError for a field whose value is of another type than its default. From 5.4 on
     transformers checks this itself.
     """
     if is_dataclass(config_class):
@@ -29,7 +29,7 @@ def check_types(config_class: type, given: dict[str, Any]) -> None:
     for name, value in given.items():
         kind = type(getattr(defaults, name, None))
         if kind in (bool, int, str) and value is not None and type(value) is not kind:
-            raise ValueError(f"'{name}' expected {kind.__name__}, got {type(value).__name__}")
+            raise TypeError(f"'{name}' expected {kind.__name__}, got {type(value).__name__}")
 
 
 def gguf_options() -> dict[str, Any]:
