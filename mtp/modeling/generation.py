@@ -53,7 +53,7 @@ from .requests import (
 from .sampler import Sampler
 from .saving import MTPFilesMixin
 from .segments import Segments, SegmentSettings, check_segments, decode_segments
-from .versions import wanted_states
+from .versions import in_turns, wanted_states
 
 __all__ = [
     "FORCED",
@@ -220,6 +220,7 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
             plan.max_tokens[0] = max_thought_tokens
         return plan
 
+    @in_turns
     def generate(
         self,
         inputs: Tensor | None = None,
@@ -306,6 +307,7 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
             finished=out.finished,
         )
 
+    @in_turns
     def generate_segments(
         self,
         inputs: Tensor | None = None,

@@ -6,6 +6,9 @@ version that made the difference. All else is identical in every version.
 Ships with checkpoints: imports torch and transformers only.
 """
 
+import threading
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import transformers
@@ -17,13 +20,33 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 MtpLayer: Any = getattr(modeling_layers, "MtpLayer", None)
 """transformers' own MTP layer; None before 5.14."""
 
-SELECTS_HIDDEN_STATES = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+
+SELECTS_HIDDEN_STATES = VERSION >= (5, 23)
 """`output_hidden_states=[i]` keeps entry i of the hidden states and no other. Some versions before
 5.23 put the output of layer i there, which is entry i + 1."""
 
 ASKS_FOR_QUERIES = hasattr(Cache, "get_query_offset")
 """The cache is asked for the positions of the queries before a mask is made. Before 5.14 it is
 asked for nothing but the number of its keys and their offset."""
+
+
+REPLACES_FORWARD = VERSION < (5, 2)
+"""To record hidden states, transformers replaces the `forward` of layers during a call. In a second
+thread it would record those of the first. From 5.2 on threads have records of their own."""
+
+ONE_AT_A_TIME = threading.RLock()
+
+
+def in_turns(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, of which one call runs at a time where threads would disturb each other."""
+
+    @wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with ONE_AT_A_TIME:
+            return function(*args, **kwargs)
+
+    return called if REPLACES_FORWARD else function
 
 
 def wanted_states(taps: list[int]) -> list[int] | bool | None:
