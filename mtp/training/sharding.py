@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -31,11 +32,28 @@ def sharded_strategy(num_processes: int, precision: str) -> ModelParallelStrateg
     policy = mixed if precision == "bf16-mixed" else MixedPrecisionPolicy()
 
     def parallelize(module: Any, mesh: DeviceMesh) -> Any:
+        check_mean(mesh["data_parallel"])
         return shard(module, module.model, mesh["data_parallel"], policy)
 
     return ModelParallelStrategy(
         parallelize, data_parallel_size=num_processes, tensor_parallel_size=1
     )
+
+
+def check_mean(mesh: DeviceMesh) -> None:
+    """Raises ValueError if gradients would be summed over processes where a mean is asked for, as
+    gloo does in torch 2.8.
+    """
+    if mesh.size() == 1:
+        return
+    given = torch.ones(mesh.size(), device=mesh.device_type)
+    mean = torch.zeros(1, device=mesh.device_type)
+    dist.reduce_scatter_tensor(mean, given, op=dist.ReduceOp.AVG, group=mesh.get_group())
+    if float(mean) != 1.0:
+        raise ValueError(
+            f"fabric.strategy=fsdp2 on a {mesh.device_type} needs torch 2.11 or newer, got "
+            f"{torch.__version__}, whose mean over processes is a sum; use fabric.strategy=ddp"
+        )
 
 
 def shard(root: Any, model: Any, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> Any:

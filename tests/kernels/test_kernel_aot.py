@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import reads_compiled_code
 from mtp_kernels.configs import ARCHITECTURES, KERNELS
 from mtp_kernels.dispatch import rows_per_chunk
 from mtp_kernels.tiles import aligned
@@ -35,6 +36,7 @@ def gate(*arguments: str) -> tuple[int, list[dict]]:
     return done.returncode, json.loads(done.stdout.splitlines()[-1])["configs"]
 
 
+@reads_compiled_code
 def test_a_product_on_hopper_uses_its_tensor_cores_without_spilling():
     status, configs = gate("--kernel", "row_gradient", "--target", "sm_90", "--variant", "plain")
     assert status == 0
@@ -76,6 +78,7 @@ def test_every_shipped_configuration_passes():
     assert all(config["async_copy"] == "UTMALDG" for config in described)
 
 
+@reads_compiled_code
 def test_addresses_of_rows_are_computed_in_64_bits():
     """40,960 rows of 128,256 logits pass 2**31: row times stride must not be an i32 product.
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from kernel_cases import assert_as_good, operands, plain_logits
+from kernel_cases import assert_as_good, counts_bytes, operands, plain_logits
 from mtp_kernels import (
     configs,
     dispatch,
@@ -81,6 +81,7 @@ def test_a_triton_result_does_not_depend_on_its_tile(op, tile, monkeypatch):
     torch.testing.assert_close(all_results(op, "triton"), before, atol=1e-5, rtol=1e-5)
 
 
+@counts_bytes
 @pytest.mark.usefixtures("chunked")
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_operands_read_through_descriptors_give_the_same(op, monkeypatch):

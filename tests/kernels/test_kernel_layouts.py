@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from kernel_calls import IMPLS, OPS, calls, results, tensor_parameters, upstreams
+from kernel_cases import counts_bytes
 from mtp_kernels import configs
 from torch import Tensor
 
@@ -85,6 +86,7 @@ def test_no_rows_and_one_row(op, impl, rows):
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
 
 
+@counts_bytes
 @pytest.mark.parametrize("op", DESCRIBED)
 @pytest.mark.parametrize("layout", ["strided", "transposed", "expanded"])
 def test_a_layout_changes_no_number_that_is_read_through_descriptors(op, layout, monkeypatch):
