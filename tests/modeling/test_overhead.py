@@ -12,6 +12,7 @@ from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.phases import PhasePlan
 from mtp.modeling.records import pad
 from mtp.modeling.sampler import Sampler
+from mtp.modeling.versions import wanted_states
 from mtp.rollouts.rollout import keep_casts
 
 
@@ -216,4 +217,4 @@ def test_main_is_asked_for_taps_only_where_a_row_may_use_the_head(keep, monkeypa
         plan,
         DecodeOptions(sampler=Sampler(temperature=0), max_new_tokens=6, pad_id=PAD),
     )
-    assert given == ([None] * 6 if keep == 1 else [model.mtp_taps] * 2)
+    assert given == ([None] * 6 if keep == 1 else [wanted_states(model.mtp_taps)] * 2)

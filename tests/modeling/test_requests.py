@@ -58,7 +58,8 @@ def test_every_field_of_transformers_is_classified():
     arguments = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs"}
     others = {"input_ids", "attention_mask", "tokenizer", "assistant_tokenizer"}
     assert fields | arguments <= set(OPTIONS), "say in requests_mtp.OPTIONS what becomes of it"
-    assert set(OPTIONS) <= fields | arguments | others | {"trust_remote_code"}
+    added = {"use_mtp", "max_cache_len"}  # after transformers 5.0
+    assert set(OPTIONS) <= fields | arguments | others | added | {"trust_remote_code"}
 
 
 @pytest.mark.parametrize("name", [n for n, o in OPTIONS.items() if o.kind is not Kind.SUPPORTED])

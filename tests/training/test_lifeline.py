@@ -52,7 +52,7 @@ def test_processes_that_others_started_notice_each_others_death(dead):
     jobs = [start("wait", rank, port) for rank in range(2)]
     for job in jobs:
         assert job.stdout is not None
-        while "connected" not in job.stdout.readline():
+        while job.stdout.readline().strip() != "connected":
             assert job.poll() is None
     jobs[dead].send_signal(signal.SIGKILL)
     began = time.monotonic()
