@@ -225,7 +225,9 @@ def _read_nvidia(asm: dict[str, Any], target: str) -> tuple[int, int, str]:
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    ptxas = tools / ("ptxas-blackwell" if target in ("sm_100", "sm_120") else "ptxas")
+    ptxas = tools / "ptxas-blackwell"  # Triton before 3.6 has one assembler for all
+    if target not in ("sm_100", "sm_120") or not ptxas.is_file():
+        ptxas = tools / "ptxas"
     arch = re.search(r"^\.target (\w+)", asm["ptx"], re.MULTILINE)
     assert arch is not None
     with tempfile.TemporaryDirectory() as folder:
