@@ -1,4 +1,4 @@
-"""What a job on Slurm does when it is asked to end, without a Slurm; see test_sweep_slurm.py."""
+"""A job on Slurm that is asked to end, without a Slurm; test_sweep_slurm.py has a real one."""
 
 import os
 import pickle

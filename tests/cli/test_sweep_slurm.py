@@ -39,10 +39,15 @@ def slurm(tmp_path_factory):
 @pytest.mark.cluster
 def test_a_sweep_on_slurm(tmp_path, slurm):
     process = start_sweep(tmp_path, *ON_SLURM, "seed=1,2", "stages.main.steps=1", env=slurm)
-    said, _ = process.communicate(timeout=1800)
+    said, _ = process.communicate(timeout=1600)
     assert process.returncode == 0, said
     assert [job.status for job in read_jobs(tmp_path)] == ["done", "done"]
     assert "2 seeds" in said
+
+
+def end(process: subprocess.Popen) -> None:
+    process.kill()
+    process.communicate()
 
 
 def _read(path: Path) -> bytes:
@@ -88,7 +93,7 @@ class Job:
         return any(_read(path) == given for path in Path("/proc").glob("[0-9]*/cmdline"))
 
     def starts(self) -> int:
-        """How often a process of the job has begun to read what it shall do."""
+        """Number of processes of the job that have begun to read their task."""
         return self.said().count("Loading pickle")
 
     def steps(self) -> int:
@@ -110,12 +115,12 @@ def test_a_job_that_is_asked_to_end_at_any_time_ends_with_the_bits_of_a_whole_ru
     tmp_path, slurm, request
 ):
     """All in its first stage, which saves no checkpoint by itself."""
-    settings = [*TINY, "seed=3", "stages.main.steps=800", "stages.main.examples.batch_size=64"]
+    settings = [*TINY, "seed=3", "stages.main.steps=600", "stages.main.examples.batch_size=64"]
     whole = [sys.executable, "train.py", *settings, f"run_dir={tmp_path / 'whole'}"]
     alone = subprocess.Popen(whole, cwd=ROOT, stdout=subprocess.DEVNULL)
-    request.addfinalizer(alone.kill)
+    request.addfinalizer(lambda: end(alone))
     launcher = start_sweep(tmp_path / "sweep", *ON_SLURM, *settings, env=slurm)
-    request.addfinalizer(launcher.kill)
+    request.addfinalizer(lambda: end(launcher))
     job = Job(tmp_path / "sweep", launcher, slurm)
     begun = job.folder / "job.json"
 
@@ -158,7 +163,6 @@ def test_a_job_that_is_asked_to_end_at_any_time_ends_with_the_bits_of_a_whole_ru
     is_asked_to_end(lambda: job.command("scontrol", "requeue", job.number))
     is_asked_to_end(lambda: job.signal("USR1"))
     is_asked_to_end(let_time_run_out)
-    assert "19 remaining timeouts" in job.said()
     printed, _ = launcher.communicate(timeout=600)
     assert launcher.returncode == 0, printed
 
@@ -169,7 +173,7 @@ def test_a_job_that_is_asked_to_end_at_any_time_ends_with_the_bits_of_a_whole_ru
         [r["loss"] for r in read_records(f / "metrics.jsonl") if "loss" in r]
         for f in (job.folder, tmp_path / "whole")
     ]
-    assert losses[0] == losses[1] and len(losses[0]) == 800
+    assert losses[0] == losses[1] and len(losses[0]) == 600
     assert "changed_on_resume" not in json.loads((job.folder / "summary.json").read_text())
 
 
@@ -177,7 +181,7 @@ def test_a_job_that_is_asked_to_end_at_any_time_ends_with_the_bits_of_a_whole_ru
 def test_a_job_that_is_cancelled_is_not_queued_again(tmp_path, slurm, request):
     settings = [*ON_SLURM, "seed=3", "stages.main.steps=100000"]
     launcher = start_sweep(tmp_path, *settings, env=slurm)
-    request.addfinalizer(launcher.kill)
+    request.addfinalizer(lambda: end(launcher))
     job = Job(tmp_path, launcher, slurm)
     job.until(lambda: job.steps() > 2)
     job.command("scancel", job.number)

@@ -13,7 +13,7 @@ import mtp.stages.checkpointing as checkpointing
 from mtp.stages.checkpointing import check_grace
 
 SECONDS = 1.5
-"""What each step of the run takes."""
+"""Duration of each step of the run."""
 RUN = f"""
 import sys, time
 from pathlib import Path
