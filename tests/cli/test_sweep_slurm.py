@@ -17,7 +17,7 @@ from mtp.reports.json_lines import read_records
 from mtp.reports.sweep import read_jobs
 
 TINY = [*SWEEP, "logger.log_every=1"]
-ON_SLURM = [*TINY, "sweep=submitit_slurm", "hydra.launcher.cpus_per_task=1"]
+ON_SLURM = ["sweep=submitit_slurm", "hydra.launcher.cpus_per_task=1"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,8 @@ def slurm(tmp_path_factory):
 
 @pytest.mark.cluster
 def test_a_sweep_on_slurm(tmp_path, slurm):
-    process = start_sweep(tmp_path, *ON_SLURM, "seed=1,2", "stages.main.steps=1", env=slurm)
+    settings = [*TINY, *ON_SLURM]
+    process = start_sweep(tmp_path, *settings, "seed=1,2", "stages.main.steps=1", env=slurm)
     said, _ = process.communicate(timeout=1600)
     assert process.returncode == 0, said
     assert [job.status for job in read_jobs(tmp_path)] == ["done", "done"]
@@ -179,7 +180,7 @@ def test_a_job_that_is_asked_to_end_at_any_time_ends_with_the_bits_of_a_whole_ru
 
 @pytest.mark.cluster
 def test_a_job_that_is_cancelled_is_not_queued_again(tmp_path, slurm, request):
-    settings = [*ON_SLURM, "seed=3", "stages.main.steps=100000"]
+    settings = [*TINY, *ON_SLURM, "seed=3", "stages.main.steps=100000"]
     launcher = start_sweep(tmp_path, *settings, env=slurm)
     request.addfinalizer(lambda: end(launcher))
     job = Job(tmp_path, launcher, slurm)
