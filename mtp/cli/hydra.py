@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..common.watch import end_with
 from ..config import RunConfig, to_run_config
 from ..reports.loggers import SINKS
 from ..tasks import TASK_CONFIGS
+from . import slurm
 from .code_copy import check_code, run_from_copy, this_code
 
 
@@ -36,7 +38,7 @@ def compose_and_run(arguments: list[str], conf: Path) -> None:
     A sweep runs each of its jobs, or gives them to a launcher.
     """
     register_configs()
-    given, submitted, launcher = list(sys.argv), this_code().name, os.getpid()
+    given, submission = list(sys.argv), Submission(this_code().name, os.getpid())
 
     def task(config: DictConfig) -> float | None:
         """A run, or a job of a sweep; a sweeper may maximise the accuracy that it returns.
@@ -48,10 +50,10 @@ def compose_and_run(arguments: list[str], conf: Path) -> None:
         if overrides is None:
             code = run_command(lambda: run(config))  # Hydra would print its own message
             return sys.exit(code) if code else None
-        begin_job(launcher)
+        begin_job(submission)
 
         def job() -> float | None:
-            check_code(submitted)
+            check_code(submission.code)
             return run(config)
 
         return run_job(job, Path(config.run_dir), overrides)
@@ -79,10 +81,24 @@ def run(config: DictConfig) -> float | None:
         hand_on(stop.signal)
         # A launcher of several processes treats any other exit code as a crash and kills the first
         # process, which may still be writing the checkpoint.
-        sys.exit(130 if os.environ.get("LOCAL_RANK", "0") == "0" else 0)
+        sys.exit(128 + stop.signal if os.environ.get("LOCAL_RANK", "0") == "0" else 0)
     last = summary["stages"][-1]
     found = (last.get(name) for name in ("fast_accuracy", "slow_accuracy", "accuracy"))
     return next((accuracy for accuracy in found if accuracy is not None), None)
+
+
+@dataclass
+class Submission:
+    """The command that started a sweep, as its jobs know it. Launchers pickle it."""
+
+    code: str
+    """Name of the copy of the code."""
+    process: int
+    noted: int | None = None
+    """In a job on Slurm, the signals since the job has read this, see `slurm.note_signals`."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"noted": slurm.note_signals() if slurm.is_job() else None}
 
 
 def register_configs() -> None:
@@ -201,9 +217,20 @@ class SweepCallback(Callback):
                 file=sys.stderr,
             )
             sys.exit(2)
-        run_from_copy(Path(config.hydra.sweep.dir), sys.argv[1:])
         fixed, launcher = ",".join(sorted(given - swept)), config.hydra.launcher
+        is_on_slurm = config.hydra.runtime.choices["hydra/launcher"] == "submitit_slurm"
+        if is_on_slurm and 60 * launcher.timeout_min <= launcher.signal_delay_s:
+            print(
+                f"error: hydra.launcher.timeout_min must be above hydra.launcher.signal_delay_s="
+                f"{launcher.signal_delay_s} seconds, got {launcher.timeout_min} minutes: a job "
+                "would be asked to end as soon as it begins; give it more time",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+        run_from_copy(Path(config.hydra.sweep.dir), sys.argv[1:])
         with read_write(config.hydra), open_dict(config.hydra):
+            if is_on_slurm:
+                launcher.setup = [slurm.QUEUE_AGAIN, *(launcher.setup or [])]
             config.hydra.overrides.hydra.append(
                 f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]"
             )
@@ -248,12 +275,13 @@ def run_job(
         return None
 
 
-def begin_job(launcher: int) -> None:
-    """Prepare the process of a job: its working folder, and its end if its launcher ends.
-
-    launcher: process that started the sweep.
+def begin_job(submission: Submission) -> None:
+    """Prepare the process of a job: its working folder, and its end by a signal of Slurm or if its
+    launcher ends.
     """
-    hydra = HydraConfig.get()
+    if submission.noted is not None:
+        slurm.end_if_asked(submission.noted)
+    hydra, launcher = HydraConfig.get(), submission.process
     os.chdir(hydra.runtime.cwd)  # Ray starts processes wherever it was started itself
     # Slurm's jobs outlive the command that submitted them; Ray ends its own.
     if hydra.runtime.choices["hydra/launcher"] in ("joblib", "submitit_local"):

@@ -3,7 +3,7 @@
     0    done
     1    the reader of standard output has gone, as in `mtp generate ... | head -1`
     2    a mistake: one line, `error: ...`, on standard error
-    130  Ctrl-C
+    130  Ctrl-C; a run that another signal has stopped ends with 128 + signal
 
 Unexpected errors keep their traceback; MTP_TRACEBACK=1 shows that of a mistake too. This module
 imports nothing heavy, so Ctrl-C is quiet from the first line of a command.

@@ -3,7 +3,7 @@
 Without it the others wait in a collective until that times out, half an hour by default.
 
 * From the start: a process that started the others watches them, and they watch it. torchrun and
-  `srun --kill-on-bad-exit` do this for the processes that they start.
+  `srun --kill-on-bad-exit` watch the processes that they start, and those watch torchrun.
 * Once all have met: every process holds a connection to the first. It closes when a process ends,
   however that happens. One that ends well says so before.
 """
@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from lightning.fabric import Fabric
+
+from ..common.watch import end_with
 
 PARENT = "MTP_PARENT_PROCESS"
 """Environment variable: the process that started this one as one of its run."""
@@ -40,6 +42,8 @@ def end(line: str) -> NoReturn:
 def watch_start(fabric: Fabric) -> None:
     """Watch the processes that Fabric is about to start, or the one that has started this."""
     launcher: Any = fabric.strategy.launcher
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with(os.getppid(), "torchrun, which started this process, has ended")
     parent = os.environ.get(PARENT)
     if parent == str(os.getpid()):
         parent = None

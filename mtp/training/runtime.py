@@ -172,7 +172,7 @@ def weight_that_is_not_finite(model: torch.nn.Module) -> str | None:
 
 
 SECONDS_TO_LIVE = 600.0
-"""Seconds that a job which Slurm has asked to stop waits for Slurm to end the process."""
+"""Seconds that a process whose job is queued again waits for Slurm to end it."""
 
 
 class StopRequest:
@@ -205,14 +205,14 @@ class StopRequest:
 
 
 def hand_on(number: int) -> None:
-    """Let a launcher's own handler act on a signal now that the checkpoint is saved.
+    """Let submitit's handler of SIGUSR2 act now that the checkpoint is saved.
 
-    Submitit's handler of SIGUSR2 requeues the job and ends the process. Its handler of SIGTERM
-    ignores the signal, since Slurm requeues a preempted job only if the job has not ended by
-    itself: so wait for Slurm to end it. Without a launcher's handler the caller ends the run.
+    It queues the job again and ends the process, or, in a task of the job that is not the first,
+    returns: wait there for Slurm to end it. After any other signal, and without such a handler, the
+    caller ends the run.
     """
     handler = signal.getsignal(number)
-    if number == signal.SIGINT or not callable(handler):
+    if number != signal.SIGUSR2 or not callable(handler):
         return
     handler(number, None)
     if "SLURM_JOB_ID" in os.environ:

@@ -155,7 +155,7 @@ def test_a_launcher_that_is_killed_takes_its_jobs_along(tmp_path, launcher):
     writers: list[int] = []
     try:
         while len(writers) < 2:
-            assert process.poll() is None
+            assert process.poll() is None, process.communicate()[0]
             found = [writer_of(path) for path in tmp_path.glob("seed=*")]
             writers = [writer.process for writer in found if writer is not None]
             time.sleep(0.2)

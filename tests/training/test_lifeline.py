@@ -63,6 +63,21 @@ def test_processes_that_others_started_notice_each_others_death(dead):
     assert time.monotonic() - began < 60
 
 
+def test_a_torchrun_that_is_killed_takes_its_processes_along():
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", WORKER, "wait"]
+    pipe = subprocess.PIPE
+    job = subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    assert job.stdout is not None
+    said = ""
+    while said.count("connected") < 2:
+        line = job.stdout.readline()
+        assert line, said
+        said += line
+    job.kill()
+    rest, _ = job.communicate(timeout=60)  # they hold the pipe until both have ended
+    assert rest.count("error: torchrun, which started this process, has ended\n") == 2
+
+
 def test_processes_that_end_well_do_not_end_each_other():
     port = free_port()
     jobs = [start("end", rank, port) for rank in range(2)]
