@@ -10,7 +10,6 @@ from mtp.channels import build_channel
 from mtp.channels.channel import Channel, WriteOptions, Written
 from mtp.channels.measure import (
     SEEDS_OF_ATTEMPT,
-    answer_log_probs,
     evaluate_channel,
     measure_attempts,
 )
@@ -153,7 +152,8 @@ def test_the_log_probability_of_an_answer_after_its_recorded_thought(name, built
     assert len(chosen) >= 2
     prompts = [fmt.prompt_ids(examples[i].prompt) for i in chosen]
     thoughts, texts = [outputs[i].vectors for i in chosen], [outputs[i].text for i in chosen]
-    together = answer_log_probs(model, prompts, thoughts, texts)
+    problems, outputs = [examples[i] for i in chosen], [outputs[i] for i in chosen]
+    together = channel.answer_log_probs(model, fmt, problems, outputs, thoughts)
     embed = model.get_input_embeddings()
     for b, text in enumerate(texts):
         parts = [embed(torch.tensor(prompts[b])), thoughts[b], embed(torch.tensor(text))]
