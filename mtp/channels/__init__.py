@@ -11,6 +11,7 @@ from .latent import Latent
 from .multiplex import Multiplex
 from .soft import Soft
 from .two_models import TextMessage, TokenMessage
+from .vector_memory import VectorMemory
 
 CHANNELS.add("token", Token)
 CHANNELS.add("block", Block)
@@ -21,5 +22,6 @@ CHANNELS.add("gated", Gated)
 CHANNELS.add("token_message", TokenMessage)
 CHANNELS.add("block_message", TextMessage)
 CHANNELS.add("kv", KV)
+CHANNELS.add("vector_memory", VectorMemory)
 
 __all__ = ["CHANNELS", "Channel", "WriteOptions", "Written", "build_channel"]

@@ -152,8 +152,7 @@ class KV(TokenMessage):
         # One pass before the receiver's own: the sharer reads its half while the receiver reads
         # placeholders.
         return [
-            received(fmt, ids, 1, message, "")
-            for ids, message in zip(texts, messages, strict=True)
+            received(fmt, ids, 1, message, "") for ids, message in zip(texts, messages, strict=True)
         ]
 
     @torch.no_grad()

@@ -210,7 +210,8 @@ def training_cost(
 ) -> TrainingCost:
     """Measure the loss and its gradient on a batch, at an optimizer step of the stage."""
     passes = 0
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameters = [*model.parameters(), *channel.parameters()]
+    weights = {p.untyped_storage().data_ptr() for p in parameters}
     kept: dict[int, int] = {}
 
     def count(*_: Any) -> None:
@@ -223,7 +224,7 @@ def training_cost(
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    for parameter in model.parameters():
+    for parameter in parameters:
         parameter.requires_grad_(True)
     hook = model.mtp_decoder.register_forward_pre_hook(count)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

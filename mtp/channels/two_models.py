@@ -7,14 +7,13 @@ receiver reads
 
     message </think> prompt <think>
 
-and continues by token in all channels. Both models learn from solved text, in one pass each. `kv.py`
-passes on the sharer's cache in place of text.
+and continues by token in all channels. Both models learn from solved text, in one pass each.
+`kv.py` passes on the sharer's cache in place of text.
 
 The passes of an output are those of the message, then the receiver's. Passes of the message and of
 the receiver's thought are `thought_passes`, so channels are compared at equal latency.
 """
 
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch

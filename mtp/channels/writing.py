@@ -19,7 +19,8 @@ def continue_text(
 ) -> list[list[int]]:
     """Ids that main writes in each row, up to one of `ends` or `options.max_new_tokens`.
 
-    Tokens up to `closer` are sampled, and those after it are greedy unless `sample_answer`.
+    Afterwards the reader has read all of them but the last one of each row. Tokens up to `closer`
+    are sampled, and those after it are greedy unless `options.sample_answer`.
 
     hidden: [B, D] last hidden row of the inputs. budget: maximum number of tokens before `closer`
     or an end, and the token that follows them then; None: no limit.
@@ -43,5 +44,6 @@ def continue_text(
         running &= ~torch.isin(tokens, ends_tensor)
         if not bool(running.any()) or number + 1 == options.max_new_tokens:
             break
-        hidden = reader.read(reader.embedding(tokens)[:, None])[:, -1]
+        # An end is not read, so a caller can continue all rows from it.
+        hidden = reader.read(reader.embedding(tokens)[:, None], running[:, None].long())[:, -1]
     return out

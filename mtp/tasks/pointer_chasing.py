@@ -1,15 +1,17 @@
 """Pointer chasing: follow the pointers of a table from a node, for a number of hops.
 
-    prompt   `caeb...?3b=`    the next node of a, b, c, ... in this order; hops left and the node
-    thought  `2a;1c;0e`       hops left and the node, after each hop
+    prompt   `caeb...?b3=`    the next node of a, b, c, ... in this order; the node and hops left
+    thought  `ba2;ac1;ce0`    the edges, each with the hops left after it
     answer   `e`              the last node
 
 With `split: true` there are two tables, and hops read one and the other in turn. The prompt has the
-first table and the question; the second is the example's column `shared`, for another model to read
+first table and the node; the second is the example's column `shared`, for another model to read
 (`mtp/channels/two_models.py`). Neither half alone has the answer. This is the two-party form of
-the problem in communication complexity (Papadimitriou & Sipser 1984, Nisan & Wigderson 1993).
+the problem in communication complexity (Papadimitriou & Sipser 1984, Nisan & Wigderson 1993). The
+hops left are not written then: they matter where a thought has several segments, which do not read
+each other.
 
-A table is one random cycle through all nodes, so a hop never returns to its node and all last nodes
+A table is one random cycle through all nodes, so a hop never stays at its node and all last nodes
 are equally likely. The hash of a prompt decides its split, so the splits are disjoint by
 construction.
 """
@@ -84,11 +86,15 @@ class PointerChasing(Task):
         first = node = rng.choice(self.nodes)
         steps = []
         for hop in range(self.config.hops):
-            node = tables[hop % len(tables)][self.nodes.index(node)]
-            steps.append(f"{self.config.hops - hop - 1}{node}")
+            node, before = tables[hop % len(tables)][self.nodes.index(node)], node
+            steps.append(before + node + self._left(hop + 1))
         columns = {SHARED: tables[1]} if self.config.split else {}
-        prompt = f"{tables[0]}?{self.config.hops}{first}="
+        prompt = f"{tables[0]}?{first}{self._left(0)}="
         return Example(prompt, node, ";".join(steps), columns)
+
+    def _left(self, hops: int) -> str:
+        """The hops left after a number of them, as a text shows them."""
+        return "" if self.config.split else str(self.config.hops - hops)
 
     def _table(self, rng: random.Random) -> str:
         """The next node of each node: one cycle through all, in random order."""
@@ -97,24 +103,21 @@ class PointerChasing(Task):
         return "".join(following[node] for node in self.nodes)
 
     def steps(self, example: Example, thought: str) -> list[Step]:
-        """The steps; one is true if it is the hop that follows the step before it."""
-        table, _, state = example.prompt.removesuffix("=").partition("?")
+        """The steps; one is true if it continues the step before it along the tables."""
+        table, _, start = example.prompt.removesuffix("=").partition("?")
         tables = [table, example.columns.get(SHARED, table)]
         solved = (example.thought or "").split(";")
-        befores = iter([state, *thought.split(";")])
+        befores = iter(enumerate([start[:1], *thought.split(";")]))
 
         def is_true(step: str) -> bool:
-            before = next(befores)
-            if not (self._is_step(before) and self._is_step(step)):
+            hop, before = next(befores)
+            node = before[:1] if hop == 0 else before[1:2]
+            if not node or node not in self.nodes or hop >= self.config.hops:
                 return False
-            hop = self.config.hops - int(before[0])
-            following = tables[hop % 2][self.nodes.index(before[1])]
-            return step == f"{int(before[0]) - 1}{following}"
+            following = tables[hop % 2][self.nodes.index(node)]
+            return step == node + following + self._left(hop + 1)
 
         def expected(number: int, text: str) -> str | None:
             return solved[number] if number < len(solved) else None
 
         return steps_between(";", thought, is_true, expected)
-
-    def _is_step(self, step: str) -> bool:
-        return len(step) == 2 and step[0] in string.digits and step[1] in self.nodes

@@ -26,9 +26,11 @@ def test_a_thought_follows_the_pointers_to_the_answer(split):
         example = task.example("train", index)
         table, question = example.prompt.removesuffix("=").split("?")
         tables = [table, example.columns["shared"]] if split else [table]
-        assert ("shared" in example.columns) == split and question[0] == "5"
-        nodes = follow(tables, question[1], 5)
-        assert example.thought == ";".join(f"{4 - i}{node}" for i, node in enumerate(nodes))
+        assert ("shared" in example.columns) == split and question[1:] == ("" if split else "5")
+        nodes = [question[0], *follow(tables, question[0], 5)]
+        edges = [a + b for a, b in zip(nodes, nodes[1:], strict=False)]
+        left = [""] * 5 if split else "43210"
+        assert example.thought == ";".join(e + n for e, n in zip(edges, left, strict=True))
         assert example.answer == nodes[-1]
         for one in tables:  # one cycle through all nodes
             assert sorted(follow([one], "a", 9)) == list("abcdefghi")
@@ -52,10 +54,20 @@ def test_steps_are_checked_against_both_tables():
     first, second, third = example.thought.split(";")
     assert [s.is_true for s in task.steps(example, example.thought)] == [True] * 3
     assert [s.expected for s in task.steps(example, example.thought)] == [first, second, third]
-    thought = f"{first};{second};{third[0]}{second[1]}"
+    thought = f"{first};{second};{third[0]}{first[0]}"
     assert [s.is_true for s in task.steps(example, thought)] == [True, True, False]
-    assert [s.is_true for s in task.steps(example, f"{second};{third}")] == [False, True]
+    assert [s.is_true for s in task.steps(example, f"{second};{third}")] == [False, False]
     assert [s.is_true for s in task.steps(example, "")] == [False]
+
+
+def test_steps_of_one_table_count_down():
+    task = PointerChasingConfig(hops=4).build()
+    example = task.example("test", 1)
+    assert [s.is_true for s in task.steps(example, example.thought)] == [True] * 4
+    miscounted = example.thought.replace("2", "1", 1)
+    assert [s.is_true for s in task.steps(example, miscounted)] == [True, False, True, True]
+    longer = example.thought + ";" + example.thought[:3]
+    assert [s.is_true for s in task.steps(example, longer)] == [True] * 4 + [False]
 
 
 def test_splits_are_disjoint_and_repeatable():

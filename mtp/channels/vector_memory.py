@@ -1,0 +1,213 @@
+"""Vector memory: between segments, m vectors in place of the text memory file.
+
+Segments, contexts and budgets are those of text (`mtp/modeling/segments.py`). The context of a
+later segment is
+
+    prompt <summary> v_1 ... v_m </summary> <think>
+
+with vectors in place of the file's text. They are main's last hidden vectors at m positions after
+the `<summary>` of the segment before, whose inputs are learned, through a learned projection: the
+memory tokens of the Recurrent Memory Transformer (Bulatov et al., arXiv 2207.06881). One pass reads
+`<summary>` and writes all of them, where a text summary needs a pass for each token.
+
+Training is on solved text, divided into segments as that of the text memory. The loss is that of
+all segments, and its gradient passes through the vectors to the segments before. So an example
+needs one pass for each segment, in sequence. `num_vectors=0`: later segments read the prompt alone.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from ..common.bounds import bounded
+from ..modeling.segments import split_summary, summary_marks
+from ..rollouts.prompt_format import PromptFormat
+from ..tasks.base import Example, Task
+from .channel import Channel, WriteOptions, Written
+from .reading import Inputs, Reader, logits_of
+from .segments import context, last_segment_log_probs
+from .writing import continue_text
+
+
+@dataclass(kw_only=True)
+class VectorMemoryOptions:
+    """Settings of `channel.name=vector_memory`."""
+
+    num_vectors: int = bounded(2, at_least=0, at_most=1000)
+    """Number of vectors that a segment passes on."""
+
+
+class VectorMemory(Channel):
+    """Vectors between segments."""
+
+    options_class = VectorMemoryOptions
+    has_log_prob = True
+
+    def __init__(self, options: VectorMemoryOptions, width: int):
+        super().__init__(options, width)
+        self.queries = nn.Parameter(0.1 * torch.randn(options.num_vectors, width))
+        """[m, D] inputs of the positions that write the memory."""
+        self.projection = nn.Linear(width, width)
+
+    def check(self, fmt: PromptFormat, task: Task) -> None:
+        key = "decoding.segments"
+        if fmt.segments.max_segments == 1:
+            raise ValueError(
+                f"{key}.max_segments must be above 1 for channel.name=vector_memory, got 1; use "
+                "decoding=segments"
+            )
+        if fmt.segments.recent_tokens:
+            raise ValueError(
+                f"{key}.recent_tokens must be 0 for channel.name=vector_memory, got "
+                f"{fmt.segments.recent_tokens}: a segment passes on vectors only"
+            )
+        if thought_budget(fmt) is None:
+            raise ValueError(
+                f"decoding.phases.{next(iter(fmt.phases))}.max_tokens must be a number for "
+                "channel.name=vector_memory, got null: it divides solved thoughts into segments"
+            )
+
+    def supervised_loss(
+        self, model: Any, fmt: PromptFormat, examples: list[Example], *, step: int, seed: int
+    ) -> Tensor:
+        segments = [solved_segments(fmt, example) for example in examples]
+        prompts = [fmt.prompt_ids(example.prompt) for example in examples]
+        memories: dict[int, Tensor] = {}
+        scores = []
+        for number in range(max(map(len, segments))):
+            chosen = [i for i, one in enumerate(segments) if number < len(one)]
+            rows = [
+                context(fmt, model, prompts[i], memories.get(i), segments[i][number])
+                for i in chosen
+            ]
+            closed = [number + 1 < len(segments[i]) for i in chosen]
+            log_probs, written = self.read_segment(model, rows, closed)
+            scores += log_probs
+            memories = dict(zip(chosen, written, strict=True))
+        return -torch.cat(scores).mean()
+
+    def read_segment(
+        self, model: Any, rows: list[Inputs], closed: list[bool]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """One pass over a segment of each row.
+
+        closed: True for rows whose last scored id, `<summary>`, is read too, and the queries after
+        it. Returns log p of each scored id, and the memory [m, D] of closed rows, else [0, D].
+        """
+        embedding = model.get_input_embeddings()
+        device = embedding.weight.device
+        inputs = []
+        for row, writes in zip(rows, closed, strict=True):
+            ids = row.after + (row.scored if writes else row.scored[:-1])
+            parts = [embedding(torch.tensor(row.before, device=device)), row.message]
+            parts += [embedding(torch.tensor(ids, device=device))]
+            inputs.append(torch.cat([*parts, self.queries] if writes else parts))
+        padded = pad_sequence(inputs, batch_first=True)
+        hidden = model.mtp_decoder(inputs_embeds=padded, use_cache=False).last_hidden_state
+        log_p = logits_of(model, hidden).log_softmax(-1)
+        log_probs, memories = [], []
+        for b, row in enumerate(rows):
+            first = len(row.before) + len(row.message) + len(row.after) - 1
+            at = log_p[b, first : first + len(row.scored)]
+            ids = torch.tensor(row.scored, device=device)
+            log_probs.append(at.gather(-1, ids[:, None])[:, 0])
+            end = len(inputs[b])
+            number = len(self.queries) if closed[b] else 0
+            memories.append(self.projection(hidden[b, end - number : end]))
+        return log_probs, memories
+
+    @torch.no_grad()
+    def write(
+        self, model: Any, fmt: PromptFormat, examples: list[Example], options: WriteOptions
+    ) -> list[Written]:
+        prompts = [fmt.prompt_ids(example.prompt) for example in examples]
+        assert fmt.closer is not None
+        closer, (opener, _) = fmt.delimiter_id(fmt.closer), summary_marks(fmt.plan())
+        limit = thought_budget(fmt)
+        assert limit is not None
+        texts: list[list[list[int]]] = [[] for _ in examples]
+        memories: dict[int, Tensor] = {}
+        running = list(range(len(examples)))
+        for number in range(fmt.segments.max_segments):
+            is_last = number + 1 == fmt.segments.max_segments
+            reader, hidden = self.begin_segment(
+                model, fmt, [prompts[i] for i in running], [memories.get(i) for i in running]
+            )
+            found = continue_text(
+                reader,
+                hidden,
+                options,
+                closer=closer,
+                ends=fmt.eos_ids if is_last else [opener, *fmt.eos_ids],
+                budget=(limit, closer if is_last else opener),
+            )
+            for i, ids in zip(running, found, strict=True):
+                texts[i].append(ids)
+            closed = [not is_last and ids[-1] == opener for ids in found]
+            if not any(closed):
+                break
+            embedded = reader.embedding(torch.tensor([opener], device=hidden.device))
+            read = torch.cat([embedded, self.queries])[None].expand(len(found), -1, -1)
+            written = self.projection(reader.read(read)[:, 1:])
+            memories |= {
+                i: memory for i, memory, one in zip(running, written, closed, strict=True) if one
+            }
+            running = [i for i, one in zip(running, closed, strict=True) if one]
+        return [
+            Written(
+                answer=fmt.answer_text(ids[-1]),
+                # A pass for each id, and one that reads `<summary>` and writes the vectors.
+                passes=sum(map(len, ids)) + len(ids) - 1,
+                thought_passes=sum(len(fmt.thought_of(segment)) for segment in ids),
+                trace=fmt.thought_text(*ids),
+                vectors=memories.get(i),
+                text=ids[-1],
+            )
+            for i, ids in enumerate(texts)
+        ]
+
+    def begin_segment(
+        self,
+        model: Any,
+        fmt: PromptFormat,
+        prompts: list[list[int]],
+        memories: list[Tensor | None],
+    ) -> tuple[Reader, Tensor]:
+        """The reader after the contexts of a segment, and its last hidden rows [B, D].
+
+        Memories are all None, or all [m, D].
+        """
+        no_text = [context(fmt, model, p, m, []) for p, m in zip(prompts, memories, strict=True)]
+        reader = Reader(model, [row.before for row in no_text], fmt.pad_id)
+        hidden = reader.read_prompts()
+        if no_text[0].after:
+            after = reader.embedding(torch.tensor(no_text[0].after, device=hidden.device))
+            hidden = reader.read(torch.stack([torch.cat([r.message, after]) for r in no_text]))
+        return reader, hidden[:, -1]
+
+    @torch.no_grad()
+    def answer_log_probs(
+        self,
+        model: Any,
+        fmt: PromptFormat,
+        examples: list[Example],
+        outputs: list[Written],
+        messages: list[Tensor],
+    ) -> Tensor:
+        return last_segment_log_probs(model, fmt, examples, outputs, messages)
+
+
+def solved_segments(fmt: PromptFormat, example: Example) -> list[list[int]]:
+    """Ids of each segment of a solved example: its thought and `<summary>`, at last the answer."""
+    plan = fmt.plan()
+    opener, _ = summary_marks(plan)
+    *before, last = [ids for _, ids in fmt.example_segments(example)]
+    return [*([*split_summary(ids, plan)[0], opener] for ids in before), last]
+
+
+def thought_budget(fmt: PromptFormat) -> int | None:
+    """Maximum number of tokens of a segment's thought."""
+    return next(iter(fmt.phases.values())).max_tokens
