@@ -22,6 +22,7 @@ from ..tasks.base import Example
 from ..training.collate import collate_text
 from ..training.objectives import replay_batch
 from .channel import Channel, WriteOptions, Written
+from .reading import embedded
 from .segments import last_segment_log_probs
 
 
@@ -79,10 +80,7 @@ class Block(Channel):
                 message = memory_ids(fmt, examples[i], contexts[i])
             elif i in set(closed):
                 message, text = prefix[:-1], text[len(prefix) - 1 :]
-            vectors = None
-            if message is not None:
-                ids = torch.tensor(message, dtype=torch.long, device=model.device)
-                vectors = model.get_input_embeddings()(ids).detach()
+            vectors = None if message is None else embedded(model, message).detach()
             out.append(Written(answers[i], passes[i], int(thoughts[i]), trace, vectors, text))
         return out
 

@@ -40,7 +40,7 @@ from .writing import continue_text
 class KVOptions:
     """Settings of `channel.name=kv`."""
 
-    text_steps: int = bounded(1000, at_least=0)
+    text_steps: int = bounded(300, at_least=0)
     """Optimizer steps in which both models learn text messages, before only the fuser learns."""
     hidden_size: int = bounded(64, at_least=1, at_most=65536)
     """Width of the fuser's hidden layer."""
@@ -78,14 +78,14 @@ class KV(TokenMessage):
         ids = torch.zeros(1, 1, dtype=torch.long, device=sharer.device)
         with torch.no_grad():
             sharer.mtp_decoder(input_ids=ids, past_key_values=probe, use_cache=True)
-        tensors = [(getattr(x, "keys", None), getattr(x, "values", None)) for x in probe.layers]
-        if any(not isinstance(x, Tensor) or x.ndim != 4 for pair in tensors for x in pair):
+        tensors = tensors_of(probe)
+        if any(not isinstance(x, Tensor) or x.ndim != 4 for x in tensors):
             raise ValueError(
                 "model.family must have keys and values in every layer for channel.name=kv, got "
                 f"{type(sharer).__name__}; choose model.family=llama"
             )
         self.fusions = nn.ModuleList(
-            Fusion(x.shape[1], x.shape[3], options.hidden_size) for pair in tensors for x in pair
+            Fusion(x.shape[1], x.shape[3], options.hidden_size) for x in tensors
         )
         """Of the keys and of the values of layer 0, of layer 1, and so on."""
 
@@ -173,7 +173,9 @@ class KV(TokenMessage):
 
 def tensors_of(cache: DynamicCache) -> list[Tensor]:
     """Keys and values of all layers, [B, H, T, d] each."""
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    layers: list[Any] = cache.layers
+    names = ("keys", "values")
+    return [getattr(layer, name, None) for layer in layers for name in names]  # type: ignore[misc]
 
 
 def fuse(cache: DynamicCache, messages: list[Tensor]) -> None:

@@ -83,6 +83,14 @@ def padded_left(rows: list[list[int]], fill: int, device: torch.device) -> tuple
     return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
 
 
+def embedded(model: Any, ids: list[int]) -> Tensor:
+    """[n] ids -> [n, D] inputs of main."""
+    embedding = model.get_input_embeddings()
+    at = torch.tensor(ids, dtype=torch.long, device=embedding.weight.device)
+    vectors: Tensor = embedding(at)
+    return vectors
+
+
 class Inputs(NamedTuple):
     """What main reads of one example, and the ids that are scored after it."""
 
@@ -98,19 +106,13 @@ class Inputs(NamedTuple):
 
 def log_probs_of(model: Any, rows: list[Inputs]) -> list[Tensor]:
     """log p of each scored id given all inputs before it: [number of scored ids] for each row."""
-    embedding = model.get_input_embeddings()
-    device = embedding.weight.device
-
-    def embedded(ids: list[int]) -> Tensor:
-        vectors: Tensor = embedding(torch.tensor(ids, dtype=torch.long, device=device))
-        return vectors
-
     inputs = [
-        torch.cat([embedded(r.before), r.message, embedded(r.after + r.scored[:-1])]) for r in rows
+        torch.cat([embedded(model, r.before), r.message, embedded(model, r.after + r.scored[:-1])])
+        for r in rows
     ]
     log_p = read_in_parallel(model, pad_sequence(inputs, batch_first=True)).log_softmax(-1)
     out = []
     for row, vectors, found in zip(rows, inputs, log_p, strict=True):
         at = found[len(vectors) - len(row.scored) : len(vectors)]
-        out.append(at.gather(-1, torch.tensor(row.scored, device=device)[:, None])[:, 0])
+        out.append(at.gather(-1, torch.tensor(row.scored, device=at.device)[:, None])[:, 0])
     return out

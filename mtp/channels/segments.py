@@ -9,7 +9,7 @@ from ..modeling.segments import summary_marks
 from ..rollouts.prompt_format import PromptFormat
 from ..tasks.base import Example
 from .channel import Written
-from .reading import Inputs, log_probs_of
+from .reading import Inputs, embedded, log_probs_of
 
 
 def context(
@@ -20,7 +20,7 @@ def context(
     memory: [n, D] vectors in place of the memory file's text; None for the first segment.
     """
     if memory is None:
-        return Inputs(prompt, model.get_input_embeddings().weight[:0], [], scored)
+        return Inputs(prompt, embedded(model, []), [], scored)
     opener, closer = summary_marks(fmt.plan())
     assert fmt.opener is not None
     return Inputs([*prompt, opener], memory, [closer, fmt.delimiter_id(fmt.opener)], scored)

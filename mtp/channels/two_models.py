@@ -27,7 +27,7 @@ from ..tasks.base import Example, Task
 from ..tasks.pointer_chasing import SHARED
 from .block import Block, Token
 from .channel import Channel, WriteOptions, Written, closer_id
-from .reading import Inputs, Reader, log_probs_of
+from .reading import Inputs, Reader, embedded, log_probs_of
 from .writing import continue_text
 
 
@@ -59,7 +59,7 @@ class TextMessage(Channel):
         rows = [
             Inputs(
                 fmt.thought_ids(half.thought) + fmt.prompt_ids(example.prompt),
-                model.get_input_embeddings().weight[:0],
+                embedded(model, []),
                 [],
                 fmt.completion_ids(example.thought, example.answer),
             )
@@ -81,11 +81,9 @@ class TextMessage(Channel):
             hidden = reader.read_prompts()[:, -1]
             found = continue_text(reader, hidden, options, closer=closer, ends=fmt.eos_ids)
             texts = dict(zip(closed, found, strict=True))
-        embedding = model.get_input_embeddings()
         out = []
         for i, (ids, passes) in enumerate(messages):
-            sent = embedding(torch.tensor(ids, device=embedding.weight.device))
-            vectors = sent if i in texts else None
+            vectors = embedded(model, ids) if i in texts else None
             trace = str(fmt.tokenizer.decode([token for token in ids if token != closer]))
             out.append(received(fmt, texts.get(i, []), passes, vectors, trace))
         return out

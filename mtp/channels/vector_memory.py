@@ -27,7 +27,7 @@ from ..modeling.segments import split_summary, summary_marks
 from ..rollouts.prompt_format import PromptFormat
 from ..tasks.base import Example, Task
 from .channel import Channel, WriteOptions, Written
-from .reading import Inputs, Reader, logits_of
+from .reading import Inputs, Reader, embedded, logits_of
 from .segments import context, last_segment_log_probs
 from .writing import continue_text
 
@@ -46,11 +46,21 @@ class VectorMemory(Channel):
     options_class = VectorMemoryOptions
     has_log_prob = True
 
-    def __init__(self, options: VectorMemoryOptions, width: int):
+    def __init__(self, options: VectorMemoryOptions, width: int, scale: float = 1.0):
+        """scale: root mean square of the inputs of main, which vectors begin with too. Larger ones
+        would hide their positions where main adds position embeddings.
+        """
         super().__init__(options, width)
-        self.queries = nn.Parameter(0.1 * torch.randn(options.num_vectors, width))
+        self.queries = nn.Parameter(scale * torch.randn(options.num_vectors, width))
         """[m, D] inputs of the positions that write the memory."""
         self.projection = nn.Linear(width, width)
+        nn.init.normal_(self.projection.weight, std=scale / width**0.5)
+        nn.init.zeros_(self.projection.bias)
+
+    @classmethod
+    def of(cls, options: VectorMemoryOptions, model: Any) -> "VectorMemory":
+        weight = model.get_input_embeddings().weight
+        return cls(options, weight.shape[1], float(weight.detach().square().mean().sqrt()))
 
     def check(self, fmt: PromptFormat, task: Task) -> None:
         key = "decoding.segments"
@@ -97,13 +107,10 @@ class VectorMemory(Channel):
         closed: True for rows whose last scored id, `<summary>`, is read too, and the queries after
         it. Returns log p of each scored id, and the memory [m, D] of closed rows, else [0, D].
         """
-        embedding = model.get_input_embeddings()
-        device = embedding.weight.device
         inputs = []
         for row, writes in zip(rows, closed, strict=True):
             ids = row.after + (row.scored if writes else row.scored[:-1])
-            parts = [embedding(torch.tensor(row.before, device=device)), row.message]
-            parts += [embedding(torch.tensor(ids, device=device))]
+            parts = [embedded(model, row.before), row.message, embedded(model, ids)]
             inputs.append(torch.cat([*parts, self.queries] if writes else parts))
         padded = pad_sequence(inputs, batch_first=True)
         hidden = model.mtp_decoder(inputs_embeds=padded, use_cache=False).last_hidden_state
@@ -112,8 +119,8 @@ class VectorMemory(Channel):
         for b, row in enumerate(rows):
             first = len(row.before) + len(row.message) + len(row.after) - 1
             at = log_p[b, first : first + len(row.scored)]
-            ids = torch.tensor(row.scored, device=device)
-            log_probs.append(at.gather(-1, ids[:, None])[:, 0])
+            targets = torch.tensor(row.scored, device=at.device)
+            log_probs.append(at.gather(-1, targets[:, None])[:, 0])
             end = len(inputs[b])
             number = len(self.queries) if closed[b] else 0
             memories.append(self.projection(hidden[b, end - number : end]))
@@ -149,8 +156,8 @@ class VectorMemory(Channel):
             closed = [not is_last and ids[-1] == opener for ids in found]
             if not any(closed):
                 break
-            embedded = reader.embedding(torch.tensor([opener], device=hidden.device))
-            read = torch.cat([embedded, self.queries])[None].expand(len(found), -1, -1)
+            queries = torch.cat([embedded(model, [opener]), self.queries])
+            read = queries[None].expand(len(found), -1, -1)
             written = self.projection(reader.read(read)[:, 1:])
             memories |= {
                 i: memory for i, memory, one in zip(running, written, closed, strict=True) if one
@@ -184,7 +191,7 @@ class VectorMemory(Channel):
         reader = Reader(model, [row.before for row in no_text], fmt.pad_id)
         hidden = reader.read_prompts()
         if no_text[0].after:
-            after = reader.embedding(torch.tensor(no_text[0].after, device=hidden.device))
+            after = embedded(model, no_text[0].after)
             hidden = reader.read(torch.stack([torch.cat([r.message, after]) for r in no_text]))
         return reader, hidden[:, -1]
 
