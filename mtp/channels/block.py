@@ -14,7 +14,6 @@ from ..modeling.decode import decode
 from ..modeling.decode_options import DecodeOptions
 from ..modeling.records import pad
 from ..modeling.sampler import Sampler
-from ..modeling.segments import summary_marks
 from ..rollouts.legibility import thought_passes
 from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import sample
@@ -23,7 +22,7 @@ from ..training.collate import collate_text
 from ..training.objectives import replay_batch
 from .channel import Channel, WriteOptions, Written
 from .reading import embedded
-from .segments import last_segment_log_probs
+from .segments import last_segment_log_probs, memory_ids
 
 
 class Block(Channel):
@@ -97,17 +96,6 @@ class Block(Channel):
         if fmt.segments.max_segments == 1:
             return super().answer_log_probs(model, fmt, examples, outputs, messages)
         return last_segment_log_probs(model, fmt, examples, outputs, messages)
-
-
-def memory_ids(fmt: PromptFormat, example: Example, context: list[int]) -> list[int] | None:
-    """The memory file in the context of a later segment; None in the first one, and where the
-    context has recent tokens of the thought too.
-    """
-    _, closer = summary_marks(fmt.plan())
-    prompt = fmt.prompt_ids(example.prompt)
-    if context == prompt or fmt.segments.recent_tokens:
-        return None
-    return context[len(prompt) + 1 : context.index(closer, len(prompt))]
 
 
 class Token(Block):

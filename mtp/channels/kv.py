@@ -40,7 +40,7 @@ from .writing import continue_text
 class KVOptions:
     """Settings of `channel.name=kv`."""
 
-    text_steps: int = bounded(300, at_least=0)
+    text_steps: int = bounded(150, at_least=0)
     """Optimizer steps in which both models learn text messages, before only the fuser learns."""
     hidden_size: int = bounded(64, at_least=1, at_most=65536)
     """Width of the fuser's hidden layer."""

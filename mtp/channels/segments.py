@@ -39,3 +39,14 @@ def last_segment_log_probs(
         for example, output, memory in zip(examples, outputs, memories, strict=True)
     ]
     return torch.stack([found.sum() for found in log_probs_of(model, rows)])
+
+
+def memory_ids(fmt: PromptFormat, example: Example, context: list[int]) -> list[int] | None:
+    """The memory file in the context of a later segment; None in the first one, and where the
+    context has recent tokens of the thought too.
+    """
+    _, closer = summary_marks(fmt.plan())
+    prompt = fmt.prompt_ids(example.prompt)
+    if context == prompt or fmt.segments.recent_tokens:
+        return None
+    return context[len(prompt) + 1 : context.index(closer, len(prompt))]

@@ -146,6 +146,7 @@ def minutes_of(cell: Cell) -> float:
     short = {
         "latent": ["channel.options.text_steps=1", "channel.options.level_steps=1"],
         "kv": ["channel.options.text_steps=1"],
+        "vector_memory": ["channel.options.text_steps=1"],
     }.get(cell.row, [])
     printed = run_train(cell, "dry_run=true", *short, capture=True)
     found = re.search(r"a full run would take about \d+ min and its evaluations \((.*)\)", printed)

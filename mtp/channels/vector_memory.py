@@ -11,8 +11,10 @@ memory tokens of the Recurrent Memory Transformer (Bulatov et al., arXiv 2207.06
 `<summary>` and writes all of them, where a text summary needs a pass for each token.
 
 Training is on solved text, divided into segments as that of the text memory. The loss is that of
-all segments, and its gradient passes through the vectors to the segments before. So an example
-needs one pass for each segment, in sequence. `num_vectors=0`: later segments read the prompt alone.
+all segments. For `text_steps` the vectors are the embeddings of the last m tokens of the text that
+the memory file would have, so main learns to read a memory first. Afterwards they are main's own,
+and the gradient passes through them to the segments before. So an example needs one pass for each
+segment, in sequence. `num_vectors=0`: later segments read the prompt alone.
 """
 
 from dataclasses import dataclass
@@ -27,8 +29,8 @@ from ..modeling.segments import split_summary, summary_marks
 from ..rollouts.prompt_format import PromptFormat
 from ..tasks.base import Example, Task
 from .channel import Channel, WriteOptions, Written
-from .reading import Inputs, Reader, embedded, logits_of
-from .segments import context, last_segment_log_probs
+from .reading import Inputs, Reader, embedded, log_probs_of, logits_of
+from .segments import context, last_segment_log_probs, memory_ids
 from .writing import continue_text
 
 
@@ -38,6 +40,8 @@ class VectorMemoryOptions:
 
     num_vectors: int = bounded(2, at_least=0, at_most=1000)
     """Number of vectors that a segment passes on."""
+    text_steps: int = bounded(150, at_least=0)
+    """Optimizer steps in which the vectors are embeddings of the text memory file's last tokens."""
 
 
 class VectorMemory(Channel):
@@ -80,9 +84,15 @@ class VectorMemory(Channel):
                 "channel.name=vector_memory, got null: it divides solved thoughts into segments"
             )
 
+    def begins_level(self, step: int) -> bool:
+        return 0 < step == self.options.text_steps
+
     def supervised_loss(
         self, model: Any, fmt: PromptFormat, examples: list[Example], *, step: int, seed: int
     ) -> Tensor:
+        if step < self.options.text_steps:
+            rows = [row for example in examples for row in self.text_rows(model, fmt, example)]
+            return -torch.cat(log_probs_of(model, rows)).mean()
         segments = [solved_segments(fmt, example) for example in examples]
         prompts = [fmt.prompt_ids(example.prompt) for example in examples]
         memories: dict[int, Tensor] = {}
@@ -98,6 +108,18 @@ class VectorMemory(Channel):
             scores += log_probs
             memories = dict(zip(chosen, written, strict=True))
         return -torch.cat(scores).mean()
+
+    def text_rows(self, model: Any, fmt: PromptFormat, example: Example) -> list[Inputs]:
+        """The segments of a solved example, whose memories are the last tokens of the file."""
+        prompt, out = fmt.prompt_ids(example.prompt), []
+        texts = solved_segments(fmt, example)
+        for (before, _), text in zip(fmt.example_segments(example), texts, strict=True):
+            file = memory_ids(fmt, example, before)
+            memory = None
+            if file is not None:
+                memory = embedded(model, file[max(0, len(file) - self.options.num_vectors) :])
+            out.append(context(fmt, model, prompt, memory, text))
+        return out
 
     def read_segment(
         self, model: Any, rows: list[Inputs], closed: list[bool]

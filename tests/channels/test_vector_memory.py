@@ -5,8 +5,8 @@ import torch
 from toy import SIZES
 
 from mtp.channels import WriteOptions, Written, build_channel
-from mtp.channels.block import memory_ids
 from mtp.channels.measure import training_cost
+from mtp.channels.segments import memory_ids
 from mtp.hub.build import ModelConfig, build_model
 from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.heads import HeadConfig
@@ -109,7 +109,7 @@ def solved(fmt, example):
 @pytest.mark.parametrize("number", [0, 1, 3])
 def test_the_loss_is_that_of_all_segments_in_sequence(number, built):
     model, fmt = built
-    channel = build_channel("vector_memory", {"num_vectors": number}, model)
+    channel = build_channel("vector_memory", {"num_vectors": number, "text_steps": 0}, model)
     texts = [solved(fmt, example) for example in EXAMPLES]
     assert [len(one) for one in texts] == [3, 1, 2]
     total = sum(
@@ -123,10 +123,32 @@ def test_the_loss_is_that_of_all_segments_in_sequence(number, built):
     assert cost.sequential_passes == 3  # that of the longest
 
 
+def test_training_begins_with_the_last_tokens_of_the_memory_file_as_vectors(built):
+    model, fmt = built
+    channel = build_channel("vector_memory", {"num_vectors": 2, "text_steps": 5}, model)
+    assert [step for step in range(20) if channel.begins_level(step)] == [5]
+    log_probs = []
+    for example in EXAMPLES:
+        for number, ids in enumerate(solved(fmt, example)):
+            memory = None
+            if number:  # `done: bd4` -> `d4`
+                last = fmt.tokenizer.encode(example.thought[8 * number - 3 : 8 * number - 1])
+                memory = model.get_input_embeddings()(torch.tensor(last))
+            before = context(model, fmt, example, memory)
+            text = model.get_input_embeddings()(torch.tensor(ids))
+            log_p = model.lm_head(hidden_after(model, torch.cat([before, text]))).log_softmax(-1)
+            log_probs += [log_p[len(before) + t - 1, token] for t, token in enumerate(ids)]
+    loss = channel.supervised_loss(model, fmt, EXAMPLES, step=4, seed=0)
+    expected = -torch.stack(log_probs).mean()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
+    loss.backward()
+    assert channel.queries.grad is None
+
+
 def test_the_gradient_passes_through_the_vectors(built):
     """It is that of forwards by hand, all of which are one graph."""
     model, fmt = built
-    channel = build_channel("vector_memory", {"num_vectors": 2}, model)
+    channel = build_channel("vector_memory", {"num_vectors": 2, "text_steps": 0}, model)
     weights = [channel.queries, channel.projection.weight, model.lm_head.weight]
     texts = [solved(fmt, example) for example in EXAMPLES]
     total = sum(
