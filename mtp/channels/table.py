@@ -49,7 +49,7 @@ ROWS: dict[str, list[str]] = {
     "token_message": ["experiment=channels/token_message"],
     **{
         f"block_message_{k}": ["experiment=channels/block_message", f"head.num_slots={k}"]
-        for k in (1, 3)
+        for k in (1, 3, 5)
     },
     "kv": ["experiment=channels/kv"],
     "no_memory": ["experiment=channels/no_memory"],

@@ -94,12 +94,12 @@ def test_the_plan_has_every_row_of_every_task_and_the_first_seed_first(tmp_path)
     cells = plan(ROWS, TASKS, [1, 2], tmp_path, ["stages.main.steps=5"])
     of_task = {name: {c.row for c in cells if c.task == name} for name in TASKS}
     assert of_task["two_models"] == {
-        "no_message", "token_message", "block_message_1", "block_message_3", "kv",
+        "no_message", "token_message", "block_message_1", "block_message_3", "block_message_5", "kv",
     }  # fmt: skip
     assert of_task["segments"] == {"no_memory", "text_memory", "vector_memory"}
     others = set(ROWS) - of_task["two_models"] - of_task["segments"]
     assert of_task["graph_search"] == of_task["running_sum"] == others
-    assert len(cells) == 2 * (2 * len(others) + 5 + 3)
+    assert len(cells) == 2 * (2 * len(others) + 6 + 3)
     assert len({cell.folder for cell in cells}) == len(cells)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
     command = cells[-1].command("resume=auto")
