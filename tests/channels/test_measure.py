@@ -94,7 +94,8 @@ def test_the_plan_has_every_row_of_every_task_and_the_first_seed_first(tmp_path)
     cells = plan(ROWS, TASKS, [1, 2], tmp_path, ["stages.main.steps=5"])
     of_task = {name: {c.row for c in cells if c.task == name} for name in TASKS}
     assert of_task["two_models"] == {
-        "no_message", "token_message", "block_message_1", "block_message_3", "block_message_5", "kv",
+        "no_message", "token_message", "block_message_1", "block_message_3", "block_message_5",
+        "kv",
     }  # fmt: skip
     assert of_task["segments"] == {"no_memory", "text_memory", "vector_memory"}
     others = set(ROWS) - of_task["two_models"] - of_task["segments"]
