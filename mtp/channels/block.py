@@ -92,7 +92,7 @@ class Block(Channel):
         outputs: list[Written],
         messages: list[Tensor],
     ) -> Tensor:
-        """As in other channels; between segments the message is the memory file's text."""
+        """Log-probabilities as in other channels; between segments a message is the memory file."""
         if fmt.segments.max_segments == 1:
             return super().answer_log_probs(model, fmt, examples, outputs, messages)
         return last_segment_log_probs(model, fmt, examples, outputs, messages)

@@ -87,7 +87,7 @@ class KV(TokenMessage):
         self.fusions = nn.ModuleList(
             Fusion(x.shape[1], x.shape[3], options.hidden_size) for x in tensors
         )
-        """Of the keys and of the values of layer 0, of layer 1, and so on."""
+        """The fusion of the keys and that of the values, layer by layer."""
 
     def begins_level(self, step: int) -> bool:
         return 0 < step == self.options.text_steps

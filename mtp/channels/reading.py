@@ -92,7 +92,7 @@ def embedded(model: Any, ids: list[int]) -> Tensor:
 
 
 class Inputs(NamedTuple):
-    """What main reads of one example, and the ids that are scored after it."""
+    """Inputs of main for one example, and the ids that are scored after them."""
 
     before: list[int]
     """Ids before the message."""

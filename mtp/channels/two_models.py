@@ -140,7 +140,7 @@ def shared_half(example: Example) -> str:
 
 
 def sharers_example(example: Example) -> Example:
-    """What the sharer learns: to write its half. Its answer is empty."""
+    """The example that the sharer learns: it writes its half. Its answer is empty."""
     half = shared_half(example)
     return Example(half, "", half)
 

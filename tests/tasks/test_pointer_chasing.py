@@ -11,7 +11,7 @@ NODES = "abcdefghijklmnopqrstuvwxyz"
 
 
 def follow(tables: list[str], node: str, hops: int) -> list[str]:
-    """By hand: hop after hop, reading the tables in turn."""
+    """The nodes hop after hop, reading the tables in turn."""
     out = []
     for hop in range(hops):
         node = tables[hop % len(tables)][NODES.index(node)]
