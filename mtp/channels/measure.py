@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import mean, median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -86,14 +86,14 @@ def evaluate_channel(
     outputs = write_all(model, fmt, channel, examples, options, batch_size)
     right = [is_right(task, e, w) for e, w in zip(examples, outputs, strict=True)]
     metrics: dict[str, Any] = {
-        "accuracy": mean(right),
-        "passes": mean(w.passes for w in outputs),
-        "thought_passes": mean(w.thought_passes for w in outputs),
+        "accuracy": fmean(right),
+        "passes": fmean(w.passes for w in outputs),
+        "thought_passes": fmean(w.thought_passes for w in outputs),
         "num_problems": len(examples),
     }
     if budgets:
         metrics["accuracy_by_budget"] = [
-            mean(r and w.thought_passes <= n for r, w in zip(right, outputs, strict=True))
+            fmean(r and w.thought_passes <= n for r, w in zip(right, outputs, strict=True))
             for n in budgets
         ]
     return metrics
@@ -137,14 +137,14 @@ def measure_attempts(
         votes = Counter(o.answer for o in outputs if o.answer is not None)
         chosen = votes.most_common(1)[0][0] if votes else None
         first = next((n for n, o in enumerate(outputs) if o.answer == chosen), 0)
-        single.append(mean(right))
+        single.append(fmean(right))
         best.append(any(right))
         majority.append(right[first])
     return {
-        "mean_accuracy": mean(single),
-        "best_accuracy": mean(best),
-        "majority_accuracy": mean(majority),
-        "majority_gain": mean(majority) - mean(single),
+        "mean_accuracy": fmean(single),
+        "best_accuracy": fmean(best),
+        "majority_accuracy": fmean(majority),
+        "majority_gain": fmean(majority) - fmean(single),
     }
 
 

@@ -11,10 +11,11 @@ memory tokens of the Recurrent Memory Transformer (Bulatov et al., arXiv 2207.06
 `<summary>` and writes all of them, where a text summary needs a pass for each token.
 
 Training is on solved text, divided into segments as that of the text memory. The loss is that of
-all segments. For `text_steps` the vectors are the embeddings of the last m tokens of the text that
-the memory file would have, so main learns to read a memory first. Afterwards they are main's own,
-and the gradient passes through them to the segments before. So an example needs one pass for each
-segment, in sequence. `num_vectors=0`: later segments read the prompt alone.
+all segments. For `text_steps` a segment reads the embeddings of the last m tokens of the text that
+the memory file would have, and main's own vectors learn to equal them. So it can read and write a
+memory before the two have to agree. Afterwards a segment reads main's own vectors, and the gradient
+passes through them to the segments before. So an example needs one pass for each segment, in
+sequence. `num_vectors=0`: later segments read the prompt alone.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from ..modeling.segments import split_summary, summary_marks
 from ..rollouts.prompt_format import PromptFormat
 from ..tasks.base import Example, Task
 from .channel import Channel, WriteOptions, Written
-from .reading import Inputs, Reader, embedded, log_probs_of, logits_of
+from .reading import Inputs, Reader, embedded, logits_of
 from .segments import context, last_segment_log_probs, memory_ids
 from .writing import continue_text
 
@@ -91,8 +92,7 @@ class VectorMemory(Channel):
         self, model: Any, fmt: PromptFormat, examples: list[Example], *, step: int, seed: int
     ) -> Tensor:
         if step < self.options.text_steps:
-            rows = [row for example in examples for row in self.text_rows(model, fmt, example)]
-            return -torch.cat(log_probs_of(model, rows)).mean()
+            return self.text_loss(model, fmt, examples)
         segments = [solved_segments(fmt, example) for example in examples]
         prompts = [fmt.prompt_ids(example.prompt) for example in examples]
         memories: dict[int, Tensor] = {}
@@ -109,17 +109,31 @@ class VectorMemory(Channel):
             memories = dict(zip(chosen, written, strict=True))
         return -torch.cat(scores).mean()
 
-    def text_rows(self, model: Any, fmt: PromptFormat, example: Example) -> list[Inputs]:
-        """The segments of a solved example, whose memories are the last tokens of the file."""
-        prompt, out = fmt.prompt_ids(example.prompt), []
-        texts = solved_segments(fmt, example)
-        for (before, _), text in zip(fmt.example_segments(example), texts, strict=True):
-            file = memory_ids(fmt, example, before)
-            memory = None
-            if file is not None:
-                memory = embedded(model, file[max(0, len(file) - self.options.num_vectors) :])
-            out.append(context(fmt, model, prompt, memory, text))
-        return out
+    def text_loss(self, model: Any, fmt: PromptFormat, examples: list[Example]) -> Tensor:
+        """The loss where each memory is the last tokens of the file, and that of writing them.
+
+        The second is the squared error of a segment's own vectors, relative to the embeddings that
+        the next segment reads.
+        """
+        rows: list[Inputs] = []
+        closed: list[bool] = []
+        for example in examples:
+            prompt, texts = fmt.prompt_ids(example.prompt), solved_segments(fmt, example)
+            closed += [*[True] * (len(texts) - 1), False]
+            for (before, _), text in zip(fmt.example_segments(example), texts, strict=True):
+                file = memory_ids(fmt, example, before)
+                memory = None
+                if file is not None:
+                    memory = embedded(model, file[max(0, len(file) - self.options.num_vectors) :])
+                rows.append(context(fmt, model, prompt, memory, text))
+        log_probs, written = self.read_segment(model, rows, closed)
+        loss = -torch.cat(log_probs).mean()
+        pairs = [(written[i], rows[i + 1].message.detach()) for i, one in enumerate(closed) if one]
+        own = torch.cat([vectors[: len(target)] for vectors, target in pairs] or [loss[None, None]])
+        if not pairs or not own.numel():
+            return loss
+        targets = torch.cat([target for _, target in pairs])
+        return loss + (own - targets).square().mean() / targets.square().mean()
 
     def read_segment(
         self, model: Any, rows: list[Inputs], closed: list[bool]

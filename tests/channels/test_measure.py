@@ -57,6 +57,10 @@ def test_an_answer_after_too_long_a_thought_is_wrong():
         None, None, Scripted(script), TASK, num_problems=4, budgets=(1, 2, 8, 16), **LIMITS
     )
     assert found["accuracy"] == 0.75
+    # A whole number would be a command's exit code.
+    always = Scripted(lambda i, example, seed: Written(example.answer, 1, 1, ""))
+    found_always = evaluate_channel(None, None, always, TASK, num_problems=4, **LIMITS)
+    assert found_always["accuracy"] == 1 and type(found_always["accuracy"]) is float
     assert found["accuracy_by_budget"] == [0.0, 0.25, 0.5, 0.75]
     assert found["thought_passes"] == 4.5 and found["passes"] == 6.5
 
