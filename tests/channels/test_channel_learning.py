@@ -56,7 +56,7 @@ def test_a_fuser_between_two_frozen_models_passes_on_what_the_receiver_lacks(tmp
 @pytest.mark.slow
 def test_vectors_between_segments_carry_the_node_that_was_reached(tmp_path):
     more = ["task.hops=4", "decoding.segments.max_segments=2", "stages.main.evaluate_every=0"]
-    summary, _, bits = trained(tmp_path / "with", "vector_memory", *more, "stages.main.steps=500")
+    summary, _, bits = trained(tmp_path / "with", "vector_memory", *more, "stages.main.steps=300")
     assert summary["accuracy"] >= 0.9
     assert bits["message_swap_bits"] >= 2
     without, _, _ = trained(tmp_path / "without", "no_memory", *more, "stages.main.steps=200")
