@@ -199,12 +199,16 @@ class VectorMemory(Channel):
                 i: memory for i, memory, one in zip(running, written, closed, strict=True) if one
             }
             running = [i for i, one in zip(running, closed, strict=True) if one]
+        # A delimiter that a budget forces needs no pass, as in text.
+        forced = [
+            sum(len(ids) > limit and closer not in ids[:limit] for ids in mine) for mine in texts
+        ]
         return [
             Written(
                 answer=fmt.answer_text(ids[-1]),
                 # A pass for each id, and one that reads `<summary>` and writes the vectors.
-                passes=sum(map(len, ids)) + len(ids) - 1,
-                thought_passes=sum(len(fmt.thought_of(segment)) for segment in ids),
+                passes=sum(map(len, ids)) + len(ids) - 1 - forced[i],
+                thought_passes=sum(len(fmt.thought_of(one)) for one in ids) - forced[i],
                 trace=fmt.thought_text(*ids),
                 vectors=memories.get(i),
                 text=ids[-1],
