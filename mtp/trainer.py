@@ -111,7 +111,7 @@ def run_stages(
     check_outcomes(config, task)
     model, fmt = build_model(config.model, config.head, config.decoding, task)
     if not config.channel.is_text:
-        attach_channel(config, model, fmt)
+        attach_channel(config, model, fmt, task)
     task = checked_task(
         task,
         config.decoding,

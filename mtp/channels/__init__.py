@@ -6,9 +6,12 @@
 from .block import Block, Token
 from .channel import CHANNELS, Channel, WriteOptions, Written, build_channel
 from .gated import Gated
+from .kv import KV
 from .latent import Latent
 from .multiplex import Multiplex
 from .soft import Soft
+from .two_models import TextMessage, TokenMessage
+from .vector_memory import VectorMemory
 
 CHANNELS.add("token", Token)
 CHANNELS.add("block", Block)
@@ -16,5 +19,9 @@ CHANNELS.add("soft", Soft)
 CHANNELS.add("multiplex", Multiplex)
 CHANNELS.add("latent", Latent)
 CHANNELS.add("gated", Gated)
+CHANNELS.add("token_message", TokenMessage)
+CHANNELS.add("block_message", TextMessage)
+CHANNELS.add("kv", KV)
+CHANNELS.add("vector_memory", VectorMemory)
 
 __all__ = ["CHANNELS", "Channel", "WriteOptions", "Written", "build_channel"]

@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..modeling.decode import decode
 from ..modeling.decode_options import DecodeOptions
+from ..modeling.records import pad
 from ..modeling.sampler import Sampler
 from ..rollouts.legibility import thought_passes
 from ..rollouts.prompt_format import PromptFormat
@@ -19,6 +21,8 @@ from ..tasks.base import Example
 from ..training.collate import collate_text
 from ..training.objectives import replay_batch
 from .channel import Channel, WriteOptions, Written
+from .reading import embedded
+from .segments import last_segment_log_probs, memory_ids
 
 
 class Block(Channel):
@@ -30,7 +34,7 @@ class Block(Channel):
     def supervised_loss(
         self, model: Any, fmt: PromptFormat, examples: list[Example], *, step: int, seed: int
     ) -> Tensor:
-        samples = [fmt.example_ids(example) for example in examples]
+        samples = [sample for example in examples for sample in fmt.example_segments(example)]
         plan = fmt.plan("fast")
         batch = collate_text(samples, plan, fmt.block_size, fmt.pad_id).to(model.device)
         uses_head = self.mode == "fast"
@@ -49,38 +53,49 @@ class Block(Channel):
         )
         plan = fmt.plan(self.mode)
         batch = sample(model, fmt, examples, plan, decoding)
-        passes, thoughts = batch.out.passes.tolist(), thought_passes(batch, fmt).tolist()
+        passes = batch.total(batch.out.passes).tolist()
+        thoughts = thought_passes(batch, fmt).tolist()
+        contexts = [batch.prompts[segment] for segment in batch.last]
         completions = [batch.completion(row) for row in range(len(batch))]
+        prefixes = [fmt.split(ids)[0] for ids in completions]
+        rests = [ids[len(prefix) :] for ids, prefix in zip(completions, prefixes, strict=True)]
         answers = [fmt.answer_text(ids) for ids in completions]
-        again_ids: dict[int, list[int]] = {}
-        if options.sampler.temperature > 0 and not options.sample_answer:
-            prefixes = [fmt.split(ids)[0] for ids in completions]
-            greedy = replace(decoding, sampler=Sampler(temperature=0))
-            closed = [i for i, ids in enumerate(prefixes) if ids[-1:] == fmt.thought_ids("")]
-            if closed:
-                again = sample(
-                    model,
-                    fmt,
-                    [examples[i] for i in closed],
-                    plan,
-                    greedy,
-                    prefixes=[prefixes[i] for i in closed],
-                )
-                for row, i in enumerate(closed):
-                    again_ids[i] = again.completion(row)
-                    answers[i] = fmt.bare_answer_text(again_ids[i])
-        out = []
         closing = fmt.thought_ids("")
-        for i, ids in enumerate(completions):
-            prefix = fmt.split(ids)[0]
-            is_closed = prefix[-1:] == closing
-            inner = torch.tensor(prefix[:-1], dtype=torch.long, device=model.device)
-            vectors = model.get_input_embeddings()(inner).detach() if is_closed else None
-            rest = again_ids.get(i, ids[len(prefix) :])
-            text = [*closing, *rest] if is_closed else []
-            trace = fmt.thought_text(ids)
+        closed = [i for i, ids in enumerate(prefixes) if ids[-1:] == closing]
+        if closed and options.sampler.temperature > 0 and not options.sample_answer:
+            tokens, lengths = pad([contexts[i] + prefixes[i] for i in closed], fmt.pad_id)
+            greedy = replace(decoding, sampler=Sampler(temperature=0), pad_id=fmt.pad_id)
+            device = model.device
+            last = plan.as_last_segment()
+            again = decode(model, tokens.to(device), lengths.to(device), last, greedy)
+            for row, i in enumerate(closed):
+                rests[i] = again.completion(row)
+                answers[i] = fmt.bare_answer_text(rests[i])
+        out = []
+        for i, prefix in enumerate(prefixes):
+            trace = fmt.thought_text(*batch.completions(i))
+            message, text = None, [*prefix, *rests[i]]
+            if fmt.segments.max_segments > 1:
+                message = memory_ids(fmt, examples[i], contexts[i])
+            elif i in set(closed):
+                message, text = prefix[:-1], text[len(prefix) - 1 :]
+            vectors = None if message is None else embedded(model, message).detach()
             out.append(Written(answers[i], passes[i], int(thoughts[i]), trace, vectors, text))
         return out
+
+    @torch.no_grad()
+    def answer_log_probs(
+        self,
+        model: Any,
+        fmt: PromptFormat,
+        examples: list[Example],
+        outputs: list[Written],
+        messages: list[Tensor],
+    ) -> Tensor:
+        """Log-probabilities as in other channels; between segments a message is the memory file."""
+        if fmt.segments.max_segments == 1:
+            return super().answer_log_probs(model, fmt, examples, outputs, messages)
+        return last_segment_log_probs(model, fmt, examples, outputs, messages)
 
 
 class Token(Block):

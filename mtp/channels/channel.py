@@ -12,13 +12,15 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..common.bounds import check_numbers
 from ..common.registry import Registry
 from ..modeling.sampler import Sampler
 from ..rollouts.prompt_format import PromptFormat
-from ..tasks.base import Example
+from ..tasks.base import Example, Task
+from .reading import Inputs, log_probs_of
 
 
 @dataclass(kw_only=True)
@@ -55,10 +57,10 @@ class Written:
     trace: str
     """The thought as text; for a vector, the tokens that it was made of."""
     vectors: Tensor | None = field(default=None, compare=False, repr=False)
-    """[n, D] inputs that the passes of the answer attend to in place of the thought; None if the
-    thought never ended."""
+    """[n, E] the message, which the passes of the answer attend to: a thought's inputs, with E = D,
+    or what else the channel passes on. None if it never ended."""
     text: list[int] = field(default_factory=list)
-    """Ids after the thought: the delimiter, the answer and the end."""
+    """Ids after the message. After a thought: the delimiter, the answer and the end."""
 
 
 class Channel(nn.Module, ABC):
@@ -76,6 +78,15 @@ class Channel(nn.Module, ABC):
         super().__init__()
         self.options = options
 
+    @classmethod
+    def of(cls, options: Any, model: Any) -> "Channel":
+        """The channel of a model. Raises ValueError for a model that it cannot use."""
+        return cls(options, model.main_config.hidden_size)
+
+    def check(self, fmt: PromptFormat, task: Task) -> None:
+        """Raises ValueError naming the key of phases or tasks that the channel cannot use."""
+        closer_id(fmt)
+
     @abstractmethod
     def supervised_loss(
         self, model: Any, fmt: PromptFormat, examples: list[Example], *, step: int, seed: int
@@ -91,9 +102,38 @@ class Channel(nn.Module, ABC):
     ) -> list[Written]:
         """One output for each example, in their order."""
 
+    @torch.no_grad()
+    def answer_log_probs(
+        self,
+        model: Any,
+        fmt: PromptFormat,
+        examples: list[Example],
+        outputs: list[Written],
+        messages: list[Tensor],
+    ) -> Tensor:
+        """[B] log p of the answers of outputs, given other messages [n, E] in place of their own.
+
+        After a thought the delimiter is not scored.
+        """
+        rows = [
+            Inputs(fmt.prompt_ids(example.prompt), message, output.text[:1], output.text[1:])
+            for example, output, message in zip(examples, outputs, messages, strict=True)
+        ]
+        return torch.stack([found.sum() for found in log_probs_of(model, rows)])
+
     def begins_level(self, step: int) -> bool:
         """True if a curriculum begins a new level at this step, which resets the optimizer."""
         return False
+
+
+def closer_id(fmt: PromptFormat) -> int:
+    """The delimiter that ends a thought. Raises ValueError for phases without one."""
+    if fmt.closer is None or len(fmt.phases) != 2:
+        raise ValueError(
+            "decoding.phases must be a thought and an answer for a comparator, got "
+            f"{', '.join(fmt.phases)}; use decoding=think"
+        )
+    return fmt.delimiter_id(fmt.closer)
 
 
 CHANNELS: Registry[type[Channel]] = Registry()
@@ -124,8 +164,7 @@ def build_channel(name: str, options: dict[str, Any], model: Any) -> Channel:
             f"channel.name={name} needs a main whose input is the embedding itself, but "
             f"{type(model).__name__} scales it; choose model.family=llama"
         )
-    channel = cls(settings, model.main_config.hidden_size)
-    return channel.to(next(model.parameters()).device)
+    return cls.of(settings, model).to(next(model.parameters()).device)
 
 
 def options_of(channel: Channel) -> dict[str, Any]:

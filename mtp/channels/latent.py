@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from ..common.bounds import bounded
 from ..rollouts.prompt_format import PromptFormat
 from ..tasks.base import Example
-from .channel import Channel, WriteOptions, Written
+from .channel import Channel, WriteOptions, Written, closer_id
 from .reading import Reader, ids_tensor, logits_of
-from .vectors import Row, closer_id, continue_rows, written
+from .vectors import Row, continue_rows, written
 
 
 @dataclass(kw_only=True)

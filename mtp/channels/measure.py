@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import mean, median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from ..reports.metrics import Metric, declare
 from ..rollouts.prompt_format import PromptFormat
 from ..tasks.base import Example, Task
 from .channel import Channel, WriteOptions, Written
-from .reading import read_in_parallel
 
 SEEDS_OF_ATTEMPT = 1_000_000
 """Distance between the seeds of two attempts, more than the number of problems. torch's generator
@@ -87,14 +86,14 @@ def evaluate_channel(
     outputs = write_all(model, fmt, channel, examples, options, batch_size)
     right = [is_right(task, e, w) for e, w in zip(examples, outputs, strict=True)]
     metrics: dict[str, Any] = {
-        "accuracy": mean(right),
-        "passes": mean(w.passes for w in outputs),
-        "thought_passes": mean(w.thought_passes for w in outputs),
+        "accuracy": fmean(right),
+        "passes": fmean(w.passes for w in outputs),
+        "thought_passes": fmean(w.thought_passes for w in outputs),
         "num_problems": len(examples),
     }
     if budgets:
         metrics["accuracy_by_budget"] = [
-            mean(r and w.thought_passes <= n for r, w in zip(right, outputs, strict=True))
+            fmean(r and w.thought_passes <= n for r, w in zip(right, outputs, strict=True))
             for n in budgets
         ]
     return metrics
@@ -138,14 +137,14 @@ def measure_attempts(
         votes = Counter(o.answer for o in outputs if o.answer is not None)
         chosen = votes.most_common(1)[0][0] if votes else None
         first = next((n for n, o in enumerate(outputs) if o.answer == chosen), 0)
-        single.append(mean(right))
+        single.append(fmean(right))
         best.append(any(right))
         majority.append(right[first])
     return {
-        "mean_accuracy": mean(single),
-        "best_accuracy": mean(best),
-        "majority_accuracy": mean(majority),
-        "majority_gain": mean(majority) - mean(single),
+        "mean_accuracy": fmean(single),
+        "best_accuracy": fmean(best),
+        "majority_accuracy": fmean(majority),
+        "majority_gain": fmean(majority) - fmean(single),
     }
 
 
@@ -159,63 +158,37 @@ def measure_message(
     batch_size: int,
     max_new_tokens: int,
 ) -> dict[str, float | None]:
-    """Bits of a thought that its answer depends on, by interventions on the thought's inputs.
+    """Bits of a message that its answer depends on, by interventions on the message.
 
-        log2 p(answer | question, its own thought) - log2 p(answer | question, another thought)
+        log2 p(answer | question, its own message) - log2 p(answer | question, another message)
 
-    `message_swap_bits`: the thought of another problem. `message_zero_bits`: as many vectors of
-    zeros. The answer is the model's own. Means over problems whose thought ended; both are 0 where
-    the answer follows from the question alone. They have no upper limit, since a wrong thought can
-    make an answer arbitrarily unlikely.
+    The message is a thought's inputs, or what else the channel passes on. `message_swap_bits`: the
+    message of another problem. `message_zero_bits`: as many vectors of zeros. The answer is the
+    model's own. Means over problems whose message ended; both are 0 where the answer follows from
+    the question alone. They have no upper limit, since a wrong message can make an answer
+    arbitrarily unlikely.
     """
     examples = held_out(task, num_problems)
     options = usual_options(channel, max_new_tokens)
     outputs = write_all(model, fmt, channel, examples, options, batch_size)
-    pairs = [(e, o) for e, o in zip(examples, outputs, strict=True) if o.answer and len(o.text) > 1]
-    thoughts = [o.vectors for _, o in pairs if o.vectors is not None]
-    assert len(thoughts) == len(pairs)
-    if len(pairs) < 2:
+    chosen = [
+        (example, output, output.vectors)
+        for example, output in zip(examples, outputs, strict=True)
+        if output.answer and len(output.text) > 1 and output.vectors is not None
+    ]
+    if len(chosen) < 2:
         return {"message_swap_bits": None, "message_zero_bits": None}
-    prompts = [fmt.prompt_ids(example.prompt) for example, _ in pairs]
-    texts = [output.text for _, output in pairs]
+    problems, texts, messages = (list(part) for part in zip(*chosen, strict=True))
+    others = messages[1:] + messages[:1]
     own, swapped, zero = (
-        answer_log_probs(model, prompts, chosen, texts)
-        for chosen in (thoughts, thoughts[1:] + thoughts[:1], [0 * v for v in thoughts])
+        channel.answer_log_probs(model, fmt, problems, texts, given)
+        for given in (messages, others, [0 * message for message in messages])
     )
     bits = 1 / math.log(2)
     return {
         "message_swap_bits": bits * float((own - swapped).mean()),
         "message_zero_bits": bits * float((own - zero).mean()),
     }
-
-
-@torch.no_grad()
-def answer_log_probs(
-    model: Any, prompts: list[list[int]], thoughts: list[Tensor], texts: list[list[int]]
-) -> Tensor:
-    """[B] log p of the answers and their ends, given prompts, vectors [n, D] and delimiters.
-
-    texts: ids after each thought, the first of which, the delimiter, is not scored.
-    """
-    embedding = model.get_input_embeddings()
-    device = embedding.weight.device
-    rows = [
-        torch.cat(
-            [
-                embedding(torch.tensor(prompt, device=device)),
-                thought,
-                embedding(torch.tensor(text[:-1], device=device)),
-            ]
-        )
-        for prompt, thought, text in zip(prompts, thoughts, texts, strict=True)
-    ]
-    inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    log_p = read_in_parallel(model, inputs).log_softmax(-1)
-    out = []
-    for b, text in enumerate(texts):
-        scored = log_p[b, len(rows[b]) - len(text) + 1 : len(rows[b])]
-        out.append(scored.gather(-1, torch.tensor(text[1:], device=device)[:, None]).sum())
-    return torch.stack(out)
 
 
 @dataclass(frozen=True)
@@ -237,7 +210,8 @@ def training_cost(
 ) -> TrainingCost:
     """Measure the loss and its gradient on a batch, at an optimizer step of the stage."""
     passes = 0
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameters = [*model.parameters(), *channel.parameters()]
+    weights = {p.untyped_storage().data_ptr() for p in parameters}
     kept: dict[int, int] = {}
 
     def count(*_: Any) -> None:
@@ -250,7 +224,7 @@ def training_cost(
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    for parameter in model.parameters():
+    for parameter in parameters:
         parameter.requires_grad_(True)
     hook = model.mtp_decoder.register_forward_pre_hook(count)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

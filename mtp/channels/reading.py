@@ -6,10 +6,11 @@ read any number of vectors per row.
 Shapes: B rows, L vectors of a pass, T positions, D main width, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 
@@ -19,12 +20,7 @@ class Reader:
     def __init__(self, model: Any, prompts: list[list[int]], pad_id: int):
         self.model = model
         self.embedding = model.get_input_embeddings()
-        device = self.embedding.weight.device
-        longest = max(map(len, prompts))
-        padded = [[pad_id] * (longest - len(ids)) + ids for ids in prompts]
-        is_text = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
-        self.prompts = torch.tensor(padded, device=device)
-        self.mask = torch.tensor(is_text, device=device)
+        self.prompts, self.mask = padded_left(prompts, pad_id, self.embedding.weight.device)
         self.cache = DynamicCache(config=model.main_config)
         self.num_read = 0
         self.passes = 0
@@ -38,9 +34,13 @@ class Reader:
             self.mask = torch.cat([self.mask, torch.ones_like(then)], 1)
         return self._read(self.embedding(ids))
 
-    def read(self, vectors: Tensor) -> Tensor:
-        """One pass over [B, L, D]: hidden rows [B, L, D] after the final norm."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(vectors.shape[:2])], 1)
+    def read(self, vectors: Tensor, mask: Tensor | None = None) -> Tensor:
+        """One pass over [B, L, D]: hidden rows [B, L, D] after the final norm.
+
+        mask: [B, L] int64, 0 on padding; None: there is none.
+        """
+        mask = self.mask.new_ones(vectors.shape[:2]) if mask is None else mask
+        self.mask = torch.cat([self.mask, mask], 1)
         return self._read(vectors)
 
     def _read(self, vectors: Tensor) -> Tensor:
@@ -73,3 +73,46 @@ def ids_tensor(rows: list[list[int]], fill: int, device: torch.device) -> tuple[
     ids = torch.tensor([ids + [fill] * (longest - len(ids)) for ids in rows], device=device)
     lengths = torch.tensor([len(ids) for ids in rows], device=device)
     return ids, torch.arange(longest, device=device) < lengths[:, None]
+
+
+def padded_left(rows: list[list[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ragged ids -> [B, T] padded on the left, and [B, T] int64, 0 on padding."""
+    longest = max(map(len, rows))
+    padded = [[fill] * (longest - len(ids)) + ids for ids in rows]
+    mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows]
+    return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
+
+
+def embedded(model: Any, ids: list[int]) -> Tensor:
+    """[n] ids -> [n, D] inputs of main."""
+    embedding = model.get_input_embeddings()
+    at = torch.tensor(ids, dtype=torch.long, device=embedding.weight.device)
+    vectors: Tensor = embedding(at)
+    return vectors
+
+
+class Inputs(NamedTuple):
+    """Inputs of main for one example, and the ids that are scored after them."""
+
+    before: list[int]
+    """Ids before the message."""
+    message: Tensor
+    """[n, D] vectors."""
+    after: list[int]
+    """Ids after the message."""
+    scored: list[int]
+    """Ids that follow, at least one."""
+
+
+def log_probs_of(model: Any, rows: list[Inputs]) -> list[Tensor]:
+    """log p of each scored id given all inputs before it: [number of scored ids] for each row."""
+    inputs = [
+        torch.cat([embedded(model, r.before), r.message, embedded(model, r.after + r.scored[:-1])])
+        for r in rows
+    ]
+    log_p = read_in_parallel(model, pad_sequence(inputs, batch_first=True)).log_softmax(-1)
+    out = []
+    for row, vectors, found in zip(rows, inputs, log_p, strict=True):
+        at = found[len(vectors) - len(row.scored) : len(vectors)]
+        out.append(at.gather(-1, torch.tensor(row.scored, device=at.device)[:, None])[:, 0])
+    return out

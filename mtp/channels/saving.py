@@ -31,7 +31,8 @@ def save_channel(model: Any, fmt: PromptFormat, name: str, folder: Path) -> None
     content = {"name": name, "options": options_of(channel)}
     save_text(folder / SETTINGS, json.dumps(content, indent=2) + "\n")
     if channel.state_dict():
-        save_file({k: v.contiguous() for k, v in channel.state_dict().items()}, folder / WEIGHTS)
+        # Clones, since a file holds no two names of one tensor.
+        save_file({k: v.clone() for k, v in channel.state_dict().items()}, folder / WEIGHTS)
 
 
 def load_channel(folder: Path) -> tuple[Any, PromptFormat, Channel]:

@@ -23,6 +23,7 @@ from ..run import Run, StageRun, next_examples
 from ..stages.checkpointing import check_grace, interrupted, save_run, stop_signal
 from ..stages.evaluation import record
 from ..stages.loop import run_stage
+from ..tasks.base import Task
 from ..training.optimizers import build_optimizer, set_lr, split_parameters
 from ..training.runtime import NotFinite
 from ..training.sharding import load_optimizer
@@ -30,7 +31,7 @@ from ..training.stage import StageConfig
 from .channel import Channel, WriteOptions, build_channel
 from .measure import evaluate_channel
 from .saving import ATTRIBUTE, save_channel
-from .vectors import VectorChannel, closer_id
+from .vectors import VectorChannel
 
 SUPPORTED = (
     "steps",
@@ -48,12 +49,12 @@ SUPPORTED = (
 """Settings of a stage that a comparator reads; `train_head` must be false."""
 
 
-def attach_channel(config: RunConfig, model: Any, fmt: PromptFormat) -> None:
+def attach_channel(config: RunConfig, model: Any, fmt: PromptFormat, task: Task) -> None:
     """Put the run's comparator into the model. Raises ValueError for settings that it ignores."""
     check_run(config)
-    closer_id(fmt)
-    model.add_module(ATTRIBUTE, build_channel(config.channel.name, config.channel.options, model))
-    channel = getattr(model, ATTRIBUTE)
+    channel = build_channel(config.channel.name, config.channel.options, model)
+    channel.check(fmt, task)
+    model.add_module(ATTRIBUTE, channel)
     for name, stage in config.active_stages().items():
         check_stage(stage, f"stages.{name}", config.channel.name, channel)
 
@@ -97,10 +98,15 @@ def check_stage(stage: StageConfig, key: str, name: str, channel: Channel) -> No
             f"{key}.objective must have the stream {wanted} alone with channel.name={name}, got "
             f"{', '.join(stage.objective.active())}"
         )
-    if stage.kind == "rl" and not (channel.has_log_prob and isinstance(channel, VectorChannel)):
+    if stage.kind == "rl" and not isinstance(channel, VectorChannel):
+        why = (
+            "its rollouts have no replay"
+            if channel.has_log_prob
+            else "its thoughts have no log-probability, so a policy gradient has nothing to score"
+        )
         raise ValueError(
-            f"{key}.rollouts.num_prompts must be 0 with channel.name={name}: its thoughts have no "
-            "log-probability, so a policy gradient has nothing to score; use solved examples"
+            f"{key}.rollouts.num_prompts must be 0 with channel.name={name}: {why}; use solved "
+            "examples"
         )
 
 

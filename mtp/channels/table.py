@@ -31,8 +31,11 @@ MEASURED = "measured.json"
 TASKS: dict[str, list[str]] = {
     "graph_search": ["task=graph_search"],
     "running_sum": ["task=running_sum", "task.num_terms=5"],
+    "two_models": [],
+    "segments": [],
 }
-"""Overrides of each task."""
+"""Overrides of each task. The experiments of the last two name it themselves, because only channels
+between two models, and between segments, have them."""
 
 ROWS: dict[str, list[str]] = {
     "no_thought": ["experiment=channels/no_thought"],
@@ -42,8 +45,25 @@ ROWS: dict[str, list[str]] = {
     "multiplex": ["experiment=channels/multiplex"],
     "latent": ["experiment=channels/latent"],
     "gated": ["experiment=channels/gated"],
+    "no_message": ["experiment=channels/no_message"],
+    "token_message": ["experiment=channels/token_message"],
+    **{
+        f"block_message_{k}": ["experiment=channels/block_message", f"head.num_slots={k}"]
+        for k in (1, 3, 5)
+    },
+    "kv": ["experiment=channels/kv"],
+    "no_memory": ["experiment=channels/no_memory"],
+    "text_memory": ["experiment=channels/text_memory"],
+    "vector_memory": ["experiment=channels/vector_memory"],
 }
 """Overrides of each row of the table."""
+
+
+def task_of(row: str) -> str | None:
+    """The only task of a row; None: any task that other rows have."""
+    if "_message" in row or row == "kv":
+        return "two_models"
+    return "segments" if row.endswith("_memory") else None
 
 
 @dataclass(frozen=True)
@@ -80,17 +100,29 @@ def plan(
     runs: Path,
     overrides: Iterable[str],
 ) -> list[Cell]:
-    """All cells; the first seed of every row comes first. Raises ValueError for unknown names."""
+    """All cells; the first seed of every row comes first.
+
+    Raises ValueError for unknown names, and for rows and tasks none of which belong together.
+    """
+    rows, tasks = list(rows), list(tasks)
     for given, known, option in ((rows, ROWS, "--rows"), (tasks, TASKS, "--tasks")):
         for name in given:
             if name not in known:
                 raise ValueError(f"{option} must be of {', '.join(known)}, got {name}")
-    return [
+    special = {task_of(row) for row in ROWS} - {None}
+    cells = [
         Cell(row, task, seed, runs / task / row / str(seed), (*ROWS[row], *TASKS[task], *overrides))
         for seed in seeds
         for task in tasks
         for row in rows
+        if task_of(row) == (task if task in special else None)
     ]
+    if not cells:
+        raise ValueError(
+            f"--tasks must be of the rows {', '.join(rows)}, got {', '.join(tasks)}; "
+            f"{rows[0]} has {task_of(rows[0]) or 'graph_search, running_sum'}"
+        )
+    return cells
 
 
 def run_train(cell: Cell, *more: str, capture: bool = False) -> str:
@@ -111,11 +143,11 @@ def run_train(cell: Cell, *more: str, capture: bool = False) -> str:
 def minutes_of(cell: Cell) -> float:
     """Estimated minutes of a run, from a dry run of it."""
     # A curriculum begins with its cheapest level; here three steps see three levels.
-    short = (
-        ["channel.options.text_steps=1", "channel.options.level_steps=1"]
-        if cell.row == "latent"
-        else []
-    )
+    short = {
+        "latent": ["channel.options.text_steps=1", "channel.options.level_steps=1"],
+        "kv": ["channel.options.text_steps=1"],
+        "vector_memory": ["channel.options.text_steps=1"],
+    }.get(cell.row, [])
     printed = run_train(cell, "dry_run=true", *short, capture=True)
     found = re.search(r"a full run would take about \d+ min and its evaluations \((.*)\)", printed)
     if found is None:
@@ -197,6 +229,7 @@ def measure(folder: Path, num_problems: int, num_attempts: int) -> dict[str, Any
         "main_parameters": sum(
             p.numel() for n, p in model.named_parameters() if not n.startswith("mtp_head.")
         ),
+        "channel_parameters": sum(p.numel() for p in channel.parameters()),
         "head_parameters": sum(
             p.numel() for n, p in model.named_parameters() if n.startswith("mtp_head.")
         )
@@ -279,8 +312,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """The table as Markdown, one part per task."""
     heads = [
         "channel", "accuracy (seeds)", "at 4", "at 8", "at 16", "at 32", "thought passes",
-        "passes in sequence", "ms / example", "kB / example", "training s", "at equal FLOPs",
-        "one", "majority", "best of n", "swap bits", "zero bits",
+        "passes", "passes in sequence", "ms / example", "kB / example", "training s",
+        "at equal FLOPs", "one", "majority", "best of n", "swap bits", "zero bits",
     ]  # fmt: skip
     lines = []
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -290,7 +323,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             at = [f"{100 * value:.1f}" for value in row["accuracy_at_passes"].values()]
             cells = [
                 row["channel"], by_seed, *at, f"{row['thought_passes']:.1f}",
-                f"{row['sequential_passes']:.0f}", f"{1000 * row['seconds_per_example']:.2f}",
+                f"{row['passes']:.1f}", f"{row['sequential_passes']:.0f}",
+                f"{1000 * row['seconds_per_example']:.2f}",
                 f"{row['bytes_per_example'] / 1000:.0f}", f"{row['training_seconds']:.0f}",
                 shown(row["accuracy_at_equal_flops"], 100),
                 *(shown(row[k], 100) for k in

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ..modeling.sampler import Sampler
 from ..rollouts.prompt_format import PromptFormat
 from ..tasks.base import Example
-from .channel import Channel, WriteOptions, Written
+from .channel import Channel, WriteOptions, Written, closer_id
 from .reading import Reader, logits_of, read_in_parallel
 
 
@@ -278,16 +278,6 @@ def written(
     answer = fmt.answer_text(row.text)
     kept = vectors if row.text else None
     return Written(answer, passes, thought_passes, trace, kept, row.text)
-
-
-def closer_id(fmt: PromptFormat) -> int:
-    """The delimiter that ends a thought. Raises ValueError for phases without one."""
-    if fmt.closer is None or len(fmt.phases) != 2:
-        raise ValueError(
-            "decoding.phases must be a thought and an answer for a comparator, got "
-            f"{', '.join(fmt.phases)}; use decoding=think"
-        )
-    return fmt.delimiter_id(fmt.closer)
 
 
 def weighted_mean(embedding: nn.Embedding, ids: Tensor, weights: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from .decode import decode
 from .decode_options import DecodeOptions
 from .head_loss import MTPHeadLossMixin
 from .memory import Memory
+from .memory_file import MemoryFile
 from .phases import (
     MODES,
     Phase,
@@ -320,6 +321,7 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
         generator: torch.Generator | None = None,
         on_block: Callable[[Block], None] | None = None,
         on_segment: Callable[[int, list[int], Memory], None] | None = None,
+        memory_file: str | None = None,
         **kwargs: Any,
     ) -> Segments:
         """Trajectories that summarize into a memory file and continue thinking; see `segments.py`.
@@ -338,6 +340,8 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
             generator: source of randomness for sampling.
             on_block: called after each pass.
             on_segment: called with a trajectory's number, its next context and its memory.
+            memory_file: path of a memory file that all trajectories, and other processes, share;
+                None: each trajectory has a memory of its own.
             kwargs: as in `generate`, without a streamer and without options that count from the
                 beginning of a single text.
 
@@ -361,6 +365,11 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
         )
         if request.streamer is not None:
             raise ValueError("generate_segments does not support streamer; use on_block")
+        if memory_file is not None and settings.max_segments == 1:
+            raise ValueError(
+                "max_segments must be above 1 with memory_file, got 1: one segment writes no "
+                "summary; raise it or leave out memory_file"
+            )
         return decode_segments(
             self,  # type: ignore[arg-type]
             request.prompts,
@@ -372,6 +381,7 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
             on_block=on_block,
             on_segment=on_segment,
             num_return_sequences=request.num_return_sequences,
+            memory_file=None if memory_file is None else MemoryFile(memory_file),
         )
 
     def _read_request(

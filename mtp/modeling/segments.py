@@ -11,8 +11,12 @@ other tokens are dropped, so a context is bounded however long the thought is. A
 `max_tokens` closes a thought, or a summary, that is too long. In the last segment budgets lead to
 the answer and no token closes the segment.
 
-A segment's context is a function of the tokens of the segments before it. Hence the log-probability
-of a trajectory is the sum over its segments', and replay reads each segment as a separate text.
+With a `memory_file`, all trajectories read and edit one file on disk (`memory_file.py`). It may
+have been written before; then the first context holds it too.
+
+Without such a file, a segment's context is a function of the tokens of the segments before it.
+Hence the log-probability of a trajectory is the sum over its segments', and replay reads each
+segment as a separate text.
 
 Ships with checkpoints: imports torch and siblings only.
 
@@ -29,6 +33,7 @@ from torch import Tensor
 from .decode import decode, idle
 from .decode_options import DecodableModel, DecodeOptions
 from .memory import Memory
+from .memory_file import MemoryFile
 from .phases import Phase, PhasePlan
 from .records import Block, Decoded, pad
 from .sampler import SEGMENT, mix
@@ -108,6 +113,7 @@ def decode_segments(
     on_block: Callable[[Block], None] | None = None,
     on_segment: Callable[[int, list[int], Memory], None] | None = None,
     num_return_sequences: int = 1,
+    memory_file: MemoryFile | None = None,
 ) -> Segments:
     """Run the pass loop segment after segment until every trajectory has ended.
 
@@ -125,6 +131,7 @@ def decode_segments(
             `settings.max_segments` is 1.
         on_block: called after each pass; `Block.rows` are numbers of trajectories.
         on_segment: called with a trajectory's number, its next context and memory.
+        memory_file: file that all trajectories share; None: each has a memory of its own.
 
     The record is on the device of `prompts`. Raises ValueError for plans that the model cannot
     follow.
@@ -132,10 +139,15 @@ def decode_segments(
     plans = [plan] * len(prompts) if isinstance(plan, PhasePlan) else list(plan)
     copies, device = num_return_sequences, prompts.device
     trajectories = [
-        Trajectory(row[:length], plan, settings, tokenizer)
+        Trajectory(row[:length], plan, settings, tokenizer, memory_file)
         for row, length, plan in zip(prompts.tolist(), prompt_lengths.tolist(), plans, strict=True)
         for _ in range(copies)
     ]
+    if memory_file is not None:
+        prompts, prompt_lengths = (
+            x.to(device) for x in pad([t.context for t in trajectories], options.pad_id)
+        )
+        plans, copies = [t.plan for t in trajectories], 1
     running = list(range(len(trajectories)))
     parts: list[Decoded] = []
     owners: list[int] = []
@@ -196,13 +208,19 @@ class Trajectory:
     """State of one trajectory between its segments."""
 
     def __init__(
-        self, prompt: list[int], plan: PhasePlan, settings: SegmentSettings, tokenizer: Any
+        self,
+        prompt: list[int],
+        plan: PhasePlan,
+        settings: SegmentSettings,
+        tokenizer: Any,
+        memory_file: MemoryFile | None = None,
     ):
         self.prompt, self.plan, self.settings, self.tokenizer = prompt, plan, settings, tokenizer
-        self.context = prompt
-        """Token ids that the next segment continues."""
-        self.memory = Memory()
+        self.memory_file = memory_file
+        self.memory = Memory() if memory_file is None else memory_file.read()
         self.recent: list[int] = []
+        self.context = prompt if not self.memory.entries else self._context()
+        """Token ids that the next segment continues."""
         self.contexts: list[list[int]] = []
         self.memories: list[Memory] = []
 
@@ -212,15 +230,23 @@ class Trajectory:
         if closed:
             thought, summary = split_summary(written, self.plan)
             limit = self.settings.memory_tokens
-            self.memory = self.memory.edited(self.tokenizer.decode(summary), limit, self.measure)
+            text = self.tokenizer.decode(summary)
+            if self.memory_file is None:
+                self.memory = self.memory.edited(text, limit, self.measure)
+            else:
+                self.memory = self.memory_file.edit(self.memory, text, limit, self.measure)
             self.recent += [t for t in thought if t not in self.plan.marks]
             self.recent = self.recent[max(0, len(self.recent) - self.settings.recent_tokens) :]
-            opener, closer = summary_marks(self.plan)
-            kept = [opener, *self.plain_ids(self.memory.text), closer]
-            think = self.plan.opened_by[0]
-            assert think is not None
-            self.context = [*self.prompt, *kept, think, *self.recent]
+            self.context = self._context()
         self.memories.append(self.memory)
+
+    def _context(self) -> list[int]:
+        """The prompt, the memory and the recent tokens."""
+        opener, closer = summary_marks(self.plan)
+        kept = [opener, *self.plain_ids(self.memory.text), closer]
+        think = self.plan.opened_by[0]
+        assert think is not None
+        return [*self.prompt, *kept, think, *self.recent]
 
     def plain_ids(self, text: str) -> list[int]:
         """Token ids of a text that a model wrote, without delimiters that are spelt out in it."""

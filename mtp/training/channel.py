@@ -14,7 +14,8 @@ class ChannelConfig:
     name: str = TEXT
     """Name of the channel. `text`: tokens of main and the head, as the phases and stages of the run
     define them. `soft`, `multiplex`, `latent`, `gated`: comparators, which main uses alone and in
-    the thought only; the head is then neither trained nor used."""
+    the thought only. `token_message`, `block_message`, `kv`: from another model, the sharer.
+    `vector_memory`: between segments. Main's head is neither trained nor used by any of them."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of a comparator: fields of its `options_class`."""
 

@@ -13,8 +13,6 @@ from mtp.config import to_run_config
 from mtp.trainer import train
 
 TINY = [
-    "task.min_steps=2",
-    "task.max_steps=2",
     "stages.main.steps=4",
     "stages.main.examples.batch_size=4",
     "stages.main.evaluate_every=2",
@@ -29,12 +27,25 @@ TINY = [
     "head.hidden_size=16",
     "head.intermediate_size=24",
 ]
+GRAPH = ["task.min_steps=2", "task.max_steps=2"]
+SMALL = {
+    **dict.fromkeys(["token_message", "block_message"], ["task.num_nodes=7"]),
+    "kv": ["task.num_nodes=7", "channel.options.text_steps=2"],
+    "vector_memory": [
+        "task.num_nodes=7", "channel.options.text_steps=2", "decoding.max_new_tokens=40",
+    ],
+    "no_memory": [
+        "task.num_nodes=7", "channel.options.text_steps=0", "decoding.max_new_tokens=40",
+    ],
+}  # fmt: skip
+"""Settings of the experiments that are not on graph search."""
 
 
 def config(run_dir, name, *overrides):
     register_configs()
+    small = SMALL.get(name, GRAPH)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        chosen = [f"experiment=channels/{name}", *TINY, f"run_dir={run_dir}", *overrides]
+        chosen = [f"experiment=channels/{name}", *TINY, *small, f"run_dir={run_dir}", *overrides]
         return to_run_config(compose("train", chosen))
 
 
@@ -46,7 +57,9 @@ def weights(folder):
 RL = ["stages.rl.steps=2", "stages.rl.rollouts.num_prompts=2", "stages.rl.rollouts.group_size=4"]
 
 
-@pytest.mark.parametrize("name", ["soft", "multiplex", "latent", "no_thought", "gated"])
+@pytest.mark.parametrize(
+    "name", ["soft", "multiplex", "latent", "no_thought", "gated", *sorted(SMALL)]
+)
 def test_a_run_trains_and_its_checkpoint_writes_the_same_again(name, tmp_path):
     more = RL if name == "gated" else []
     run = config(tmp_path / "run", name, *more)
@@ -61,7 +74,7 @@ def test_a_run_trains_and_its_checkpoint_writes_the_same_again(name, tmp_path):
     assert vars(channel.options) == json.loads((folder / "channel.json").read_text())["options"]
     task = run.task.build()
     examples = [task.example("test", i) for i in range(8)]
-    options = WriteOptions(max_new_tokens=16)
+    options = WriteOptions(max_new_tokens=run.decoding.max_new_tokens)
     outputs = channel.write(model, fmt, examples, options)
     right = [w.answer == e.answer for w, e in zip(outputs, examples, strict=True)]
     if not channel.is_random:
@@ -70,10 +83,10 @@ def test_a_run_trains_and_its_checkpoint_writes_the_same_again(name, tmp_path):
     assert train(config(tmp_path / "run", name, *more, "resume=true")) == summary
 
 
-@pytest.mark.parametrize("name", ["latent", "gated"])
+@pytest.mark.parametrize("name", ["latent", "gated", "kv", "vector_memory"])
 def test_a_resumed_run_gives_the_same_weights(name, tmp_path):
-    """A checkpoint after every step; the second run continues from the third one, between two
-    levels of the curriculum or within RL.
+    """A checkpoint after every step; the second run continues from the third one, after a level of
+    the curriculum or within RL.
     """
     more = [*RL, "stages.main.steps=2"] if name == "gated" else ["channel.options.text_steps=2"]
     if name == "gated":
@@ -108,6 +121,9 @@ def test_a_resumed_run_gives_the_same_weights(name, tmp_path):
         ("soft", "decoding=plain", "decoding.phases must be a thought and an answer"),
         ("token", "channel.options.noise=1", "channel.options must be empty"),
         ("gated", "channel.name=latent", "no log-probability"),
+        ("gated", "channel.name=vector_memory", "max_segments must be above 1"),
+        ("soft", "channel.name=kv", "column 'shared', which the sharer reads"),
+        ("vector_memory", "decoding.segments.recent_tokens=3", "recent_tokens must be 0"),
     ],
 )
 def test_settings_without_an_effect_are_refused(name, override, error, tmp_path):

@@ -10,7 +10,6 @@ from mtp.channels import build_channel
 from mtp.channels.channel import Channel, WriteOptions, Written
 from mtp.channels.measure import (
     SEEDS_OF_ATTEMPT,
-    answer_log_probs,
     evaluate_channel,
     measure_attempts,
 )
@@ -58,6 +57,10 @@ def test_an_answer_after_too_long_a_thought_is_wrong():
         None, None, Scripted(script), TASK, num_problems=4, budgets=(1, 2, 8, 16), **LIMITS
     )
     assert found["accuracy"] == 0.75
+    # A whole number would be a command's exit code.
+    always = Scripted(lambda i, example, seed: Written(example.answer, 1, 1, ""))
+    found_always = evaluate_channel(None, None, always, TASK, num_problems=4, **LIMITS)
+    assert found_always["accuracy"] == 1 and type(found_always["accuracy"]) is float
     assert found["accuracy_by_budget"] == [0.0, 0.25, 0.5, 0.75]
     assert found["thought_passes"] == 4.5 and found["passes"] == 6.5
 
@@ -93,18 +96,28 @@ def test_attempts_without_an_answer_have_no_vote():
 
 def test_the_plan_has_every_row_of_every_task_and_the_first_seed_first(tmp_path):
     cells = plan(ROWS, TASKS, [1, 2], tmp_path, ["stages.main.steps=5"])
-    assert len(cells) == len(ROWS) * len(TASKS) * 2
+    of_task = {name: {c.row for c in cells if c.task == name} for name in TASKS}
+    assert of_task["two_models"] == {
+        "no_message", "token_message", "block_message_1", "block_message_3", "block_message_5",
+        "kv",
+    }  # fmt: skip
+    assert of_task["segments"] == {"no_memory", "text_memory", "vector_memory"}
+    others = set(ROWS) - of_task["two_models"] - of_task["segments"]
+    assert of_task["graph_search"] == of_task["running_sum"] == others
+    assert len(cells) == 2 * (2 * len(others) + 6 + 3)
     assert len({cell.folder for cell in cells}) == len(cells)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
     command = cells[-1].command("resume=auto")
     assert "stages.main.steps=5" in command and "seed=2" in command
-    with pytest.raises(ValueError, match="--rows must be of .* got kv"):
-        plan(["kv"], TASKS, [1], tmp_path, [])
+    with pytest.raises(ValueError, match="--rows must be of .* got vq"):
+        plan(["vq"], TASKS, [1], tmp_path, [])
+    with pytest.raises(ValueError, match="of the rows kv, got graph_search; kv has two_models"):
+        plan(["kv"], ["graph_search"], [1], tmp_path, [])
 
 
 def test_rows_hold_means_over_the_seeds_that_are_measured(tmp_path):
     cells = plan(["token", "latent"], ["graph_search"], [1, 2, 3], tmp_path, [])
-    base = {"thought_passes": 3, "sequential_passes": 1, "bytes_per_example": 1000.0}
+    base = {"thought_passes": 3, "passes": 5, "sequential_passes": 1, "bytes_per_example": 1000.0}
     base |= {"training_seconds": 2.0, "mean_accuracy": 0.5, "majority_accuracy": 0.5}
     base |= {"best_accuracy": 1.0, "seconds_per_example": 0.001, "message_swap_bits": 2.0}
     base |= {"message_zero_bits": None, "accuracy_at_step": {"5": 0.25, "10": 0.5}}
@@ -153,7 +166,8 @@ def test_the_log_probability_of_an_answer_after_its_recorded_thought(name, built
     assert len(chosen) >= 2
     prompts = [fmt.prompt_ids(examples[i].prompt) for i in chosen]
     thoughts, texts = [outputs[i].vectors for i in chosen], [outputs[i].text for i in chosen]
-    together = answer_log_probs(model, prompts, thoughts, texts)
+    problems, outputs = [examples[i] for i in chosen], [outputs[i] for i in chosen]
+    together = channel.answer_log_probs(model, fmt, problems, outputs, thoughts)
     embed = model.get_input_embeddings()
     for b, text in enumerate(texts):
         parts = [embed(torch.tensor(prompts[b])), thoughts[b], embed(torch.tensor(text))]

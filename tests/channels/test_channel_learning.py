@@ -1,0 +1,63 @@
+"""Reduced tasks on which a fused cache and vectors between segments learn what text cannot show."""
+
+import pytest
+from helpers import ROOT
+from hydra import compose, initialize_config_dir
+
+from mtp.channels.measure import measure_message
+from mtp.channels.saving import load_channel
+from mtp.cli.hydra import register_configs
+from mtp.config import to_run_config
+from mtp.reports.json_lines import read_records
+from mtp.trainer import train
+
+REDUCED = [
+    "task.num_nodes=8",
+    "evaluation.num_problems=128",
+    "evaluation.num_interim_problems=128",
+    "fabric.accelerator=cpu",
+    "fabric.num_threads=1",
+]
+
+
+def trained(folder, name, *overrides):
+    """Summary of the only stage, interim accuracies by step, and bits of the messages."""
+    register_configs()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        chosen = [f"experiment=channels/{name}", *REDUCED, f"run_dir={folder}", *overrides]
+        run = to_run_config(compose("train", chosen))
+    (summary,) = train(run)["stages"]
+    records = read_records(folder / "metrics.jsonl")
+    interim = {r["step"]: r["eval/accuracy"] for r in records if "eval/accuracy" in r}
+    model, fmt, channel = load_channel(folder / "stages" / "main")
+    bits = measure_message(
+        model,
+        fmt,
+        channel,
+        run.task.build(),
+        num_problems=64,
+        batch_size=64,
+        max_new_tokens=run.decoding.max_new_tokens,
+    )
+    return summary, interim, bits
+
+
+@pytest.mark.slow
+def test_a_fuser_between_two_frozen_models_passes_on_what_the_receiver_lacks(tmp_path):
+    """The receiver alone guesses one of seven nodes; the fuser begins with a message of zeros."""
+    more = ["stages.main.steps=240", "stages.main.evaluate_every=110"]
+    summary, interim, bits = trained(tmp_path, "kv", *more, "channel.options.text_steps=110")
+    assert interim[110] <= 0.35
+    assert summary["accuracy"] >= 0.9
+    assert summary["passes"] == 1 + 8  # `ab;bc</think>c<eos>`
+    assert bits["message_swap_bits"] >= 2 and bits["message_zero_bits"] >= 2
+
+
+@pytest.mark.slow
+def test_vectors_between_segments_carry_the_node_that_was_reached(tmp_path):
+    more = ["task.hops=4", "decoding.segments.max_segments=2", "stages.main.evaluate_every=0"]
+    summary, _, bits = trained(tmp_path / "with", "vector_memory", *more, "stages.main.steps=300")
+    assert summary["accuracy"] >= 0.9
+    assert bits["message_swap_bits"] >= 2
+    without, _, _ = trained(tmp_path / "without", "no_memory", *more, "stages.main.steps=200")
+    assert without["accuracy"] <= 0.4
