@@ -16,6 +16,12 @@ GRACE = 10.0
 _watched: set[int] = set()
 
 
+def say(line: str) -> None:
+    """Write an error line at once and in one piece, since several processes write to one stream."""
+    sys.stderr.write(f"error: {line}\n")
+    sys.stderr.flush()
+
+
 def end_with(process: int, line: str) -> None:
     """Once another process of this machine has ended, print a line and end this process.
 
@@ -25,7 +31,7 @@ def end_with(process: int, line: str) -> None:
     def watch() -> None:
         wait_for_end(process)
         with suppress(OSError):  # the reader of its output has often ended, too
-            print(f"error: {line}", file=sys.stderr, flush=True)
+            say(line)
         # The system's alarm ends the process, since a thread stops when Python begins to exit.
         signal.setitimer(signal.ITIMER_REAL, GRACE)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -13,7 +13,6 @@ import secrets
 import selectors
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from typing import Any, NoReturn
 
 from lightning.fabric import Fabric
 
-from ..common.watch import end_with
+from ..common.watch import end_with, say
 
 PARENT = "MTP_PARENT_PROCESS"
 """Environment variable: the process that started this one as one of its run."""
@@ -35,7 +34,7 @@ BYE = b"bye\n"
 
 def end(line: str) -> NoReturn:
     """End this process at once, whatever it waits for, with one line."""
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    say(line)
     os._exit(1)
 
 

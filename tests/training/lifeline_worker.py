@@ -24,7 +24,8 @@ def main() -> None:
 
     fabric = FabricConfig(accelerator="cpu", devices=2).build()
     with lifeline(fabric, good=Stopped):
-        print("connected", flush=True)
+        sys.stdout.write("connected\n")  # in one piece
+        sys.stdout.flush()
         die_if("second_dies_later")
         if MODE == "end":
             # One ends long after the other.
