@@ -108,7 +108,7 @@ def test_the_script_of_the_tutorial_makes_the_row_that_it_shows(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     exec(compile(script, "boxes.py", "exec"), {})
     lines = (tmp_path / "boxes.jsonl").read_text().splitlines()
-    assert lines[0] in text and len(lines) == 4000
+    assert lines[0] in text and len(lines) == 2500
     config = TASK_CONFIGS["rows"](source="boxes.jsonl")
     example = config.build().example("train", 0)
     product, total = (step.split(" = ") for step in example.thought.split("; "))

@@ -18,6 +18,12 @@ from types import FrameType
 from typing import Any
 
 
+def print_error(line: str) -> None:
+    """Write an error line at once and in one piece, since several processes write to one stream."""
+    sys.stderr.write(f"error: {line}\n")
+    sys.stderr.flush()
+
+
 def end_at_once(number: int, frame: FrameType | None) -> None:
     """Handler for Ctrl-C when there is nothing to clean up."""
     os._exit(130)
@@ -63,7 +69,7 @@ def run_command(command: Callable[[], Any]) -> int:
             raise
         if isinstance(error, OSError):
             silence_stdout()  # if it could not be written, the last flush fails as well
-        print(f"error: {line}", file=sys.stderr)
+        print_error(line)
         return 2
     finally:
         if is_main:

@@ -3,23 +3,17 @@
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from contextlib import suppress
 
 from .lock import is_alive
+from .process import print_error
 
 GRACE = 10.0
 """Seconds in which a job whose launcher has ended may finish its step and save a checkpoint."""
 
 _watched: set[int] = set()
-
-
-def say(line: str) -> None:
-    """Write an error line at once and in one piece, since several processes write to one stream."""
-    sys.stderr.write(f"error: {line}\n")
-    sys.stderr.flush()
 
 
 def end_with(process: int, line: str) -> None:
@@ -31,7 +25,7 @@ def end_with(process: int, line: str) -> None:
     def watch() -> None:
         wait_for_end(process)
         with suppress(OSError):  # the reader of its output has often ended, too
-            say(line)
+            print_error(line)
         # The system's alarm ends the process, since a thread stops when Python begins to exit.
         signal.setitimer(signal.ITIMER_REAL, GRACE)
         os.kill(os.getpid(), signal.SIGTERM)

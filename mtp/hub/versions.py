@@ -1,4 +1,4 @@
-"""What opening a checkpoint takes in the older versions of transformers."""
+"""Opening a checkpoint in the older versions of transformers."""
 
 import inspect
 from dataclasses import fields, is_dataclass

@@ -21,7 +21,8 @@ from typing import Any, NoReturn
 
 from lightning.fabric import Fabric
 
-from ..common.watch import end_with, say
+from ..common.process import print_error
+from ..common.watch import end_with
 
 PARENT = "MTP_PARENT_PROCESS"
 """Environment variable: the process that started this one as one of its run."""
@@ -34,7 +35,7 @@ BYE = b"bye\n"
 
 def end(line: str) -> NoReturn:
     """End this process at once, whatever it waits for, with one line."""
-    say(line)
+    print_error(line)
     os._exit(1)
 
 
