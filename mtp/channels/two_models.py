@@ -14,6 +14,7 @@ The passes of an output are those of the message, then the receiver's. Passes of
 the receiver's thought are `thought_passes`, so channels are compared at equal latency.
 """
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -71,7 +72,9 @@ class TextMessage(Channel):
     def write(
         self, model: Any, fmt: PromptFormat, examples: list[Example], options: WriteOptions
     ) -> list[Written]:
-        messages = self.messages(fmt, examples, options)
+        # Message and text are one context: together they have the budget of a text.
+        half = options.max_new_tokens // 2
+        messages = self.messages(fmt, examples, replace(options, max_new_tokens=half))
         closer = closer_id(fmt)
         closed = [i for i, (ids, _) in enumerate(messages) if ids[-1:] == [closer]]
         texts: dict[int, list[int]] = {}
@@ -79,7 +82,8 @@ class TextMessage(Channel):
             prompts = [messages[i][0] + fmt.prompt_ids(examples[i].prompt) for i in closed]
             reader = Reader(model, prompts, fmt.pad_id)
             hidden = reader.read_prompts()[:, -1]
-            found = continue_text(reader, hidden, options, closer=closer, ends=fmt.eos_ids)
+            rest = replace(options, max_new_tokens=options.max_new_tokens - half)
+            found = continue_text(reader, hidden, rest, closer=closer, ends=fmt.eos_ids)
             texts = dict(zip(closed, found, strict=True))
         out = []
         for i, (ids, passes) in enumerate(messages):

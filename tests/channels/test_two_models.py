@@ -173,7 +173,8 @@ def test_the_receiver_continues_the_message_by_token_and_passes_add_up(name, per
     channel = channel_of(name, model)
     end_often(fmt, model, channel.sharer)
     examples = [TASK.example("test", i) for i in range(24)]
-    outputs = channel.write(model, fmt, examples, WriteOptions(max_new_tokens=16))
+    # Half of the tokens are the message's, so that the context of both is as long as of one text.
+    outputs = channel.write(model, fmt, examples, WriteOptions(max_new_tokens=32))
     messages = channel.messages(fmt, examples, WriteOptions(max_new_tokens=16))
     closer = fmt.delimiter_id("</think>")
     ended = [ids[-1:] == [closer] for ids, _ in messages]
@@ -189,7 +190,7 @@ def test_the_receiver_continues_the_message_by_token_and_passes_add_up(name, per
         text = []
         while len(text) < 16 and text[-1:] != [fmt.eos_id]:
             text.append(int(logits_after(model, context + text)[-1].argmax()))
-        assert output.text == text
+        assert output.text == text and len(ids) + len(text) <= 32
         sent = math.ceil(len(ids) / per_pass)
         body = text[:-1] if text[-1] == fmt.eos_id else text
         thought = len(body) - body[::-1].index(closer) if closer in body else len(body)
