@@ -21,8 +21,8 @@ from ..tasks.base import Example
 from ..training.collate import collate_text
 from ..training.objectives import replay_batch
 from .channel import Channel, WriteOptions, Written
-from .reading import embedded
-from .segments import last_segment_log_probs, memory_ids
+from .reading import Inputs, embedded
+from .segments import context, memory_ids
 
 
 class Block(Channel):
@@ -83,19 +83,13 @@ class Block(Channel):
             out.append(Written(answers[i], passes[i], int(thoughts[i]), trace, vectors, text))
         return out
 
-    @torch.no_grad()
-    def answer_log_probs(
-        self,
-        model: Any,
-        fmt: PromptFormat,
-        examples: list[Example],
-        outputs: list[Written],
-        messages: list[Tensor],
-    ) -> Tensor:
-        """Log-probabilities as in other channels; between segments a message is the memory file."""
+    def answer_inputs(
+        self, model: Any, fmt: PromptFormat, example: Example, output: Written, message: Tensor
+    ) -> Inputs:
+        """Inputs as in other channels; between segments the message is the memory file."""
         if fmt.segments.max_segments == 1:
-            return super().answer_log_probs(model, fmt, examples, outputs, messages)
-        return last_segment_log_probs(model, fmt, examples, outputs, messages)
+            return super().answer_inputs(model, fmt, example, output, message)
+        return context(fmt, model, fmt.prompt_ids(example.prompt), message, output.text)
 
 
 class Token(Block):

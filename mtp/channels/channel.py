@@ -116,10 +116,16 @@ class Channel(nn.Module, ABC):
         After a thought the delimiter is not scored.
         """
         rows = [
-            Inputs(fmt.prompt_ids(example.prompt), message, output.text[:1], output.text[1:])
-            for example, output, message in zip(examples, outputs, messages, strict=True)
+            self.answer_inputs(model, fmt, *one)
+            for one in zip(examples, outputs, messages, strict=True)
         ]
         return torch.stack([found.sum() for found in log_probs_of(model, rows)])
+
+    def answer_inputs(
+        self, model: Any, fmt: PromptFormat, example: Example, output: Written, message: Tensor
+    ) -> Inputs:
+        """Inputs of main, and the ids that are scored after them, for `answer_log_probs`."""
+        return Inputs(fmt.prompt_ids(example.prompt), message, output.text[:1], output.text[1:])
 
     def begins_level(self, step: int) -> bool:
         """True if a curriculum begins a new level at this step, which resets the optimizer."""

@@ -2,14 +2,12 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..modeling.segments import summary_marks
 from ..rollouts.prompt_format import PromptFormat
 from ..tasks.base import Example
-from .channel import Written
-from .reading import Inputs, embedded, log_probs_of
+from .reading import Inputs, embedded
 
 
 def context(
@@ -24,21 +22,6 @@ def context(
     opener, closer = summary_marks(fmt.plan())
     assert fmt.opener is not None
     return Inputs([*prompt, opener], memory, [closer, fmt.delimiter_id(fmt.opener)], scored)
-
-
-def last_segment_log_probs(
-    model: Any,
-    fmt: PromptFormat,
-    examples: list[Example],
-    outputs: list[Written],
-    memories: list[Tensor],
-) -> Tensor:
-    """[B] log p of the texts of the last segments, given other memories in place of their own."""
-    rows = [
-        context(fmt, model, fmt.prompt_ids(example.prompt), memory, output.text)
-        for example, output, memory in zip(examples, outputs, memories, strict=True)
-    ]
-    return torch.stack([found.sum() for found in log_probs_of(model, rows)])
 
 
 def memory_ids(fmt: PromptFormat, example: Example, context: list[int]) -> list[int] | None:

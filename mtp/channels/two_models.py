@@ -108,21 +108,11 @@ class TextMessage(Channel):
         ids = [fmt.split(batch.completion(row))[0] for row in range(len(batch))]
         return [(one, int(number)) for one, number in zip(ids, passes, strict=True)]
 
-    @torch.no_grad()
-    def answer_log_probs(
-        self,
-        model: Any,
-        fmt: PromptFormat,
-        examples: list[Example],
-        outputs: list[Written],
-        messages: list[Tensor],
-    ) -> Tensor:
-        """[B] log p of the receiver's texts, given other messages in place of their own."""
-        rows = [
-            Inputs([], message, fmt.prompt_ids(example.prompt), output.text)
-            for example, output, message in zip(examples, outputs, messages, strict=True)
-        ]
-        return torch.stack([found.sum() for found in log_probs_of(model, rows)])
+    def answer_inputs(
+        self, model: Any, fmt: PromptFormat, example: Example, output: Written, message: Tensor
+    ) -> Inputs:
+        """The message, and the receiver's own text after its prompt."""
+        return Inputs([], message, fmt.prompt_ids(example.prompt), output.text)
 
 
 class TokenMessage(TextMessage):

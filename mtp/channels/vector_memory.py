@@ -31,7 +31,7 @@ from ..rollouts.prompt_format import PromptFormat
 from ..tasks.base import Example, Task
 from .channel import Channel, WriteOptions, Written
 from .reading import Inputs, Reader, embedded, logits_of
-from .segments import context, last_segment_log_probs, memory_ids
+from .segments import context, memory_ids
 from .writing import continue_text
 
 
@@ -235,16 +235,11 @@ class VectorMemory(Channel):
             hidden = reader.read(torch.stack([torch.cat([r.message, after]) for r in no_text]))
         return reader, hidden[:, -1]
 
-    @torch.no_grad()
-    def answer_log_probs(
-        self,
-        model: Any,
-        fmt: PromptFormat,
-        examples: list[Example],
-        outputs: list[Written],
-        messages: list[Tensor],
-    ) -> Tensor:
-        return last_segment_log_probs(model, fmt, examples, outputs, messages)
+    def answer_inputs(
+        self, model: Any, fmt: PromptFormat, example: Example, output: Written, message: Tensor
+    ) -> Inputs:
+        """The last segment, which reads the message as its memory."""
+        return context(fmt, model, fmt.prompt_ids(example.prompt), message, output.text)
 
 
 def solved_segments(fmt: PromptFormat, example: Example) -> list[list[int]]:

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from ..common.errors import in_quotes, one_line, reading
 from ..common.files import save_text
-from ..common.process import run_command
+from ..common.process import print_error, run_command
 from ..common.watch import end_with
 from ..config import RunConfig, to_run_config
 from ..reports.loggers import SINKS
@@ -211,20 +211,18 @@ class SweepCallback(Callback):
         swept = {o.key_or_group for o in overrides if o.is_sweep_override()}
         given = {o.key_or_group for o in overrides}
         if "name" in swept or "run_dir" in given:
-            print(
-                "error: a sweep writes to runs/<name>_sweep/<overrides>: name cannot be swept over "
-                "and run_dir cannot be set; use name=... or hydra.sweep.dir=... to move the sweep",
-                file=sys.stderr,
+            print_error(
+                "a sweep writes to runs/<name>_sweep/<overrides>: name cannot be swept over "
+                "and run_dir cannot be set; use name=... or hydra.sweep.dir=... to move the sweep"
             )
             sys.exit(2)
         fixed, launcher = ",".join(sorted(given - swept)), config.hydra.launcher
         is_on_slurm = config.hydra.runtime.choices["hydra/launcher"] == "submitit_slurm"
         if is_on_slurm and 60 * launcher.timeout_min <= launcher.signal_delay_s:
-            print(
-                f"error: hydra.launcher.timeout_min must be above hydra.launcher.signal_delay_s="
+            print_error(
+                f"hydra.launcher.timeout_min must be above hydra.launcher.signal_delay_s="
                 f"{launcher.signal_delay_s} seconds, got {launcher.timeout_min} minutes: a job "
-                "would be asked to end as soon as it begins; give it more time",
-                file=sys.stderr,
+                "would be asked to end as soon as it begins; give it more time"
             )
             sys.exit(2)
         run_from_copy(Path(config.hydra.sweep.dir), sys.argv[1:])
@@ -270,7 +268,7 @@ def run_job(
         if line is None:
             traceback.print_exc()
             line = f"{type(error).__name__}: {error}".splitlines()[0]
-        print(f"error: {folder.name}: {line}", file=sys.stderr)
+        print_error(f"{folder.name}: {line}")
         note_job(folder, overrides, line)
         return None
 
