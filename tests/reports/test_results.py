@@ -14,7 +14,8 @@ from mtp.config import to_run_config
 from mtp.reports.comparison import aggregate, read_runs
 
 RESULTS = ROOT / "docs" / "results"
-STUDIES = sorted(path.name for path in RESULTS.iterdir())
+STUDIES = sorted(path.name for path in RESULTS.iterdir() if path.name != "channels")
+"""The folders of docs/results that hold runs. `channels` holds the table of mtp.channels.table."""
 
 
 def described(study: str) -> list[tuple[Path, dict[str, Any]]]:
