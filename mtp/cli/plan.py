@@ -195,8 +195,9 @@ def lines(one: Plan) -> list[str]:
         f"{step.training:.1f} s, step {step.step:.1f} s; bound by {step.bound}"
     )
     if later is not None:
+        refused = " (rollouts.lag is refused with fsdp2)" * (layout.strategy == "fsdp2")
         out.append(
-            f"  asynchronous: {later.samplers} sample in {later.rollouts:.1f} s, "
+            f"  asynchronous{refused}: {later.samplers} sample in {later.rollouts:.1f} s, "
             f"{one.gpus - later.samplers} train in {later.training:.1f} s, "
             f"step {later.step:.1f} s; bound by {later.bound}"
         )

@@ -12,6 +12,8 @@ def test_a_plan_says_what_fits_and_what_bounds_it(capsys):
     out = capsys.readouterr().out
     assert "main 1.24 B" in out and "1 GPU: 1024 rollouts do not fit; at most 256" in out
     assert "64 GPUs: ddp" in out and "bound by" in out and "asynchronous: " in out
+    assert main(["plan", "--main", "8b", "--gpus", "64"]) == 0
+    assert "asynchronous (rollouts.lag is refused with fsdp2): " in capsys.readouterr().out
 
 
 def test_a_plan_in_json_has_bytes_and_seconds(capsys):
