@@ -21,9 +21,11 @@ from typing import Any
 from ..common.files import save_text
 from ..common.process import run_command
 from ..reports.json_lines import read_records
+from .plots import plot_rows
 
 ROOT = Path(__file__).parents[2]
 RESULT = Path("docs/results/channels/table.json")
+PLOTS = Path("docs")
 RUNS = Path("runs/channels")
 MEASURED = "measured.json"
 """File of a run's measurement, in the run's folder."""
@@ -299,7 +301,6 @@ def table_rows(cells: list[Cell]) -> list[dict[str, Any]]:
                 **averaged,
             }
         )
-    add_equal_flops(rows)
     return rows
 
 
@@ -337,10 +338,26 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def write_table(cells: list[Cell], path: Path) -> list[dict[str, Any]]:
-    """Write the rows that are measured so far, and return them."""
+    """Write the rows that are measured so far, and return them.
+
+    Rows of other channels and tasks that the file holds are kept.
+    """
     rows = table_rows(cells)
+    known = json.loads(path.read_text())["rows"] if path.is_file() else []
+    new = {(row["channel"], row["task"]) for row in rows}
+    rows += [row for row in known if (row["channel"], row["task"]) not in new]
+    order = [(row, task) for task in TASKS for row in ROWS]
+    rows.sort(key=lambda row: order.index((row["channel"], row["task"])))
+    add_equal_flops(rows)
     save_text(path, json.dumps({"rows": rows}, indent=2) + "\n")
     return rows
+
+
+def write_plots(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Write `channels_TASK.png` for each task of the rows."""
+    for task in dict.fromkeys(row["task"] for row in rows):
+        mine = [row for row in rows if row["task"] == task]
+        plot_rows(mine, folder / f"channels_{task}.png")
 
 
 def make_table(arguments: argparse.Namespace) -> None:
@@ -362,8 +379,10 @@ def make_table(arguments: argparse.Namespace) -> None:
             found = measure(cell.folder, arguments.num_problems, arguments.attempts)
             save_text(cell.folder / MEASURED, json.dumps(found, indent=2) + "\n")
         write_table(cells, arguments.out)
-    print(markdown(write_table(cells, arguments.out)))
-    print(f"written to {arguments.out}")
+    rows = write_table(cells, arguments.out)
+    write_plots(rows, arguments.plots)
+    print(markdown(rows))
+    print(f"written to {arguments.out}; plots to {arguments.plots}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -379,6 +398,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds (1 2 3)")
     out.add_argument("--runs", type=Path, default=RUNS, help=f"folder of the runs ({RUNS})")
     out.add_argument("--out", type=Path, default=RESULT, help=f"file of the table ({RESULT})")
+    out.add_argument("--plots", type=Path, default=PLOTS, help=f"folder of the plots ({PLOTS})")
     out.add_argument("--attempts", type=int, default=16, help="attempts per problem (16)")
     out.add_argument(
         "--num-problems", type=int, default=256, help="problems with several attempts (256)"

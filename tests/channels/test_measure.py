@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from helpers import ROOT
 
 from mtp.channels import build_channel
 from mtp.channels.channel import Channel, WriteOptions, Written
@@ -20,7 +21,8 @@ from mtp.channels.table import (
     add_equal_flops,
     markdown,
     plan,
-    table_rows,
+    write_plots,
+    write_table,
 )
 from mtp.modeling.sampler import Sampler
 from mtp.tasks.graph_search import GraphSearchConfig
@@ -126,13 +128,24 @@ def test_rows_hold_means_over_the_seeds_that_are_measured(tmp_path):
         cell.folder.mkdir(parents=True)
         found = base | {"accuracy": accuracy, "accuracy_at_passes": {"4": accuracy / 2}}
         (cell.folder / "measured.json").write_text(json.dumps(found))
-    (row,) = table_rows(cells)
+    (row,) = write_table(cells, tmp_path / "table.json")
     assert (row["channel"], row["task"], row["seeds"]) == ("token", "graph_search", [1, 2])
     assert row["accuracy_by_seed"] == [0.5, 1.0] and row["accuracy"] == 0.75
     assert row["accuracy_at_passes"] == {"4": 0.375}
     assert row["command"] == "train.py experiment=channels/token task=graph_search"
     assert row["message_swap_bits"] == 2.0 and row["message_zero_bits"] is None
     assert "| token | 50.0, 100.0 | 37.5 |" in markdown([row])
+
+
+def test_a_part_of_the_table_keeps_the_rows_of_the_others_and_has_a_plot_for_each_task(tmp_path):
+    kept = ROOT / "docs" / "results" / "channels" / "table.json"
+    path = tmp_path / "table.json"
+    path.write_text(kept.read_text())
+    rows = write_table(plan(["token"], ["graph_search"], [1], tmp_path, []), path)
+    assert rows == json.loads(kept.read_text())["rows"] == json.loads(path.read_text())["rows"]
+    write_plots(rows, tmp_path)
+    made = {file.name for file in tmp_path.glob("*.png")}
+    assert made == {f"channels_{row['task']}.png" for row in rows}
 
 
 def test_accuracy_at_equal_flops_is_that_of_the_last_evaluation_that_the_cheapest_row_can_afford():

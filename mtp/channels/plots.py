@@ -1,0 +1,34 @@
+"""Plots of the table of channels: one PNG for each task."""
+
+from pathlib import Path
+from typing import Any
+
+from ..reports.style import legend, log_axis, looks, panels, save, share_axis
+
+
+def plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy of one task's rows, as means over seeds: against the mean passes of a thought, with
+    the range of the seeds, and against training FLOPs.
+
+    Rows are those of `table.json`. FLOPs are those of the last level of a channel with levels.
+    Rows that have an RL stage have no point in the second panel.
+    """
+    figure, [[passes, training]] = panels(1, 2)
+    for number, row in enumerate(rows):
+        line = looks(number) | {"marker": "o", "label": row["channel"]}
+        mean, seeds = row["accuracy"], row["accuracy_by_seed"]
+        spread = [[max(0.0, mean - min(seeds))], [max(0.0, max(seeds) - mean)]]
+        passes.plot([row["thought_passes"]], [mean], **line)
+        passes.errorbar(
+            [row["thought_passes"]], [mean], spread, capsize=3, color=line["color"], fmt="none"
+        )
+        if row["training_flops"] is not None:
+            cost = row["training_flops"] / row["training_steps"] / 1e9
+            curve = sorted((int(step), value) for step, value in row["accuracy_at_step"].items())
+            training.plot([cost * step for step, _ in curve], [value for _, value in curve], **line)
+    for axes in (passes, training):
+        share_axis(axes, "held-out accuracy")
+    passes.set_xlabel("passes of a thought")
+    log_axis(training, "training", "GFLOPs", "x")
+    legend(training)
+    save(figure, path)
