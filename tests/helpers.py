@@ -153,6 +153,7 @@ TINY = [
     "stages.rl.rollouts.group_size=4",
     "evaluation.num_problems=8",
     "evaluation.num_interim_problems=4",
+    "decoding.max_new_tokens=16",
     "stages.joint.evaluate_every=2",
     "stages.rl.evaluate_every=2",
     "logger.log_every=1",

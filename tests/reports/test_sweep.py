@@ -225,8 +225,13 @@ TINY = [
     "stages.rl.rollouts.group_size=4",
     "evaluation.num_problems=8",
     "evaluation.num_interim_problems=4",
+    "decoding.max_new_tokens=16",
     "fabric.accelerator=cpu",
     "fabric.num_threads=1",
+    "model.config.hidden_size=32",
+    "model.config.intermediate_size=48",
+    "head.hidden_size=16",
+    "head.intermediate_size=24",
 ]
 
 

@@ -1,7 +1,7 @@
 """Every objective takes the same step on two processes as on one, by each strategy."""
 
+import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,29 +18,19 @@ from mtp.training.sharding import check_mean
 HERE = Path(__file__).parent
 
 
-def on_two(folder: Path, strategy: str, names: list[str]) -> None:
-    """Takes the steps on two processes of this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    jobs = []
-    for rank in range(2):
-        environment = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_PORT": port}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
-        command = [sys.executable, str(HERE / "ranks_worker.py"), str(folder), strategy, *names]
-        jobs.append(
-            subprocess.Popen(
-                command,
-                env=os.environ | environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    said = [job.communicate(timeout=500)[0] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], "\n".join(said)
+def on_two(folder: Path, cases: dict[str, list[str]]) -> None:
+    """Takes the steps of each strategy on two processes of this machine."""
+    paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "ranks_worker.py"), str(folder), json.dumps(cases)],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout
 
 
 SHARDED = ["main_ce", "k3", "gspo", "slow", "everything", "one_process_without_rollouts"]
@@ -52,13 +42,11 @@ SUMS = Version(torch.__version__) < Version("2.11")
 
 @pytest.fixture(scope="module")
 def steps_of_two(tmp_path_factory):
-    """Folders of what two processes did, by strategy."""
-    folders = {}
-    strategies = {"ddp": list(CASES)} if SUMS else {"ddp": list(CASES), "fsdp2": SHARDED}
-    for strategy, names in strategies.items():
-        folders[strategy] = tmp_path_factory.mktemp(strategy)
-        on_two(folders[strategy], strategy, names)
-    return folders
+    """The folder of the steps that two processes took, and the cases by strategy."""
+    cases = {"ddp": list(CASES)} if SUMS else {"ddp": list(CASES), "fsdp2": SHARDED}
+    folder = tmp_path_factory.mktemp("ranks")
+    on_two(folder, cases)
+    return folder, cases
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +58,9 @@ def alone():
 def test_two_processes_take_the_same_step_as_one(alone, steps_of_two, name):
     one = take_step(CASES[name], alone)
     norm = max(one["metrics"].get(f"{part}/grad_norm", 0.0) for part in ("main", "head"))
-    for strategy, folder in steps_of_two.items():
-        if strategy == "fsdp2" and name not in SHARDED:
-            continue
-        two = torch.load(folder / f"{name}.pt")
+    folder, cases = steps_of_two
+    for strategy in [strategy for strategy, names in cases.items() if name in names]:
+        two = torch.load(folder / f"{strategy} {name}.pt")
         for metric, value in one["metrics"].items():
             assert two["metrics"][metric] == pytest.approx(value, rel=1e-5, abs=1e-6), (
                 strategy,
@@ -102,4 +89,4 @@ def test_gradients_that_would_be_summed_are_refused(monkeypatch):
 @pytest.mark.skipif(not SUMS, reason="this torch gives the mean")
 def test_two_sharded_processes_are_refused(tmp_path):
     with pytest.raises(AssertionError, match="fabric.strategy=fsdp2 on a cpu needs torch 2.11"):
-        on_two(tmp_path, "fsdp2", ["main_ce"])
+        on_two(tmp_path, {"fsdp2": ["main_ce"]})
