@@ -5,9 +5,12 @@ import itertools
 import pytest
 import torch
 from helpers import config, records, rollouts, tiny_model
+from torch._dynamo.testing import CompileCounter
 
 import mtp.groups as groups
 from mtp.groups import choose, join_rewards, join_rollouts, merged, shares
+from mtp.modeling.compiled import Compiler
+from mtp.modeling.versions import ASKS_FOR_QUERIES
 from mtp.rollouts.reward import Rewards
 from mtp.rollouts.rollout import Rollouts
 from mtp.tasks.base import Example
@@ -171,3 +174,25 @@ def test_rl_alone_is_held_to_what_it_began_from(tmp_path):
     assert stage["reference_in_loss"] is False and stage["reference_nats_per_token"] > 0
     record = rl_records(tmp_path / "rl")[0]
     assert record["main/kl"] == pytest.approx(0.0, abs=1e-4), "the first step is at the reference"
+
+
+@pytest.mark.skipif(not ASKS_FOR_QUERIES, reason="transformers before 5.14 cannot compile passes")
+def test_a_run_with_compiled_passes_logs_the_same_numbers(tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    counter, counts = CompileCounter(), []
+    monkeypatch.setattr("mtp.rollouts.rollout.Compiler", lambda: Compiler(backend=counter))
+    sampled = groups.sampled_here
+    monkeypatch.setattr(
+        groups, "sampled_here", lambda *a: [sampled(*a), counts.append(counter.frame_count)][0]
+    )
+    logged = []
+    for compiles in ("false", "true"):
+        folder = tmp_path / compiles
+        train(config(folder, *RL_ONLY, f"decoding.compile_passes={compiles}", "kernels=torch"))
+        logged.append(records(folder))
+    assert len(logged[0]) == len(logged[1]) > 4
+    for expected, record in zip(*logged, strict=True):
+        assert record == pytest.approx(expected, rel=1e-3, abs=1e-4, nan_ok=True)
+    # Uncompiled, then compiled rollouts of four steps: weights change, the graphs stay.
+    assert counts[:4] == [0] * 4 and 0 < counts[4] == counts[5] == counts[7]
+    torch._dynamo.reset()
