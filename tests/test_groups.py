@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 import mtp.groups as groups
 from mtp.groups import choose, join_rewards, join_rollouts, merged, shares
-from mtp.modeling.compiled import Compiler
+from mtp.modeling.compiled import CompiledPasses, Compiler
 from mtp.modeling.versions import ASKS_FOR_QUERIES
 from mtp.rollouts.reward import Rewards
 from mtp.rollouts.rollout import Rollouts
@@ -179,20 +179,27 @@ def test_rl_alone_is_held_to_what_it_began_from(tmp_path):
 @pytest.mark.skipif(not ASKS_FOR_QUERIES, reason="transformers before 5.14 cannot compile passes")
 def test_a_run_with_compiled_passes_logs_the_same_numbers(tmp_path, monkeypatch):
     torch._dynamo.reset()
-    counter, counts = CompileCounter(), []
+    counter, shapes, forward = CompileCounter(), [], CompiledPasses._forward
+
+    def counted(passes, tokens, starts, with_taps):
+        shapes.append((*tokens.shape, passes.cache.capacity, with_taps))
+        return forward(passes, tokens, starts, with_taps)
+
+    monkeypatch.setattr(CompiledPasses, "_forward", counted)
     monkeypatch.setattr("mtp.rollouts.rollout.Compiler", lambda: Compiler(backend=counter))
-    sampled = groups.sampled_here
-    monkeypatch.setattr(
-        groups, "sampled_here", lambda *a: [sampled(*a), counts.append(counter.frame_count)][0]
-    )
     logged = []
     for compiles in ("false", "true"):
         folder = tmp_path / compiles
         train(config(folder, *RL_ONLY, f"decoding.compile_passes={compiles}", "kernels=torch"))
-        logged.append(records(folder))
+        numbers = [
+            {name: value for name, value in record.items() if isinstance(value, float)}
+            for record in records(folder)
+        ]
+        logged.append(numbers)
     assert len(logged[0]) == len(logged[1]) > 4
     for expected, record in zip(*logged, strict=True):
         assert record == pytest.approx(expected, rel=1e-3, abs=1e-4, nan_ok=True)
-    # Uncompiled, then compiled rollouts of four steps: weights change, the graphs stay.
-    assert counts[:4] == [0] * 4 and 0 < counts[4] == counts[5] == counts[7]
+    # Weights change, and batches: a graph is made for a shape and for nothing else.
+    assert shapes.pop(0) == (1, 2, 64, True)  # the check at build, by a backend of its own
+    assert counter.frame_count == len(set(shapes)) < 10 < len(shapes) / 10
     torch._dynamo.reset()
