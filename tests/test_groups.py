@@ -17,6 +17,7 @@ from mtp.tasks.base import Example
 from mtp.trainer import train
 from mtp.training.stage import RolloutsConfig
 
+FEW = ["kernels=torch", "stages.rl.steps=2", "stages.rl.evaluate_every=0"]
 RL_ONLY = ["stages.head.steps=0", "stages.joint.steps=0", "stages.main.steps=2"]
 
 
@@ -190,7 +191,7 @@ def test_a_run_with_compiled_passes_logs_the_same_numbers(tmp_path, monkeypatch)
     logged = []
     for compiles in ("false", "true"):
         folder = tmp_path / compiles
-        train(config(folder, *RL_ONLY, f"decoding.compile_passes={compiles}", "kernels=torch"))
+        train(config(folder, *RL_ONLY, f"decoding.compile_passes={compiles}", *FEW))
         numbers = [
             {name: value for name, value in record.items() if isinstance(value, float)}
             for record in records(folder)
