@@ -64,7 +64,7 @@ for size in $sizes; do
 done
 part tests 150 "$python" -m pytest -q -W default -m gpu -p no:cacheprovider tests/kernels tests/modeling
 if [ -n "$tiny" ]; then
-  part output_layer 120 "$python" benchmarks/output_layer.py --dtype bf16 --op linear_logprob \
+  part output_layer 180 "$python" benchmarks/output_layer.py --dtype bf16 --op linear_logprob \
     --size 640,64,9000 --repeats 1
 else
   part output_layer 90 "$python" benchmarks/output_layer.py --dtype bf16 --op linear_logprob \

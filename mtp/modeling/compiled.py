@@ -222,8 +222,11 @@ class CompiledPasses:
         if tokens.is_cuda:
             torch.compiler.cudagraph_mark_step_begin()
         try:
-            # DDP's own splitting of graphs is for training steps.
-            with config.patch(recompile_limit=MOST_SHAPES, optimize_ddp=False):
+            with config.patch(
+                recompile_limit=MOST_SHAPES,
+                optimize_ddp=False,  # it splits graphs for a backward pass
+                skip_nnmodule_hook_guards=False,  # a hook that was added since is a new graph
+            ):
                 states: tuple[Tensor, list[Tensor]] = self.model.main_states(
                     tokens,
                     starts,

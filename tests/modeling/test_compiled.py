@@ -94,6 +94,13 @@ def test_weights_are_read_as_they_are_now(counter):
     assert counter.frame_count == 1
 
 
+def test_a_hook_that_is_added_later_is_called(counter):
+    model, compiler = tiny_model(), Compiler(backend=counter)
+    before = both(model, compiler)
+    model.model.layers[1].mlp.register_forward_hook(lambda module, given, out: 2 * out)
+    assert completions(both(model, compiler)) != completions(before)
+
+
 def test_a_kept_cache_is_used_again_and_holds_nothing_of_the_last_call(counter):
     model, compiler = tiny_model(), Compiler(backend=counter)
     main = CompiledMain.of(model, compiler)
@@ -200,7 +207,6 @@ def test_a_main_that_cannot_be_compiled_is_refused_before_any_pass(monkeypatch):
 
 def test_the_check_at_build_finds_a_graph_that_torch_cannot_make(counter):
     check_traceable(tiny_model())
-    torch._dynamo.reset()  # which would take the first graph for the second model too
     model = tiny_model()
     model.model.layers[1].mlp.register_forward_hook(lambda *given: torch._dynamo.graph_break())
     with pytest.raises(ValueError, match="must be left out for LlamaMTP.* torch.compile stops"):
