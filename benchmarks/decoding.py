@@ -22,7 +22,7 @@ tokens a product has. In float32 texts are the same.
 
 Baselines of verified mode: prompt lookup, and assisted decoding by main's own first third of
 layers; both decode one sequence at a time, and assisted decoding, slow here, one of them only.
-`--compile` adds fast mode with a compiled main and a static cache.
+`--compile` adds each mode with compiled passes (`compile_passes`).
 """
 
 import argparse
@@ -44,6 +44,7 @@ from transformers import logging as hf_logging
 
 from mtp.evaluation.evaluate import acceptance_by_slot
 from mtp.hub.build import ModelConfig, build_model, load_model
+from mtp.modeling.compiled import Compiler
 from mtp.modeling.decode import decode
 from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.heads import HEADS, HeadConfig
@@ -217,11 +218,9 @@ def measure(
                 continue
             modes.append((mode, head))
             contenders[f"{mode} {head}"] = decoder(model, put, mode)
-        if options.compile:
-            modes.append(("fast compiled", head))
-            contenders[f"fast compiled {head}"] = compiled(
-                model, decoder(model, put, "fast", static_cache=True)
-            )
+            if options.compile:
+                modes.append((f"{mode} compiled", head))
+                contenders[f"{mode} compiled {head}"] = decoder(model, put, mode, Compiler())
     one, block = bare_pass(model, rounds[0], 1), bare_pass(model, rounds[0], options.k + 1)
     limits = []
     for name, run in contenders.items():  # warms up, and compiles
@@ -256,7 +255,7 @@ def measure(
         name = f"{mode} {head}"
         out: list[Decoded] = returned[name]
         share, margin = None, None
-        if mode in ("slow", "verified"):
+        if mode.startswith(("slow", "verified")):
             ours, theirs = (torch.cat([o.tokens for o in out]), torch.cat(returned["generate"]))
             share, margin = compare(model, theirs, ours, length)
         results.append(
@@ -275,7 +274,9 @@ def measure(
                 None if share is None else share == 1,
                 share,
                 margin,
-                acceptance_by_slot(out, model.block_size - 1) if mode == "verified" else None,
+                acceptance_by_slot(out, model.block_size - 1)
+                if mode.startswith("verified")
+                else None,
             )
         )
     rows = [
@@ -305,23 +306,8 @@ def compare(model: Any, texts: Tensor, ours: Tensor, length: int) -> tuple[float
     return 1 - len(margins) / len(texts), max(margins, default=None)
 
 
-def compiled(model: Any, run: Contender) -> Contender:
-    """The same with main compiled."""
-    plain = model.model.forward
-    fast = torch.compile(plain, dynamic=False, fullgraph=True)
-
-    def run_compiled(ids: Tensor, new: int) -> Any:
-        model.model.forward = fast
-        try:
-            return run(ids, new)
-        finally:
-            model.model.forward = plain
-
-    return run_compiled
-
-
 def decoder(
-    model: Any, put: Callable[[], None], mode: str, static_cache: bool = False
+    model: Any, put: Callable[[], None], mode: str, compiler: Compiler | None = None
 ) -> Contender:
     """One mode with one head."""
 
@@ -337,7 +323,7 @@ def decoder(
                 sampler=Sampler(temperature=0),
                 max_new_tokens=new,
                 pad_id=0,
-                static_cache=static_cache,
+                compiler=compiler,
             ),
         )
 
@@ -400,7 +386,7 @@ def main() -> None:
         "--rounds", type=int, help="default: 8 prompts one by one, 3 batches of more"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--compile", action="store_true", help="also with a compiled main")
+    parser.add_argument("--compile", action="store_true", help="also with compiled passes")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: for a machine that others use too"

@@ -4,10 +4,10 @@
 #     benchmarks/gpu.sh [--tiny] [OUT]
 #
 # runs the gpu tests, then output_layer.py, decoding.py, rl_step.py and pass_cost.py on random weights
-# of 0.5 B and 1.5 B shapes, and writes one text file each to OUT (default: a temporary folder). PYTHON
-# names the interpreter (default: python3). --tiny takes a tiny model and few repeats, to try the
-# command where there is no GPU. A part that takes too long is stopped, and the next one begins; the
-# exit status is 1 if a part failed.
+# of 0.5 B and 1.5 B shapes, then decoding.py with compiled passes, and writes one text file each to
+# OUT (default: a temporary folder). PYTHON names the interpreter (default: python3). --tiny takes a
+# tiny model and few repeats, to try the command where there is no GPU. A part that takes too long is
+# stopped, and the next one begins; the exit status is 1 if a part failed.
 set -u
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -33,7 +33,8 @@ if missing:
     print(
         f"missing: {', '.join(missing)}. Bring wheels for Python {platform.python_version()} "
         f"({platform.machine()}), made where there is a network by\n"
-        f"  pip download -d wheels -c constraints.txt torch==2.11.* triton==3.6.* "
+        "  grep -vE '^(torch|triton|transformers)==' constraints.txt > others.txt\n"
+        "  pip download -d wheels -c others.txt torch==2.11.* triton==3.6.* "
         f"transformers==5.17.* {' '.join(missing)}\n"
         "and install them by\n  pip install --no-index -f wheels "
         + " ".join(missing),
@@ -63,7 +64,7 @@ for size in $sizes; do
 done
 part tests 150 "$python" -m pytest -q -W default -m gpu -p no:cacheprovider tests/kernels tests/modeling
 if [ -n "$tiny" ]; then
-  part output_layer 120 "$python" benchmarks/output_layer.py --dtype bf16 --op linear_logprob \
+  part output_layer 180 "$python" benchmarks/output_layer.py --dtype bf16 --op linear_logprob \
     --size 640,64,9000 --repeats 1
 else
   part output_layer 90 "$python" benchmarks/output_layer.py --dtype bf16 --op linear_logprob \
@@ -85,6 +86,15 @@ for size in $sizes; do
       --passes 8
   fi
 done
+# Compiling takes most of this part, so that it is the last one and of one size.
+size=${sizes%% *}
+if [ -n "$tiny" ]; then
+  part "compiled_$size" 150 "$python" benchmarks/decoding.py --source "$out/$size" --batch 1 \
+    --prompt-tokens 16 --new-tokens 12 --rounds 1 --modes slow fast --compile
+else
+  part "compiled_$size" 120 "$python" benchmarks/decoding.py --source "$out/$size" --batch 1 \
+    --prompt-tokens 128 --rounds 2 --modes slow fast --compile
+fi
 echo "== targets: fast mode 0.8 (k + 1) times generate at batch 1 and 64; the output layer at 60 % of"
 echo "   the ceiling in bf16; TRL / mtp above 1"
 echo "results in $out; $(($(date +%s) - began)) s"

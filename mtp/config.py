@@ -107,6 +107,7 @@ class RunConfig:
         self.logger.validate()
         self._check_shares()
         self._check_lag()
+        self._check_compiled()
 
     def _check_lag(self) -> None:
         """Raises ValueError where no other process can sample the rollouts."""
@@ -123,6 +124,21 @@ class RunConfig:
                 raise ValueError(
                     f"{key} samples text, got channel.name={self.channel.name}; set it to null"
                 )
+
+    def _check_compiled(self) -> None:
+        """Raises ValueError where passes cannot be compiled, whatever the model is."""
+        if not self.decoding.compile_passes:
+            return
+        if self.fabric.strategy == "fsdp2":
+            raise ValueError(
+                "decoding.compile_passes must be false with fabric.strategy=fsdp2, which gathers "
+                "weights in every pass; use fabric.strategy=ddp"
+            )
+        if not self.channel.is_text:
+            raise ValueError(
+                "decoding.compile_passes must be false with a channel that is not text, got "
+                f"channel.name={self.channel.name}"
+            )
 
     def _check_shares(self) -> None:
         """Raises ValueError for a step's examples that the processes cannot divide evenly."""

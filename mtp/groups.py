@@ -108,6 +108,7 @@ def ask(run: Run, stage: StageRun, step: int, number: int = 0) -> Asked:
         max_new_tokens=run.config.decoding.max_new_tokens,
         seeds=seeds.view(-1, config.group_size)[list(examples)].flatten(),
         impl=run.config.kernels,
+        compiler=run.config.decoding.compiler(),
     )
     plan = run.fmt.plan(config.mode)
     request = Request(list(examples.values()), plan, options, config.group_size)

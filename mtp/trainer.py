@@ -19,6 +19,7 @@ from .config import RunConfig
 from .hub.build import build_model, has_head, load_model
 from .hub.export import export
 from .hub.run_folder import RunFolder, claim
+from .modeling.compiled import check_traceable
 from .reference import check_references, save_start
 from .reports.curves import save_curves
 from .reports.loggers import Log, LoggedRun
@@ -122,6 +123,8 @@ def run_stages(
     )
     if config.fabric.strategy != "fsdp2":  # which moves each process's shard
         model.to(fabric.device)
+    if config.decoding.compile_passes:
+        check_traceable(model)
     if state is not None:
         load_weights(model, state.pop("model"), checkpoint)
         check_processes(model, progress)

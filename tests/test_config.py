@@ -283,3 +283,15 @@ def test_the_command_line_prints_one_line_and_no_traceback(arguments, code, show
     )
     assert done.returncode == code
     assert done.stderr.startswith(shown) and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["decoding=segments"], "decoding.compile_passes must be false with several segments"),
+        (["fabric.strategy=fsdp2"], "decoding.compile_passes must be false with fabric.strategy=f"),
+        (["channel.name=soft"], "decoding.compile_passes must be false with a channel that is not"),
+    ],
+)
+def test_passes_that_cannot_be_compiled_are_refused_by_their_key(overrides, line):
+    assert mistake("decoding.compile_passes=true", *overrides).startswith(line)

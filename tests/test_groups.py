@@ -5,15 +5,19 @@ import itertools
 import pytest
 import torch
 from helpers import config, records, rollouts, tiny_model
+from torch._dynamo.testing import CompileCounter
 
 import mtp.groups as groups
 from mtp.groups import choose, join_rewards, join_rollouts, merged, shares
+from mtp.modeling.compiled import CompiledPasses, Compiler
+from mtp.modeling.versions import ASKS_FOR_QUERIES
 from mtp.rollouts.reward import Rewards
 from mtp.rollouts.rollout import Rollouts
 from mtp.tasks.base import Example
 from mtp.trainer import train
 from mtp.training.stage import RolloutsConfig
 
+FEW = ["kernels=torch", "stages.rl.steps=2", "stages.rl.evaluate_every=0"]
 RL_ONLY = ["stages.head.steps=0", "stages.joint.steps=0", "stages.main.steps=2"]
 
 
@@ -171,3 +175,32 @@ def test_rl_alone_is_held_to_what_it_began_from(tmp_path):
     assert stage["reference_in_loss"] is False and stage["reference_nats_per_token"] > 0
     record = rl_records(tmp_path / "rl")[0]
     assert record["main/kl"] == pytest.approx(0.0, abs=1e-4), "the first step is at the reference"
+
+
+@pytest.mark.skipif(not ASKS_FOR_QUERIES, reason="transformers before 5.14 cannot compile passes")
+def test_a_run_with_compiled_passes_logs_the_same_numbers(tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    counter, shapes, forward = CompileCounter(), [], CompiledPasses._forward
+
+    def counted(passes, tokens, starts, with_taps):
+        shapes.append((*tokens.shape, passes.cache.capacity, with_taps))
+        return forward(passes, tokens, starts, with_taps)
+
+    monkeypatch.setattr(CompiledPasses, "_forward", counted)
+    monkeypatch.setattr("mtp.rollouts.rollout.Compiler", lambda: Compiler(backend=counter))
+    logged = []
+    for compiles in ("false", "true"):
+        folder = tmp_path / compiles
+        train(config(folder, *RL_ONLY, f"decoding.compile_passes={compiles}", *FEW))
+        numbers = [
+            {name: value for name, value in record.items() if isinstance(value, float)}
+            for record in records(folder)
+        ]
+        logged.append(numbers)
+    assert len(logged[0]) == len(logged[1]) > 4
+    for expected, record in zip(*logged, strict=True):
+        assert record == pytest.approx(expected, rel=1e-3, abs=1e-4, nan_ok=True)
+    # Weights change, and batches: a graph is made for a shape and for nothing else.
+    assert shapes.pop(0) == (1, 2, 64, True)  # the check at build, by a backend of its own
+    assert counter.frame_count == len(set(shapes)) < 10 < len(shapes) / 10
+    torch._dynamo.reset()

@@ -156,6 +156,7 @@ def channel_metrics(
                 max_new_tokens=decoding.max_new_tokens,
                 seeds=seeds[chosen],
                 impl=impl,
+                compiler=decoding.compiler(),
             )
             found = sampled_anchors(model, fmt, examples[chosen], options)
             found.problems += chosen.start

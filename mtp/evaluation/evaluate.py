@@ -71,6 +71,7 @@ def decode_all(
         sampler=Sampler(temperature=0),
         max_new_tokens=decoding.max_new_tokens,
         impl=impl,
+        compiler=decoding.compiler(),
         any_continues=spread.any_continues,
     )
     places, own = spread.places(len(examples))

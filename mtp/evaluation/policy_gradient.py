@@ -128,7 +128,11 @@ def rollout_batch(
 ) -> TextBatch:
     """One batch of rollouts with their advantages, as a step of the stage would train on."""
     options = DecodeOptions(
-        sampler=decoding.sampler(), max_new_tokens=decoding.max_new_tokens, seeds=seeds, impl=impl
+        sampler=decoding.sampler(),
+        max_new_tokens=decoding.max_new_tokens,
+        seeds=seeds,
+        impl=impl,
+        compiler=decoding.compiler(),
     )
     with torch.no_grad():
         rollouts = sample(

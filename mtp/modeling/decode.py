@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .attention import check_attention
 from .cache import BlockCache
+from .compiled import CompiledPasses, check_compilable
 from .decode_options import DecodableModel, DecodeOptions
 from .decode_state import RunningRows, Texts, splice
 from .phases import PhasePlan, check_plans
@@ -60,6 +61,8 @@ def decode(
     plans = [plan] * len(prompts) if isinstance(plan, PhasePlan) else list(plan)
     check_plans(plans, len(prompts), model.block_size, model.config.vocab_size)
     options.check()
+    if options.compiler is not None:
+        check_compilable(model)
     if num_return_sequences < 1:
         raise ValueError(f"num_return_sequences must be at least 1, got {num_return_sequences}")
     loop = PassLoop(
@@ -79,6 +82,8 @@ def decode(
             others_continue = options.any_continues(continues)
             if others_continue and not continues:
                 idle(model, options)
+    if loop.compiled is not None:
+        loop.compiled.close()
     return loop.running.decoded()
 
 
@@ -128,6 +133,8 @@ class PassLoop:
             options.static_cache,
             num_cache_layers,
         )
+        self.compiler = options.compiler
+        self.compiled: CompiledPasses | None = None  # after the prompts' pass, if it is asked for
         self.observed: list[Tensor] = []  # the head's observations of the last pass
         self.head_settled: Settled | None = None  # slots computed together with main's token
 
@@ -157,6 +164,8 @@ class PassLoop:
         if goes_on and 2 * running.num_active <= len(running.rows):
             chosen = running.active.nonzero()[:, 0]
             self.cache.select(chosen)
+            if self.compiled is not None:
+                self.compiled.select(chosen)
             running.select(chosen)
         return added, goes_on
 
@@ -168,14 +177,26 @@ class PassLoop:
         running = self.running
         copies, self.num_copies = self.num_copies, 1
         fed, start = running.fed[::copies], running.start[::copies]
-        hidden, taps = self.model.main_states(
-            fed,
-            start,
-            self.cache,
-            running.length,
-            is_even=running.is_even,
-            with_taps=self.tables.num_head_slots > 0,
-        )
+        with_taps, block_size = self.tables.num_head_slots > 0, self.tables.num_head_slots + 1
+        if self.compiler is not None and self.compiled is None and self.cache.length:
+            num_rows = len(running.prompts)
+            self.compiled = CompiledPasses(
+                self.model, self.compiler, self.cache, num_rows, block_size
+            )
+        if self.compiled is None:
+            hidden, taps = self.model.main_states(
+                fed,
+                start,
+                self.cache,
+                running.length,
+                is_even=running.is_even,
+                with_taps=with_taps,
+            )
+        else:
+            hidden, taps = self.compiled.read(fed, start, with_taps)
+            # The head's layers stay in the loop's own cache.
+            positions = start[:, None] + torch.arange(fed.shape[1], device=fed.device)
+            self.cache.place(positions, running.length, running.is_even)
         if taps:
             self.observed = self.head.observe(
                 taps, fed, start, self.model.head_embed, self.remember

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache import BlockCache
+from .compiled import Compiler
 from .decode_state import Stop, Stops
 from .heads import Head
 from .output_layer import OutputLayer
@@ -47,6 +48,8 @@ class DecodeOptions:
     any of the processes that share main's layers, which then run one more pass together."""
     static_cache: bool = False
     """Keep keys and values at one length from the first pass on, see `BlockCache`."""
+    compiler: Compiler | None = None
+    """Compile main's passes after the prompts' own, see `compiled.py`; None: do not."""
     impl: str | None = None
     """Implementation of `mtp_kernels` that samples tokens and verifies drafts without logits,
     `auto` for the faster choice; None: none. Logits are computed in any case where top-k, top-p, a
@@ -93,6 +96,7 @@ class DecodableModel(Protocol):
         *,
         is_even: bool = False,
         with_taps: bool = True,
+        decoder: Callable[..., Any] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """One pass of main over tokens [B, L] through the cache: hidden rows and tap rows."""
 

@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 
 from .attention import check_attention, of_blocks
 from .cache import BlockCache
+from .compiled import check_compilable
 from .contract import stock_class
 from .decode import decode
 from .decode_options import DecodeOptions
@@ -144,12 +145,13 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
         *,
         is_even: bool = False,
         with_taps: bool = True,
+        decoder: Callable[..., Any] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Feed tokens [B, L] whose first is at position `start` [B]; the cache then holds `length`.
 
-        is_even: every active row ends at `length`, so one token per row needs no mask. Returns
-        main's hidden rows after its final norm [B, L, D], and each tap's [B, L, D]; no taps if
-        `with_taps` is False.
+        is_even: every active row ends at `length`, so one token per row needs no mask. decoder:
+        main's compiled decoder; None: main's own. Returns main's hidden rows after its final norm
+        [B, L, D], and each tap's [B, L, D]; no taps if `with_taps` is False.
         """
         taps = self.mtp_taps if with_taps else []
         positions = start[:, None] + torch.arange(fed.shape[1], device=fed.device)
@@ -164,7 +166,7 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
             rows = torch.arange(len(fed), device=fed.device)[:, None]
             hidden = out.last_hidden_state[rows, positions]
             return hidden, [out.hidden_states[tap][rows, positions] for tap in taps]
-        out = self.mtp_decoder(
+        out = (decoder or self.mtp_decoder)(
             input_ids=fed,
             position_ids=positions,
             past_key_values=cache,
@@ -420,6 +422,9 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
         cache = wanted["cache_implementation"] or "dynamic"
         if cache not in ("dynamic", "static"):
             raise ValueError(f"cache_implementation must be dynamic or static, got {cache!r}")
+        compiler = wanted.compiler()
+        if compiler is not None:
+            check_compilable(self)
         max_new_tokens = wanted.max_new_tokens(prompts.shape[1] if one_context else None)
         stock = wanted.stock_config(eos_ids, pad_id, prompts.device)
         stock.max_length = prompts.shape[1] + max_new_tokens
@@ -446,6 +451,7 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
             process=process if len(process) else None,  # type: ignore[arg-type]
             stop=wanted.stops(len(prompts) * copies, in_step),
             static_cache=cache == "static",
+            compiler=compiler,
             # Greedy tokens are the same with and without; a sample from the generator is not.
             impl=None if wanted["do_sample"] else "auto",
         )

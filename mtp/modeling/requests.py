@@ -29,6 +29,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from .compiled import Compiler
 from .decode_state import Stops
 from .sampler import Sampler
 
@@ -122,8 +123,8 @@ OPTIONS: dict[str, Option] = {
     "cache_implementation": Option(Kind.SUPPORTED, (None,)),
     **_each("cache_config max_cache_len prefill_chunk_size", Option(Kind.REFUSED)),
     "continuous_batching_config": Option(Kind.REFUSED),
-    "compile_config": Option(Kind.REFUSED, (None,), "compile model.model.forward yourself"),
-    "disable_compile": Option(Kind.IDLE),  # nothing is compiled
+    "compile_config": Option(Kind.SUPPORTED),
+    "disable_compile": Option(Kind.SUPPORTED, (None, False)),
     "synced_gpus": Option(Kind.REFUSED, (None, False), "each process decodes for itself"),
     # Inputs and outputs.
     "num_return_sequences": Option(Kind.SUPPORTED, (1,)),
@@ -244,6 +245,29 @@ class Wanted:
                 warper(self[name]) for name, warper in WARPERS.items() if not self.is_neutral(name)
             ),
         )
+
+    def compiler(self) -> Compiler | None:
+        """The compiler of the passes, from transformers' `CompileConfig`; None: no `compile_config`
+        is set, or `disable_compile` is.
+
+        Raises ValueError for settings under which passes would not be compiled once.
+        """
+        config, cache = self["compile_config"], self["cache_implementation"]
+        if config is None or self["disable_compile"]:
+            return None
+        if cache not in (None, "static"):
+            raise ValueError(
+                f"cache_implementation must be static with compile_config, got {cache!r}; leave it "
+                "out"
+            )
+        given = config if isinstance(config, dict) else vars(config)
+        for name in ("dynamic", "options"):
+            if given.get(name):
+                raise ValueError(
+                    f"compile_config.{name} must be left out with mtp_mode, got {given[name]}: "
+                    "passes are compiled for fixed shapes, whole; set backend and mode only"
+                )
+        return Compiler(**{n: given[n] for n in ("backend", "mode") if given.get(n) is not None})
 
     def stops(self, num_rows: int, in_step: bool) -> Stops | None:
         """The stopping criteria that are called after every token of a batch.

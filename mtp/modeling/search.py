@@ -269,6 +269,8 @@ class MTPSearchMixin(MTPGenerationMixin):
             raise ValueError("search does not support num_return_sequences; set n in its config")
         if request.options.static_cache:
             raise ValueError("search does not support cache_implementation=static; leave it out")
+        if request.options.compiler is not None:
+            raise ValueError("search does not support compile_config; leave it out")
         found = search(
             self,  # type: ignore[arg-type]
             request.prompts,

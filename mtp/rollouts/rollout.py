@@ -8,6 +8,7 @@ import torch
 
 from ..common.bounds import bounded
 from ..common.heap import release
+from ..modeling.compiled import Compiler
 from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.memory import Memory
 from ..modeling.phases import Phase, PhasePlan, check_phases
@@ -41,6 +42,9 @@ class DecodingConfig:
     chat_template: bool = True
     """Use the tokenizer's chat template. False: prompts are passed as they are, and the model
     continues their text."""
+    compile_passes: bool = False
+    """Compile main's passes of rollouts and evaluations, as CUDA graphs on a GPU. It pays where
+    launching kernels takes longer than running them: a small main, or few rows."""
 
     def sampler(self) -> Sampler:
         """The distribution of rollouts. Raises ValueError for impossible settings."""
@@ -56,6 +60,12 @@ class DecodingConfig:
         check_phases(self.phases, "decoding.phases")
         check_segments(self.segments, self.phases, "decoding")
         self._check_budgets()
+        if self.compile_passes and self.segments.max_segments > 1:
+            raise ValueError(
+                "decoding.compile_passes must be false with several segments, whose numbers of "
+                "rows would each be compiled, got decoding.segments.max_segments="
+                f"{self.segments.max_segments}; set one of the two"
+            )
         if self.system_prompt is not None and not self.chat_template:
             raise ValueError(
                 "decoding.system_prompt needs decoding.chat_template=true, which makes it part of "
@@ -65,6 +75,10 @@ class DecodingConfig:
             return Sampler(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
         except ValueError as error:
             raise ValueError(f"decoding.{error}") from None
+
+    def compiler(self) -> Compiler | None:
+        """The compiler of rollouts and evaluations."""
+        return Compiler() if self.compile_passes else None
 
     def prompt_limit(self, positions: int | None) -> int | None:
         """Maximum number of prompt tokens of a model with this many positions; None: no limit.
