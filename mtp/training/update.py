@@ -15,6 +15,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from ..common.heap import release
 from ..modeling.sampler import Sampler
 from .batch import RolloutBatch, TextBatch, within_draft_vocabulary
 from .objectives import ObjectiveConfig
@@ -113,6 +114,8 @@ def update(
         with fabric.no_backward_sync(module, enabled=not is_last):
             loss, terms = module(Sealed(step))
             fabric.backward(loss * fabric.world_size)
+        if fabric.device.type == "cpu" and index % 2 == 0 and not is_last:
+            release()  # activations of other sizes come next; every second time, as it takes time
         for name, term in terms.content.items():
             add(f"loss/{name}", term.total)
             for metric, (value, count) in term.metrics.items():

@@ -15,6 +15,25 @@ from mtp.training.step_module import wrap
 from mtp.training.update import update
 
 
+def test_free_memory_is_given_back_after_every_second_micro_batch_but_the_last(monkeypatch):
+    given_back = []
+    monkeypatch.setattr("mtp.training.update.release", lambda: given_back.append(len(seen)))
+    seen = []
+    case = CASES["main_ce"]
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = tiny_model(tied=False, **case.head)
+    batches = batches_of(case, model, 0, 1) * 5
+    objective = ObjectiveConfig()
+    objective.main_ce.weight = 1.0
+    optimizer = torch.optim.SGD(split_parameters(model)["main"].values(), lr=1.0)
+    model.mtp_head.requires_grad_(False)
+    module = wrap(fabric, model.train())
+    monkeypatch.setattr(fabric, "backward", lambda loss: (seen.append(1), loss.backward()))
+    optimizers = {"main": fabric.setup_optimizers(optimizer)}
+    update(fabric, module, optimizers, batches[:5], objective, clip_norms={"main": 1.0})
+    assert given_back == [1, 3]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_an_optimizer_step_is_awaited_at_most_twice(name, monkeypatch):
     """Two things are not counted: checks of ids, which are made on a CPU only, and transformers'
