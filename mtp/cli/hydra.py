@@ -84,7 +84,7 @@ def run(config: DictConfig) -> float | None:
         sys.exit(128 + stop.signal if os.environ.get("LOCAL_RANK", "0") == "0" else 0)
     last = summary["stages"][-1]
     found = (last.get(name) for name in ("fast_accuracy", "slow_accuracy", "accuracy"))
-    return next((accuracy for accuracy in found if accuracy is not None), None)
+    return next((float(accuracy) for accuracy in found if accuracy is not None), None)
 
 
 @dataclass

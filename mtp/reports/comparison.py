@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..common.process import run_command
 from .interval import mean_interval
 from .json_lines import read_records
 from .metrics import METRICS, Metric, measured, metrics_of
@@ -253,12 +254,7 @@ def main(argv: list[str] | None = None) -> int:
         "folder", type=Path, metavar="FOLDER", help="of a comparison, such as runs/rl_proof"
     )
     folder = parser.parse_args(argv).folder
-    try:
-        write_report(folder)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: write_report(folder))
 
 
 def write_report(folder: Path) -> None:
