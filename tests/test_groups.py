@@ -202,5 +202,5 @@ def test_a_run_with_compiled_passes_logs_the_same_numbers(tmp_path, monkeypatch)
         assert record == pytest.approx(expected, rel=1e-3, abs=1e-4, nan_ok=True)
     # Weights change, and batches: a graph is made for a shape and for nothing else.
     assert shapes.pop(0) == (1, 2, 64, True)  # the check at build, by a backend of its own
-    assert counter.frame_count == len(set(shapes)) < 10 < len(shapes) / 10
+    assert counter.frame_count == len(set(shapes)) < len(shapes) / 10
     torch._dynamo.reset()
