@@ -253,6 +253,14 @@ def accuracy_at_steps(folder: Path, summary: dict[str, Any]) -> dict[str, float]
     return found
 
 
+def by_task(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each task, in their order."""
+    out: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        out.setdefault(row["task"], []).append(row)
+    return out
+
+
 def add_equal_flops(rows: list[dict[str, Any]]) -> None:
     """Add `accuracy_at_equal_flops`: that of the last evaluation within the cheapest row's FLOPs.
 
@@ -263,8 +271,7 @@ def add_equal_flops(rows: list[dict[str, Any]]) -> None:
     def flops(row: dict[str, Any], steps: float) -> float:
         return steps * row["training_batch_size"] * row["flops_per_example"]
 
-    for task in {row["task"] for row in rows}:
-        mine = [row for row in rows if row["task"] == task]
+    for mine in by_task(rows).values():
         least = min(flops(row, row["training_steps"]) for row in mine)
         for row in mine:
             within = {
@@ -317,9 +324,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "at equal FLOPs", "one", "majority", "best of n", "swap bits", "zero bits",
     ]  # fmt: skip
     lines = []
-    for task in dict.fromkeys(row["task"] for row in rows):
+    for task, mine in by_task(rows).items():
         lines += [f"**{task}**", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        for row in (row for row in rows if row["task"] == task):
+        for row in mine:
             by_seed = ", ".join(f"{100 * value:.1f}" for value in row["accuracy_by_seed"])
             at = [f"{100 * value:.1f}" for value in row["accuracy_at_passes"].values()]
             cells = [
@@ -355,8 +362,7 @@ def write_table(cells: list[Cell], path: Path) -> list[dict[str, Any]]:
 
 def write_plots(rows: list[dict[str, Any]], folder: Path) -> None:
     """Write `channels_TASK.png` for each task of the rows."""
-    for task in dict.fromkeys(row["task"] for row in rows):
-        mine = [row for row in rows if row["task"] == task]
+    for task, mine in by_task(rows).items():
         plot_rows(mine, folder / f"channels_{task}.png")
 
 
