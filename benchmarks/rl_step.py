@@ -1,7 +1,7 @@
 """One RL step of mtp and of TRL's GRPOTrainer, side by side on this machine.
 
     python benchmarks/rl_step.py [--json] [--rollouts 16,128] [--tokens 128] [--repeats 2]
-                                 [--experiment smollm2_rl] [--source FOLDER]
+                                 [--experiment smollm2_rl] [--source FOLDER] [--dtype float32]
 
 A step samples rollouts, scores them and updates the weights. Both sides have the same main (the
 experiment's, SmolLM2-135M by default), problems, prompts, group size, number of rollouts and of
@@ -46,7 +46,7 @@ CACHED = 64
 """Tokens in the cache when a pass is timed."""
 
 
-def configuration(experiment: str, source: str | None) -> Any:
+def configuration(experiment: str, source: str | None, dtype: str) -> Any:
     """Model, head, task and text as the experiment has them, with the main of a folder if given."""
     from hydra import compose, initialize_config_dir
 
@@ -54,7 +54,7 @@ def configuration(experiment: str, source: str | None) -> Any:
     from mtp.config import to_run_config
 
     register_configs()
-    overrides = [f"experiment={experiment}", "run_dir=none"]
+    overrides = [f"experiment={experiment}", "run_dir=none", f"model.dtype={dtype}"]
     if source is not None:
         overrides += ["model=smollm2", f"model.source={source}", "model.gguf_file=null"]
         overrides += ["head=smollm2", "head.taps=null"]
@@ -63,7 +63,12 @@ def configuration(experiment: str, source: str | None) -> Any:
 
 
 def mtp_side(
-    experiment: str, source: str | None, num_rollouts: int, num_tokens: int, repeats: int
+    experiment: str,
+    source: str | None,
+    dtype: str,
+    num_rollouts: int,
+    num_tokens: int,
+    repeats: int,
 ) -> dict[str, float]:
     """Seconds of mtp's step and its parts; then the two yardsticks, after the peak is read."""
     import torch
@@ -83,7 +88,7 @@ def mtp_side(
     from mtp.training.step_module import wrap
     from mtp.training.update import update
 
-    config = configuration(experiment, source)
+    config = configuration(experiment, source, dtype)
     task = config.task.build()
     torch.manual_seed(1)
     model, text = build_model(config.model, config.head, config.decoding, task)
@@ -214,7 +219,12 @@ def speed_limit(fabric: Any, model: Any, num_rows: int, repeats: int) -> float:
 
 
 def trl_side(
-    experiment: str, source: str | None, num_rollouts: int, num_tokens: int, repeats: int
+    experiment: str,
+    source: str | None,
+    dtype: str,
+    num_rollouts: int,
+    num_tokens: int,
+    repeats: int,
 ) -> dict[str, float]:
     """Seconds of a step of TRL's GRPOTrainer, and of its generation."""
     import torch
@@ -224,7 +234,7 @@ def trl_side(
 
     from mtp.hub.build import build_model, save_model
 
-    config = configuration(experiment, source)
+    config = configuration(experiment, source, dtype)
     task = config.task.build()
     main, text = build_model(config.model, config.head, config.decoding, task)
     with tempfile.TemporaryDirectory() as folder:
@@ -302,6 +312,7 @@ def measure(
     side: str,
     experiment: str,
     source: str | None,
+    dtype: str,
     num_rollouts: int,
     num_tokens: int,
     repeats: int,
@@ -309,7 +320,8 @@ def measure(
     """A side's numbers, from a process of its own."""
     command = [sys.executable, __file__, "--side", side, "--rollouts", str(num_rollouts)]
     command += ["--tokens", str(num_tokens), "--repeats", str(repeats)]
-    command += ["--experiment", experiment] + (["--source", source] if source else [])
+    command += ["--experiment", experiment, "--dtype", dtype]
+    command += ["--source", source] if source else []
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
         "HF_HUB_OFFLINE": "1",
@@ -323,11 +335,17 @@ def measure(
 
 
 def compare(
-    experiment: str, source: str | None, num_rollouts: int, num_tokens: int, repeats: int
+    experiment: str,
+    source: str | None,
+    dtype: str,
+    num_rollouts: int,
+    num_tokens: int,
+    repeats: int,
 ) -> dict[str, Any]:
     """Both sides at one size."""
     mtp, trl = (
-        measure(side, experiment, source, num_rollouts, num_tokens, repeats) for side in SIDES
+        measure(side, experiment, source, dtype, num_rollouts, num_tokens, repeats)
+        for side in SIDES
     )
     causal, limit = mtp.pop("causal_seconds"), mtp.pop("limit")
     speedup = trl["generation_seconds"] / mtp["rollout_seconds"]
@@ -369,6 +387,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="timed steps of each size")
     parser.add_argument("--experiment", default="smollm2_rl", help="whose main, head and task")
     parser.add_argument("--source", metavar="FOLDER", help="another main, with a fresh head")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights"
+    )
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     sizes = [int(size) for size in given.rollouts.split(",")]
@@ -377,13 +398,16 @@ def main() -> None:
         parser.error(f"--rollouts must be multiples of {GROUP_SIZE}, the others at least 1")
     if given.side:
         side = SIDES[given.side]
-        print_json(
-            True, side(given.experiment, given.source, sizes[0], given.tokens, given.repeats)
+        numbers = side(
+            given.experiment, given.source, given.dtype, sizes[0], given.tokens, given.repeats
         )
+        print_json(True, numbers)
         return
     results = []
     for size in sizes:
-        results.append(compare(given.experiment, given.source, size, given.tokens, given.repeats))
+        results.append(
+            compare(given.experiment, given.source, given.dtype, size, given.tokens, given.repeats)
+        )
         if not given.json:
             show(results[-1])
     print_json(given.json, {"results": results})

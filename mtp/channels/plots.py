@@ -1,4 +1,4 @@
-"""Plots of the table of channels: one PNG for each task."""
+"""Plots of the table of channels: one PNG for each task, and one of the tokens per pass."""
 
 from pathlib import Path
 from typing import Any
@@ -32,3 +32,23 @@ def plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
     log_axis(training, "training", "GFLOPs", "x")
     legend(training)
     save(figure, path)
+
+
+def plot_block_sizes(rows: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+    """Accuracy within a number of passes of thought, by tokens per pass: `channels_block_size.png`.
+
+    rows: by task, those of `token` and `block_K`; each task has a panel. No plot without rows.
+    """
+    if not rows:
+        return
+    figure, [axes] = panels(1, len(rows))
+    for one, (task, mine) in zip(axes, rows.items(), strict=True):
+        for number, row in enumerate(mine):
+            _, _, slots = row["channel"].partition("_")
+            label = f"{1 + int(slots or 0)} per pass"
+            points = sorted((int(n), value) for n, value in row["accuracy_at_passes"].items())
+            one.plot(*zip(*points, strict=True), **looks(number) | {"marker": "o", "label": label})
+        share_axis(one, "held-out accuracy")
+        log_axis(one, f"passes of a thought, {task}", "at most", "x")
+    legend(axes[0])
+    save(figure, folder / "channels_block_size.png")

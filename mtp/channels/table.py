@@ -21,7 +21,7 @@ from typing import Any
 from ..common.files import save_text
 from ..common.process import run_command
 from ..reports.json_lines import read_records
-from .plots import plot_rows
+from .plots import plot_block_sizes, plot_rows
 
 ROOT = Path(__file__).parents[2]
 RESULT = Path("docs/results/channels/table.json")
@@ -32,12 +32,23 @@ MEASURED = "measured.json"
 
 TASKS: dict[str, list[str]] = {
     "graph_search": ["task=graph_search"],
-    "running_sum": ["task=running_sum", "task.num_terms=5"],
+    **{
+        f"running_sum_{terms}": [
+            "task=running_sum",
+            f"task.num_terms={terms}",
+            f"decoding.max_new_tokens={16 * terms}",
+            "model=tiny_llama",
+            "stages.main.optimizers.main={algorithm:muon,lr:2e-3,warmup_steps:0}",
+            "stages.main.steps=3000",
+        ]
+        for terms in (3, 5, 7)
+    },
     "two_models": [],
     "segments": [],
 }
-"""Overrides of each task. The experiments of the last two name it themselves, because only channels
-between two models, and between segments, have them."""
+"""Overrides of each task. Sums of three and seven terms are for the number of tokens per pass. The
+experiments of the last two name it themselves, because only channels between two models, and
+between segments, have them."""
 
 ROWS: dict[str, list[str]] = {
     "no_thought": ["experiment=channels/no_thought"],
@@ -61,11 +72,19 @@ ROWS: dict[str, list[str]] = {
 """Overrides of each row of the table."""
 
 
-def task_of(row: str) -> str | None:
-    """The only task of a row; None: any task that other rows have."""
+TEXT_ROW = re.compile(r"token|block_\d+")
+"""Rows whose thought is text, a number of tokens per pass."""
+
+
+def belongs(row: str, task: str) -> bool:
+    """True if the table has this row for this task."""
     if "_message" in row or row == "kv":
-        return "two_models"
-    return "segments" if row.endswith("_memory") else None
+        return task == "two_models"
+    if row.endswith("_memory"):
+        return task == "segments"
+    if task in ("running_sum_3", "running_sum_7"):
+        return TEXT_ROW.fullmatch(row) is not None
+    return task in ("graph_search", "running_sum_5")
 
 
 @dataclass(frozen=True)
@@ -111,18 +130,17 @@ def plan(
         for name in given:
             if name not in known:
                 raise ValueError(f"{option} must be of {', '.join(known)}, got {name}")
-    special = {task_of(row) for row in ROWS} - {None}
     cells = [
         Cell(row, task, seed, runs / task / row / str(seed), (*ROWS[row], *TASKS[task], *overrides))
         for seed in seeds
         for task in tasks
         for row in rows
-        if task_of(row) == (task if task in special else None)
+        if belongs(row, task)
     ]
     if not cells:
         raise ValueError(
             f"--tasks must be of the rows {', '.join(rows)}, got {', '.join(tasks)}; "
-            f"{rows[0]} has {task_of(rows[0]) or 'graph_search, running_sum'}"
+            f"{rows[0]} has {', '.join(task for task in TASKS if belongs(rows[0], task))}"
         )
     return cells
 
@@ -328,7 +346,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         lines += [f"**{task}**", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for row in mine:
             by_seed = ", ".join(f"{100 * value:.1f}" for value in row["accuracy_by_seed"])
-            at = [f"{100 * value:.1f}" for value in row["accuracy_at_passes"].values()]
+            at = [f"{100 * row['accuracy_at_passes'][n]:.1f}" for n in ("4", "8", "16", "32")]
             cells = [
                 row["channel"], by_seed, *at, f"{row['thought_passes']:.1f}",
                 f"{row['passes']:.1f}", f"{row['sequential_passes']:.0f}",
@@ -361,9 +379,15 @@ def write_table(cells: list[Cell], path: Path) -> list[dict[str, Any]]:
 
 
 def write_plots(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Write `channels_TASK.png` for each task of the rows."""
-    for task, mine in by_task(rows).items():
+    """Write `channels_TASK.png` for each task of the rows, and `channels_block_size.png`."""
+    tasks = by_task(rows)
+    for task, mine in tasks.items():
         plot_rows(mine, folder / f"channels_{task}.png")
+    text = {
+        task: [row for row in mine if TEXT_ROW.fullmatch(row["channel"])]
+        for task, mine in tasks.items()
+    }
+    plot_block_sizes({t: mine for t, mine in text.items() if mine}, folder)
 
 
 def make_table(arguments: argparse.Namespace) -> None:

@@ -114,8 +114,8 @@ def update(
         with fabric.no_backward_sync(module, enabled=not is_last):
             loss, terms = module(Sealed(step))
             fabric.backward(loss * fabric.world_size)
-        if fabric.device.type == "cpu" and index % 2 == 0 and not is_last:
-            release()  # activations of other sizes come next; every second time, as it takes time
+        if fabric.device.type == "cpu" and not is_last:
+            release()  # activations of other sizes come next
         for name, term in terms.content.items():
             add(f"loss/{name}", term.total)
             for metric, (value, count) in term.metrics.items():

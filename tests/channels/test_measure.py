@@ -105,8 +105,10 @@ def test_the_plan_has_every_row_of_every_task_and_the_first_seed_first(tmp_path)
     }  # fmt: skip
     assert of_task["segments"] == {"no_memory", "text_memory", "vector_memory"}
     others = set(ROWS) - of_task["two_models"] - of_task["segments"]
-    assert of_task["graph_search"] == of_task["running_sum"] == others
-    assert len(cells) == 2 * (2 * len(others) + 6 + 3)
+    assert of_task["graph_search"] == of_task["running_sum_5"] == others
+    text = {"token", "block_1", "block_2", "block_3", "block_5", "block_8"}
+    assert of_task["running_sum_3"] == of_task["running_sum_7"] == text
+    assert len(cells) == 2 * (2 * len(others) + 2 * len(text) + 6 + 3)
     assert len({cell.folder for cell in cells}) == len(cells)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
     command = cells[-1].command("resume=auto")
@@ -126,15 +128,18 @@ def test_rows_hold_means_over_the_seeds_that_are_measured(tmp_path):
     base |= {"flops_per_example": 7.0, "training_batch_size": 2, "training_steps": 10}
     for cell, accuracy in ((cells[0], 0.5), (cells[2], 1.0)):  # token, seeds 1 and 2
         cell.folder.mkdir(parents=True)
-        found = base | {"accuracy": accuracy, "accuracy_at_passes": {"4": accuracy / 2}}
+        at_passes = {n: accuracy / 2 for n in ("4", "8", "16", "32", "64")}
+        found = base | {"accuracy": accuracy, "accuracy_at_passes": at_passes}
         (cell.folder / "measured.json").write_text(json.dumps(found))
     (row,) = write_table(cells, tmp_path / "table.json")
     assert (row["channel"], row["task"], row["seeds"]) == ("token", "graph_search", [1, 2])
     assert row["accuracy_by_seed"] == [0.5, 1.0] and row["accuracy"] == 0.75
-    assert row["accuracy_at_passes"] == {"4": 0.375}
+    assert set(row["accuracy_at_passes"].values()) == {0.375}
     assert row["command"] == "train.py experiment=channels/token task=graph_search"
     assert row["message_swap_bits"] == 2.0 and row["message_zero_bits"] is None
-    assert "| token | 50.0, 100.0 | 37.5 |" in markdown([row])
+    assert "| token | 50.0, 100.0 | 37.5 | 37.5 | 37.5 | 37.5 | 3.0 |" in markdown([row])
+    write_plots([row], tmp_path)
+    assert (tmp_path / "channels_block_size.png").stat().st_size > 0
 
 
 def test_a_part_of_the_table_keeps_the_rows_of_the_others_and_has_a_plot_for_each_task(tmp_path):
