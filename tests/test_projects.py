@@ -157,7 +157,9 @@ PHASES = {
 
 
 def built(scope="shared", memory_tokens=32, summary=40):
-    segments = SegmentSettings(2, 0, memory_tokens, scope)
+    segments = SegmentSettings(
+        max_segments=2, recent_tokens=0, memory_tokens=memory_tokens, memory_scope=scope
+    )
     phases = PHASES | {
         "summary": Phase(opened_by="<summary>", closed_by="</summary>", max_tokens=summary)
     }
@@ -247,7 +249,7 @@ def test_decoding_makes_the_contexts_of_solved_text():
 
 def test_what_solved_examples_cannot_write_is_refused():
     example = TASK.example("train", 0)
-    with pytest.raises(ValueError, match=r"summary.max_tokens must be at least 34 .*write table"):
+    with pytest.raises(ValueError, match=r"summary.max_tokens must be at least 35 .*write table"):
         _, fmt, _ = built(summary=33)
         fmt.example_segments(example)
     with pytest.raises(ValueError, match="decoding.segments.memory_tokens must be large enough"):
@@ -339,7 +341,11 @@ def test_batches_that_cut_projects_are_refused(tmp_path, overrides, error):
 
 
 def test_a_shared_memory_needs_a_task_of_projects(tmp_path):
-    shared = ["decoding=segments", "decoding.segments.memory_scope=shared"]
+    shared = [
+        "decoding=segments",
+        "decoding.segments.memory_scope=shared",
+        "decoding.max_new_tokens=40",
+    ]
     with pytest.raises(ValueError, match="memory_scope=shared needs a task of projects, which"):
         check_projects(config(tmp_path, *shared), RunningSumConfig().build())
 

@@ -240,7 +240,9 @@ def _segments(fmt: PromptFormat) -> list[str]:
     return [
         f"It was trained to think in up to {settings.max_segments} segments: a summary edits a "
         f"memory file of at most {settings.memory_tokens} tokens, and thinking continues with the "
-        f"prompt, that file and the last {settings.recent_tokens} tokens of the thought.",
+        f"prompt, that file and the last {settings.recent_tokens} tokens of the thought."
+        + " Problems of a project share the file: `memories=[memory.passed_on()]` gives the next "
+        "one the last `memory` of the one before." * settings.is_shared,
         "```python\nsegments = model.generate_segments(**given, tokenizer=tokenizer)\n"
         "print(tokenizer.decode(segments.out.completion(-1)))  # the last, with the answer\n"
         "print(segments.memories[-1].text)\n```",
