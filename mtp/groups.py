@@ -16,10 +16,11 @@ from .modeling.decode_options import DecodeOptions
 from .modeling.memory import Memory
 from .modeling.records import Decoded, pad
 from .rollouts.advantage import informative
-from .rollouts.reward import Rewards, score
-from .rollouts.rollout import Rollouts
+from .rollouts.reward import Rewards, credited, score
+from .rollouts.rollout import Rollouts, join_rollouts
 from .run import Run, StageRun, next_examples, training_example
 from .tasks.base import Example
+from .tasks.projects import own_places
 from .training.remote_sampler import RemoteSampler, Request
 from .training.runtime import all_of, over_processes
 from .training.sharding import whole
@@ -73,12 +74,13 @@ def sample_groups(run: Run, stage: StageRun, step: int) -> Groups:
                 reference=stage.reference,
             )
         rewards.append(scored)
-        num_informative = sum(int(informative(r.outcomes).sum()) for r in rewards)
+        credits = [credited(r.outcomes, p, run.fmt) for r, p in zip(rewards, parts, strict=True)]
+        num_informative = sum(int(informative(outcomes).sum()) for outcomes in credits)
         found = over_processes(run.fabric, {"informative": float(num_informative)}, "sum")
         if found["informative"] >= config.num_prompts:
             break
     scored = join_rewards(rewards)
-    is_informative = dict(zip(places, informative(scored.outcomes).tolist(), strict=True))
+    is_informative = dict(zip(places, informative(torch.cat(credits)).tolist(), strict=True))
     used = choose(config, merged(all_of(run.fabric, is_informative)))
     index = {place: group for group, place in enumerate(places)}
     places_of = shares(used, config.num_minibatches) if used else []
@@ -193,7 +195,8 @@ class Ahead:
                 state["owners"],
                 [Memory(**memory) for memory in state["memories"]],
             )
-            mine = [places.index(place) for place in range(rank, len(places), world)]
+            own = own_places(len(places), run.task.project_size, rank, world)
+            mine = [places.index(place) for place in own]
             chosen = rollouts.of_examples(mine)
             examples = {places[i]: rollouts.examples[i] for i in mine}
             self.restored[state["step"]] = examples, chosen
@@ -240,21 +243,6 @@ def shares(items: list[int], number: int) -> list[list[int]]:
     """The items in `number` runs whose lengths differ by one at most."""
     bounds = [len(items) * i // number for i in range(number + 1)]
     return [items[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
-
-
-def join_rollouts(parts: list[Rollouts]) -> Rollouts:
-    """Rollouts of several rounds as one."""
-    if len(parts) == 1:
-        return parts[0]
-    begins = [sum(map(len, parts[:number])) for number in range(len(parts))]
-    return Rollouts(
-        [example for part in parts for example in part.examples],
-        parts[0].group_size,
-        [prompt for part in parts for prompt in part.prompts],
-        Decoded.join([part.out for part in parts], pad_id=0),
-        [begin + i for begin, part in zip(begins, parts, strict=True) for i in part.owners],
-        [memory for part in parts for memory in part.memories],
-    )
 
 
 def join_rewards(parts: list[Rewards]) -> Rewards:

@@ -19,6 +19,7 @@ from .hub.run_folder import MARK, RunFolder, changed_settings
 from .reports.loggers import Log
 from .rollouts.prompt_format import PromptFormat
 from .tasks.base import Example, Task, training_index
+from .tasks.projects import own_places
 from .training.length_windows import LengthWindows
 from .training.runtime import StopRequest
 from .training.stage import StageConfig
@@ -138,24 +139,27 @@ class StageRun:
 def training_example(run: Run, position: int) -> Example:
     """The training example at a position of the run's data."""
     size = run.task.size("train")
-    return run.task.example("train", training_index(position, size, run.config.seed))
+    index = training_index(position, size, run.config.seed, run.task.project_size)
+    return run.task.example("train", index)
 
 
 def next_examples(run: Run, number: int, length_window: int = 0) -> dict[int, Example]:
     """The next `number` training examples: this process's share, by their place among them.
 
+    A share holds whole projects of a task that has some.
+
     length_window: number of steps of `number` examples that are sorted by length together, see
     `LengthWindows`; 0: none.
     """
-    rank, world = run.fabric.global_rank, run.fabric.world_size
-    if number % world:
+    rank, world, size = run.fabric.global_rank, run.fabric.world_size, run.task.project_size
+    if number % (size * world):
         raise ValueError(
-            f"a step's {number} examples must divide evenly over {world} processes; use another "
-            "number of examples or of processes"
+            f"a step's {number} examples must divide evenly over {world} processes, in projects of "
+            f"{size}; use another number of examples or of processes"
         )
     begin = run.progress.position
     run.progress.position += number
-    places = range(rank, number, world)
+    places = own_places(number, size, rank, world)
     positions = [begin + place for place in places]
     get = partial(training_example, run)
     if length_window:

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from .groups import Groups, join_rewards, join_rollouts, sample_groups
+from .groups import Groups, join_rewards, sample_groups
 from .modeling.records import FORCED
 from .rollouts.advantage import GroupRewards, informative
 from .rollouts.legibility import step_metrics, unigram_drift
-from .rollouts.reward import Rewards
-from .rollouts.rollout import Rollouts
+from .rollouts.reward import Rewards, credited
+from .rollouts.rollout import Rollouts, join_rollouts
 from .run import Run, StageRun, next_examples
 from .tasks.base import Scored
 from .training.batch import AnyBatch, RolloutBatch, TextBatch, without_rows
@@ -97,10 +97,12 @@ def solved_batches(
     return evened(run, batches), int(over_processes(run.fabric, tokens, "sum")["tokens"])
 
 
-def advantages_of(run: Run, stage: StageConfig, rewards: Rewards) -> torch.Tensor:
+def advantages_of(run: Run, stage: StageConfig, groups: Groups) -> torch.Tensor:
     """[P, G] advantages by the stage's rule, or its algorithm's."""
-    batch = torch.cat(all_of(run.fabric, rewards.total))
-    return stage.advantage_rule()(GroupRewards(rewards.total, rewards.outcomes, batch))
+    total, outcomes = groups.rewards.total, groups.rewards.outcomes
+    batch = torch.cat(all_of(run.fabric, total))
+    outcomes = credited(outcomes, groups.rollouts, run.fmt)
+    return stage.advantage_rule()(GroupRewards(total, outcomes, batch))
 
 
 def rollout_batches(
@@ -112,7 +114,7 @@ def rollout_batches(
     reach every parameter; only rollout batches do.
     """
     groups = sample_groups(run, stage, step)
-    advantages = advantages_of(run, stage.config, groups.rewards)
+    advantages = advantages_of(run, stage.config, groups)
     config, micro_batch_size = stage.config.rollouts, stage.config.micro_batch_size
     metrics = rollout_metrics(run, stage.name, groups, advantages, step)
     minibatches: list[list[TextBatch]] = []
@@ -256,7 +258,7 @@ def metrics_of(run: Run, groups: Groups, advantages: torch.Tensor, step: int) ->
     metrics = reward_metrics(rewards, advantages) if run.task.has_verifier else {}
     metrics |= {
         "groups/sampled": len(rewards.outcomes),
-        "groups/informative": int(informative(rewards.outcomes).sum()),
+        "groups/informative": int(informative(credited(rewards.outcomes, rollouts, run.fmt)).sum()),
         "groups/used": sum(map(len, groups.shares)),
         "completions/mean_length": float(lengths.mean()),
         "completions/clipped_ratio": float(cut),

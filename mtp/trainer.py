@@ -110,6 +110,7 @@ def run_stages(
         task.restore(progress.bookmark)
     check_disjoint(task)
     check_outcomes(config, task)
+    check_projects(config, task)
     model, fmt = build_model(config.model, config.head, config.decoding, task)
     if not config.channel.is_text:
         attach_channel(config, model, fmt, task)
@@ -281,6 +282,36 @@ def finish(run: Run) -> dict[str, Any]:
         save_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         print_table(run.console, summary)
     return summary
+
+
+def check_projects(config: RunConfig, task: Task) -> None:
+    """Raise ValueError if a batch or a share of it cannot hold whole projects of the task."""
+    size, segments = task.project_size, config.decoding.segments
+    if segments.is_shared and size == 1:
+        raise ValueError(
+            "decoding.segments.memory_scope=shared needs a task of projects, which task "
+            f"{task.name} is not; use task=pointer_chasing task.project_size=4, or problem"
+        )
+    processes = config.fabric.devices * config.fabric.num_nodes
+    evaluation = config.evaluation
+    numbers = {
+        "evaluation.num_problems": (evaluation.num_problems, 1),
+        "evaluation.num_interim_problems": (evaluation.num_interim_problems, 1),
+        "evaluation.batch_size": (evaluation.batch_size, 1),
+    }
+    for name, stage in config.active_stages().items():
+        numbers |= {
+            f"stages.{name}.examples.batch_size": (stage.examples.batch_size, processes),
+            f"stages.{name}.rollouts.num_prompts": (stage.rollouts.num_prompts, processes),
+            f"stages.{name}.rollouts.num_solved": (stage.rollouts.num_solved, processes),
+        }
+    for key, (number, shares) in numbers.items():
+        if size > 1 and number % (size * shares):
+            raise ValueError(
+                f"{key} must be a multiple of task.project_size={size}"
+                + (f" times the {shares} processes" if shares > 1 else "")
+                + f", got {number}; the problems of a project stay together"
+            )
 
 
 def check_outcomes(config: RunConfig, task: Task) -> None:

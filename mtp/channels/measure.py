@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..evaluation.evaluate import held_out
+from ..evaluation.evaluate import held_out, place_metrics
 from ..modeling.sampler import Sampler
 from ..reports.metrics import Metric, declare
 from ..rollouts.prompt_format import PromptFormat
@@ -33,6 +33,14 @@ BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 for _metric in (
     Metric("accuracy", "accuracy", unit="%", better="higher", shown_in=("run", "sweep")),
+    Metric(
+        "accuracy_by_place",
+        "by place",
+        unit="%",
+        better="higher",
+        meaning="accuracy of the first problem of a project, the second, and further ones",
+        shown_in=("run", "comparison"),
+    ),
     Metric("passes", "passes", unit="passes", better="lower", shown_in=("run", "sweep")),
     Metric("thought_passes", "thought passes", unit="passes", better="lower", shown_in=("run",)),
 ):
@@ -90,6 +98,7 @@ def evaluate_channel(
         "passes": fmean(w.passes for w in outputs),
         "thought_passes": fmean(w.thought_passes for w in outputs),
         "num_problems": len(examples),
+        **place_metrics(right, examples, "accuracy"),
     }
     if budgets:
         metrics["accuracy_by_budget"] = [
@@ -179,7 +188,8 @@ def measure_message(
     if len(chosen) < 2:
         return {"message_swap_bits": None, "message_zero_bits": None}
     problems, texts, messages = (list(part) for part in zip(*chosen, strict=True))
-    others = messages[1:] + messages[:1]
+    at = task.project_size % len(messages) or 1  # a problem of another project
+    others = messages[at:] + messages[:at]
     own, swapped, zero = (
         channel.answer_log_probs(model, fmt, problems, texts, given)
         for given in (messages, others, [0 * message for message in messages])

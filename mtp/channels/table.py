@@ -45,10 +45,11 @@ TASKS: dict[str, list[str]] = {
     },
     "two_models": [],
     "segments": [],
+    "projects": [],
 }
 """Overrides of each task. Sums of three and seven terms are for the number of tokens per pass. The
-experiments of the last two name it themselves, because only channels between two models, and
-between segments, have them."""
+experiments of the last three name it themselves, because only channels between two models, between
+segments, and between problems, have them."""
 
 ROWS: dict[str, list[str]] = {
     "no_thought": ["experiment=channels/no_thought"],
@@ -68,6 +69,9 @@ ROWS: dict[str, list[str]] = {
     "no_memory": ["experiment=channels/no_memory"],
     "text_memory": ["experiment=channels/text_memory"],
     "vector_memory": ["experiment=channels/vector_memory"],
+    "own_memory": ["experiment=channels/own_memory"],
+    "text_memory_shared": ["experiment=channels/text_memory_shared"],
+    "vector_memory_shared": ["experiment=channels/vector_memory_shared"],
 }
 """Overrides of each row of the table."""
 
@@ -80,6 +84,8 @@ def belongs(row: str, task: str) -> bool:
     """True if the table has this row for this task."""
     if "_message" in row or row == "kv":
         return task == "two_models"
+    if row == "own_memory" or row.endswith("_shared"):
+        return task == "projects"
     if row.endswith("_memory"):
         return task == "segments"
     if task in ("running_sum_3", "running_sum_7"):
@@ -167,6 +173,7 @@ def minutes_of(cell: Cell) -> float:
         "latent": ["channel.options.text_steps=1", "channel.options.level_steps=1"],
         "kv": ["channel.options.text_steps=1"],
         "vector_memory": ["channel.options.text_steps=1"],
+        "vector_memory_shared": ["channel.options.text_steps=1"],
     }.get(cell.row, [])
     printed = run_train(cell, "dry_run=true", *short, capture=True)
     found = re.search(r"a full run would take about \d+ min and its evaluations \((.*)\)", printed)
@@ -229,6 +236,8 @@ def measure(folder: Path, num_problems: int, num_attempts: int) -> dict[str, Any
     metrics["accuracy_at_passes"] = {
         str(n): value for n, value in zip(BUDGETS, metrics.pop("accuracy_by_budget"), strict=True)
     }
+    by_place = metrics.pop("accuracy_by_place", [])
+    metrics["accuracy_at_place"] = {str(n): value for n, value in enumerate(by_place)}
     metrics |= measure_attempts(
         model, fmt, channel, task, num_problems=num_problems, num_attempts=num_attempts,
         temperature=1.0, **limits,
@@ -237,7 +246,10 @@ def measure(folder: Path, num_problems: int, num_attempts: int) -> dict[str, Any
     size = task.size("train")
     supervised = next(stage for stage in stages.values() if stage.kind == "supervised")
     number = supervised.examples.batch_size
-    examples = [task.example("train", training_index(i, size, config.seed)) for i in range(number)]
+    examples = [
+        task.example("train", training_index(i, size, config.seed, task.project_size))
+        for i in range(number)
+    ]
     cost = training_cost(model, fmt, channel, examples, step=supervised.steps)
     summary = json.loads((folder / "summary.json").read_text())
     return metrics | asdict(cost) | {
@@ -339,7 +351,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     heads = [
         "channel", "accuracy (seeds)", "at 4", "at 8", "at 16", "at 32", "thought passes",
         "passes", "passes in sequence", "ms / example", "kB / example", "training s",
-        "at equal FLOPs", "one", "majority", "best of n", "swap bits", "zero bits",
+        "at equal FLOPs", "one", "majority", "best of n", "swap bits", "zero bits", "by place",
     ]  # fmt: skip
     lines = []
     for task, mine in by_task(rows).items():
@@ -356,6 +368,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
                 *(shown(row[k], 100) for k in
                   ("mean_accuracy", "majority_accuracy", "best_accuracy")),
                 shown(row["message_swap_bits"]), shown(row["message_zero_bits"]),
+                " ".join(shown(v, 100) for v in row.get("accuracy_at_place", {}).values()) or "-",
             ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")

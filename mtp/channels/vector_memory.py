@@ -16,9 +16,14 @@ the memory file would have, and main's own vectors learn to equal them. So it ca
 memory before the two have to agree. Afterwards a segment reads main's own vectors, and the gradient
 passes through them to the segments before. So an example needs one pass for each segment, in
 sequence. `num_vectors=0`: later segments read the prompt alone.
+
+With `decoding.segments.memory_scope=shared` the vectors pass on to the next problem of a project
+too: its first segment reads those that the last closed segment wrote. They are passed on as they
+are, so the progress line `done`, which a text memory drops there, stays in what they encode. An
+example then needs a pass for each segment of its project.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +34,7 @@ from ..common.bounds import bounded
 from ..modeling.segments import split_summary, summary_marks
 from ..rollouts.prompt_format import PromptFormat
 from ..tasks.base import Example, Task
+from ..tasks.projects import projects_of
 from .channel import Channel, WriteOptions, Written
 from .reading import Inputs, Reader, embedded, logits_of
 from .segments import context, memory_ids
@@ -93,20 +99,27 @@ class VectorMemory(Channel):
     ) -> Tensor:
         if step < self.options.text_steps:
             return self.text_loss(model, fmt, examples)
-        segments = [solved_segments(fmt, example) for example in examples]
+        texts = [solved_segments(fmt, example) for example in examples]
         prompts = [fmt.prompt_ids(example.prompt) for example in examples]
+        # (example, its segment) in the order in which vectors pass through them
+        chains = [
+            [(i, number) for i in chain for number in range(len(texts[i]))]
+            for chain in chains_of(fmt, examples)
+        ]
         memories: dict[int, Tensor] = {}
         scores = []
-        for number in range(max(map(len, segments))):
-            chosen = [i for i, one in enumerate(segments) if number < len(one)]
+        for at in range(max(map(len, chains))):
+            chosen = [c for c, chain in enumerate(chains) if at < len(chain)]
+            segments = [chains[c][at] for c in chosen]
             rows = [
-                context(fmt, model, prompts[i], memories.get(i), segments[i][number])
-                for i in chosen
+                context(fmt, model, prompts[i], memories.get(c), texts[i][number])
+                for c, (i, number) in zip(chosen, segments, strict=True)
             ]
-            closed = [number + 1 < len(segments[i]) for i in chosen]
+            closed = [number + 1 < len(texts[i]) for i, number in segments]
             log_probs, written = self.read_segment(model, rows, closed)
             scores += log_probs
-            memories = dict(zip(chosen, written, strict=True))
+            found = zip(chosen, written, closed, strict=True)
+            memories |= {c: memory for c, memory, is_closed in found if is_closed}
         return -torch.cat(scores).mean()
 
     def text_loss(self, model: Any, fmt: PromptFormat, examples: list[Example]) -> Tensor:
@@ -117,15 +130,18 @@ class VectorMemory(Channel):
         """
         rows: list[Inputs] = []
         closed: list[bool] = []
-        for example in examples:
-            prompt, texts = fmt.prompt_ids(example.prompt), solved_segments(fmt, example)
-            closed += [*[True] * (len(texts) - 1), False]
-            for (before, _), text in zip(fmt.example_segments(example), texts, strict=True):
-                file = memory_ids(fmt, example, before)
-                memory = None
-                if file is not None:
-                    memory = embedded(model, file[max(0, len(file) - self.options.num_vectors) :])
-                rows.append(context(fmt, model, prompt, memory, text))
+        for chain in chains_of(fmt, examples):
+            memory: Tensor | None = None
+            for example in (examples[i] for i in chain):
+                prompt, texts = fmt.prompt_ids(example.prompt), solved_segments(fmt, example)
+                contexts = [before for before, _ in fmt.example_segments(example)]
+                closed += [*[True] * (len(texts) - 1), False]
+                for number, (before, text) in enumerate(zip(contexts, texts, strict=True)):
+                    file = memory_ids(fmt, example, before)
+                    if number and file is not None:
+                        first = max(0, len(file) - self.options.num_vectors)
+                        memory = embedded(model, file[first:])
+                    rows.append(context(fmt, model, prompt, memory, text))
         log_probs, written = self.read_segment(model, rows, closed)
         loss = -torch.cat(log_probs).mean()
         pairs = [(written[i], rows[i + 1].message.detach()) for i, one in enumerate(closed) if one]
@@ -166,18 +182,53 @@ class VectorMemory(Channel):
     def write(
         self, model: Any, fmt: PromptFormat, examples: list[Example], options: WriteOptions
     ) -> list[Written]:
+        out: dict[int, Written] = {}
+        chains = chains_of(fmt, examples)
+        memories: list[Tensor | None] = [None] * len(chains)
+        calls = 0
+        for place in range(len(chains[0])):
+            # The rows of a pass have equally many vectors: all of them have a memory, or none.
+            without = [c for c, memory in enumerate(memories) if memory is None]
+            others = [c for c, memory in enumerate(memories) if memory is not None]
+            for chosen in filter(None, (without, others)):
+                numbers = [chains[c][place] for c in chosen]
+                written, after = self.write_problems(
+                    model,
+                    fmt,
+                    [examples[i] for i in numbers],
+                    replace(options, seed=options.seed + calls),
+                    [memories[c] for c in chosen],
+                )
+                calls += 1
+                out |= dict(zip(numbers, written, strict=True))
+                for c, memory in zip(chosen, after, strict=True):
+                    memories[c] = memory
+        return [out[i] for i in range(len(examples))]
+
+    def write_problems(
+        self,
+        model: Any,
+        fmt: PromptFormat,
+        examples: list[Example],
+        options: WriteOptions,
+        begin: list[Tensor | None],
+    ) -> tuple[list[Written], list[Tensor | None]]:
+        """Outputs of problems that do not depend on each other, and the memories after them.
+
+        begin: memory in which each begins; all None, or all [m, D].
+        """
         prompts = [fmt.prompt_ids(example.prompt) for example in examples]
         assert fmt.closer is not None
         closer, (opener, _) = fmt.delimiter_id(fmt.closer), summary_marks(fmt.plan())
         limit = thought_budget(fmt)
         assert limit is not None
         texts: list[list[list[int]]] = [[] for _ in examples]
-        memories: dict[int, Tensor] = {}
+        memories = list(begin)
         running = list(range(len(examples)))
         for number in range(fmt.segments.max_segments):
             is_last = number + 1 == fmt.segments.max_segments
             reader, hidden = self.begin_segment(
-                model, fmt, [prompts[i] for i in running], [memories.get(i) for i in running]
+                model, fmt, [prompts[i] for i in running], [memories[i] for i in running]
             )
             found = continue_text(
                 reader,
@@ -195,26 +246,27 @@ class VectorMemory(Channel):
             queries = torch.cat([embedded(model, [opener]), self.queries])
             read = queries[None].expand(len(found), -1, -1)
             written = self.projection(reader.read(read)[:, 1:])
-            memories |= {
-                i: memory for i, memory, one in zip(running, written, closed, strict=True) if one
-            }
+            for i, memory, one in zip(running, written, closed, strict=True):
+                if one:
+                    memories[i] = memory
             running = [i for i, one in zip(running, closed, strict=True) if one]
         # A delimiter that a budget forces needs no pass, as in text.
         forced = [
             sum(len(ids) > limit and closer not in ids[:limit] for ids in mine) for mine in texts
         ]
-        return [
+        outputs = [
             Written(
                 answer=fmt.answer_text(ids[-1]),
                 # A pass for each id, and one that reads `<summary>` and writes the vectors.
                 passes=sum(map(len, ids)) + len(ids) - 1 - forced[i],
                 thought_passes=sum(len(fmt.thought_of(one)) for one in ids) - forced[i],
                 trace=fmt.thought_text(*ids),
-                vectors=memories.get(i),
+                vectors=memories[i],
                 text=ids[-1],
             )
             for i, ids in enumerate(texts)
         ]
+        return outputs, memories
 
     def begin_segment(
         self,
@@ -240,6 +292,12 @@ class VectorMemory(Channel):
     ) -> Inputs:
         """The last segment, which reads the message as its memory."""
         return context(fmt, model, fmt.prompt_ids(example.prompt), message, output.text)
+
+
+def chains_of(fmt: PromptFormat, examples: list[Example]) -> list[list[int]]:
+    """Numbers of the examples that vectors pass through in turn: single ones, or projects."""
+    size = projects_of(examples) if fmt.segments.is_shared else 1
+    return [list(range(at, at + size)) for at in range(0, len(examples), size)]
 
 
 def solved_segments(fmt: PromptFormat, example: Example) -> list[list[int]]:

@@ -138,8 +138,13 @@ def channel_metrics(
         impl: implementation of `mtp_kernels` ops.
         progress: called with the number of finished parts of the work, and of all.
 
-    Raises ValueError if no block keeps a token of the head.
+    Raises ValueError if no block keeps a token of the head, and where problems share a memory.
     """
+    if fmt.segments.is_shared:
+        raise ValueError(
+            "the channel is measured on single problems, got "
+            "decoding.segments.memory_scope=shared; measure a run whose memory_scope is problem"
+        )
     sampler = Sampler(temperature=temperature)
     examples = list({example.prompt: example for example in examples}.values())
     generator = torch.Generator().manual_seed(seed)

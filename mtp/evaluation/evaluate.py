@@ -25,6 +25,7 @@ from ..rollouts.legibility import (
 from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import DecodingConfig, Rollouts, sample
 from ..tasks.base import Attempt, Example, Split, Task
+from ..tasks.projects import projects_of
 from ..training.sharding import whole
 from .spread import ALONE, Spread
 
@@ -66,7 +67,10 @@ def decode_all(
     impl: str | None = None,
     spread: Spread = ALONE,
 ) -> list[Rollouts]:
-    """Greedy completions of all examples, in batches of at most `batch_size` on each process."""
+    """Greedy completions of all examples, in batches of at most `batch_size` on each process.
+
+    With a shared memory the examples, and each batch, are whole projects.
+    """
     options = DecodeOptions(
         sampler=Sampler(temperature=0),
         max_new_tokens=decoding.max_new_tokens,
@@ -74,7 +78,8 @@ def decode_all(
         compiler=decoding.compiler(),
         any_continues=spread.any_continues,
     )
-    places, own = spread.places(len(examples))
+    size = projects_of(examples) if fmt.segments.is_shared else 1
+    places, own = spread.places(len(examples), size)
     batches = []
     for at in range(0, len(places), batch_size):
         chosen = places[at : at + batch_size]
@@ -134,6 +139,27 @@ def right_answers(
     attempts = [Attempt(e, answer, ids) for e, answer, ids in answers if answer is not None]
     scored = iter(task.scored(attempts))
     return [answer is not None and next(scored).outcome == 1.0 for _, answer, _ in answers]
+
+
+def place_metrics(right: Sequence[bool], examples: Sequence[Example], name: str) -> dict[str, Any]:
+    """`{name}_by_place`: accuracy of the problems at each place of their projects.
+
+    Empty if no problem comes after another. right: one for each example.
+    """
+    places = sorted({example.place for example in examples})
+    found = [
+        [is_right for is_right, example in zip(right, examples, strict=True) if example.place == at]
+        for at in places
+    ]
+    return {f"{name}_by_place": [sum(one) / len(one) for one in found]} if places[1:] else {}
+
+
+def places_of(batches: list[Rollouts], task: Task, fmt: PromptFormat, name: str) -> dict[str, Any]:
+    """`place_metrics` of completions; empty for a task without a verifier."""
+    if not task.has_verifier:
+        return {}
+    examples = [batch.example(row) for batch in batches for row in range(len(batch))]
+    return place_metrics(right_answers(batches, task, fmt.answer_text), examples, name)
 
 
 def fast_accuracy(
@@ -203,7 +229,8 @@ def evaluate(
         num_problems: maximum number of held-out problems.
         batch_size: rows decoded at once.
         use_head: False leaves the metrics of fast and of verified mode null.
-        controls: also answer after an empty and after a wrong thought (another problem's).
+        controls: also answer after an empty and after a wrong thought (another problem's); null
+            where problems share a memory.
         reference: frozen model for `reference_nats_per_token`, by slot too; null without one.
         verified: decode in verified mode too; its metrics are absent otherwise.
         thought_budgets: limits of `accuracy_by_budget`, which is absent without any.
@@ -233,6 +260,7 @@ def evaluate(
         "fast_passes": None,
         "fast_tokens_per_pass": None,
         "thought_tokens_per_pass": None,
+        **places_of(slow, task, fmt, "slow_accuracy"),
     }
     if use_head:
         decoded["fast"] = shown = fast = completions("fast")
@@ -241,6 +269,7 @@ def evaluate(
             "fast_passes": passes(fast),
             "fast_tokens_per_pass": tokens_per_pass(fast),
             "thought_tokens_per_pass": thought_tokens_per_pass(fast, fmt),
+            **places_of(fast, task, fmt, "fast_accuracy"),
         }
         if thought_budgets and task.has_verifier:
             metrics |= budget_metrics(fast, task, fmt, thought_budgets)
@@ -259,7 +288,9 @@ def evaluate(
                 ),
             }
     metrics |= {"empty_thought_accuracy": None, "wrong_thought_accuracy": None}
-    if controls and task.has_verifier and fmt.closer is not None:
+    # A thought that is given writes no memory, so later problems of a project would lack theirs.
+    has_controls = controls and task.has_verifier and not fmt.segments.is_shared
+    if has_controls and fmt.closer is not None:
         empty = [fmt.thought_ids("") for _ in examples]
         given = completions("slow", empty)
         metrics["empty_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text)

@@ -68,6 +68,11 @@ def evaluate_search(
         )
     if scorer not in SCORERS:
         raise ValueError(f"scorer must be one of {list(SCORERS)}, got {scorer!r}")
+    if fmt.segments.is_shared:
+        raise ValueError(
+            "a search writes one segment, so no problem passes a memory to the next, got "
+            "decoding.segments.memory_scope=shared; evaluate without --search"
+        )
     examples = held_out(task, num_problems)
     rows = {"best_of_n": config.n, "beam": config.n * config.expand, "mcts": config.expand}
     step = max(1, batch_size // rows.get(config.method, 1))

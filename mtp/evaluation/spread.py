@@ -15,7 +15,8 @@ class Spread:
     """Consecutive problems on each process, and their results on all.
 
     Example, 5 problems on 2 processes: 0 1 2 and 3 4. The second decodes problem 4 twice and drops
-    the copy, so that all processes decode equally many batches of equally many rows.
+    the copy, so that all processes decode equally many batches of equally many rows. Problems that
+    share a memory are kept together: projects are divided so.
     """
 
     def __init__(
@@ -36,12 +37,18 @@ class Spread:
         """Number of this process."""
         return 0 if self.fabric is None else self.fabric.global_rank
 
-    def places(self, number: int) -> tuple[list[int], int]:
-        """Problems that this process decodes, and how many of them are no copies."""
-        share = -(-number // self.world_size)
-        begin = min(self.rank * share, number)
-        own = min(share, number - begin)
-        return [min(begin + i, number - 1) for i in range(share)], own
+    def places(self, number: int, project_size: int = 1) -> tuple[list[int], int]:
+        """Problems that this process decodes, and how many of them are no copies.
+
+        project_size: number of problems that follow each other, a divisor of `number`.
+        """
+        projects = number // project_size
+        share = -(-projects // self.world_size)
+        begin = min(self.rank * share, projects)
+        own = min(share, projects - begin)
+        mine = [min(begin + i, projects - 1) for i in range(share)]
+        places = [project * project_size + i for project in mine for i in range(project_size)]
+        return places, own * project_size
 
     def all_of(self, mine: list[T]) -> list[T]:
         """The items of all processes, in the order of the processes."""

@@ -362,7 +362,7 @@ def generation_config(fmt: PromptFormat, phases: dict[str, Phase]) -> Generation
     eos = fmt.eos_ids if len(fmt.eos_ids) > 1 else fmt.eos_id
     out: Any = GenerationConfig(eos_token_id=eos, pad_token_id=fmt.pad_id)
     out.mtp_phases = phases_to_json(phases, fmt.delimiter_id)
-    out.mtp_segments = asdict(fmt.segments)
+    out.mtp_segments = fmt.segments.saved()
     return out
 
 

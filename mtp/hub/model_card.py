@@ -240,7 +240,9 @@ def _segments(fmt: PromptFormat) -> list[str]:
     return [
         f"It was trained to think in up to {settings.max_segments} segments: a summary edits a "
         f"memory file of at most {settings.memory_tokens} tokens, and thinking continues with the "
-        f"prompt, that file and the last {settings.recent_tokens} tokens of the thought.",
+        f"prompt, that file and the last {settings.recent_tokens} tokens of the thought."
+        + " Problems of a project share the file: `memories=[memory.passed_on()]` gives the next "
+        "one the last `memory` of the one before." * settings.is_shared,
         "```python\nsegments = model.generate_segments(**given, tokenizer=tokenizer)\n"
         "print(tokenizer.decode(segments.out.completion(-1)))  # the last, with the answer\n"
         "print(segments.memories[-1].text)\n```",
@@ -251,18 +253,18 @@ def sample_prompt(model: Any, fmt: PromptFormat, config: Any) -> tuple[str, list
     """A held-out prompt for the card, and the modes that answer it wrong.
 
     It is the first of a few prompts that every mode answers right, else the first that most do.
-    Prompts that need earlier messages are left out, since the card shows one message.
+    Prompts that need earlier messages or problems are left out, since the card shows one message.
     """
     try:
         task = config.task.build()
-        examples = held_out(task, NUM_TRIED)
+        examples = held_out(task, NUM_TRIED * task.project_size)
     except (
         ImportError,
         OSError,
         ValueError,
     ):  # its data may be missing on the machine of the export
         return "Hello", []
-    examples = [example for example in examples if not example.has_context]
+    examples = [e for e in examples if not (e.has_context or e.place)]
     if not examples:
         return "Hello", []
     wrong: list[list[str]] = [[] for _ in examples]

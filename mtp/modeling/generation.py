@@ -323,6 +323,7 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
         generator: torch.Generator | None = None,
         on_block: Callable[[Block], None] | None = None,
         on_segment: Callable[[int, list[int], Memory], None] | None = None,
+        memories: Sequence[Memory] | None = None,
         memory_file: str | None = None,
         **kwargs: Any,
     ) -> Segments:
@@ -342,6 +343,8 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
             generator: source of randomness for sampling.
             on_block: called after each pass.
             on_segment: called with a trajectory's number, its next context and its memory.
+            memories: memory in which each trajectory begins, such as `Memory.passed_on` of an
+                earlier problem; None: empty ones.
             memory_file: path of a memory file that all trajectories, and other processes, share;
                 None: each trajectory has a memory of its own.
             kwargs: as in `generate`, without a streamer and without options that count from the
@@ -372,6 +375,12 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
                 "max_segments must be above 1 with memory_file, got 1: one segment writes no "
                 "summary; raise it or leave out memory_file"
             )
+        if memories is not None and (memory_file is not None or settings.max_segments == 1):
+            raise ValueError(
+                "memories must be given without memory_file and with max_segments above 1, got "
+                f"memory_file={memory_file!r} and max_segments={settings.max_segments}; leave one "
+                "out"
+            )
         return decode_segments(
             self,  # type: ignore[arg-type]
             request.prompts,
@@ -383,6 +392,7 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
             on_block=on_block,
             on_segment=on_segment,
             num_return_sequences=request.num_return_sequences,
+            memories=memories,
             memory_file=None if memory_file is None else MemoryFile(memory_file),
         )
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 DONE = "done"
-"""The key under which solved examples note the last step of a thought."""
+"""The key under which solved examples note the last step of a thought. Its line is dropped where
+a memory passes to the next problem of a project."""
 ALPHABET = f"write delete {DONE}:\n"
 """Characters of commands and of the file, in addition to those of keys and texts."""
 
@@ -34,6 +35,14 @@ class Memory:
     def text(self) -> str:
         """Text of the file: `KEY: text` line by line."""
         return "\n".join(f"{key}: {text}" for key, text in self.entries.items())
+
+    def passed_on(self) -> "Memory":
+        """The memory in which the next problem of a project begins.
+
+        The line of DONE is progress within one problem, so the next one does not read it. Counts
+        begin at 0.
+        """
+        return Memory({key: text for key, text in self.entries.items() if key != DONE})
 
     @classmethod
     def read(cls, text: str) -> "Memory":

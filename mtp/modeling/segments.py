@@ -11,12 +11,13 @@ other tokens are dropped, so a context is bounded however long the thought is. A
 `max_tokens` closes a thought, or a summary, that is too long. In the last segment budgets lead to
 the answer and no token closes the segment.
 
-With a `memory_file`, all trajectories read and edit one file on disk (`memory_file.py`). It may
-have been written before; then the first context holds it too.
+A trajectory may begin with a memory: that of an earlier problem (`memories`), or that of a
+`memory_file` on disk, which all trajectories read and edit (`memory_file.py`). Then the first
+context holds it too, as a later one does.
 
-Without such a file, a segment's context is a function of the tokens of the segments before it.
-Hence the log-probability of a trajectory is the sum over its segments', and replay reads each
-segment as a separate text.
+Without such a file, a segment's context is a function of the initial memory and of the tokens of
+the segments before it. Hence the log-probability of a trajectory is the sum over its segments',
+and replay reads each segment as a separate text.
 
 Ships with checkpoints: imports torch and siblings only.
 
@@ -24,7 +25,7 @@ Shapes: B trajectories, S segments of all of them, L tokens of a segment, T prom
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +50,22 @@ class SegmentSettings:
     """Number of last tokens of the thought that the next segment's context keeps."""
     memory_tokens: int = field(default=64, metadata={"at_least": 0})
     """Maximum number of tokens of the memory file; a write beyond them is ignored."""
+    memory_scope: str = "problem"
+    """Problems that share a memory. `problem`: none, each begins with an empty one. `shared`: those
+    of a project, solved in order, in rollouts, evaluations and solved text: each begins with the
+    memory that the one before left, without its progress line `done`."""
+
+    @property
+    def is_shared(self) -> bool:
+        """True if the problems of a project share a memory."""
+        return self.memory_scope == "shared"
+
+    def saved(self) -> dict[str, Any]:
+        """The settings as a checkpoint keeps them; the usual scope is left out."""
+        found = asdict(self)
+        if not self.is_shared:
+            del found["memory_scope"]
+        return found
 
 
 def check_segments(
@@ -64,6 +81,15 @@ def check_segments(
     for name in ("recent_tokens", "memory_tokens"):
         if getattr(settings, name) < 0:
             raise ValueError(f"{key}.{name} must be 0 or above, got {getattr(settings, name)}")
+    if settings.memory_scope not in ("problem", "shared"):
+        raise ValueError(
+            f"{key}.memory_scope must be problem or shared, got {settings.memory_scope!r}"
+        )
+    if settings.is_shared and settings.max_segments == 1:
+        raise ValueError(
+            f"{key}.max_segments must be above 1 with {key}.memory_scope=shared, got 1: one "
+            f"segment writes no summary; raise it or set {key}.memory_scope=problem"
+        )
     if settings.max_segments == 1:
         return
     names = list(phases)
@@ -113,6 +139,7 @@ def decode_segments(
     on_block: Callable[[Block], None] | None = None,
     on_segment: Callable[[int, list[int], Memory], None] | None = None,
     num_return_sequences: int = 1,
+    memories: Sequence[Memory] | None = None,
     memory_file: MemoryFile | None = None,
 ) -> Segments:
     """Run the pass loop segment after segment until every trajectory has ended.
@@ -131,6 +158,7 @@ def decode_segments(
             `settings.max_segments` is 1.
         on_block: called after each pass; `Block.rows` are numbers of trajectories.
         on_segment: called with a trajectory's number, its next context and memory.
+        memories: memory in which each trajectory begins; None: empty ones, or the file's.
         memory_file: file that all trajectories share; None: each has a memory of its own.
 
     The record is on the device of `prompts`. Raises ValueError for plans that the model cannot
@@ -138,12 +166,19 @@ def decode_segments(
     """
     plans = [plan] * len(prompts) if isinstance(plan, PhasePlan) else list(plan)
     copies, device = num_return_sequences, prompts.device
+    total = len(prompts) * copies
+    if memories is None:
+        memories = [Memory() if memory_file is None else memory_file.read()] * total
+    if len(memories) != total:
+        raise ValueError(
+            f"memories must be one for each of the {total} trajectories, got {len(memories)}"
+        )
+    rows = [row[:n] for row, n in zip(prompts.tolist(), prompt_lengths.tolist(), strict=True)]
     trajectories = [
-        Trajectory(row[:length], plan, settings, tokenizer, memory_file)
-        for row, length, plan in zip(prompts.tolist(), prompt_lengths.tolist(), plans, strict=True)
-        for _ in range(copies)
+        Trajectory(rows[i // copies], plans[i // copies], settings, tokenizer, memory, memory_file)
+        for i, memory in enumerate(memories)
     ]
-    if memory_file is not None:
+    if any(memory.entries for memory in memories):
         prompts, prompt_lengths = (
             x.to(device) for x in pad([t.context for t in trajectories], options.pad_id)
         )
@@ -213,11 +248,12 @@ class Trajectory:
         plan: PhasePlan,
         settings: SegmentSettings,
         tokenizer: Any,
+        memory: Memory,
         memory_file: MemoryFile | None = None,
     ):
+        """memory: that in which it begins. memory_file: file that its summaries edit, or None."""
         self.prompt, self.plan, self.settings, self.tokenizer = prompt, plan, settings, tokenizer
-        self.memory_file = memory_file
-        self.memory = Memory() if memory_file is None else memory_file.read()
+        self.memory_file, self.memory = memory_file, memory
         self.recent: list[int] = []
         self.context = prompt if not self.memory.entries else self._context()
         """Token ids that the next segment continues."""

@@ -154,6 +154,20 @@ for _metric in (
         "`evaluation.thought_budgets` count as wrong",
         shown_in=("run", "comparison"),
     ),
+    Metric(
+        "slow_accuracy_by_place",
+        "slow by place",
+        **SHARE,
+        meaning="slow accuracy of the first problem of a project, the second, and further ones",
+        shown_in=("run", "comparison"),
+    ),
+    Metric(
+        "fast_accuracy_by_place",
+        "fast by place",
+        **SHARE,
+        meaning="fast accuracy of the first problem of a project, the second, and further ones",
+        shown_in=("run", "comparison"),
+    ),
     Metric("fast_tokens_per_pass", "tokens/pass", "tokens/pass", better="higher", shown_in=IN_RUNS),
     Metric(
         "thought_tokens_per_pass",

@@ -8,6 +8,7 @@ Special tokens around a prompt are those of the chat template, or without one th
 tokenizer puts before a text (BOS).
 """
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,7 +19,7 @@ from jinja2 import TemplateError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..modeling.memory import ALPHABET, DONE
+from ..modeling.memory import ALPHABET, DONE, Memory
 from ..modeling.phases import Phase, PhasePlan, make_plan
 from ..modeling.segments import SegmentSettings, Trajectory, check_segments, summary_marks
 from ..tasks.base import Example, Message
@@ -339,7 +340,7 @@ class PromptFormat:
             self.check_prompt(message["content"], f"the prompt of {where}")
         if example.has_context:
             self._check_conversation(example, where)
-        texts = {"answer": example.answer}
+        texts = {"answer": example.answer, "memory": example.memory, "note": example.note}
         if example.thought is not None and self.closer is not None:
             texts["thought"] = self.bare_thought(example.thought)
         for name, text in texts.items():
@@ -450,28 +451,46 @@ class PromptFormat:
         whole steps as fit. Steps end at `;` or a line's end, and each summary records the last step
         as `write done STEP`. The last allowed segment holds the rest.
 
-        Raises ValueError naming the key if a summary is longer than its budget.
+        With a shared memory the first context has that of `Example.memory`, and the first summary
+        writes `Example.note` too. An example with a note has at least one summary.
+
+        Raises ValueError naming the key if a summary is longer than its budget, or the memory.
         """
         prompt, completion = self.example_ids(example)
         names, limit = list(self.phases), self.segments.max_segments
+        is_shared = self.segments.is_shared
+        note = example.note if is_shared else ""
         budget = self.phases[names[0]].max_tokens
-        if limit == 1 or budget is None or example.thought is None:
+        if limit == 1:
             return [(prompt, completion)]
         plan = self.plan()
         opener, closer = summary_marks(plan)
-        told = Trajectory(prompt, plan, self.segments, self.tokenizer)
+        memory = Memory.read(example.memory) if is_shared else Memory()
+        told = Trajectory(prompt, plan, self.segments, self.tokenizer, memory)
+        if (budget is None or example.thought is None) and not note:
+            return [(told.context, completion)]
+        budget = budget or math.inf
         samples: list[tuple[list[int], list[int]]] = []
-        steps = re.findall(r"[^;\n]*[;\n]?", example.thought)
+        steps = re.findall(r"[^;\n]*[;\n]?", example.thought or "")
         rest = [self._encode(step) for step in steps if step]
-        while len(samples) + 1 < limit and sum(map(len, rest)) > budget:
+        while len(samples) + 1 < limit and (note or sum(map(len, rest)) > budget):
             number = max(1, sum(total <= budget for total in accumulate(map(len, rest))))
             said, rest = rest[:number], rest[number:]
-            note = f"write {DONE} " + str(self.tokenizer.decode(said[-1])).rstrip(";\n")
-            summary = self._encode(note)
+            lines = [note] if note else []
+            if said:
+                done = str(self.tokenizer.decode(said[-1])).rstrip(";\n")
+                lines.append(f"write {DONE} {done}")
+            summary, note = self._encode("\n".join(lines)), ""
             self._check_summary(summary, plan)
             thought = [token for step in said for token in step]
             samples.append((told.context, [*thought, opener, *summary, closer]))
             told.add(samples[-1][1], closed=True)
+            if is_shared and told.memory.num_ignored:
+                raise ValueError(
+                    "decoding.segments.memory_tokens must be large enough for what solved examples "
+                    f"write, {self.tokenizer.decode(summary)!r} after {example.memory!r}, got "
+                    f"{self.segments.memory_tokens}; raise it"
+                )
         thought = [token for step in rest for token in step]
         answer = completion[len(self.thought_ids(example.thought)) :]
         last = [*thought, *self.thought_ids(""), *answer]
@@ -484,7 +503,7 @@ class PromptFormat:
         if limit is not None and len(summary) > limit:
             raise ValueError(
                 f"decoding.phases.{list(self.phases)[phase]}.max_tokens must be at least "
-                f"{len(summary)} for solved examples, got {limit}: they note a step as "
+                f"{len(summary)} for solved examples, got {limit}: they write "
                 f"{self.tokenizer.decode(summary)!r}"
             )
 

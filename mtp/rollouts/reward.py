@@ -1,5 +1,6 @@
 """Rewards: pure functions from rollouts to the raw outcome and named shaping terms."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.bounds import bounded
-from ..tasks.base import Attempt, Scored, Task
+from ..tasks.base import Attempt, Example, Scored, Task
 from .legibility import mean_nats_of_rollouts, thought_passes
 from .prompt_format import PromptFormat
 from .rollout import Rollouts
@@ -49,11 +50,34 @@ class Rewards:
     outcomes: Tensor
     """[P, G] 1.0 if the final answer is right and within `thought_budget`, else 0.0."""
     total: Tensor
-    """[P, G] outcome plus shaping terms, the input of advantages."""
+    """[P, G] outcome plus shaping terms, the input of advantages. With a shared memory it is the
+    `reward_to_go` of that sum."""
     terms: dict[str, Tensor]
     """[P, G] each shaping term."""
     scored: list[Scored | None] = field(default_factory=list)
     """[P * G] what the reward functions returned and logged; None without a final answer."""
+
+
+def reward_to_go(values: Tensor, examples: Sequence[Example]) -> Tensor:
+    """[P, G] -> [P, G]: mean of a problem's value and those of the later ones of its project, with
+    the same trajectory number.
+
+    So a memory is credited with what later problems make of it. Example, one project of three
+    problems, one trajectory: 1, 0, 1 -> 2/3, 1/2, 1. The examples are whole projects, in order.
+    """
+    out = torch.empty_like(values)
+    total, number = torch.zeros_like(values[:1]), 0
+    for i in reversed(range(len(examples))):
+        total, number = total + values[i], number + 1
+        out[i] = total[0] / number
+        if examples[i].place == 0:
+            total, number = torch.zeros_like(total), 0
+    return out
+
+
+def credited(values: Tensor, rollouts: Rollouts, fmt: PromptFormat) -> Tensor:
+    """[P, G] values as advantages read them: `reward_to_go` where problems share a memory."""
+    return reward_to_go(values, rollouts.examples) if fmt.segments.is_shared else values
 
 
 def score(
@@ -107,4 +131,4 @@ def score(
     outcome = torch.tensor(outcomes).view(shape)
     terms = {name: values.view(shape) for name, values in terms.items()}
     total = outcome + sum(terms.values(), torch.zeros_like(outcome))
-    return Rewards(outcome, total, terms, scored)
+    return Rewards(outcome, credited(total, rollouts, fmt), terms, scored)

@@ -16,6 +16,7 @@ from ..modeling.records import Decoded, pad
 from ..modeling.sampler import Sampler
 from ..modeling.segments import SegmentSettings, check_segments, decode_segments
 from ..tasks.base import Example
+from ..tasks.projects import projects_of
 from .prompt_format import PromptFormat
 
 
@@ -193,6 +194,21 @@ class Rollouts:
         return torch.zeros(len(self)).index_add(0, owners, values.float())
 
 
+def join_rollouts(parts: list[Rollouts]) -> Rollouts:
+    """Rollouts of several rounds as one."""
+    if len(parts) == 1:
+        return parts[0]
+    begins = [sum(map(len, parts[:number])) for number in range(len(parts))]
+    return Rollouts(
+        [example for part in parts for example in part.examples],
+        parts[0].group_size,
+        [prompt for part in parts for prompt in part.prompts],
+        Decoded.join([part.out for part in parts], pad_id=0),
+        [begin + i for begin, part in zip(begins, parts, strict=True) for i in part.owners],
+        [memory for part in parts for memory in part.memories],
+    )
+
+
 @contextmanager
 def keep_casts(model: DecodableModel) -> Iterator[None]:
     """Context in which autocast casts a frozen weight once, instead of in every pass.
@@ -224,7 +240,53 @@ def sample(
 
     `prefixes`, one per example, follow the prompts, as text that the model has written. Rows are
     padded with the id of `fmt`, whatever `options.pad_id` is.
+
+    With a shared memory `examples` are whole projects. Round r completes the r-th problem of each;
+    trajectory g of it begins with the memory of trajectory g of the problem before.
+
+    Raises ValueError for examples that are not whole projects there, and for prefixes.
     """
+    if not fmt.segments.is_shared:
+        return _sample(model, fmt, examples, plan, options, group_size, prefixes=prefixes)
+    if prefixes is not None:
+        raise ValueError(
+            "a thought that is given writes no memory for the next problem; measure it with "
+            "decoding.segments.memory_scope=problem"
+        )
+    size = projects_of(examples)
+    parts, order = [], []
+    memories = None
+    for place in range(size):
+        chosen = list(range(place, len(examples), size))
+        rows = [i * group_size + row for i in chosen for row in range(group_size)]
+        seeds = None if options.seeds is None else options.seeds[rows]
+        part = _sample(
+            model,
+            fmt,
+            [examples[i] for i in chosen],
+            plan,
+            replace(options, seeds=seeds),
+            group_size,
+            memories=memories,
+        )
+        memories = [part.memories[segment].passed_on() for segment in part.last]
+        parts.append(part)
+        order += chosen
+    return join_rollouts(parts).of_examples([order.index(i) for i in range(len(examples))])
+
+
+def _sample(
+    model: DecodableModel,
+    fmt: PromptFormat,
+    examples: list[Example],
+    plan: PhasePlan,
+    options: DecodeOptions,
+    group_size: int,
+    *,
+    prefixes: list[list[int]] | None = None,
+    memories: list[Memory] | None = None,
+) -> Rollouts:
+    """`sample` of problems that do not depend on each other; memories: as in `decode_segments`."""
     prompts = [fmt.question_ids(example) for example in examples]
     if prefixes is not None:
         prompts = [p + prefix for p, prefix in zip(prompts, prefixes, strict=True)]
@@ -242,6 +304,7 @@ def sample(
             fmt.segments,
             fmt.tokenizer,
             num_return_sequences=group_size,
+            memories=memories,
         )
     model.train(training)
     if device.type == "cpu":

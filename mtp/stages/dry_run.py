@@ -23,7 +23,8 @@ def dry_config(config: RunConfig) -> RunConfig:
     config.logger.log_every = 1
     for stage in config.active_stages().values():
         stage.steps = min(DRY_STEPS, stage.steps)
-    config.evaluation.num_problems = min(8, config.evaluation.num_problems)
+    projects = getattr(config.task, "project_size", 1)
+    config.evaluation.num_problems = min(8 * projects, config.evaluation.num_problems)
     config.overwrite, config.resume = True, False
     return config
 

@@ -43,6 +43,17 @@ class Example:
     messages: tuple[Message, ...] = ()
     """The whole prompt as messages, the last of which is the user's `prompt`; empty for a prompt
     that was given as text."""
+    project: str = ""
+    """Name of the project that the problem belongs to, unique in a split; empty: none."""
+    place: int = 0
+    """Number of the problem in its project, from 0. A later problem may need what an earlier one
+    showed, see `decoding.segments.memory_scope`."""
+    memory: str = ""
+    """Text of the memory file in which the *solved* problem begins, as the solved problems before
+    it leave it. Rollouts begin with what was really written."""
+    note: str = ""
+    """Commands that the first summary of the solved problem writes besides its progress: what the
+    project should remember."""
 
     @property
     def conversation(self) -> list[Message]:
@@ -172,6 +183,9 @@ class Task(ABC):
     neighbours may be alike."""
     is_listed: bool = False
     """True if all examples are in memory: they are checked, and counted, before a run begins."""
+    project_size: int = 1
+    """Number of problems per project. Those with indices n * project_size and above are the places
+    0, 1, ... of project n. 1: there are no projects."""
 
     run_state: Callable[[], RunState] = RunState
     """Returns the run's position."""
@@ -310,10 +324,15 @@ def not_utf8(key: str, where: str, encoding: str) -> ValueError:
 
 
 def fingerprint(example: Example) -> str:
-    """A hash of the question with its context, used to check that splits are disjoint."""
+    """A hash of the question with its context, used to check that splits are disjoint.
+
+    The context of a later problem of a project is what the project should remember.
+    """
     question = example.prompt
     if example.has_context:
         question = json.dumps([[m["role"], m["content"]] for m in example.messages])
+    if example.memory:
+        question = json.dumps([question, example.memory])
     return hashlib.sha256(question.encode()).hexdigest()[:16]
 
 
@@ -351,13 +370,15 @@ def _epoch_order(size: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def training_index(position: int, size: int | None, seed: int) -> int:
+def training_index(position: int, size: int | None, seed: int, project_size: int = 1) -> int:
     """Index of the `position`-th training example of a run.
 
-    Counted up if the number of examples is unlimited, else a new order every epoch. A position is
-    the whole state of the data, so a run resumes exactly.
+    Counted up if the number of examples is unlimited, else a new order every epoch, in which the
+    problems of a project follow each other. A position is the whole state of the data, so a run
+    resumes exactly.
     """
     if size is None:
         return position
     epoch, offset = divmod(position, size)
-    return _epoch_order(size, seed, epoch)[offset]
+    project, place = divmod(offset, project_size)
+    return _epoch_order(size // project_size, seed, epoch)[project] * project_size + place

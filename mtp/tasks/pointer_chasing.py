@@ -11,22 +11,30 @@ the problem in communication complexity (Papadimitriou & Sipser 1984, Nisan & Wi
 hops left are not written then: they matter where a thought has several segments, which do not read
 each other.
 
+With `project_size: 4` four problems in a row are a project and share one table. The first prompt
+shows it, the later ones show the node alone: `?b3=`. So a later problem needs a memory that has the
+table (`decoding.segments.memory_scope`); without one all nodes but the first are equally likely.
+The first summary of a solved example notes it: `write table caeb...`.
+
 A table is one random cycle through all nodes, so a hop never stays at its node and all last nodes
-are equally likely. The hash of a prompt decides its split, so the splits are disjoint by
-construction.
+are equally likely. The hash of a prompt decides its split, or the hash of its table in a project,
+so the splits are disjoint by construction.
 """
 
 import hashlib
 import math
 import random
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ..common.bounds import bounded
 from .base import Example, Split, Step, Task, TaskConfig, steps_between
 
 SHARED = "shared"
 """Column of the table that another model reads."""
+TABLE = "table"
+"""Column of a project's table, and the key under which a memory has it."""
 _TEST_SHARE = 16
 """One prompt in this many is a test prompt."""
 
@@ -41,6 +49,8 @@ class PointerChasingConfig(TaskConfig):
     """Number of hops from the first node to the answer."""
     split: bool = False
     """Two tables, read in turn, of which the prompt has the first only."""
+    project_size: int = bounded(1, at_least=1, at_most=1000)
+    """Number of problems that share a table, which only the first of them shows."""
     num_train: int = bounded(0, at_least=0)
     """Number of training problems, which repeat every epoch; 0: no limit."""
     seed: int = bounded(0, at_least=0, at_most=2**63 - 1)
@@ -52,11 +62,36 @@ class PointerChasingConfig(TaskConfig):
                 f"task.hops must be at least 2 with task.split=true, got {self.hops}; one hop "
                 "reads the prompt's table only"
             )
+        if self.project_size > 1:
+            self._check_projects()
         if math.factorial(self.num_nodes) < 64 * _TEST_SHARE:
             raise ValueError(
                 f"task.num_nodes={self.num_nodes} leaves too few prompts to split; raise it to 7"
             )
         return PointerChasing(self)
+
+    def _check_projects(self) -> None:
+        """Raises ValueError for settings of problems that do not fit projects."""
+        if self.split:
+            raise ValueError(
+                f"task.project_size must be 1 with task.split=true, got {self.project_size}: "
+                "another model reads the second table of each problem; set one of the two"
+            )
+        if self.num_train % self.project_size:
+            raise ValueError(
+                f"task.num_train must be a multiple of task.project_size={self.project_size}, got "
+                f"{self.num_train}"
+            )
+        if math.factorial(self.num_nodes - 1) < 64 * _TEST_SHARE:
+            raise ValueError(
+                f"task.num_nodes={self.num_nodes} leaves too few tables to split; raise it to 8"
+            )
+
+
+def _is_in(split: Split, text: str) -> bool:
+    """True if the hash of a text puts it into the split."""
+    bucket = hashlib.sha256(text.encode()).digest()[0] % _TEST_SHARE
+    return (bucket == 0) == (split == "test")
 
 
 class PointerChasing(Task):
@@ -65,7 +100,7 @@ class PointerChasing(Task):
     name = "pointer_chasing"
 
     def __init__(self, config: PointerChasingConfig):
-        self.config = config
+        self.config, self.project_size = config, config.project_size
         self.nodes = string.ascii_lowercase[: config.num_nodes]
         self.alphabet = self.nodes + string.digits + ";?="
         """Characters of prompts, thoughts and answers."""
@@ -74,16 +109,33 @@ class PointerChasing(Task):
         return self.config.num_train or None if split == "train" else None
 
     def example(self, split: Split, index: int) -> Example:
+        if self.project_size > 1:
+            return self._of_project(split, *divmod(index, self.project_size))
         rng = random.Random(f"{self.config.seed}/{split}/{index}")
         while True:
-            example = self._sample(rng)
-            bucket = hashlib.sha256(example.prompt.encode()).digest()[0] % _TEST_SHARE
-            if (bucket == 0) == (split == "test"):
+            tables = [self._table(rng) for _ in range(1 + self.config.split)]
+            example = self._solved(tables, rng.choice(self.nodes))
+            if _is_in(split, example.prompt):
                 return example
 
-    def _sample(self, rng: random.Random) -> Example:
-        tables = [self._table(rng) for _ in range(1 + self.config.split)]
-        first = node = rng.choice(self.nodes)
+    def _of_project(self, split: Split, number: int, place: int) -> Example:
+        """A problem of a project, whose table all of them share."""
+        name = f"{split}/{number}"
+        rng = random.Random(f"{self.config.seed}/{name}")
+        table = self._table(rng)
+        while not _is_in(split, table):
+            table = self._table(rng)
+        start = [rng.choice(self.nodes) for _ in range(place + 1)][-1]
+        example = self._solved([table], start)
+        project: dict[str, Any] = {"project": name, "place": place, "columns": {TABLE: table}}
+        if place == 0:
+            return replace(example, note=f"write {TABLE} {table}", **project)
+        prompt = example.prompt.removeprefix(table)
+        return replace(example, prompt=prompt, memory=f"{TABLE}: {table}", **project)
+
+    def _solved(self, tables: list[str], first: str) -> Example:
+        """The problem from a node, and its solution."""
+        node = first
         steps = []
         for hop in range(self.config.hops):
             node, before = tables[hop % len(tables)][self.nodes.index(node)], node
@@ -105,6 +157,7 @@ class PointerChasing(Task):
     def steps(self, example: Example, thought: str) -> list[Step]:
         """The steps; one is true if it continues the step before it along the tables."""
         table, _, start = example.prompt.removesuffix("=").partition("?")
+        table = example.columns.get(TABLE, table)
         tables = [table, example.columns.get(SHARED, table)]
         solved = (example.thought or "").split(";")
         befores = iter(enumerate([start[:1], *thought.split(";")]))

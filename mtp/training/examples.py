@@ -54,7 +54,7 @@ class FittedTask(Task):
         """
         self.task, self.fmt = task, fmt
         self.name, self.right_at, self.has_verifier = task.name, task.right_at, task.has_verifier
-        self.is_listed = task.is_listed
+        self.is_listed, self.project_size = task.is_listed, task.project_size
         self.test_sets, self.interim_set = task.test_sets, task.interim_set
         self.prompt_limit, self.text_limit = prompt_limit, text_limit
         self._kept: dict[Split, list[Example]] = {}
@@ -149,13 +149,21 @@ class FittedTask(Task):
     def _fitting(self, split: Split, index: int) -> Example | None:
         """One of the task's own examples, checked; None if it is too long."""
         example = self.task.example(split, index)
-        if self._prompt_is_too_long(example):
-            return None
         where = example.where or f"{split} problem {index} of task {self.name}"
+        if self._prompt_is_too_long(example):
+            return self._too_long(where, split)
         example = self.fmt.checked(example, where)
         self._check_answer(example, where)
-        is_solved = split == "train" and self.text_limit is not None
-        return None if is_solved and self._text_is_too_long(example) else example
+        if split == "train" and self.text_limit is not None and self._text_is_too_long(example):
+            return self._too_long(where, split)
+        return example
+
+    def _too_long(self, where: str, split: Split) -> None:
+        """Raises ValueError for a problem of a project, which would not be whole without it."""
+        if self.project_size > 1:
+            raise ValueError(
+                f"{where} is too long ({self._limits(split)}), and its project needs it; {_REMEDY}"
+            )
 
     def _prompt_is_too_long(self, example: Example) -> bool:
         limit = self.prompt_limit
@@ -168,8 +176,11 @@ class FittedTask(Task):
         assert self.text_limit is not None
         solution = (example.thought or "") + example.answer
         longer = self.fmt.is_longer(example, self.text_limit, solution)
-        if longer is False or (longer and self.fmt.segments.max_segments == 1):
-            return longer
+        # The context of a shared memory is not part of the prompt.
+        if longer is False and not self.fmt.segments.is_shared:
+            return False
+        if longer and self.fmt.segments.max_segments == 1:
+            return True
         segments = self.fmt.example_segments(example)
         return max(len(p) + len(c) for p, c in segments) > self.text_limit
 

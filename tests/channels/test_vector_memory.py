@@ -64,23 +64,29 @@ def memory_after(channel, model, vectors):
     return written @ channel.projection.weight.T + channel.projection.bias
 
 
-def by_hand(channel, model, fmt, example, texts):
+def by_hand(channel, model, fmt, example, texts, memory=None):
     """Sum of log p of the ids of each segment; the vectors pass from one to the next."""
-    memory, total = None, 0.0
+    return chained(channel, model, fmt, example, texts, memory)[0]
+
+
+def chained(channel, model, fmt, example, texts, memory):
+    """That sum, and the memory that the last segment reads."""
+    total, read = 0.0, memory
     for ids in texts:
+        read = memory
         before = context(model, fmt, example, memory)
         inputs = torch.cat([before, model.get_input_embeddings()(torch.tensor(ids))])
         log_p = model.lm_head(hidden_after(model, inputs)).log_softmax(-1)
         total = total + sum(log_p[len(before) + t - 1, token] for t, token in enumerate(ids))
         memory = memory_after(channel, model, inputs)
-    return total
+    return total, read
 
 
-def decode_by_hand(channel, model, fmt, example, limit=14):
+def decode_by_hand(channel, model, fmt, example, limit=14, memory=None):
     """Greedy ids of each segment, the memory that the last one reads, and the passes."""
     opener, closer = fmt.delimiter_id("<summary>"), fmt.delimiter_id("</think>")
     embed = model.get_input_embeddings()
-    texts, memory, passes = [], None, -1
+    texts, passes = [], -1
     for number in range(4):
         passes += 1  # that of the vectors, after the first segment
         inputs, ids = context(model, fmt, example, memory), []
@@ -259,3 +265,90 @@ def test_settings_without_vectors_between_segments_are_refused(phases, segments,
     channel = build_channel("vector_memory", {}, model)
     with pytest.raises(ValueError, match=error):
         channel.check(fmt, TASKS[6])
+
+
+PROJECTS = PointerChasingConfig(num_nodes=8, hops=4, project_size=3).build()
+PROBLEMS = [PROJECTS.example("train", i) for i in range(6)]
+LARGE = PHASES | {
+    "summary": Phase(opened_by="<summary>", closed_by="</summary>", max_tokens=40),
+}
+SHARED = SegmentSettings(max_segments=4, recent_tokens=0, memory_tokens=32, memory_scope="shared")
+
+
+def project_log_probs(channel, model, fmt, detach=False):
+    """Sum of log p over two projects of three problems, by hand; `detach`: between problems."""
+    total = 0.0
+    for at in (0, 3):
+        memory = None
+        for example in PROBLEMS[at : at + 3]:
+            texts = solved(fmt, example)
+            assert len(texts) == 2
+            found, memory = chained(channel, model, fmt, example, texts, memory)
+            memory = memory.detach() if detach else memory
+            total = total + found
+    return total
+
+
+def test_vectors_pass_from_a_problem_to_the_next_and_so_does_the_gradient():
+    model, fmt = build(LARGE, SHARED)
+    channel = build_channel("vector_memory", {"num_vectors": 2, "text_steps": 0}, model)
+    count = sum(len(ids) for example in PROBLEMS for ids in solved(fmt, example))
+    expected = -project_log_probs(channel, model, fmt) / count
+    loss = channel.supervised_loss(model, fmt, PROBLEMS, step=0, seed=0)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
+    weights = [channel.queries, channel.projection.weight]
+    cut = torch.autograd.grad(-project_log_probs(channel, model, fmt, True) / count, weights)
+    wanted = torch.autograd.grad(expected, weights)
+    found = torch.autograd.grad(loss, weights)
+    for of_loss, by_all, within in zip(found, wanted, cut, strict=True):
+        size = float(by_all.abs().max())
+        assert torch.allclose(of_loss, by_all, atol=1e-3 * size)
+        assert float((by_all - within).abs().max()) > 0.01 * size, "later problems' loss counts"
+    assert training_cost(model, fmt, channel, PROBLEMS, step=0).sequential_passes == 6
+
+
+def test_text_steps_of_a_project_pass_on_the_last_tokens_of_the_file():
+    model, fmt = build(LARGE, SHARED)
+    channel = build_channel("vector_memory", {"num_vectors": 18, "text_steps": 5}, model)
+    embed = model.get_input_embeddings()
+    log_probs, errors, sizes = [], [], []
+    for at in (0, 3):
+        memory = own = None
+        for example in PROBLEMS[at : at + 3]:
+            file = f"{example.columns['table']}\ndone: {example.thought[4:7]}"
+            assert len(file) == 18
+            for number, ids in enumerate(solved(fmt, example)):
+                if number:
+                    memory = embed(torch.tensor(fmt.tokenizer.encode(file)))
+                    errors.append((own - memory).square())
+                    sizes.append(memory.square())
+                before = context(model, fmt, example, memory)
+                inputs = torch.cat([before, embed(torch.tensor(ids))])
+                log_p = model.lm_head(hidden_after(model, inputs)).log_softmax(-1)
+                log_probs += [log_p[len(before) + t - 1, token] for t, token in enumerate(ids)]
+                own = memory_after(channel, model, inputs)
+    expected = torch.stack(errors).mean() / torch.stack(sizes).mean()
+    expected = expected - torch.stack(log_probs).mean()
+    loss = channel.supervised_loss(model, fmt, PROBLEMS, step=4, seed=0)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-4)
+
+
+@torch.no_grad()
+def test_a_problem_is_written_with_the_vectors_of_the_one_before():
+    model, fmt = build(LARGE, SHARED)
+    model.lm_head.weight[fmt.delimiter_id("<summary>")] += 0.4
+    model.lm_head.weight[fmt.eos_id] += 0.3
+    channel = build_channel("vector_memory", {"num_vectors": 2}, model)
+    examples = [PROJECTS.example("test", i) for i in range(24)]
+    outputs = channel.write(model, fmt, examples, WriteOptions(max_new_tokens=14))
+    kinds, memory = set(), None
+    for example, output in zip(examples, outputs, strict=True):
+        begin = memory if example.place else None
+        texts, memory, passes = decode_by_hand(channel, model, fmt, example, memory=begin)
+        assert output.text == texts[-1] and output.passes == passes
+        if memory is None:
+            assert output.vectors is None
+        else:
+            assert torch.allclose(output.vectors, memory, atol=1e-4)
+        kinds.add((begin is None, memory is None))
+    assert {(True, False), (False, False)} <= kinds
