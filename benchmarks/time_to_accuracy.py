@@ -49,7 +49,7 @@ class Case:
     """Learning rates of main under verified rollouts, with the optimizer of the experiment."""
     verified_steps: int
     fast: dict[str, list[list[str]]]
-    """By name: the runs of a setting, one after the other, as overrides."""
+    """The runs of each setting, one after the other, as overrides."""
     evaluate_every: int
     """Steps of mtp between evaluations."""
     trl_evaluate_every: int

@@ -469,12 +469,12 @@ class PromptFormat:
         told = Trajectory(prompt, plan, self.segments, self.tokenizer, memory)
         if (budget is None or example.thought is None) and not note:
             return [(told.context, completion)]
-        budget = budget or math.inf
+        room = math.inf if budget is None else budget
         samples: list[tuple[list[int], list[int]]] = []
         steps = re.findall(r"[^;\n]*[;\n]?", example.thought or "")
         rest = [self._encode(step) for step in steps if step]
-        while len(samples) + 1 < limit and (note or sum(map(len, rest)) > budget):
-            number = max(1, sum(total <= budget for total in accumulate(map(len, rest))))
+        while len(samples) + 1 < limit and (note or sum(map(len, rest)) > room):
+            number = max(1, sum(total <= room for total in accumulate(map(len, rest))))
             said, rest = rest[:number], rest[number:]
             lines = [note] if note else []
             if said:
