@@ -460,16 +460,15 @@ class PromptFormat:
         names, limit = list(self.phases), self.segments.max_segments
         is_shared = self.segments.is_shared
         note = example.note if is_shared else ""
-        budget = self.phases[names[0]].max_tokens
+        budget = self.phases[names[0]].max_tokens or math.inf
         if limit == 1:
             return [(prompt, completion)]
         plan = self.plan()
         opener, closer = summary_marks(plan)
         memory = Memory.read(example.memory) if is_shared else Memory()
         told = Trajectory(prompt, plan, self.segments, self.tokenizer, memory)
-        if (budget is None or example.thought is None) and not note:
+        if (budget == math.inf or example.thought is None) and not note:
             return [(told.context, completion)]
-        budget = budget or math.inf
         samples: list[tuple[list[int], list[int]]] = []
         steps = re.findall(r"[^;\n]*[;\n]?", example.thought or "")
         rest = [self._encode(step) for step in steps if step]

@@ -151,15 +151,17 @@ class FittedTask(Task):
         example = self.task.example(split, index)
         where = example.where or f"{split} problem {index} of task {self.name}"
         if self._prompt_is_too_long(example):
-            return self._too_long(where, split)
+            self._check_whole(where, split)
+            return None
         example = self.fmt.checked(example, where)
         self._check_answer(example, where)
         if split == "train" and self.text_limit is not None and self._text_is_too_long(example):
-            return self._too_long(where, split)
+            self._check_whole(where, split)
+            return None
         return example
 
-    def _too_long(self, where: str, split: Split) -> None:
-        """Raises ValueError for a problem of a project, which would not be whole without it."""
+    def _check_whole(self, where: str, split: Split) -> None:
+        """Raises ValueError if a problem that is too long is of a project, which needs it."""
         if self.project_size > 1:
             raise ValueError(
                 f"{where} is too long ({self._limits(split)}), and its project needs it; {_REMEDY}"
