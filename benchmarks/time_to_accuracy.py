@@ -80,7 +80,7 @@ CASES = {
         prompts=32,
         group=4,
         trl_rates=(1e-4, 3e-4, 1e-3),
-        trl_steps=1000,
+        trl_steps=600,
         verified_rates=(1e-4, 2e-4, 4e-4),
         verified_steps=1500,
         fast={
@@ -210,7 +210,7 @@ def trl_run(case: Case, start: Path, rate: float, threads: int, seed: int) -> li
     model = AutoModelForCausalLM.from_pretrained(start / "stages" / "joint", dtype=torch.float32)
     problems = held_out(task, 512)
     number = case.trl_steps * case.prompts
-    examples = [task.example("train", seed * number + i) for i in range(number)]
+    examples = [task.example("train", i) for i in range(number)]
     prompts = [text.prompt_ids(example.prompt) for example in examples]
     texts = [text.tokenizer.decode(ids) for ids in prompts]
     read = text.tokenizer(texts[0], add_special_tokens=False)["input_ids"]
