@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from mtp.run import Progress, Run, next_examples
-from mtp.tasks.base import Example, training_index
+from mtp.tasks.base import Example, Task, training_index
 from mtp.training.length_windows import LengthWindows, end_of_window, window_order
 
 LENGTHS = [5, 1, 4, 1, 9, 2, 6, 3]
@@ -25,7 +25,7 @@ def test_the_end_of_a_window():
     assert [end_of_window(p, 8) for p in (0, 1, 7, 8, 9)] == [0, 8, 8, 8, 16]
 
 
-class Letters:
+class Letters(Task):
     """Problem i is a text of `(7 * i) % 23` letters; 12 problems."""
 
     def size(self, split):
