@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,30 @@ CACHED = 64
 """Tokens in the cache when a pass is timed."""
 
 
-def configuration(experiment: str, source: str | None, dtype: str) -> Any:
+@dataclass(frozen=True)
+class Case:
+    """What both sides run."""
+
+    experiment: str
+    """Name of the experiment that gives main, head and task."""
+    source: str | None
+    """Folder of another main."""
+    dtype: str
+    """Dtype of the weights."""
+    rollouts: int
+    """Rollouts of a step."""
+    tokens: int
+    """Tokens of each rollout."""
+    repeats: int
+    """Timed steps."""
+
+    def arguments(self) -> list[str]:
+        """Options of this file that give the case."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
+def configuration(experiment: str, source: str | None = None, dtype: str = "float32") -> Any:
     """Model, head, task and text as the experiment has them, with the main of a folder if given."""
     from hydra import compose, initialize_config_dir
 
@@ -62,14 +86,7 @@ def configuration(experiment: str, source: str | None, dtype: str) -> Any:
         return to_run_config(compose("train", overrides))
 
 
-def mtp_side(
-    experiment: str,
-    source: str | None,
-    dtype: str,
-    num_rollouts: int,
-    num_tokens: int,
-    repeats: int,
-) -> dict[str, float]:
+def mtp_side(case: Case) -> dict[str, float]:
     """Seconds of mtp's step and its parts; then the two yardsticks, after the peak is read."""
     import torch
     from lightning.fabric import Fabric
@@ -88,7 +105,7 @@ def mtp_side(
     from mtp.training.step_module import wrap
     from mtp.training.update import update
 
-    config = configuration(experiment, source, dtype)
+    config = configuration(case.experiment, case.source, case.dtype)
     task = config.task.build()
     torch.manual_seed(1)
     model, text = build_model(config.model, config.head, config.decoding, task)
@@ -114,7 +131,7 @@ def mtp_side(
 
     for optimizer in optimizers.values():
         optimizer.step = timed(optimizer.step)
-    examples = [task.example("train", i) for i in range(num_rollouts // GROUP_SIZE)]
+    examples = [task.example("train", i) for i in range(case.rollouts // GROUP_SIZE)]
     endless = PhasePlan(keep=[text.block_size], opened_by=[None], eos_ids=[])
     objective = ObjectiveConfig(policy=Policy(weight=1.0))
 
@@ -125,28 +142,28 @@ def mtp_side(
                 text,
                 examples,
                 endless,
-                DecodeOptions(sampler=Sampler(), max_new_tokens=num_tokens, impl=config.kernels),
+                DecodeOptions(sampler=Sampler(), max_new_tokens=case.tokens, impl=config.kernels),
                 group_size=GROUP_SIZE,
             )
 
     def collate(rollouts: Any) -> list[Any]:
-        rewards = score(task, text, rollouts, RewardConfig(), max_new_tokens=num_tokens)
+        rewards = score(task, text, rollouts, RewardConfig(), max_new_tokens=case.tokens)
         advantages = group_std(
             GroupRewards(rewards.total, rewards.outcomes, rewards.total)
         ).flatten()
         # Untrained heads solve nothing; noise replaces advantages so that no gradient is zero.
-        advantages = advantages + 0.1 * torch.randn(num_rollouts)
+        advantages = advantages + 0.1 * torch.randn(case.rollouts)
         return [
             collate_rollouts(
                 rollouts.prompts, rollouts.out, advantages,
-                list(range(at, min(at + MICRO_BATCH, num_rollouts))), text.block_size, text.pad_id,
+                list(range(at, min(at + MICRO_BATCH, case.rollouts))), text.block_size, text.pad_id,
             ).to(fabric.device)
-            for at in range(0, num_rollouts, MICRO_BATCH)
+            for at in range(0, case.rollouts, MICRO_BATCH)
         ]  # fmt: skip
 
     clip_norms = {"main": CLIP_NORM, "head": CLIP_NORM}
     rows, batches = [], []
-    for _ in range(WARM_UP + repeats):
+    for _ in range(WARM_UP + case.repeats):
         stepping = 0.0
         rollout_seconds, rollouts = timed_call(roll)
         reward_seconds, batches = timed_call(lambda sampled=rollouts: collate(sampled))
@@ -165,8 +182,8 @@ def mtp_side(
             }
         )
     result = medians(rows[WARM_UP:]) | {"peak_bytes": peak_resident()}
-    result["causal_seconds"] = causal_seconds(fabric, model, batches, repeats)
-    result["limit"] = speed_limit(fabric, model, num_rollouts, repeats)
+    result["causal_seconds"] = causal_seconds(fabric, model, batches, case.repeats)
+    result["limit"] = speed_limit(fabric, model, case.rollouts, case.repeats)
     return result
 
 
@@ -218,14 +235,7 @@ def speed_limit(fabric: Any, model: Any, num_rows: int, repeats: int) -> float:
     return model.block_size * seconds[1] / seconds[model.block_size]
 
 
-def trl_side(
-    experiment: str,
-    source: str | None,
-    dtype: str,
-    num_rollouts: int,
-    num_tokens: int,
-    repeats: int,
-) -> dict[str, float]:
+def trl_side(case: Case) -> dict[str, float]:
     """Seconds of a step of TRL's GRPOTrainer, and of its generation."""
     import torch
     from datasets import Dataset
@@ -234,14 +244,14 @@ def trl_side(
 
     from mtp.hub.build import build_model, save_model
 
-    config = configuration(experiment, source, dtype)
+    config = configuration(case.experiment, case.source, case.dtype)
     task = config.task.build()
     main, text = build_model(config.model, config.head, config.decoding, task)
     with tempfile.TemporaryDirectory() as folder:
         save_model(main, text, Path(folder))
         del main
         model = AutoModelForCausalLM.from_pretrained(folder)  # main alone: the head is skipped
-    examples = [task.example("train", i) for i in range(num_rollouts // GROUP_SIZE)]
+    examples = [task.example("train", i) for i in range(case.rollouts // GROUP_SIZE)]
     prompts = [text.tokenizer.decode(text.prompt_ids(e.prompt)) for e in examples]
     steps: list[float] = []
     generation: list[float] = []
@@ -274,17 +284,17 @@ def trl_side(
                 use_cpu=not torch.cuda.is_available(),
                 bf16=True,
                 gradient_checkpointing=False,
-                per_device_train_batch_size=min(MICRO_BATCH, num_rollouts),
-                gradient_accumulation_steps=max(1, num_rollouts // MICRO_BATCH),
+                per_device_train_batch_size=min(MICRO_BATCH, case.rollouts),
+                gradient_accumulation_steps=max(1, case.rollouts // MICRO_BATCH),
                 num_generations=GROUP_SIZE,
-                max_completion_length=num_tokens,
-                generation_kwargs={"min_new_tokens": num_tokens},
+                max_completion_length=case.tokens,
+                generation_kwargs={"min_new_tokens": case.tokens},
                 loss_type="dapo",
                 beta=0.0,
                 temperature=1.0,
                 max_grad_norm=CLIP_NORM,
                 learning_rate=LEARNING_RATE,
-                max_steps=WARM_UP + repeats,
+                max_steps=WARM_UP + case.repeats,
                 save_strategy="no",
                 logging_strategy="no",
                 report_to=[],
@@ -308,49 +318,28 @@ def trl_side(
 SIDES = {"mtp": mtp_side, "trl": trl_side}
 
 
-def measure(
-    side: str,
-    experiment: str,
-    source: str | None,
-    dtype: str,
-    num_rollouts: int,
-    num_tokens: int,
-    repeats: int,
-) -> dict[str, float]:
+def measure(side: str, case: Case) -> dict[str, float]:
     """A side's numbers, from a process of its own."""
-    command = [sys.executable, __file__, "--side", side, "--rollouts", str(num_rollouts)]
-    command += ["--tokens", str(num_tokens), "--repeats", str(repeats)]
-    command += ["--experiment", experiment, "--dtype", dtype]
-    command += ["--source", source] if source else []
+    command = [sys.executable, __file__, "--side", side, *case.arguments()]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
         "HF_HUB_OFFLINE": "1",
         "THP_MEM_ALLOC_ENABLE": "1",
     }
-    print(f"{side}, {num_rollouts} rollouts: {WARM_UP} + {repeats} steps", file=sys.stderr)
+    print(f"{side}, {case.rollouts} rollouts: {WARM_UP} + {case.repeats} steps", file=sys.stderr)
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        sys.exit(f"error: {side}, {num_rollouts} rollouts:\n{done.stderr[-2000:]}")
+        sys.exit(f"error: {side}, {case.rollouts} rollouts:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(
-    experiment: str,
-    source: str | None,
-    dtype: str,
-    num_rollouts: int,
-    num_tokens: int,
-    repeats: int,
-) -> dict[str, Any]:
+def compare(case: Case) -> dict[str, Any]:
     """Both sides at one size."""
-    mtp, trl = (
-        measure(side, experiment, source, dtype, num_rollouts, num_tokens, repeats)
-        for side in SIDES
-    )
+    mtp, trl = (measure(side, case) for side in SIDES)
     causal, limit = mtp.pop("causal_seconds"), mtp.pop("limit")
     speedup = trl["generation_seconds"] / mtp["rollout_seconds"]
     return {
-        "rollouts": num_rollouts,
+        "rollouts": case.rollouts,
         "mtp": mtp,
         "trl": trl,
         "trl_over_mtp": trl["seconds"] / mtp["seconds"],
@@ -396,18 +385,16 @@ def main() -> None:
     bad = [size for size in sizes if size % GROUP_SIZE or size < 1]
     if bad or given.tokens < 1 or given.repeats < 1:
         parser.error(f"--rollouts must be multiples of {GROUP_SIZE}, the others at least 1")
+    cases = [
+        Case(given.experiment, given.source, given.dtype, size, given.tokens, given.repeats)
+        for size in sizes
+    ]
     if given.side:
-        side = SIDES[given.side]
-        numbers = side(
-            given.experiment, given.source, given.dtype, sizes[0], given.tokens, given.repeats
-        )
-        print_json(True, numbers)
+        print_json(True, SIDES[given.side](cases[0]))
         return
     results = []
-    for size in sizes:
-        results.append(
-            compare(given.experiment, given.source, given.dtype, size, given.tokens, given.repeats)
-        )
+    for case in cases:
+        results.append(compare(case))
         if not given.json:
             show(results[-1])
     print_json(given.json, {"results": results})
