@@ -154,12 +154,15 @@ def place_metrics(right: Sequence[bool], examples: Sequence[Example], name: str)
     return {f"{name}_by_place": [sum(one) / len(one) for one in found]} if places[1:] else {}
 
 
-def places_of(batches: list[Rollouts], task: Task, fmt: PromptFormat, name: str) -> dict[str, Any]:
-    """`place_metrics` of completions; empty for a task without a verifier."""
+def accuracy_metrics(
+    batches: list[Rollouts], task: Task, fmt: PromptFormat, name: str
+) -> dict[str, Any]:
+    """Accuracy of completions as the metric `name`, and its `place_metrics`; see `accuracy`."""
     if not task.has_verifier:
-        return {}
+        return {name: None}
+    right = right_answers(batches, task, fmt.answer_text)
     examples = [batch.example(row) for batch in batches for row in range(len(batch))]
-    return place_metrics(right_answers(batches, task, fmt.answer_text), examples, name)
+    return {name: sum(right) / len(right), **place_metrics(right, examples, name)}
 
 
 def fast_accuracy(
@@ -254,22 +257,20 @@ def evaluate(
     slow = completions("slow")
     decoded, shown = {"slow": slow}, slow
     metrics: dict[str, Any] = {
-        "slow_accuracy": accuracy(slow, task, fmt.answer_text),
+        **accuracy_metrics(slow, task, fmt, "slow_accuracy"),
         "fast_accuracy": None,
         "slow_passes": passes(slow),
         "fast_passes": None,
         "fast_tokens_per_pass": None,
         "thought_tokens_per_pass": None,
-        **places_of(slow, task, fmt, "slow_accuracy"),
     }
     if use_head:
         decoded["fast"] = shown = fast = completions("fast")
         metrics |= {
-            "fast_accuracy": accuracy(fast, task, fmt.answer_text),
+            **accuracy_metrics(fast, task, fmt, "fast_accuracy"),
             "fast_passes": passes(fast),
             "fast_tokens_per_pass": tokens_per_pass(fast),
             "thought_tokens_per_pass": thought_tokens_per_pass(fast, fmt),
-            **places_of(fast, task, fmt, "fast_accuracy"),
         }
         if thought_budgets and task.has_verifier:
             metrics |= budget_metrics(fast, task, fmt, thought_budgets)
