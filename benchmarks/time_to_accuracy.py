@@ -39,6 +39,8 @@ class Case:
 
     start: list[str]
     """Overrides of the run that every other one begins from: the model of its stage `joint`."""
+    task: list[str]
+    """Overrides of the task for RL."""
     prompts: int
     """Prompts of a step; each has `group` rollouts."""
     group: int
@@ -77,6 +79,7 @@ def small_kl(main: float, head: float, steps: int) -> list[str]:
 CASES = {
     "imperfect_teacher": Case(
         start=["experiment=imperfect_teacher/start"],
+        task=["task.num_train=0"],
         prompts=32,
         group=4,
         trl_rates=(1e-4, 3e-4, 1e-3),
@@ -99,6 +102,7 @@ CASES = {
     ),
     "smollm2": Case(
         start=["experiment=smollm2_rl", "stages.rl.steps=0"],
+        task=[],
         prompts=16,
         group=4,
         trl_rates=(5e-6, 2e-5, 8e-5),
@@ -181,7 +185,7 @@ def run_mtp(case: Case, home: Path, name: str, runs: list[list[str]], args: Any)
             f"stages.rl.evaluate_every={case.evaluate_every}",
             "evaluation.num_interim_problems=512",
             "evaluation.num_problems=512",
-            *(["task.num_train=0"] if "imperfect" in case.start[0] else []),
+            *case.task,
             *CONSTANT,
             *overrides,
         )

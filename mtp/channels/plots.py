@@ -34,13 +34,11 @@ def plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
-def plot_block_sizes(rows: dict[str, list[dict[str, Any]]], folder: Path) -> None:
-    """Accuracy within a number of passes of thought, by tokens per pass: `channels_block_size.png`.
+def plot_block_sizes(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Accuracy within a number of passes of thought, by tokens per pass.
 
-    rows: by task, those of `token` and `block_K`; each task has a panel. No plot without rows.
+    rows: by task, at least one, those of `token` and `block_K`; each task has a panel.
     """
-    if not rows:
-        return
     figure, [axes] = panels(1, len(rows))
     for one, (task, mine) in zip(axes, rows.items(), strict=True):
         for number, row in enumerate(mine):
@@ -51,4 +49,4 @@ def plot_block_sizes(rows: dict[str, list[dict[str, Any]]], folder: Path) -> Non
         share_axis(one, "held-out accuracy")
         log_axis(one, f"passes of a thought, {task}", "at most", "x")
     legend(axes[0])
-    save(figure, folder / "channels_block_size.png")
+    save(figure, path)

@@ -397,10 +397,12 @@ def write_plots(rows: list[dict[str, Any]], folder: Path) -> None:
     for task, mine in tasks.items():
         plot_rows(mine, folder / f"channels_{task}.png")
     text = {
-        task: [row for row in mine if TEXT_ROW.fullmatch(row["channel"])]
+        task: found
         for task, mine in tasks.items()
+        if (found := [row for row in mine if TEXT_ROW.fullmatch(row["channel"])])
     }
-    plot_block_sizes({t: mine for t, mine in text.items() if mine}, folder)
+    if text:
+        plot_block_sizes(text, folder / "channels_block_size.png")
 
 
 def make_table(arguments: argparse.Namespace) -> None:
