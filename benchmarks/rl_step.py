@@ -49,7 +49,7 @@ CACHED = 64
 
 @dataclass(frozen=True)
 class Case:
-    """What both sides run."""
+    """The settings of a step, which both sides share."""
 
     experiment: str
     """Name of the experiment that gives main, head and task."""
