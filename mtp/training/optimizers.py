@@ -7,7 +7,6 @@ updates the matrices of hidden layers, and AdamW all other parameters.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -98,14 +97,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.param_groups[:] = [g for part in self.parts.values() for g in part.param_groups]
 
 
-make_muon: Callable[..., torch.optim.Optimizer] = (
-    partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
-    if hasattr(torch.optim, "Muon")
-    else Muon
-)
-"""torch's Muon, or ours in torch 2.8, which has none."""
-
-
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     """True for the matrices of hidden layers: neither embeddings nor output matrices."""
     names = ("embed", "lm_head", ".wte.", ".wpe.")
@@ -145,7 +136,7 @@ def build_optimizer(
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True)
     if not muon_names:
         return adamw
-    muon = make_muon(
+    muon = Muon(
         [parameters[name] for name in muon_names],
         lr=config.lr * config.muon_lr_ratio,
         weight_decay=config.weight_decay,

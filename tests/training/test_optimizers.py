@@ -87,12 +87,12 @@ def test_muon_is_refused_where_a_layers_experts_are_one_parameter():
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
 @pytest.mark.parametrize("shape", [(24, 7), (7, 24), (16, 16)])
-def test_our_muon_takes_the_steps_of_torchs(shape):
+def test_our_muon_takes_the_steps_of_torchs_in_bfloat16(shape):
     given = {"lr": 3e-2, "weight_decay": 0.1}
     theirs, ours = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
     optimizers = [
         torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **given),
-        Muon([ours], **given),
+        Muon([ours], dtype=torch.bfloat16, **given),
     ]
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
