@@ -39,7 +39,7 @@ TASKS: dict[str, list[str]] = {
             f"decoding.max_new_tokens={16 * terms}",
             "model=tiny_llama",
             "stages.main.optimizers.main={algorithm:muon,lr:2e-3,warmup_steps:0}",
-            "stages.main.steps=3000",
+            "stages.main.steps=1500",
         ]
         for terms in (3, 5, 7)
     },
