@@ -204,9 +204,13 @@ def processor() -> Iterator[Finding]:
     """Cores, threads and vector instructions."""
     import torch
 
+    from ..training.runtime import cpu_has_bfloat16
+
     usable, threads = usable_cores(), torch.get_num_threads()
     vector = torch.backends.cpu.get_cpu_capability()
     text = f"{usable:g} of {os.cpu_count()} cores, threads: {threads}, {vector}"
+    if not cpu_has_bfloat16():
+        text += ", no bfloat16 (fabric.precision=32-true is faster)"
     if threads > max(1, usable):
         text += (
             f": more threads than cores wait for each other; set fabric.num_threads={usable:.0f}"

@@ -3,6 +3,7 @@ and errors of the machine reported early and with their place.
 """
 
 import errno
+import logging
 import os
 import signal
 import tempfile
@@ -23,6 +24,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from ..common.bounds import bounded
 from .lifeline import watch_start
 from .sharding import DTensor, sharded_strategy
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -92,7 +95,20 @@ class FabricConfig:
             raise ValueError(f"fabric could not be set up: {error}") from None
         watch_start(fabric)
         fabric.launch()
+        slow = self.precision.startswith("bf16") and fabric.device.type == "cpu"
+        if slow and fabric.is_global_zero and not cpu_has_bfloat16():
+            _log.warning(
+                "fabric.precision=%s: this processor has no instructions for bfloat16 and takes "
+                "several times as long for it as for float32; set fabric.precision=32-true, which "
+                "needs more memory",
+                self.precision,
+            )
         return fabric
+
+
+def cpu_has_bfloat16() -> bool:
+    """True if this processor multiplies matrices of bfloat16 by instructions of its own."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def quiet_fabric(**given: Any) -> Fabric:

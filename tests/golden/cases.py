@@ -90,8 +90,7 @@ RATES = [
     for setting in ("algorithm=adamw", "lr=7e-4", "warmup_steps=0", "decay=constant")
 ]
 """High enough for ratios to leave the clip range in the second update on the same rollouts. AdamW,
-because Muon orthogonalizes in bfloat16: its updates differ by a thousandth where gradients differ
-by a rounding."""
+because Muon raises small singular values of a gradient, and their rounding with them."""
 
 
 def configured(*overrides: str) -> RunConfig:

@@ -16,7 +16,7 @@ Chosen by `renew.py --check` while rounding was disturbed: initial weights multi
 times normal noise, plain SSE or AVX2 in place of AVX-512 (`ATEN_CPU_CAPABILITY`,
 `ONEDNN_MAX_CPU_ISA`, `MKL_ENABLE_INSTRUCTIONS`), two threads in place of one. No sampled token
 changed. The largest effect was a third of what is allowed here, most were a hundredth. Updates
-amplify rounding a thousandfold, and Muon, which orthogonalizes in bfloat16, even more. Hence few
+amplify rounding a thousandfold, and Muon, which raises small singular values, even more. Hence few
 steps, low rates, and AdamW where the rate has to be high.
 """
 
