@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..modeling.decode import decode
 from ..modeling.decode_options import DecodeOptions
-from ..modeling.phases import PhasePlan
 from ..modeling.records import pad
 from ..modeling.sampler import Sampler
 from ..rollouts.legibility import thought_passes
@@ -64,16 +63,17 @@ class Block(Channel):
         closing = fmt.thought_ids("")
         closed = [i for i, ids in enumerate(prefixes) if ids[-1:] == closing]
         if closed and options.sampler.temperature > 0 and not options.sample_answer:
-            greedy = replace(decoding, sampler=Sampler(temperature=0), pad_id=fmt.pad_id)
-            found = continuations(
-                model,
-                [contexts[i] + prefixes[i] for i in closed],
-                [options.max_new_tokens - len(prefixes[i]) for i in closed],
-                plan.as_last_segment(),
-                greedy,
+            tokens, lengths = pad([contexts[i] + prefixes[i] for i in closed], fmt.pad_id)
+            left = torch.tensor([options.max_new_tokens - len(prefixes[i]) for i in closed])
+            greedy = replace(
+                decoding, sampler=Sampler(temperature=0), pad_id=fmt.pad_id, limits=left
             )
-            for i, rest in zip(closed, found, strict=True):
-                rests[i], answers[i] = rest, fmt.bare_answer_text(rest)
+            device = model.device
+            last = plan.as_last_segment()
+            again = decode(model, tokens.to(device), lengths.to(device), last, greedy)
+            for row, i in enumerate(closed):
+                rests[i] = again.completion(row)
+                answers[i] = fmt.bare_answer_text(rests[i])
         out = []
         for i, prefix in enumerate(prefixes):
             trace = fmt.thought_text(*batch.completions(i))
@@ -93,31 +93,6 @@ class Block(Channel):
         if fmt.segments.max_segments == 1:
             return super().answer_inputs(model, fmt, example, output, message)
         return context(fmt, model, fmt.prompt_ids(example.prompt), message, output.text)
-
-
-def continuations(
-    model: Any,
-    texts: list[list[int]],
-    limits: list[int],
-    plan: PhasePlan,
-    options: DecodeOptions,
-) -> list[list[int]]:
-    """What the model writes after each text, at most as many tokens as the text's limit.
-
-    All texts share a limit within a call of `decode`, so it is called again for those that go on
-    beyond the smallest one.
-    """
-    out: list[list[int]] = [[] for _ in texts]
-    running = [i for i, limit in enumerate(limits) if limit > 0]
-    while running:
-        most = min(limits[i] - len(out[i]) for i in running)
-        tokens, lengths = pad([texts[i] + out[i] for i in running], options.pad_id)
-        tokens, lengths = tokens.to(model.device), lengths.to(model.device)
-        added = decode(model, tokens, lengths, plan, replace(options, max_new_tokens=most))
-        for row, i in enumerate(running):
-            out[i] += added.completion(row)
-        running = [i for i in running if out[i][-1] not in plan.eos_ids and len(out[i]) < limits[i]]
-    return out
 
 
 class Token(Block):

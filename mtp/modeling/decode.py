@@ -43,7 +43,7 @@ def decode(
     on_block: Callable[[Block], None] | None = None,
     num_return_sequences: int = 1,
 ) -> Decoded:
-    """Run the pass loop until every row has ended or has `options.max_new_tokens` tokens.
+    """Run the pass loop until every row has ended or has as many tokens as it may.
 
     Args:
         model: an `MTPMixin` model.
@@ -113,7 +113,7 @@ class PassLoop:
     ):
         """num_copies: number of adjacent rows that are identical, and are read once."""
         self.model = model
-        limits = options.max_new_tokens, options.pad_id, options.stop
+        limits = options.max_new_tokens, options.limits, options.pad_id, options.stop
         self.running = RunningRows(prompts, prompt_lengths, plans, *limits)
         self.plan, self.tables = self.running.plan, self.running.tables
         check_attention(model)
@@ -271,7 +271,7 @@ class PassLoop:
             # Only main's token, for which an active row has room.
             return token[:, None], verdict.logprobs, runs.long(), torch.zeros_like(prefix)
         row = torch.arange(len(token), device=token.device)
-        left = running.max_new_tokens - running.out.lengths[running.rows] - prefix
+        left = running.limits[running.rows] - running.out.lengths[running.rows] - prefix
         block = torch.full((len(token), 1 + width), running.pad_id, device=token.device)
         logprobs = torch.zeros(block.shape, device=token.device)
         block[:, 0], logprobs[:, 0] = token, verdict.logprobs.gather(1, prefix[:, None])[:, 0]

@@ -30,6 +30,8 @@ class DecodeOptions:
     """Distribution that tokens are sampled from."""
     max_new_tokens: int
     """Maximum number of new tokens of a text, or of a segment; a last block is cut to it."""
+    limits: Tensor | None = None
+    """[rows] int64 maximum of each row of the batch, at most `max_new_tokens`; None: that."""
     pad_id: int = 0
     """Token id that fills the unused end of each row."""
     generator: torch.Generator | None = None

@@ -61,14 +61,25 @@ class RunningRows:
         prompt_lengths: Tensor,
         plans: list[PhasePlan],
         max_new_tokens: int,
+        limits: Tensor | None,
         pad_id: int,
         stop: Stop | Stops | None,
     ):
-        """State before the first pass of prompts [B, T] with lengths [B]."""
+        """State before the first pass of prompts [B, T] with lengths [B].
+
+        limits: [B] int64 maximum of each row, at most `max_new_tokens`; None: that.
+        """
         device, num_rows = prompts.device, len(prompts)
         self.plan, self.tables = plans[0], PlanTables(plans, max_new_tokens + 1, device)
         self.prompts, self.prompt_lengths = prompts, prompt_lengths
-        self.max_new_tokens, self.pad_id = max_new_tokens, pad_id
+        self.limits = torch.full((num_rows,), max_new_tokens, device=device)
+        if limits is not None:
+            if limits.shape != self.limits.shape:
+                raise ValueError(
+                    f"limits must be one for each of {num_rows} rows, got {list(limits.shape)}"
+                )
+            self.limits = torch.minimum(self.limits, limits.to(device))
+        self.pad_id = pad_id
         self.stop = Stops(stop, None) if callable(stop) else stop
         self.num_in_step = 0  # new tokens that `Stops.in_step` was called with
         # Room beyond the limit for the tokens that a cut drops.
@@ -88,7 +99,7 @@ class RunningRows:
 
         # Rows still running; `rows` gives their indices in the batch.
         self.rows = torch.arange(num_rows, device=device)
-        self.active = torch.ones(num_rows, dtype=torch.bool, device=device)
+        self.active = self.limits > 0
         self.phase = self.plan.phase_after(prompts).gather(1, prompt_lengths[:, None] - 1)[:, 0]
         self.in_phase = torch.zeros_like(prompt_lengths)  # output tokens of the current phase
         self.closed = torch.zeros_like(self.active)  # the segment was closed (`Phase.closed_by`)
@@ -177,7 +188,7 @@ class RunningRows:
         row = torch.arange(len(total), device=total.device)
         used_up = self.in_phase >= self.tables.budget[row, self.phase]
         full = self.active & ~ended & used_up
-        full &= self.out.lengths[self.rows] + total < self.max_new_tokens
+        full &= self.out.lengths[self.rows] + total < self.limits[self.rows]
         closer = self.tables.forced[row, self.phase]
         at = torch.arange(added.tokens.shape[1] + 1, device=total.device) == total[:, None]
         at &= full[:, None]
@@ -233,7 +244,7 @@ class RunningRows:
         lengths[rows] += added.lengths
         runs = torch.zeros_like(out.finished)
         runs[rows] = self.active & ~ended
-        runs &= lengths < self.max_new_tokens
+        runs &= lengths < self.limits
         width = self.prompts.shape[1]
         source = torch.arange(width, device=rows.device) - width + self.prompt_lengths[:, None]
         prompts = torch.where(source < 0, self.pad_id, self.prompts.gather(1, source.clamp(min=0)))
@@ -279,7 +290,7 @@ class RunningRows:
         out.passes[rows] += self.active.long()
         out.finished[rows] |= self.active & ended & ~self.closed
         out.closed[rows] |= self.active & self.closed
-        self.active = self.active & ~ended & (out.lengths[rows] < self.max_new_tokens)
+        self.active = self.active & ~ended & (out.lengths[rows] < self.limits[rows])
 
     def advance(self, added: Block, prefix: Tensor, drafts: Tensor, proposed: Tensor) -> bool:
         """Prepare the next pass; False if no row continues.
@@ -338,6 +349,7 @@ class RunningRows:
         """Make the running rows, which may repeat, all the rows of the batch."""
         kept = self.rows
         self.prompts, self.prompt_lengths = self.prompts[kept], self.prompt_lengths[kept]
+        self.limits = self.limits[kept]
         self.out, self.rows = self.out.select(kept), torch.arange(len(kept), device=kept.device)
 
     def drop_drafts(self, where: Tensor) -> None:

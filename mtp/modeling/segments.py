@@ -152,7 +152,8 @@ def decode_segments(
         prompts: [B, T] int64, padded on the right.
         prompt_lengths: [B] int64, at least 1.
         plan: with `closed_by` in one phase if `settings.max_segments` is above 1.
-        options: as in `decode`; `max_new_tokens` is the limit of a segment.
+        options: as in `decode`; `max_new_tokens` is the limit of a segment, and `limits` those of
+            first segments.
         settings: contents of the next context.
         tokenizer: reads summaries and writes the memory file as tokens; may be None if
             `settings.max_segments` is 1.
@@ -194,7 +195,11 @@ def decode_segments(
             prompts,
             prompt_lengths,
             plans,
-            replace(options, seeds=segment_seeds(options.seeds, running, number)),
+            replace(
+                options,
+                seeds=segment_seeds(options.seeds, running, number),
+                limits=options.limits if number == 0 else None,
+            ),
             on_block=None if on_block is None else _renumbered(on_block, running),
             num_return_sequences=copies,
         )

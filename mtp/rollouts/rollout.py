@@ -238,8 +238,9 @@ def sample(
 ) -> Rollouts:
     """Complete each example's prompt `group_size` times, in segments if `fmt` has them.
 
-    `prefixes`, one per example, follow the prompts, as text that the model has written. Rows are
-    padded with the id of `fmt`, whatever `options.pad_id` is.
+    `prefixes`, one per example, follow the prompts, as text that the model has written, and count
+    as part of `options.max_new_tokens`. Rows are padded with the id of `fmt`, whatever
+    `options.pad_id` is.
 
     With a shared memory `examples` are whole projects. Round r completes the r-th problem of each;
     trajectory g of it begins with the memory of trajectory g of the problem before.
@@ -290,6 +291,8 @@ def _sample(
     prompts = [fmt.question_ids(example) for example in examples]
     if prefixes is not None:
         prompts = [p + prefix for p, prefix in zip(prompts, prefixes, strict=True)]
+        left = [max(0, options.max_new_tokens - len(prefix)) for prefix in prefixes]
+        options = replace(options, limits=torch.tensor(left).repeat_interleave(group_size))
     device = next(model.parameters()).device
     tokens, lengths = pad(prompts, fmt.pad_id)
     training = model.training

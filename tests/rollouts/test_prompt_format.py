@@ -81,6 +81,24 @@ def test_a_rollout_stops_at_either_end_token(tmp_path):
         assert out.out.finished.tolist() == [True]
 
 
+def test_a_given_thought_counts_as_part_of_a_text(tmp_path):
+    """A model has positions for the prompt and `max_new_tokens`, and may have no more."""
+    model, text = built(tmp_path, toy_tokenizer())
+    model.lm_head.weight.data[EOS] = -100.0
+    thoughts = [text.thought_ids("2" * number) for number in range(0, 9, 2)]
+    out = sample(
+        model,
+        text,
+        [Example("2+2=", "4")] * len(thoughts),
+        text.plan("slow"),
+        DecodeOptions(sampler=Sampler(temperature=0), max_new_tokens=6),
+        group_size=2,
+        prefixes=thoughts,
+    )
+    assert [len(thought) for thought in thoughts] == [1, 3, 5, 7, 9]
+    assert out.out.lengths.tolist() == [5, 5, 3, 3, 1, 1, 0, 0, 0, 0]
+
+
 def test_the_end_tokens_are_kept_by_save_load_and_export(tmp_path):
     model, text = built(tmp_path / "source", toy_tokenizer(chat_template=CHAT))
     save_model(model, text, tmp_path / "saved")
