@@ -4,6 +4,8 @@
     thought  `ba2;ac1;ce0`    the edges, each with the hops left after it
     answer   `e`              the last node
 
+With `thought: nodes` the thought is `a;c`, the nodes between the first and the last.
+
 With `split: true` there are two tables, and hops read one and the other in turn. The prompt has the
 first table and the node; the second is the example's column `shared`, for another model to read
 (`mtp/channels/two_models.py`). Neither half alone has the answer. This is the two-party form of
@@ -47,6 +49,9 @@ class PointerChasingConfig(TaskConfig):
     """Number of nodes of a table."""
     hops: int = bounded(2, at_least=1, at_most=9)
     """Number of hops from the first node to the answer."""
+    thought: str = "edges"
+    """Solved thought: `edges`, each with the hops left after it, or `nodes`, which every hop but
+    the last one reaches, so that the answer takes a hop of its own."""
     split: bool = False
     """Two tables, read in turn, of which the prompt has the first only."""
     project_size: int = bounded(1, at_least=1, at_most=1000)
@@ -61,6 +66,13 @@ class PointerChasingConfig(TaskConfig):
             raise ValueError(
                 f"task.hops must be at least 2 with task.split=true, got {self.hops}; one hop "
                 "reads the prompt's table only"
+            )
+        if self.thought not in ("edges", "nodes"):
+            raise ValueError(f"task.thought must be edges or nodes, got {self.thought!r}")
+        if self.thought == "nodes" and self.hops < 2:
+            raise ValueError(
+                f"task.hops must be at least 2 with task.thought=nodes, got {self.hops}: a thought "
+                "has the nodes before the last"
             )
         if self.project_size > 1:
             self._check_projects()
@@ -139,10 +151,16 @@ class PointerChasing(Task):
         steps = []
         for hop in range(self.config.hops):
             node, before = tables[hop % len(tables)][self.nodes.index(node)], node
-            steps.append(before + node + self._left(hop + 1))
+            steps.append(self._step(hop, before, node))
         columns = {SHARED: tables[1]} if self.config.split else {}
         prompt = f"{tables[0]}?{first}{self._left(0)}="
+        if self.config.thought == "nodes":
+            del steps[-1]
         return Example(prompt, node, ";".join(steps), columns)
+
+    def _step(self, hop: int, before: str, node: str) -> str:
+        """The step of a hop, as a thought shows it."""
+        return node if self.config.thought == "nodes" else before + node + self._left(hop + 1)
 
     def _left(self, hops: int) -> str:
         """The hops left after a number of them, as a text shows them."""
@@ -164,11 +182,12 @@ class PointerChasing(Task):
 
         def is_true(step: str) -> bool:
             hop, before = next(befores)
-            node = before[:1] if hop == 0 else before[1:2]
-            if not node or node not in self.nodes or hop >= self.config.hops:
+            in_nodes = self.config.thought == "nodes"
+            node = before[:1] if hop == 0 or in_nodes else before[1:2]
+            if not node or node not in self.nodes or hop >= self.config.hops - in_nodes:
                 return False
             following = tables[hop % 2][self.nodes.index(node)]
-            return step == node + following + self._left(hop + 1)
+            return step == self._step(hop, node, following)
 
         def expected(number: int, text: str) -> str | None:
             return solved[number] if number < len(solved) else None

@@ -70,6 +70,21 @@ def test_steps_of_one_table_count_down():
     assert [s.is_true for s in task.steps(example, longer)] == [True] * 4 + [False]
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_a_thought_of_nodes_leaves_the_last_hop_to_the_answer(split):
+    task = PointerChasingConfig(num_nodes=9, hops=4, split=split, thought="nodes").build()
+    example = task.example("train", 3)
+    table, question = example.prompt.removesuffix("=").split("?")
+    tables = [table, example.columns["shared"]] if split else [table]
+    first, second, third, last = follow(tables, question[0], 4)
+    assert (example.thought, example.answer) == (f"{first};{second};{third}", last)
+    assert [s.is_true for s in task.steps(example, example.thought)] == [True] * 3
+    assert [s.expected for s in task.steps(example, example.thought)] == [first, second, third]
+    longer = f"{example.thought};{last}"
+    assert [s.is_true for s in task.steps(example, longer)] == [True] * 3 + [False]
+    assert [s.is_true for s in task.steps(example, f"{second};{first}")] == [False, False]
+
+
 def test_splits_are_disjoint_and_repeatable():
     task = PointerChasingConfig(num_nodes=8, split=True).build()
     check_disjoint(task, 512)
@@ -82,6 +97,8 @@ def test_splits_are_disjoint_and_repeatable():
     ("settings", "error"),
     [
         ({"hops": 1, "split": True}, "task.hops must be at least 2 with task.split=true, got 1"),
+        ({"thought": "edge"}, "task.thought must be edges or nodes, got 'edge'"),
+        ({"hops": 1, "thought": "nodes"}, "must be at least 2 with task.thought=nodes, got 1"),
         ({"num_nodes": 6}, "task.num_nodes=6 leaves too few prompts to split; raise it to 7"),
     ],
 )
