@@ -114,6 +114,12 @@ class Cell:
         """True if its model has been measured."""
         return (self.folder / MEASURED).is_file()
 
+    @property
+    def shown_command(self) -> str:
+        """The training command without folder and seed; threads do not matter to a result."""
+        chosen = [one for one in self.overrides if not one.startswith("fabric.num_threads=")]
+        return " ".join(["train.py", *chosen])
+
     def command(self, *more: str) -> list[str]:
         """The training command."""
         where = [f"seed={self.seed}", f"run_dir={self.folder}"]
@@ -312,30 +318,58 @@ def add_equal_flops(rows: list[dict[str, Any]]) -> None:
             row["accuracy_at_equal_flops"] = within[max(within)] if within and supervised else None
 
 
-def table_rows(cells: list[Cell]) -> list[dict[str, Any]]:
-    """One row per channel and task: means over its measured seeds, and accuracies by seed."""
+def averaged(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the measurements of several seeds; None where a seed has none."""
+    out: dict[str, Any] = {}
+    for key, value in found[0].items():
+        if isinstance(value, dict):
+            out[key] = {k: mean(one[key][k] for one in found) for k in value}
+        elif any(one[key] is None for one in found):
+            out[key] = None
+        else:
+            out[key] = mean(one[key] for one in found)
+    return out
+
+
+def names_of(measured: dict[str, Any]) -> set[str]:
+    """Names of all numbers of a measurement."""
+    inner = (
+        f"{key}.{k}" for key, value in measured.items() if isinstance(value, dict) for k in value
+    )
+    return {*measured, *inner}
+
+
+def table_rows(cells: list[Cell], known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per channel and task: its measurements by seed, and their means.
+
+    Seeds that a known row has, and these cells do not, are kept if they were measured by the same
+    command and have the same numbers.
+    """
     rows = []
+    before = {(row["channel"], row["task"]): row for row in known}
     for row, task in dict.fromkeys((cell.row, cell.task) for cell in cells):
         mine = [c for c in cells if (c.row, c.task) == (row, task) and c.is_measured]
         if not mine:
             continue
-        found = [json.loads((cell.folder / MEASURED).read_text()) for cell in mine]
-        averaged: dict[str, Any] = {}
-        for key, value in found[0].items():
-            if isinstance(value, dict):
-                averaged[key] = {k: mean(one[key][k] for one in found) for k in value}
-            elif any(one[key] is None for one in found):
-                averaged[key] = None
-            else:
-                averaged[key] = mean(one[key] for one in found)
+        found = {str(c.seed): json.loads((c.folder / MEASURED).read_text()) for c in mine}
+        command, old = mine[0].shown_command, before.get((row, task), {})
+        if old.get("command") == command:
+            names = names_of(next(iter(found.values())))
+            found |= {
+                seed: measured
+                for seed, measured in old.get("by_seed", {}).items()
+                if seed not in found and names_of(measured) == names
+            }
+        by_seed = dict(sorted(found.items(), key=lambda item: int(item[0])))
         rows.append(
             {
                 "channel": row,
                 "task": task,
-                "seeds": [cell.seed for cell in mine],
-                "command": "train.py " + " ".join(mine[0].overrides),
-                "accuracy_by_seed": [one["accuracy"] for one in found],
-                **averaged,
+                "seeds": [int(seed) for seed in by_seed],
+                "command": command,
+                "accuracy_by_seed": [one["accuracy"] for one in by_seed.values()],
+                **averaged(list(by_seed.values())),
+                "by_seed": by_seed,
             }
         )
     return rows
@@ -378,10 +412,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def write_table(cells: list[Cell], path: Path) -> list[dict[str, Any]]:
     """Write the rows that are measured so far, and return them.
 
-    Rows of other channels and tasks that the file holds are kept.
+    Rows of other channels and tasks that the file holds are kept, and other seeds of the same rows.
     """
-    rows = table_rows(cells)
     known = json.loads(path.read_text())["rows"] if path.is_file() else []
+    rows = table_rows(cells, known)
     new = {(row["channel"], row["task"]) for row in rows}
     rows += [row for row in known if (row["channel"], row["task"]) not in new]
     order = [(row, task) for task in TASKS for row in ROWS]

@@ -138,6 +138,25 @@ def test_rows_hold_means_over_the_seeds_that_are_measured(tmp_path):
     assert set(row["accuracy_at_passes"].values()) == {0.375}
     assert row["command"] == "train.py experiment=channels/token task=graph_search"
     assert row["message_swap_bits"] == 2.0 and row["message_zero_bits"] is None
+    # Another machine has measured seed 3, and seed 2 again.
+    for cell, accuracy in ((cells[2], 0.0), (cells[4], 0.25)):
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        found = base | {"accuracy": accuracy, "accuracy_at_passes": at_passes}
+        (cell.folder / "measured.json").write_text(json.dumps(found))
+    (merged,) = write_table([cells[2], cells[4]], tmp_path / "table.json")
+    assert merged["seeds"] == [1, 2, 3] and merged["accuracy_by_seed"] == [0.5, 0.0, 0.25]
+    assert merged["accuracy"] == 0.25 and list(merged["by_seed"]) == ["1", "2", "3"]
+    # Seeds of another command, or without some number, are not averaged with these.
+    threads, other = (
+        plan(["token"], ["graph_search"], [3], tmp_path, [override])
+        for override in ("fabric.num_threads=1", "stages.main.steps=5")
+    )
+    assert write_table(threads, tmp_path / "table.json")[0]["seeds"] == [1, 2, 3]
+    (tmp_path / "other.json").write_text((tmp_path / "table.json").read_text())
+    assert write_table(other, tmp_path / "other.json")[0]["seeds"] == [3]
+    found["accuracy_at_passes"] |= {"48": 0.25}
+    (cells[4].folder / "measured.json").write_text(json.dumps(found))
+    assert write_table(threads, tmp_path / "table.json")[0]["seeds"] == [3]
     assert "| token | 50.0, 100.0 | 37.5 | 37.5 | 37.5 | 37.5 | 3.0 |" in markdown([row])
     write_plots([row], tmp_path)
     assert (tmp_path / "channels_block_size.png").stat().st_size > 0
