@@ -131,6 +131,10 @@ class Channel(nn.Module, ABC):
         """True if a curriculum begins a new level at this step, which resets the optimizer."""
         return False
 
+    def last_level_begins(self) -> int:
+        """Optimizer step at which the last level of a curriculum begins; 0 without one."""
+        return 0
+
 
 def closer_id(fmt: PromptFormat) -> int:
     """The delimiter that ends a thought. Raises ValueError for phases without one."""

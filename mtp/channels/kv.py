@@ -92,6 +92,9 @@ class KV(TokenMessage):
     def begins_level(self, step: int) -> bool:
         return 0 < step == self.options.text_steps
 
+    def last_level_begins(self) -> int:
+        return int(self.options.text_steps)
+
     def supervised_loss(
         self, model: Any, fmt: PromptFormat, examples: list[Example], *, step: int, seed: int
     ) -> Tensor:

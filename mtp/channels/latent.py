@@ -56,6 +56,10 @@ class Latent(Channel):
     def begins_level(self, step: int) -> bool:
         return step > 0 and self.level(step) != self.level(step - 1)
 
+    def last_level_begins(self) -> int:
+        levels = self.options.levels
+        return self.options.text_steps + (levels - 1) * self.options.level_steps if levels else 0
+
     def remaining_text(self, thought: str | None, level: int) -> str:
         """The text of a solved thought that a level keeps; steps end at `;` or a line's end."""
         if level == self.options.levels:

@@ -57,6 +57,15 @@ def attach_channel(config: RunConfig, model: Any, fmt: PromptFormat, task: Task)
     model.add_module(ATTRIBUTE, channel)
     for name, stage in config.active_stages().items():
         check_stage(stage, f"stages.{name}", config.channel.name, channel)
+    begins = channel.last_level_begins()
+    for name, stage in config.active_stages().items():
+        if stage.kind == "supervised" and stage.steps <= begins:
+            raise ValueError(
+                f"stages.{name}.steps must be above {begins}, where the last level of "
+                f"channel.name={config.channel.name} begins, got {stage.steps}: thoughts as they "
+                "are evaluated would never be trained; raise it, or lower text_steps or "
+                "level_steps of channel.options"
+            )
 
 
 def check_run(config: RunConfig) -> None:
