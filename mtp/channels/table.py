@@ -43,6 +43,17 @@ TASKS: dict[str, list[str]] = {
         ]
         for terms in (3, 5, 7)
     },
+    "pointers": [
+        "task=pointer_chasing",
+        "task.num_nodes=8",
+        "task.hops=3",
+        "task.thought=nodes",
+        "model=tiny_llama",
+        "model.config.tie_word_embeddings=true",
+        "stages.main.optimizers.main={algorithm:muon,lr:2e-3,warmup_steps:0}",
+        "stages.main.steps=1500",
+        "stages.main.evaluate_every=250",
+    ],
     "two_models": [],
     "segments": [],
     "projects": [],
@@ -75,6 +86,15 @@ ROWS: dict[str, list[str]] = {
 }
 """Overrides of each row of the table."""
 
+LEVELS = {
+    "pointers": [
+        "channel.options.levels=2",
+        "channel.options.text_steps=500",
+        "channel.options.level_steps=400",
+    ]
+}
+"""Overrides of the row `latent` in tasks whose curriculum is not that of its experiment."""
+
 
 TEXT_ROW = re.compile(r"token|block_\d+")
 """Rows whose thought is text, a number of tokens per pass."""
@@ -90,7 +110,7 @@ def belongs(row: str, task: str) -> bool:
         return task == "segments"
     if task in ("running_sum_3", "running_sum_7"):
         return TEXT_ROW.fullmatch(row) is not None
-    return task in ("graph_search", "running_sum_5")
+    return task in ("graph_search", "running_sum_5", "pointers")
 
 
 @dataclass(frozen=True)
@@ -143,7 +163,18 @@ def plan(
             if name not in known:
                 raise ValueError(f"{option} must be of {', '.join(known)}, got {name}")
     cells = [
-        Cell(row, task, seed, runs / task / row / str(seed), (*ROWS[row], *TASKS[task], *overrides))
+        Cell(
+            row,
+            task,
+            seed,
+            runs / task / row / str(seed),
+            (
+                *ROWS[row],
+                *TASKS[task],
+                *(LEVELS.get(task, []) if row == "latent" else []),
+                *overrides,
+            ),
+        )
         for seed in seeds
         for task in tasks
         for row in rows

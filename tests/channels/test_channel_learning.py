@@ -6,6 +6,7 @@ from hydra import compose, initialize_config_dir
 
 from mtp.channels.measure import measure_message
 from mtp.channels.saving import load_channel
+from mtp.channels.table import LEVELS, TASKS
 from mtp.cli.hydra import register_configs
 from mtp.config import to_run_config
 from mtp.reports.json_lines import read_records
@@ -20,29 +21,17 @@ REDUCED = [
 ]
 
 
-HOPS = [
-    "task=pointer_chasing",
-    "task.thought=nodes",
-    "task.hops=3",
-    "model=tiny_llama",
-    "model.config.tie_word_embeddings=true",
-    "stages.main.optimizers.main={algorithm:muon,lr:2e-3,warmup_steps:0}",
-    "stages.main.evaluate_every=0",
-]
-"""Three hops in a table: a thought of two nodes, then one hop in the answer."""
+SHORT = ["stages.main.steps=800", "stages.main.evaluate_every=0"]
 LEARN = {
-    "no_thought": ["stages.main.steps=800"],
-    "token": ["stages.main.steps=800"],
-    "block": ["stages.main.steps=800", "head.num_slots=2"],
-    "soft": ["stages.main.steps=800"],
-    "multiplex": ["stages.main.steps=800"],
-    "gated": ["stages.main.steps=800", "stages.rl.steps=10"],
-    "latent": [
-        "stages.main.steps=2000",
-        "channel.options={levels:2,text_steps:600,level_steps:600}",
-    ],
+    "no_thought": SHORT,
+    "token": SHORT,
+    "block": [*SHORT, "head.num_slots=2"],
+    "soft": SHORT,
+    "multiplex": SHORT,
+    "gated": [*SHORT, "stages.rl.steps=10"],
+    "latent": [*LEVELS["pointers"], "stages.main.evaluate_every=0"],
 }
-"""Overrides of the channels of one model."""
+"""Overrides of the channels of one model, beside those of the table's task."""
 
 
 @pytest.mark.slow
@@ -50,7 +39,7 @@ LEARN = {
 def test_thoughts_of_every_channel_follow_the_pointers(name, tmp_path):
     """Guessing one of seven other nodes gives 14 %, and so does an answer without a thought."""
     folder = tmp_path / "run"
-    run = configured(folder, name, *HOPS, *LEARN[name])
+    run = configured(folder, name, *TASKS["pointers"], *LEARN[name])
     last = train(run)["stages"][-1]
     found = [last[key] for key in ("accuracy", "fast_accuracy", "slow_accuracy") if key in last]
     accuracy = next(value for value in found if value is not None)
