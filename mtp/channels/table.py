@@ -30,15 +30,21 @@ RUNS = Path("runs/channels")
 MEASURED = "measured.json"
 """File of a run's measurement, in the run's folder."""
 
+MUON = "stages.main.optimizers.main={algorithm:muon,lr:2e-3,warmup_steps:0}"
 TASKS: dict[str, list[str]] = {
-    "graph_search": ["task=graph_search"],
+    "graph_search": [
+        "task=graph_search",
+        MUON,
+        "stages.main.steps=3000",
+        "stages.main.evaluate_every=500",
+    ],
     **{
         f"running_sum_{terms}": [
             "task=running_sum",
             f"task.num_terms={terms}",
             f"decoding.max_new_tokens={16 * terms}",
             "model=tiny_llama",
-            "stages.main.optimizers.main={algorithm:muon,lr:2e-3,warmup_steps:0}",
+            MUON,
             "stages.main.steps=1500",
         ]
         for terms in (3, 5, 7)
@@ -50,7 +56,7 @@ TASKS: dict[str, list[str]] = {
         "task.thought=nodes",
         "model=tiny_llama",
         "model.config.tie_word_embeddings=true",
-        "stages.main.optimizers.main={algorithm:muon,lr:2e-3,warmup_steps:0}",
+        MUON,
         "stages.main.steps=1500",
         "stages.main.evaluate_every=250",
     ],
@@ -87,11 +93,12 @@ ROWS: dict[str, list[str]] = {
 """Overrides of each row of the table."""
 
 LEVELS = {
+    "graph_search": ["channel.options.text_steps=1500", "channel.options.level_steps=400"],
     "pointers": [
         "channel.options.levels=2",
         "channel.options.text_steps=500",
         "channel.options.level_steps=400",
-    ]
+    ],
 }
 """Overrides of the row `latent` in tasks whose curriculum is not that of its experiment."""
 
