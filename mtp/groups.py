@@ -16,7 +16,7 @@ from .modeling.decode_options import DecodeOptions
 from .modeling.memory import Memory
 from .modeling.records import Decoded, pad
 from .rollouts.advantage import informative
-from .rollouts.reward import Rewards, credited, score
+from .rollouts.reward import Rewards, score
 from .rollouts.rollout import Rollouts, join_rollouts
 from .run import Run, StageRun, next_examples, training_example
 from .tasks.base import Example
@@ -74,13 +74,12 @@ def sample_groups(run: Run, stage: StageRun, step: int) -> Groups:
                 reference=stage.reference,
             )
         rewards.append(scored)
-        credits = [credited(r.outcomes, p, run.fmt) for r, p in zip(rewards, parts, strict=True)]
-        num_informative = sum(int(informative(outcomes).sum()) for outcomes in credits)
+        num_informative = sum(int(informative(one.credits).sum()) for one in rewards)
         found = over_processes(run.fabric, {"informative": float(num_informative)}, "sum")
         if found["informative"] >= config.num_prompts:
             break
     scored = join_rewards(rewards)
-    is_informative = dict(zip(places, informative(torch.cat(credits)).tolist(), strict=True))
+    is_informative = dict(zip(places, informative(scored.credits).tolist(), strict=True))
     used = choose(config, merged(all_of(run.fabric, is_informative)))
     index = {place: group for group, place in enumerate(places)}
     places_of = shares(used, config.num_minibatches) if used else []
@@ -249,6 +248,7 @@ def join_rewards(parts: list[Rewards]) -> Rewards:
     """Rewards of several rounds as one."""
     return Rewards(
         torch.cat([part.outcomes for part in parts]),
+        torch.cat([part.credits for part in parts]),
         torch.cat([part.total for part in parts]),
         {name: torch.cat([part.terms[name] for part in parts]) for name in parts[0].terms},
         [one for part in parts for one in part.scored],

@@ -10,7 +10,7 @@ from .groups import Groups, join_rewards, sample_groups
 from .modeling.records import FORCED
 from .rollouts.advantage import GroupRewards, informative
 from .rollouts.legibility import step_metrics, unigram_drift
-from .rollouts.reward import Rewards, credited
+from .rollouts.reward import Rewards
 from .rollouts.rollout import Rollouts, join_rollouts
 from .run import Run, StageRun, next_examples
 from .tasks.base import Scored
@@ -99,10 +99,9 @@ def solved_batches(
 
 def advantages_of(run: Run, stage: StageConfig, groups: Groups) -> torch.Tensor:
     """[P, G] advantages by the stage's rule, or its algorithm's."""
-    total, outcomes = groups.rewards.total, groups.rewards.outcomes
-    batch = torch.cat(all_of(run.fabric, total))
-    outcomes = credited(outcomes, groups.rollouts, run.fmt)
-    return stage.advantage_rule()(GroupRewards(total, outcomes, batch))
+    rewards = groups.rewards
+    batch = torch.cat(all_of(run.fabric, rewards.total))
+    return stage.advantage_rule()(GroupRewards(rewards.total, rewards.credits, batch))
 
 
 def rollout_batches(
@@ -258,7 +257,7 @@ def metrics_of(run: Run, groups: Groups, advantages: torch.Tensor, step: int) ->
     metrics = reward_metrics(rewards, advantages) if run.task.has_verifier else {}
     metrics |= {
         "groups/sampled": len(rewards.outcomes),
-        "groups/informative": int(informative(credited(rewards.outcomes, rollouts, run.fmt)).sum()),
+        "groups/informative": int(informative(rewards.credits).sum()),
         "groups/used": sum(map(len, groups.shares)),
         "completions/mean_length": float(lengths.mean()),
         "completions/clipped_ratio": float(cut),

@@ -34,9 +34,11 @@ def test_rollouts_of_several_rounds_keep_their_text():
             assert joined.completion(at + row) == part.completion(row)
             assert joined.example(at + row) == part.example(row)
             assert joined.prompts[at + row] == part.prompts[row]
-    zeros = Rewards(torch.zeros(2, 2), torch.zeros(2, 2), {"passes": torch.zeros(2, 2)})
-    ones = Rewards(torch.ones(1, 2), torch.ones(1, 2), {"passes": torch.ones(1, 2)})
-    assert join_rewards([zeros, ones]).terms["passes"].tolist() == [[0, 0], [0, 0], [1, 1]]
+    zeros = Rewards(*[torch.zeros(2, 2)] * 3, {"passes": torch.zeros(2, 2)})
+    ones = Rewards(*[torch.ones(1, 2)] * 3, {"passes": torch.ones(1, 2)})
+    joined = join_rewards([zeros, ones])
+    assert joined.terms["passes"].tolist() == [[0, 0], [0, 0], [1, 1]]
+    assert joined.credits.tolist() == [[0, 0], [0, 0], [1, 1]]
 
 
 def test_informative_groups_are_chosen_and_filled_up_to_the_number_of_steps():
@@ -72,7 +74,7 @@ def outcomes_in_turn(*rows):
 
     def give_rewards(task, text, sampled, settings, **others):
         outcomes = torch.tensor([kinds[kind] for kind in next(turn)])
-        return Rewards(outcomes, outcomes, {})
+        return Rewards(outcomes, outcomes, outcomes, {})
 
     return give_rewards
 

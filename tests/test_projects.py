@@ -16,7 +16,7 @@ from mtp.modeling.phases import Phase, PhasePlan
 from mtp.modeling.sampler import Sampler
 from mtp.modeling.segments import SegmentSettings, check_segments
 from mtp.rollouts.advantage import GroupRewards, group_mean, informative
-from mtp.rollouts.reward import credited, reward_to_go
+from mtp.rollouts.reward import reward_to_go
 from mtp.rollouts.rollout import DecodingConfig, sample
 from mtp.tasks.base import Example, training_index
 from mtp.tasks.pointer_chasing import PointerChasingConfig
@@ -267,15 +267,12 @@ def test_a_reward_to_go_is_the_mean_of_a_problem_and_the_later_ones_of_its_proje
 def test_a_first_problem_that_all_solve_learns_from_what_its_memory_leads_to():
     examples = PROBLEMS[:2]
     outcomes = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
-    rollouts = SimpleNamespace(examples=examples)
-    total = credited(outcomes, rollouts, ANY_TEXT)
+    total = reward_to_go(outcomes, examples)
     assert total.tolist() == [[1.0, 0.5], [1.0, 0.0]]
     assert informative(outcomes).tolist() == [False, True]
     assert informative(total).tolist() == [True, True]
     given = GroupRewards(total, total, total)
     assert group_mean(given).tolist() == [[0.25, -0.25], [0.5, -0.5]]
-    alone = SimpleNamespace(segments=SegmentSettings())
-    assert credited(outcomes, rollouts, alone) is outcomes
 
 
 def test_shares_of_processes_and_orders_of_epochs_hold_whole_projects():

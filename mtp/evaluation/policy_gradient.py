@@ -16,7 +16,7 @@ from ..modeling.decode_options import DecodeOptions
 from ..reports.interval import mean_interval
 from ..rollouts.advantage import GroupRewards
 from ..rollouts.prompt_format import PromptFormat
-from ..rollouts.reward import credited, score
+from ..rollouts.reward import score
 from ..rollouts.rollout import DecodingConfig, sample
 from ..tasks.base import Example, Task
 from ..training.batch import TextBatch
@@ -151,8 +151,7 @@ def rollout_batch(
             max_new_tokens=decoding.max_new_tokens,
             reference=reference,
         )
-    outcomes = credited(rewards.outcomes, rollouts, fmt)
-    given = GroupRewards(rewards.total, outcomes, rewards.total)
+    given = GroupRewards(rewards.total, rewards.credits, rewards.total)
     return collate_rollouts(
         rollouts.prompts,
         rollouts.out,

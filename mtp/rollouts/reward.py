@@ -49,6 +49,8 @@ class Rewards:
 
     outcomes: Tensor
     """[P, G] 1.0 if the final answer is right and within `thought_budget`, else 0.0."""
+    credits: Tensor
+    """[P, G] outcomes as advantages read them: with a shared memory their `reward_to_go`."""
     total: Tensor
     """[P, G] outcome plus shaping terms, the input of advantages. With a shared memory it is the
     `reward_to_go` of that sum."""
@@ -73,11 +75,6 @@ def reward_to_go(values: Tensor, examples: Sequence[Example]) -> Tensor:
         if examples[i].place == 0:
             total, number = torch.zeros_like(total), 0
     return out
-
-
-def credited(values: Tensor, rollouts: Rollouts, fmt: PromptFormat) -> Tensor:
-    """[P, G] values as advantages read them: `reward_to_go` where problems share a memory."""
-    return reward_to_go(values, rollouts.examples) if fmt.segments.is_shared else values
 
 
 def score(
@@ -131,4 +128,7 @@ def score(
     outcome = torch.tensor(outcomes).view(shape)
     terms = {name: values.view(shape) for name, values in terms.items()}
     total = outcome + sum(terms.values(), torch.zeros_like(outcome))
-    return Rewards(outcome, credited(total, rollouts, fmt), terms, scored)
+    if not fmt.segments.is_shared:
+        return Rewards(outcome, outcome, total, terms, scored)
+    credits = reward_to_go(outcome, rollouts.examples)
+    return Rewards(outcome, credits, reward_to_go(total, rollouts.examples), terms, scored)

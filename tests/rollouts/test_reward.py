@@ -3,6 +3,8 @@
 import logging
 import time
 from collections import Counter
+from copy import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from mtp.hub.build import ModelConfig, build_model
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.phases import Phase
 from mtp.modeling.records import Decoded
+from mtp.modeling.segments import SegmentSettings
 from mtp.rollouts.advantage import GroupRewards, group_std
 from mtp.rollouts.legibility import (
     jensen_shannon,
@@ -99,6 +102,22 @@ def test_a_right_answer_after_a_longer_thought_than_the_budget_counts_as_wrong()
     figures = budget_metrics([batch], TASK, TEXT, (1, 2))
     assert figures["fast_thought_passes"] == pytest.approx(4 / 3)
     assert figures["accuracy_by_budget"] == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_credits_are_means_of_later_outcomes_where_problems_share_a_memory():
+    """One project of two problems, one rollout of each: right, then wrong at a cost of 0.5."""
+    batch = written(RIGHT, ENDLESS)
+    batch.examples, batch.group_size = [EXAMPLE, replace(EXAMPLE, place=1)], 1
+    shared = copy(TEXT)
+    shared.segments = SegmentSettings(max_segments=2, memory_scope="shared")
+    config = RewardConfig(format_cost=0.5)
+    alone = score(TASK, TEXT, batch, config, max_new_tokens=12)
+    assert alone.outcomes.tolist() == alone.credits.tolist() == [[1.0], [0.0]]
+    assert alone.total.tolist() == [[1.0], [-0.5]]
+    rewards = score(TASK, shared, batch, config, max_new_tokens=12)
+    assert rewards.outcomes.tolist() == [[1.0], [0.0]]
+    assert rewards.credits.tolist() == [[0.5], [0.0]]
+    assert rewards.total.tolist() == [[0.25], [-0.5]]
 
 
 def test_no_shaping_term_makes_an_unsolved_group_teach():
