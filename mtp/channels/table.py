@@ -31,6 +31,7 @@ MEASURED = "measured.json"
 """File of a run's measurement, in the run's folder."""
 
 MUON = "stages.main.optimizers.main={algorithm:muon,lr:2e-3,warmup_steps:0}"
+"""The optimizer where AdamW of the experiments needs twice the steps or more."""
 TASKS: dict[str, list[str]] = {
     "graph_search": [
         "task=graph_search",

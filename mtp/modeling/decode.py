@@ -43,7 +43,7 @@ def decode(
     on_block: Callable[[Block], None] | None = None,
     num_return_sequences: int = 1,
 ) -> Decoded:
-    """Run the pass loop until every row has ended or has as many tokens as it may.
+    """Run the pass loop until every row has ended or has reached its limit.
 
     Args:
         model: an `MTPMixin` model.
