@@ -136,8 +136,7 @@ def test_rows_hold_means_over_the_seeds_that_are_measured(tmp_path):
     assert (row["channel"], row["task"], row["seeds"]) == ("token", "graph_search", [1, 2])
     assert row["accuracy_by_seed"] == [0.5, 1.0] and row["accuracy"] == 0.75
     assert set(row["accuracy_at_passes"].values()) == {0.375}
-    chosen = " ".join(TASKS["graph_search"])
-    assert row["command"] == f"train.py experiment=channels/token {chosen}"
+    assert row["command"] == "train.py experiment=channels/token task=graph_search"
     assert row["message_swap_bits"] == 2.0 and row["message_zero_bits"] is None
     # Another machine has measured seed 3, and seed 2 again.
     for cell, accuracy in ((cells[2], 0.0), (cells[4], 0.25)):
@@ -171,12 +170,13 @@ def test_a_part_of_the_table_keeps_the_rows_of_the_others_and_has_a_plot_for_eac
     assert rows == json.loads(kept.read_text())["rows"] == json.loads(path.read_text())["rows"]
     write_plots(rows, tmp_path)
     made = {file.name for file in tmp_path.glob("*.png")}
-    assert made == {f"channels_{row['task']}.png" for row in rows}
+    names = [*{row["task"] for row in rows}, "block_size"]
+    assert made == {f"channels_{name}.png" for name in names}
 
 
 def test_accuracy_at_equal_flops_is_that_of_the_last_evaluation_that_the_cheapest_row_can_afford():
     """10 steps at 2 FLOPs are 20: 5 steps at 4; none at 9, evaluated at steps 3 and 6."""
-    row = {"task": "a", "training_batch_size": 1}
+    row = {"task": "a", "channel": "token", "training_batch_size": 1}
     steps = {"3": 0.3, "5": 0.5, "10": 0.9}
     rows = [
         row | {"training_steps": 10, "flops_per_example": 2, "accuracy_at_step": steps},
@@ -184,9 +184,11 @@ def test_accuracy_at_equal_flops_is_that_of_the_last_evaluation_that_the_cheapes
         row | {"training_steps": 6, "flops_per_example": 9, "accuracy_at_step": {"3": 0, "6": 1}},
         row | {"training_steps": 12, "flops_per_example": 2, "accuracy_at_step": steps},  # with RL
     ]
+    control = {"channel": "no_thought", "training_steps": 10, "flops_per_example": 1}
+    rows.append(row | control | {"accuracy_at_step": steps})
     add_equal_flops(rows)
-    assert [r["accuracy_at_equal_flops"] for r in rows] == [0.9, 0.5, None, None]
-    assert [r["training_flops"] for r in rows] == [20, 40, 54, None]
+    assert [r["accuracy_at_equal_flops"] for r in rows] == [0.9, 0.5, None, None, 0.9]
+    assert [r["training_flops"] for r in rows] == [20, 40, 54, None, 10]
 
 
 @pytest.mark.parametrize("name", ["token", "block", "soft", "multiplex", "gated", "latent"])
