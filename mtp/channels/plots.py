@@ -37,16 +37,24 @@ def plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
 def plot_block_sizes(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Accuracy within a number of passes of thought, by tokens per pass.
 
-    rows: by task, at least one, those of `token` and `block_K`; each task has a panel.
+    rows: by task, at least one, those of `token` and `block_K`; each task has a panel. A number
+    looks the same in all of them.
     """
+    sizes = sorted({tokens_per_pass(row) for mine in rows.values() for row in mine})
     figure, [axes] = panels(1, len(rows))
     for one, (task, mine) in zip(axes, rows.items(), strict=True):
-        for number, row in enumerate(mine):
-            _, _, slots = row["channel"].partition("_")
-            label = f"{1 + int(slots or 0)} per pass"
+        for row in mine:
+            size = tokens_per_pass(row)
+            line = looks(sizes.index(size)) | {"marker": "o", "label": f"{size} per pass"}
             points = sorted((int(n), value) for n, value in row["accuracy_at_passes"].items())
-            one.plot(*zip(*points, strict=True), **looks(number) | {"marker": "o", "label": label})
+            one.plot(*zip(*points, strict=True), **line)
         share_axis(one, "held-out accuracy")
         log_axis(one, f"passes of a thought, {task}", "at most", "x")
-    legend(axes[0])
+        legend(one)
     save(figure, path)
+
+
+def tokens_per_pass(row: dict[str, Any]) -> int:
+    """Tokens per pass of a row `token` or `block_K`: K + 1."""
+    _, _, slots = row["channel"].partition("_")
+    return 1 + int(slots or 0)

@@ -136,7 +136,8 @@ def test_rows_hold_means_over_the_seeds_that_are_measured(tmp_path):
     assert (row["channel"], row["task"], row["seeds"]) == ("token", "graph_search", [1, 2])
     assert row["accuracy_by_seed"] == [0.5, 1.0] and row["accuracy"] == 0.75
     assert set(row["accuracy_at_passes"].values()) == {0.375}
-    assert row["command"] == "train.py experiment=channels/token task=graph_search"
+    chosen = " ".join(TASKS["graph_search"])
+    assert row["command"] == f"train.py experiment=channels/token {chosen}"
     assert row["message_swap_bits"] == 2.0 and row["message_zero_bits"] is None
     # Another machine has measured seed 3, and seed 2 again.
     for cell, accuracy in ((cells[2], 0.0), (cells[4], 0.25)):

@@ -10,7 +10,7 @@ LIMITS = [i % 8 for i in range(len(PROMPTS))]
 
 @pytest.mark.parametrize("mode", ["slow", "fast", "verified"])
 def test_each_row_is_cut_at_its_own_limit(mode, plan):
-    """As if it were decoded alone with that limit; a row of limit 0 stays empty."""
+    """Each text is that of a batch of its own with that limit; a row of limit 0 stays empty."""
     model = tiny_model()
     chosen = {"slow": plan.as_slow(), "fast": plan, "verified": plan.as_verified(4)}[mode]
     out = run(model, PROMPTS, chosen, max_new_tokens=8, limits=torch.tensor(LIMITS))

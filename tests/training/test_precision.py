@@ -1,4 +1,4 @@
-"""What a run says of its precision."""
+"""A run says where its precision is slow."""
 
 import logging
 
