@@ -52,14 +52,20 @@ def forward_backward(model: Any, size: Size, attention: str) -> None:
     model.zero_grad()
 
 
-def main() -> None:
-    """Measures every size and prints a line each."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def read_options(description: str | None) -> argparse.Namespace:
+    """Options of the command; torch then has as many threads as they say."""
+    parser = argparse.ArgumentParser(description=description)
     add_json_option(parser)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    return options
+
+
+def main() -> None:
+    """Measures every size and prints a line each."""
+    options = read_options(__doc__)
     results = []
     for experiment, size in SIZES.items():
         model = main_of(experiment)

@@ -7,12 +7,9 @@ iteration is in bfloat16 (left out where torch has none). Contenders take turns 
 reported.
 """
 
-import argparse
-import os
-
 import torch
-from attention import main_of
-from measure import add_json_option, print_json, take_turns
+from attention import main_of, read_options
+from measure import print_json, take_turns
 
 from mtp.training.muon import Muon
 from mtp.training.optimizers import is_hidden_matrix, split_parameters
@@ -20,12 +17,7 @@ from mtp.training.optimizers import is_hidden_matrix, split_parameters
 
 def main() -> None:
     """Measures, and prints a line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_json_option(parser)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = read_options(__doc__)
     parameters = split_parameters(main_of("running_sum"))["main"]
     matrices = [p for name, p in parameters.items() if is_hidden_matrix(name, p)]
     for matrix in matrices:

@@ -129,7 +129,7 @@ class Channel(nn.Module, ABC):
 
     def begins_level(self, step: int) -> bool:
         """True if a curriculum begins a new level at this step, which resets the optimizer."""
-        return False
+        return 0 < step == self.last_level_begins()
 
     def last_level_begins(self) -> int:
         """Optimizer step at which the last level of a curriculum begins; 0 without one."""

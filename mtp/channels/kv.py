@@ -89,9 +89,6 @@ class KV(TokenMessage):
         )
         """The fusion of the keys and that of the values, layer by layer."""
 
-    def begins_level(self, step: int) -> bool:
-        return 0 < step == self.options.text_steps
-
     def last_level_begins(self) -> int:
         return int(self.options.text_steps)
 

@@ -91,9 +91,6 @@ class VectorMemory(Channel):
                 "channel.name=vector_memory, got null: it divides solved thoughts into segments"
             )
 
-    def begins_level(self, step: int) -> bool:
-        return 0 < step == self.options.text_steps
-
     def last_level_begins(self) -> int:
         return int(self.options.text_steps)
 
