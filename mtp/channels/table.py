@@ -12,8 +12,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,179 +20,12 @@ from typing import Any
 from ..common.files import save_text
 from ..common.process import run_command
 from ..reports.json_lines import read_records
+from .cells import MEASURED, ROWS, TASKS, TEXT_ROW, Cell, plan
 from .plots import plot_block_sizes, plot_rows
 
-ROOT = Path(__file__).parents[2]
 RESULT = Path("docs/results/channels/table.json")
 PLOTS = Path("docs")
 RUNS = Path("runs/channels")
-MEASURED = "measured.json"
-"""File of a run's measurement, in the run's folder."""
-
-MUON = "stages.main.optimizers.main={algorithm:muon,lr:2e-3,warmup_steps:0}"
-"""Learns these tasks in half of the steps that AdamW of the experiments needs."""
-TASKS: dict[str, list[str]] = {
-    "graph_search": [
-        "task=graph_search",
-        MUON,
-        "stages.main.steps=3000",
-        "stages.main.evaluate_every=500",
-    ],
-    **{
-        f"running_sum_{terms}": [
-            "task=running_sum",
-            f"task.num_terms={terms}",
-            f"decoding.max_new_tokens={16 * terms}",
-            "model=tiny_llama",
-            MUON,
-            "stages.main.steps=1500",
-        ]
-        for terms in (3, 5, 7)
-    },
-    "pointers": [
-        "task=pointer_chasing",
-        "task.num_nodes=8",
-        "task.hops=3",
-        "task.thought=nodes",
-        "model=tiny_llama",
-        "model.config.tie_word_embeddings=true",
-        MUON,
-        "stages.main.steps=1500",
-        "stages.main.evaluate_every=250",
-    ],
-    "two_models": [],
-    "segments": [],
-    "projects": [],
-}
-"""Overrides of each task. Sums of three and seven terms are for the number of tokens per pass. The
-experiments of the last three name it themselves, because only channels between two models, between
-segments, and between problems, have them."""
-
-ROWS: dict[str, list[str]] = {
-    "no_thought": ["experiment=channels/no_thought"],
-    "token": ["experiment=channels/token"],
-    **{f"block_{k}": ["experiment=channels/block", f"head.num_slots={k}"] for k in (1, 2, 3, 5, 8)},
-    "soft": ["experiment=channels/soft"],
-    "multiplex": ["experiment=channels/multiplex"],
-    "latent": ["experiment=channels/latent"],
-    "gated": ["experiment=channels/gated"],
-    "no_message": ["experiment=channels/no_message"],
-    "token_message": ["experiment=channels/token_message"],
-    **{
-        f"block_message_{k}": ["experiment=channels/block_message", f"head.num_slots={k}"]
-        for k in (1, 3, 5)
-    },
-    "kv": ["experiment=channels/kv"],
-    "no_memory": ["experiment=channels/no_memory"],
-    "text_memory": ["experiment=channels/text_memory"],
-    "vector_memory": ["experiment=channels/vector_memory"],
-    "own_memory": ["experiment=channels/own_memory"],
-    "text_memory_shared": ["experiment=channels/text_memory_shared"],
-    "vector_memory_shared": ["experiment=channels/vector_memory_shared"],
-}
-"""Overrides of each row of the table."""
-
-LEVELS = {
-    "graph_search": ["channel.options.text_steps=1500", "channel.options.level_steps=400"],
-    "pointers": [
-        "channel.options.levels=2",
-        "channel.options.text_steps=500",
-        "channel.options.level_steps=400",
-    ],
-}
-"""Overrides of the row `latent` in tasks whose curriculum is not that of its experiment."""
-
-
-TEXT_ROW = re.compile(r"token|block_\d+")
-"""Rows whose thought is text, a number of tokens per pass."""
-
-
-def belongs(row: str, task: str) -> bool:
-    """True if the table has this row for this task."""
-    if "_message" in row or row == "kv":
-        return task == "two_models"
-    if row == "own_memory" or row.endswith("_shared"):
-        return task == "projects"
-    if row.endswith("_memory"):
-        return task == "segments"
-    if task in ("running_sum_3", "running_sum_7"):
-        return TEXT_ROW.fullmatch(row) is not None
-    return task in ("graph_search", "running_sum_5", "pointers")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of the table."""
-
-    row: str
-    task: str
-    seed: int
-    folder: Path
-    overrides: tuple[str, ...]
-    """Arguments of `train.py`, its folder and seed not included."""
-
-    @property
-    def is_trained(self) -> bool:
-        """True if the run has ended."""
-        return (self.folder / "summary.json").is_file()
-
-    @property
-    def is_measured(self) -> bool:
-        """True if its model has been measured."""
-        return (self.folder / MEASURED).is_file()
-
-    @property
-    def shown_command(self) -> str:
-        """The training command without folder and seed; threads do not matter to a result."""
-        chosen = [one for one in self.overrides if not one.startswith("fabric.num_threads=")]
-        return " ".join(["train.py", *chosen])
-
-    def command(self, *more: str) -> list[str]:
-        """The training command."""
-        where = [f"seed={self.seed}", f"run_dir={self.folder}"]
-        return [sys.executable, str(ROOT / "train.py"), *self.overrides, *where, *more]
-
-
-def plan(
-    rows: Iterable[str],
-    tasks: Iterable[str],
-    seeds: Iterable[int],
-    runs: Path,
-    overrides: Iterable[str],
-) -> list[Cell]:
-    """All cells; the first seed of every row comes first.
-
-    Raises ValueError for unknown names, and for rows and tasks none of which belong together.
-    """
-    rows, tasks = list(rows), list(tasks)
-    for given, known, option in ((rows, ROWS, "--rows"), (tasks, TASKS, "--tasks")):
-        for name in given:
-            if name not in known:
-                raise ValueError(f"{option} must be of {', '.join(known)}, got {name}")
-    cells = [
-        Cell(
-            row,
-            task,
-            seed,
-            runs / task / row / str(seed),
-            (
-                *ROWS[row],
-                *TASKS[task],
-                *(LEVELS.get(task, []) if row == "latent" else []),
-                *overrides,
-            ),
-        )
-        for seed in seeds
-        for task in tasks
-        for row in rows
-        if belongs(row, task)
-    ]
-    if not cells:
-        raise ValueError(
-            f"--tasks must be of the rows {', '.join(rows)}, got {', '.join(tasks)}; "
-            f"{rows[0]} has {', '.join(task for task in TASKS if belongs(rows[0], task))}"
-        )
-    return cells
 
 
 def run_train(cell: Cell, *more: str, capture: bool = False) -> str:

@@ -4,9 +4,9 @@ import pytest
 from helpers import ROOT
 from hydra import compose, initialize_config_dir
 
+from mtp.channels.cells import LEVELS, TASKS
 from mtp.channels.measure import measure_message
 from mtp.channels.saving import load_channel
-from mtp.channels.table import LEVELS, TASKS
 from mtp.cli.hydra import register_configs
 from mtp.config import to_run_config
 from mtp.reports.json_lines import read_records

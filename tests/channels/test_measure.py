@@ -8,6 +8,7 @@ import torch
 from helpers import ROOT
 
 from mtp.channels import build_channel
+from mtp.channels.cells import ROWS, TASKS, plan
 from mtp.channels.channel import Channel, WriteOptions, Written
 from mtp.channels.measure import (
     SEEDS_OF_ATTEMPT,
@@ -15,12 +16,9 @@ from mtp.channels.measure import (
     measure_attempts,
 )
 from mtp.channels.table import (
-    ROWS,
-    TASKS,
     accuracy_at_steps,
     add_equal_flops,
     markdown,
-    plan,
     write_plots,
     write_table,
 )
