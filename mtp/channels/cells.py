@@ -11,7 +11,7 @@ MEASURED = "measured.json"
 """File of a run's measurement, in the run's folder."""
 
 MUON = "stages.main.optimizers.main={algorithm:muon,lr:2e-3,warmup_steps:0}"
-"""Learns graph search in half of the steps that the AdamW of the experiments needs (docs/LOG.md)."""
+"""Learns graph search in half of the steps that AdamW of the experiments needs (docs/LOG.md)."""
 TASKS: dict[str, list[str]] = {
     "graph_search": [
         "task=graph_search",
