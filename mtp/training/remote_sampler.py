@@ -114,7 +114,7 @@ class RemoteSampler:
     def __init__(self, fabric: Fabric, model: Any, fmt: PromptFormat, config: FabricConfig):
         """Starts the process.
 
-        Raises ValueError if Ray is not installed or has no room for the process.
+        Raises ValueError if Ray is not installed or starts no process in time.
         """
         try:
             import ray
@@ -132,7 +132,7 @@ class RemoteSampler:
         except ray.exceptions.GetTimeoutError:
             self.close()
             raise ValueError(
-                f"rollouts.lag needs a process that samples, but Ray had no room for one within "
+                f"rollouts.lag needs a process that samples, but Ray started none within "
                 f"{SECONDS_TO_START:.0f} s; give the cluster a free CPU"
                 f"{' and GPU' if on_gpu else ''} per training process, or set rollouts.lag=null"
             ) from None
@@ -166,7 +166,9 @@ class RemoteSampler:
 def connect(ray: Any, fabric: Fabric) -> bool:
     """Connect to Ray; True if this started one, which then serves this training process alone.
 
-    Ray's own handler of SIGTERM is taken out again: the run saves a checkpoint at that signal.
+    Ray's own handler of SIGTERM is taken out again: the run saves a checkpoint at that signal. A Ray
+    of this process gives its workers this process's priority in place of a low one, since training
+    waits for the rollouts; RAY_worker_niceness in the environment stands.
 
     Raises ValueError for GPUs without a cluster: a Ray that starts here would give the sampling
     process the very GPU that trains.
@@ -180,6 +182,8 @@ def connect(ray: Any, fabric: Fabric) -> bool:
             "start --head and CUDA_VISIBLE_DEVICES without the GPUs that train, and set RAY_ADDRESS"
         )
     local = {"num_cpus": 1, "num_gpus": 0, "include_dashboard": False}
+    if address == "local":
+        os.environ.setdefault("RAY_worker_niceness", "0")
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
