@@ -166,9 +166,10 @@ class RemoteSampler:
 def connect(ray: Any, fabric: Fabric) -> bool:
     """Connect to Ray; True if this started one, which then serves this training process alone.
 
-    Ray's own handler of SIGTERM is taken out again: the run saves a checkpoint at that signal. A Ray
-    of this process gives its workers this process's priority in place of a low one, since training
-    waits for the rollouts; RAY_worker_niceness in the environment stands.
+    Ray's own handler of SIGTERM is taken out again: the run saves a checkpoint at that signal.
+
+    A Ray of this process gives its workers this process's priority in place of a low one, since
+    training waits for the rollouts; RAY_worker_niceness in the environment stands.
 
     Raises ValueError for GPUs without a cluster: a Ray that starts here would give the sampling
     process the very GPU that trains.
