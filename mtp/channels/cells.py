@@ -41,13 +41,28 @@ TASKS: dict[str, list[str]] = {
         "stages.main.steps=1500",
         "stages.main.evaluate_every=250",
     ],
+    "chain_sum": [
+        "task=chain_sum",
+        "task.options={min_terms:4,max_terms:4,min_digits:1,max_digits:1}",
+        "model=smollm2",
+        "model.attention=eager",
+        "decoding.max_new_tokens=32",
+        "decoding.system_prompt=''",
+        "stages.main.optimizers.main={algorithm:adamw,lr:4e-4,decay:linear,final_lr_ratio:0.3}",
+        "stages.main.steps=120",
+        "stages.main.micro_batch_size=16",
+        "stages.main.evaluate_every=40",
+        "evaluation.num_problems=256",
+        "evaluation.num_interim_problems=64",
+        "evaluation.batch_size=64",
+    ],
     "two_models": [],
     "segments": [],
     "projects": [],
 }
-"""Overrides of each task. Sums of three and seven terms are for the number of tokens per pass. The
-experiments of the last three name it themselves, because only channels between two models, between
-segments, and between problems, have them."""
+"""Overrides of each task. Sums of three and seven terms are for the number of tokens per pass;
+chain_sum is SmolLM2-135M's. The experiments of the last three name it themselves, because only
+channels between two models, between segments, and between problems, have them."""
 
 ROWS: dict[str, list[str]] = {
     "no_thought": ["experiment=channels/no_thought"],
@@ -73,15 +88,24 @@ ROWS: dict[str, list[str]] = {
 }
 """Overrides of each row of the table."""
 
-LEVELS = {
-    "graph_search": ["channel.options.text_steps=1500", "channel.options.level_steps=400"],
-    "pointers": [
+MORE = {
+    ("graph_search", "latent"): [
+        "channel.options.text_steps=1500",
+        "channel.options.level_steps=400",
+    ],
+    ("pointers", "latent"): [
         "channel.options.levels=2",
         "channel.options.text_steps=500",
         "channel.options.level_steps=400",
     ],
+    ("chain_sum", "block_5"): [
+        "head=smollm2",
+        "head.taps=[10,20,30]",
+        "stages.main.examples.num_anchors=8",
+        "stages.main.optimizers.head={algorithm:muon,lr:1e-3,decay:linear,final_lr_ratio:0.3}",
+    ],
 }
-"""Overrides of the row `latent` in tasks whose curriculum is not that of its experiment."""
+"""Overrides of single cells, by task and row: a curriculum or a head that suits the task."""
 
 
 TEXT_ROW = re.compile(r"token|block_\d+")
@@ -96,6 +120,8 @@ def belongs(row: str, task: str) -> bool:
         return task == "projects"
     if row.endswith("_memory"):
         return task == "segments"
+    if task == "chain_sum":
+        return row in ("no_thought", "token", "block_5", "soft", "multiplex")
     if task in ("running_sum_3", "running_sum_7"):
         return TEXT_ROW.fullmatch(row) is not None
     return task in ("graph_search", "running_sum_5", "pointers")
@@ -159,7 +185,7 @@ def plan(
             (
                 *ROWS[row],
                 *TASKS[task],
-                *(LEVELS.get(task, []) if row == "latent" else []),
+                *MORE.get((task, row), []),
                 *overrides,
             ),
         )

@@ -4,7 +4,7 @@ import pytest
 from helpers import ROOT
 from hydra import compose, initialize_config_dir
 
-from mtp.channels.cells import LEVELS, TASKS
+from mtp.channels.cells import MORE, TASKS
 from mtp.channels.measure import measure_message
 from mtp.channels.saving import load_channel
 from mtp.cli.hydra import register_configs
@@ -29,7 +29,7 @@ LEARN = {
     "soft": SHORT,
     "multiplex": SHORT,
     "gated": [*SHORT, "stages.rl.steps=10"],
-    "latent": [*LEVELS["pointers"], "stages.main.evaluate_every=0"],
+    "latent": [*MORE["pointers", "latent"], "stages.main.evaluate_every=0"],
 }
 """Overrides of the channels of one model, beside those of the table's task."""
 

@@ -107,7 +107,9 @@ def test_the_plan_has_every_row_of_every_task_and_the_first_seed_first(tmp_path)
     assert of_task["graph_search"] == of_task["running_sum_5"] == of_task["pointers"] == others
     text = {"token", "block_1", "block_2", "block_3", "block_5", "block_8"}
     assert of_task["running_sum_3"] == of_task["running_sum_7"] == text
-    assert len(cells) == 2 * (3 * len(others) + 2 * len(text) + 6 + 3 + 3)
+    llm = {"no_thought", "token", "block_5", "soft", "multiplex"}
+    assert of_task["chain_sum"] == llm
+    assert len(cells) == 2 * (3 * len(others) + 2 * len(text) + len(llm) + 6 + 3 + 3)
     assert len({cell.folder for cell in cells}) == len(cells)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
     command = cells[-1].command("resume=auto")
