@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf, open_dict
 
-from mtp.cli.hydra import job_folder, register_configs
+from mtp.cli.hydra import SweepCallback, job_folder, register_configs
 from mtp.common.errors import one_line
 from mtp.config import to_run_config, with_defaults
 from mtp.hub.build import build_model
@@ -99,6 +99,16 @@ def test_a_variant_of_a_study_comes_after_the_one_that_it_begins_from(study):
         if experiment != f"{study}/start":
             assert source in before and stage in ("head", "joint", "rl"), f"{experiment}: {source}"
         before.add(config.run_dir.removesuffix("/7"))
+
+
+def test_a_study_says_what_it_sweeps_over(monkeypatch, capsys):
+    monkeypatch.setattr("mtp.cli.hydra.run_from_copy", lambda *_: None)
+    for given, swept in ((), "experiment, seed"), (("seed=4",), "experiment"):
+        config = composed("study=imperfect_teacher")
+        with open_dict(config):
+            config.hydra.overrides.task = list(given)
+        SweepCallback().on_multirun_start(config)
+        assert f"sweep over {swept}: runs/imperfect_teacher\n" == capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sweep", files("sweep"))

@@ -16,7 +16,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ValueType
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -176,6 +176,15 @@ def job_overrides() -> dict[str, str] | None:
     return {key: value for key, value in pairs if key not in fixed}
 
 
+def sweeper_overrides(settings: Any) -> list[Override]:
+    """Overrides that the configuration of the sweeper holds, as a study's does.
+
+    settings: the node `hydra` of a configuration. Those of the command line come after them.
+    """
+    params = settings.sweeper.get("params") or {}
+    return OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in params.items()])
+
+
 def jobs_of_command(path: Path) -> list[tuple[str, dict[str, str]]]:
     """Name and overrides of each job that a sweep's command starts, from its `multirun.yaml`.
 
@@ -187,9 +196,8 @@ def jobs_of_command(path: Path) -> list[tuple[str, dict[str, str]]]:
         settings: Any = OmegaConf.load(path).hydra
         if not str(settings.sweeper._target_).endswith(f".{BasicSweeper.__name__}"):
             return []
-        params = [f"{key}={value}" for key, value in (settings.sweeper.params or {}).items()]
         given = OverridesParser.create().parse_overrides(list(settings.overrides.task))
-        every = OverridesParser.create().parse_overrides(params) + given
+        every = sweeper_overrides(settings) + given
     if any(override.value_type == ValueType.GLOB_CHOICE_SWEEP for override in every):
         return []
     shared = {one.get_key_element() for one in given if not one.is_sweep_override()}
@@ -208,8 +216,9 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Leave out overrides that all jobs share from their names; one folder for all of them."""
         overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-        swept = {o.key_or_group for o in overrides if o.is_sweep_override()}
         given = {o.key_or_group for o in overrides}
+        every = {o.key_or_group: o for o in sweeper_overrides(config.hydra) + overrides}
+        swept = {key for key, override in every.items() if override.is_sweep_override()}
         if "name" in swept or "run_dir" in given:
             print_error(
                 "a sweep writes to runs/<name>_sweep/<overrides>: name cannot be swept over "
