@@ -17,7 +17,8 @@ from mtp.common.errors import one_line
 from mtp.config import to_run_config, with_defaults
 from mtp.hub.build import build_model
 from mtp.hub.run_folder import changed_settings
-from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
+from mtp.rollouts.new_tokenizers import character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"

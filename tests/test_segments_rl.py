@@ -19,7 +19,8 @@ from mtp.modeling.sampler import Sampler
 from mtp.modeling.segments import SegmentSettings
 from mtp.reports.tables import completions_rows
 from mtp.rollouts.legibility import mean_nats_of_rollouts, step_metrics, thought_nats
-from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
+from mtp.rollouts.new_tokenizers import character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat
 from mtp.rollouts.reward import RewardConfig, score
 from mtp.rollouts.rollout import DecodingConfig, Rollouts, sample
 from mtp.steps import micro_batches, segment_metrics

@@ -19,7 +19,8 @@ from ..modeling.memory import ALPHABET
 from ..modeling.modeling_mtp import family_class
 from ..modeling.phases import Phase, phases_from_json, phases_to_json
 from ..modeling.segments import SegmentSettings
-from ..rollouts.prompt_format import PromptFormat, character_tokenizer
+from ..rollouts.new_tokenizers import character_tokenizer, text_tokenizer
+from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import DecodingConfig
 from ..rollouts.tokenization import add_delimiters
 from ..tasks.base import Task
@@ -51,6 +52,9 @@ class ModelConfig:
     """`model_type` of a model from scratch: llama, qwen3, or another causal LM of transformers."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the family's transformers config, for a model from scratch."""
+    tokenizer_vocab_size: int | None = None
+    """Size of a tokenizer that is trained on the texts of the first training problems, for a model
+    from scratch (`text_tokenizer`). None: one token per character of the task's closed alphabet."""
     add_tokens: list[str] = field(default_factory=list)
     """Tokens to add to a pretrained tokenizer, such as `<think>` and `</think>`."""
     dtype: str = "float32"
@@ -204,20 +208,36 @@ def has_head(config: ModelConfig) -> bool:
     return getattr(found, "mtp", None) is not None
 
 
-def _from_scratch(
-    config: ModelConfig, head: HeadConfig, decoding: DecodingConfig, task: Task
-) -> tuple[Any, Any]:
+NUM_READ = 1024
+"""Training problems whose texts a new tokenizer is trained on."""
+
+
+def _new_tokenizer(vocab_size: int | None, decoding: DecodingConfig, task: Task) -> Any:
+    """Tokenizer of a model from scratch; the same in every process and every time."""
+    named = [d for p in decoding.phases.values() for d in (p.opened_by, p.closed_by)]
+    delimiters = [delimiter for delimiter in named if delimiter is not None]
+    if vocab_size is not None:
+        size = task.size("train")
+        number = NUM_READ if size is None else min(size, NUM_READ)
+        examples = (task.example("train", index) for index in range(number))
+        texts = (text for e in examples for text in (e.shown, e.thought or "", e.answer))
+        return text_tokenizer(texts, vocab_size, delimiters)
     alphabet = getattr(task, "alphabet", None)
     if alphabet is None:
         raise ValueError(
             f"model.source is null but task {task.name} has no closed alphabet to make a tokenizer "
-            "of; choose a pretrained model or another task"
+            "of; choose a pretrained model, or set model.tokenizer_vocab_size to train a tokenizer "
+            "on the task's texts"
         )
-    named = [d for p in decoding.phases.values() for d in (p.opened_by, p.closed_by)]
-    delimiters = [delimiter for delimiter in named if delimiter is not None]
     if decoding.segments.max_segments > 1:
         alphabet += ALPHABET
-    tokenizer = character_tokenizer(alphabet, delimiters)
+    return character_tokenizer(alphabet, delimiters)
+
+
+def _from_scratch(
+    config: ModelConfig, head: HeadConfig, decoding: DecodingConfig, task: Task
+) -> tuple[Any, Any]:
+    tokenizer = _new_tokenizer(config.tokenizer_vocab_size, decoding, task)
     try:
         cls = family_class(config.family)
     except ValueError as error:

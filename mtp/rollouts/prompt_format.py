@@ -16,15 +16,13 @@ from itertools import accumulate
 from typing import Any
 
 from jinja2 import TemplateError
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from ..modeling.memory import ALPHABET, DONE, Memory
 from ..modeling.phases import Phase, PhasePlan, make_plan
 from ..modeling.segments import SegmentSettings, Trajectory, check_segments, summary_marks
 from ..tasks.base import Example, Message
 from .tokenization import (
-    add_delimiters,
     find_token,
     leading_ids,
     name_of,
@@ -33,34 +31,6 @@ from .tokenization import (
 )
 
 SYSTEM_ROLES = ("system", "developer")
-PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-
-
-def character_tokenizer(alphabet: str, delimiters: list[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per character, for models trained from scratch on a closed
-    alphabet.
-    """
-    special = ["<pad>", "<eos>", *delimiters]
-    for delimiter in delimiters:
-        if delimiter in ("<pad>", "<eos>", "") or delimiter in alphabet:
-            raise ValueError(
-                f"delimiter {delimiter!r} must be a token of its own, neither <pad>, <eos> nor a "
-                "character of the task; choose another in decoding.phases"
-            )
-    vocabulary = {token: i for i, token in enumerate([*special, *sorted(set(alphabet))])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    core.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        padding_side="left",
-        model_input_names=["input_ids", "attention_mask"],
-    )
-    add_delimiters(tokenizer, delimiters)
-    tokenizer.chat_template = PLAIN_TEMPLATE
-    return tokenizer
 
 
 @dataclass

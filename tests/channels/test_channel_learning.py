@@ -35,6 +35,7 @@ LEARN = {
 
 
 @pytest.mark.slow
+@pytest.mark.learning
 @pytest.mark.parametrize("name", list(LEARN))
 def test_thoughts_of_every_channel_follow_the_pointers(name, tmp_path):
     """Guessing one of seven other nodes gives 14 %, and so does an answer without a thought."""

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from mtp.cli.chat import Conversation, history_file
 from mtp.modeling.phases import Phase
-from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
+from mtp.rollouts.new_tokenizers import character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat
 
 PHASES = {
     "thought": Phase(mode="fast", opened_by="<think>"),

@@ -26,7 +26,8 @@ from mtp.modeling.records import FORCED, Block
 from mtp.reports.measures import forget_results, read_results
 from mtp.reports.page import read_runs
 from mtp.reports.page.content import page_data
-from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
+from mtp.rollouts.new_tokenizers import character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat
 from mtp.rollouts.rollout import DecodingConfig
 from mtp.rollouts.tokenization import TextPieces
 from mtp.tasks import TASK_CONFIGS

@@ -15,7 +15,7 @@ from helpers import config, tiny_model
 import mtp.trainer as trainer
 from mtp.common.errors import in_quotes, one_line, reading
 from mtp.common.process import run_command
-from mtp.rollouts.prompt_format import character_tokenizer
+from mtp.rollouts.new_tokenizers import character_tokenizer
 from mtp.training.runtime import NotFinite, check_writable, naming_what_is_not_finite
 
 ROOT = Path(__file__).parents[2]

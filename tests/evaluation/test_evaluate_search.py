@@ -11,7 +11,8 @@ from mtp.evaluation.evaluate_search import evaluate_search, outcome_scorer
 from mtp.modeling.branches import Branch, SearchConfig
 from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.phases import Phase
-from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
+from mtp.rollouts.new_tokenizers import character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat
 from mtp.tasks.running_sum import RunningSum, RunningSumConfig
 
 PHASES = {

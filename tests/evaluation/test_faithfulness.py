@@ -16,7 +16,8 @@ from mtp.evaluation.interventions import (
     with_filler,
 )
 from mtp.modeling.phases import Phase
-from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
+from mtp.rollouts.new_tokenizers import character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat
 from mtp.rollouts.rollout import DecodingConfig
 from mtp.tasks.base import Example
 from mtp.tasks.running_sum import RunningSumConfig

@@ -11,7 +11,8 @@ from mtp.hub.export import export
 from mtp.hub.formats import FORMATS, Format, register_format
 from mtp.hub.model_card import CARD
 from mtp.modeling.phases import Phase
-from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
+from mtp.rollouts.new_tokenizers import character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat
 from mtp.tasks.running_sum import RunningSumConfig
 
 SUMMARY: dict[str, Any] = {"stages": [], "seed": 1}

@@ -19,7 +19,8 @@ from mtp.hub.export import export, push
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.modeling_mtp import LlamaMTPForCausalLM
 from mtp.modeling.saving import HEAD_FILE, INDEX
-from mtp.rollouts.prompt_format import PLAIN_TEMPLATE, PromptFormat
+from mtp.rollouts.new_tokenizers import PLAIN_TEMPLATE
+from mtp.rollouts.prompt_format import PromptFormat
 from mtp.rollouts.rollout import DecodingConfig
 from mtp.rollouts.tokenization import add_delimiters
 from mtp.tasks.running_sum import RunningSumConfig

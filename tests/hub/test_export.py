@@ -19,7 +19,8 @@ from mtp.hub.build import ModelConfig, generation_config, load_model
 from mtp.hub.export import export
 from mtp.hub.model_card import NUM_TRIED, base_model
 from mtp.modeling.phases import Phase
-from mtp.rollouts.prompt_format import PLAIN_TEMPLATE, PromptFormat, character_tokenizer
+from mtp.rollouts.new_tokenizers import PLAIN_TEMPLATE, character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat
 from mtp.rollouts.rollout import DecodingConfig
 from mtp.tasks.running_sum import RunningSumConfig
 from mtp.training.stage import StageConfig

@@ -15,7 +15,7 @@ from transformers import (
     pipeline,
 )
 
-from mtp.rollouts.prompt_format import character_tokenizer
+from mtp.rollouts.new_tokenizers import character_tokenizer
 
 TOKENIZER = character_tokenizer("0123456789+=;abcdef", ["<think>", "</think>"])
 PROMPT = torch.tensor([[5, 6, 7, 9]])

@@ -15,7 +15,8 @@ from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.phases import Phase
 from mtp.modeling.sampler import Sampler
-from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
+from mtp.rollouts.new_tokenizers import character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat
 from mtp.rollouts.rollout import DecodingConfig, sample
 from mtp.tasks.base import Example
 from mtp.tasks.running_sum import RunningSumConfig

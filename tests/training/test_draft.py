@@ -20,7 +20,8 @@ from mtp.modeling.phases import Phase, PhasePlan
 from mtp.modeling.sampler import Sampler
 from mtp.reports.metrics import METRICS, measured
 from mtp.reports.tables import print_table
-from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
+from mtp.rollouts.new_tokenizers import character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat
 from mtp.rollouts.rollout import DecodingConfig
 from mtp.tasks.continuation import ContinuationConfig
 from mtp.tasks.running_sum import RunningSum

@@ -12,7 +12,8 @@ from mtp.modeling.heads import HeadConfig
 from mtp.modeling.phases import Phase
 from mtp.modeling.segments import SegmentSettings
 from mtp.reports.loggers import FilesConfig, LoggerConfig
-from mtp.rollouts.prompt_format import PromptFormat, character_tokenizer
+from mtp.rollouts.new_tokenizers import character_tokenizer
+from mtp.rollouts.prompt_format import PromptFormat
 from mtp.rollouts.rollout import DecodingConfig
 from mtp.tasks.base import Example, Task
 from mtp.tasks.rows import RowsConfig
