@@ -69,6 +69,11 @@ class ModelConfig:
     def validate(self) -> None:
         """Raises ValueError naming the key of an impossible setting."""
         self.torch_dtype()
+        if self.source is not None and self.tokenizer_vocab_size is not None:
+            raise ValueError(
+                f"model.tokenizer_vocab_size must be null, got {self.tokenizer_vocab_size}: "
+                f"model.source={self.source!r} has a tokenizer; remove it"
+            )
         if self.attention not in ("sdpa", "eager"):
             raise ValueError(
                 f"model.attention must be sdpa or eager, got {self.attention!r}: the pass loop "
