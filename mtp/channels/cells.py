@@ -98,6 +98,11 @@ MORE = {
         "channel.options.text_steps=500",
         "channel.options.level_steps=400",
     ],
+    ("running_sum_5", "latent"): [
+        "channel.options.levels=4",
+        "channel.options.text_steps=500",
+        "channel.options.level_steps=200",
+    ],
     ("chain_sum", "block_5"): [
         "head=smollm2",
         "head.taps=[10,20,30]",
