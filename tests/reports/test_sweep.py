@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import TINY
 from rich.console import Console
 
 from mtp.cli.hydra import run_job
@@ -216,27 +217,11 @@ def test_ages_are_in_their_largest_unit():
     ]  # fmt: skip
 
 
-TINY = [
-    "stages.main.steps=2",
-    "stages.head.steps=2",
-    "stages.joint.steps=1",
-    "stages.rl.steps=1",
-    "stages.rl.rollouts.num_prompts=4",
-    "stages.rl.rollouts.group_size=4",
-    "evaluation.num_problems=8",
-    "evaluation.num_interim_problems=4",
-    "decoding.max_new_tokens=16",
-    "fabric.accelerator=cpu",
-    "fabric.num_threads=1",
-    "model.config.hidden_size=32",
-    "model.config.intermediate_size=48",
-    "head.hidden_size=16",
-    "head.intermediate_size=24",
-]
+SHORT = [*TINY, "stages.joint.steps=1", "stages.rl.steps=1"]
 
 
 def run_sweep(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "train.py", "-m", f"hydra.sweep.dir={folder}", *TINY, *arguments]
+    command = [sys.executable, "train.py", "-m", f"hydra.sweep.dir={folder}", *SHORT, *arguments]
     environment = {**os.environ, **environment}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
