@@ -169,7 +169,7 @@ def connect(ray: Any, fabric: Fabric) -> bool:
     Ray's own handler of SIGTERM is taken out again: the run saves a checkpoint at that signal.
 
     A Ray of this process gives its workers this process's priority in place of a low one, since
-    training waits for the rollouts; RAY_worker_niceness in the environment stands.
+    training waits for the rollouts. RAY_worker_niceness in the environment sets another one.
 
     Raises ValueError for GPUs without a cluster: a Ray that starts here would give the sampling
     process the very GPU that trains.
