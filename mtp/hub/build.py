@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig
 
+from ..common.bounds import bounded
 from ..common.errors import reading
 from ..modeling.contract import check_slow_mode, dropout_fields, without_dropout
 from ..modeling.heads import HeadConfig
@@ -52,7 +53,7 @@ class ModelConfig:
     """`model_type` of a model from scratch: llama, qwen3, or another causal LM of transformers."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the family's transformers config, for a model from scratch."""
-    tokenizer_vocab_size: int | None = None
+    tokenizer_vocab_size: int | None = bounded(None, at_least=256)
     """Size of a tokenizer that is trained on the texts of the first training problems, for a model
     from scratch (`text_tokenizer`). None: one token per character of the task's closed alphabet."""
     add_tokens: list[str] = field(default_factory=list)
