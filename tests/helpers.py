@@ -189,11 +189,17 @@ def start_sweep(folder: Path, *arguments: str, env: dict[str, str] | None = None
 CLOCKS = {"step_time", "rollout_time", "tokens_per_second"}
 
 
-def config(run_dir: Path, *overrides: str):
+def run_config(run_dir: Path, *overrides: str):
+    """The settings of a run of full size."""
     register_configs()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = compose("train", [*TINY, f"run_dir={run_dir}", *overrides])
+        composed = compose("train", [f"run_dir={run_dir}", *overrides])
     return to_run_config(composed)
+
+
+def config(run_dir: Path, *overrides: str):
+    """The settings of a run of seconds."""
+    return run_config(run_dir, *TINY, *overrides)
 
 
 def records(folder: Path) -> list[dict]:

@@ -3,11 +3,8 @@
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
-from hydra import compose, initialize_config_dir
+from helpers import run_config
 
-from mtp.cli.hydra import register_configs
-from mtp.config import to_run_config
 from mtp.trainer import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.learning]
@@ -36,10 +33,8 @@ TEACHER = [
 
 def stages_of(folder: Path, *overrides: str) -> list[dict]:
     """Summaries of the stages of a run in a folder."""
-    register_configs()
-    fixed = ["fabric.accelerator=cpu", "fabric.num_threads=1", f"run_dir={folder}"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return train(to_run_config(compose("train", [*overrides, *fixed])))["stages"]
+    fixed = ["fabric.accelerator=cpu", "fabric.num_threads=1"]
+    return train(run_config(folder, *overrides, *fixed))["stages"]
 
 
 def test_english_thoughts_are_written_in_blocks(tmp_path):

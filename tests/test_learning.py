@@ -1,11 +1,8 @@
 """The default experiment at a reduced size, on sums of two terms, still learns."""
 
 import pytest
-from helpers import ROOT
-from hydra import compose, initialize_config_dir
+from helpers import run_config
 
-from mtp.cli.hydra import register_configs
-from mtp.config import to_run_config
 from mtp.trainer import train
 
 REDUCED = [
@@ -51,10 +48,7 @@ REDUCED = [
 
 @pytest.mark.slow
 def test_the_channel_opens_where_main_learns_with_the_head_and_not_where_it_is_frozen(tmp_path):
-    register_configs()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = compose("train", [*REDUCED, f"run_dir={tmp_path}"])
-    summary = train(to_run_config(composed))
+    summary = train(run_config(tmp_path, *REDUCED))
     main, head, joint, rl = summary["stages"]
     assert main["slow_accuracy"] >= 0.9
     assert main["empty_thought_accuracy"] <= 0.1

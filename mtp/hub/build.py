@@ -24,7 +24,7 @@ from ..rollouts.new_tokenizers import character_tokenizer, text_tokenizer
 from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import DecodingConfig
 from ..rollouts.tokenization import add_delimiters
-from ..tasks.base import Task
+from ..tasks.base import Task, first_examples
 from .draft_vocabulary import choose_draft_vocabulary
 from .native_mtp import start_from_native
 from .outside_head import outside_head
@@ -223,9 +223,7 @@ def _new_tokenizer(vocab_size: int | None, decoding: DecodingConfig, task: Task)
     named = [d for p in decoding.phases.values() for d in (p.opened_by, p.closed_by)]
     delimiters = [delimiter for delimiter in named if delimiter is not None]
     if vocab_size is not None:
-        size = task.size("train")
-        number = NUM_READ if size is None else min(size, NUM_READ)
-        examples = (task.example("train", index) for index in range(number))
+        examples = first_examples(task, NUM_READ)
         texts = (text for e in examples for text in (e.shown, e.thought or "", e.answer))
         return text_tokenizer(texts, vocab_size, delimiters)
     alphabet = getattr(task, "alphabet", None)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..rollouts.prompt_format import PromptFormat
-from ..tasks.base import Task
+from ..tasks.base import Task, first_examples
 
 NUM_COUNTED = 4096
 """Training problems whose solutions are counted."""
@@ -53,11 +53,9 @@ def frequent_tokens(task: Task, fmt: PromptFormat, size: int) -> list[int]:
     Delimiters and end tokens come first, since a block ends at them. Among equally frequent tokens,
     and tokens that no solution uses, lower ids come first.
     """
-    number = task.size("train")
-    number = NUM_COUNTED if number is None else min(number, NUM_COUNTED)
     counts: Counter[int] = Counter()
-    for index in range(number):
-        for _, completion in fmt.example_segments(task.example("train", index)):
+    for example in first_examples(task, NUM_COUNTED):
+        for _, completion in fmt.example_segments(example):
             counts.update(completion)
     marks = sorted(fmt.plan().marks)
     others = sorted(counts.keys() - set(marks), key=lambda token: (-counts[token], token))

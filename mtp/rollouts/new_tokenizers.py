@@ -3,7 +3,7 @@
 Both have `<pad>`, `<eos>`, and one token for each delimiter.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -17,12 +17,7 @@ BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 def character_tokenizer(alphabet: str, delimiters: list[str]) -> PreTrainedTokenizerFast:
     """A tokenizer with one token per character of a closed alphabet."""
-    for delimiter in delimiters:
-        if delimiter in (*SPECIAL, "") or delimiter in alphabet:
-            raise ValueError(
-                f"delimiter {delimiter!r} must be a token of its own, neither <pad>, <eos> nor a "
-                "character of the task; choose another in decoding.phases"
-            )
+    check_delimiters(delimiters, alphabet)
     vocabulary = {t: i for i, t in enumerate([*SPECIAL, *delimiters, *sorted(set(alphabet))])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -40,6 +35,7 @@ def text_tokenizer(
 
     Raises ValueError if `vocab_size` has no room for the 256 bytes and the special tokens.
     """
+    check_delimiters(delimiters, BYTES)
     fixed = [*SPECIAL, *delimiters]
     least = len(fixed) + len(BYTES)
     if vocab_size < least:
@@ -60,6 +56,16 @@ def text_tokenizer(
     )
     core.train_from_iterator(texts, trainer)
     return finished(core, delimiters)
+
+
+def check_delimiters(delimiters: list[str], characters: Container[str]) -> None:
+    """Raises ValueError for a delimiter that text or another special token would be read as."""
+    for delimiter in delimiters:
+        if delimiter in (*SPECIAL, "") or delimiter in characters:
+            raise ValueError(
+                f"delimiter {delimiter!r} must be a token of its own, neither <pad>, <eos> nor a "
+                "character of the task; choose another in decoding.phases"
+            )
 
 
 def finished(core: Tokenizer, delimiters: list[str]) -> PreTrainedTokenizerFast:

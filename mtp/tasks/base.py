@@ -12,7 +12,7 @@ import random
 import unicodedata
 from abc import ABC, abstractmethod
 from asyncio import CancelledError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -336,6 +336,13 @@ def fingerprint(example: Example) -> str:
     return hashlib.sha256(question.encode()).hexdigest()[:16]
 
 
+def first_examples(task: Task, number: int) -> Iterator[Example]:
+    """The first `number` training problems, or all if there are fewer."""
+    size = task.size("train")
+    for index in range(number if size is None else min(size, number)):
+        yield task.example("train", index)
+
+
 def held_out_sets(task: Task) -> list[Split]:
     """Names of the held-out sets of a task, each once."""
     return list(dict.fromkeys((*task.test_sets, task.interim_set)))
@@ -350,8 +357,7 @@ def check_disjoint(task: Task, num_train: int = 2048) -> None:
     for split, size in sizes.items():
         if size == 0:
             raise ValueError(f"task {task.name} has no {split} examples; it needs at least one")
-    limit = min(num_train, sizes["train"] or num_train)
-    seen = {fingerprint(task.example("train", i)): "training" for i in range(limit)}
+    seen = {fingerprint(example): "training" for example in first_examples(task, num_train)}
     for split in held_out:
         for i in range(min(num_train, sizes[split] or num_train)):
             example = task.example(split, i)

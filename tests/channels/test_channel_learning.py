@@ -1,14 +1,11 @@
 """Reduced tasks on which each channel learns what a model without it cannot."""
 
 import pytest
-from helpers import ROOT
-from hydra import compose, initialize_config_dir
+from helpers import run_config
 
 from mtp.channels.cells import MORE, TASKS
 from mtp.channels.measure import measure_message
 from mtp.channels.saving import load_channel
-from mtp.cli.hydra import register_configs
-from mtp.config import to_run_config
 from mtp.reports.json_lines import read_records
 from mtp.trainer import train
 
@@ -51,10 +48,7 @@ def test_thoughts_of_every_channel_follow_the_pointers(name, tmp_path):
 
 
 def configured(folder, name, *overrides):
-    register_configs()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        chosen = [f"experiment=channels/{name}", *REDUCED, f"run_dir={folder}", *overrides]
-        return to_run_config(compose("train", chosen))
+    return run_config(folder, f"experiment=channels/{name}", *REDUCED, *overrides)
 
 
 def trained(folder, name, *overrides):

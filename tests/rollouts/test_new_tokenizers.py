@@ -54,6 +54,12 @@ def test_a_vocabulary_without_room_for_all_bytes_is_refused():
     assert len(text_tokenizer(TEXTS, 260, MARKS)) == 260
 
 
+@pytest.mark.parametrize("delimiter", ["<eos>", "", "="])
+def test_a_delimiter_that_is_no_token_of_its_own_is_refused(delimiter):
+    with pytest.raises(ValueError, match="must be a token of its own"):
+        text_tokenizer(TEXTS, 300, [*MARKS, delimiter])
+
+
 def test_a_model_from_scratch_reads_english_and_loads_again(tmp_path):
     run = config(tmp_path, *TINY)
     train(run)
