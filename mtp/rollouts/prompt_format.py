@@ -372,16 +372,26 @@ class PromptFormat:
     def split(self, ids: list[int]) -> tuple[list[int], list[int] | None]:
         """Completion ids -> ids of the thought (its closing delimiter included) and of the answer.
 
-        The answer is None if the thought was never closed, or the sequence never ended.
+        The thought ends at the delimiter that closes it; where the text opens it again, at the last
+        one that does. A closing delimiter within the answer is part of the answer: otherwise text
+        after the thought could be a second thought that nobody sees as one.
+
+        The answer is None if the thought is not closed, or the sequence never ended.
         """
         ended = bool(ids) and ids[-1] in self.eos_ids
         body = ids[:-1] if ended else ids
         if self.closer is None:
             return [], body if ended else None
+        opener = None if self.opener is None else self.delimiter_id(self.opener)
         closer = self.delimiter_id(self.closer)
-        if closer not in body:
+        cut, is_open = 0, True
+        for i, token in enumerate(body, 1):
+            if token == opener:
+                is_open = True
+            elif token == closer and is_open:
+                cut, is_open = i, False
+        if is_open:
             return body, None
-        cut = len(body) - body[::-1].index(closer)
         return body[:cut], body[cut:] if ended else None
 
     def thought_of(self, ids: list[int]) -> list[int]:

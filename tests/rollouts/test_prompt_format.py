@@ -54,6 +54,20 @@ def test_both_end_tokens_of_the_source_end_a_text(tmp_path, template):
     assert text.answer_text(body) is None
 
 
+def test_a_second_closing_delimiter_is_part_of_the_answer():
+    """Otherwise a policy can close its thought at once and think on in the answer, unseen."""
+    text = make_text()
+    read = text.tokenizer.encode
+    thought = text.thought_ids("2+2")
+    opened, closed = text.delimiter_id("<think>"), text.delimiter_id("</think>")
+    ids = [*thought, *read("2+2="), closed, *read("4"), EOS]
+    assert text.split(ids) == (thought, [*read("2+2="), closed, *read("4")])
+    assert text.answer_text(ids) != "4" and text.thought_of(ids) == thought
+    again = [*thought, opened, *read("2+2="), closed]
+    assert text.split([*again, *read("4"), EOS]) == (again, read("4"))
+    assert text.split([*thought, opened, *read("4"), EOS])[1] is None
+
+
 def test_solved_examples_end_as_the_chat_template_ends_a_turn(tmp_path):
     _, text = built(tmp_path / "a", toy_tokenizer(chat_template=CHAT))
     assert text.completion_ids("2+2", "4")[-1] == END
