@@ -3,7 +3,8 @@
     prompt   `ab,cd,bf,ag,de,...?a:ef=`   edges in random order, the root, two candidates
              `-a-cd...?a:ef=`             or with `prompt: parents`, the parent of a, b, c, ...
     thought  `ab;bf`                      the edges of the path to the candidate that is reachable
-             `b;fg`                       or with `thought: layers`, the nodes of each layer
+             `bc;fg`                      or with `thought: layers`, the nodes of each layer
+             `bc`                         or with `thought: inner_layers`, without the last layer
     answer   `f`
 
 The graph consists of two trees of the same shape. The root of one is the question's; each tree has
@@ -42,8 +43,9 @@ class GraphSearchConfig(TaskConfig):
     width: int = bounded(2, at_least=1, at_most=25)
     """Number of nodes in each layer of a tree but the first, which is the root."""
     thought: str = "path"
-    """Solved thought: `path`, the edges to the answer, or `layers`, the nodes of each layer in
-    random order."""
+    """Solved thought: `path`, the edges to the answer; `layers`, the nodes of each layer in random
+    order; or `inner_layers`, the same without the last layer, so that the answer takes the last
+    step of the search itself."""
     prompt: str = "edges"
     """Form of the graph: `edges` in random order, or `parents`, the parent of each node in the
     order of the nodes' names, `-` for a root. The second needs one lookup for a step of the search,
@@ -64,8 +66,15 @@ class GraphSearchConfig(TaskConfig):
                 f"task.min_train_steps must be at most task.max_steps={self.max_steps}, got "
                 f"{self.min_train_steps}"
             )
-        if self.thought not in ("path", "layers"):
-            raise ValueError(f"task.thought must be path or layers, got {self.thought!r}")
+        if self.thought not in ("path", "layers", "inner_layers"):
+            raise ValueError(
+                f"task.thought must be path, layers or inner_layers, got {self.thought!r}"
+            )
+        if self.thought == "inner_layers" and min(self.min_steps, self.min_train_steps or 25) < 2:
+            raise ValueError(
+                "task.thought=inner_layers needs problems of at least two edges, or their thought "
+                "is empty; raise task.min_steps and task.min_train_steps to 2"
+            )
         if self.prompt not in ("edges", "parents"):
             raise ValueError(f"task.prompt must be edges or parents, got {self.prompt!r}")
         nodes = 2 * (1 + self.width * self.max_steps)
@@ -97,7 +106,9 @@ class GraphSearch(Task):
         return self.config.num_train or None if split == "train" else None
 
     def example(self, split: Split, index: int) -> Example:
-        """The example; its column `layers` has the nodes of each layer below the root."""
+        """The example; its column `layers` has the nodes of each layer below the root, as far as
+        the thought tells them.
+        """
         rng = random.Random(f"{self.config.seed}/{split}/{index}")
         config = self.config
         fewest = (split == "train" and config.min_train_steps) or config.min_steps
@@ -126,6 +137,8 @@ class GraphSearch(Task):
         while node in parents:
             path.insert(0, parents[node] + node)
             node = parents[node]
+        if config.thought == "inner_layers":
+            layers.pop()
         thought = ";".join(path if config.thought == "path" else layers)
         if config.prompt == "edges":
             graph = ",".join(edges)
@@ -147,7 +160,7 @@ class GraphSearch(Task):
 
         def is_true(step: str) -> bool:
             before = next(befores)
-            if self.config.thought == "layers":
+            if self.config.thought != "path":
                 children = sorted(edge[1] for edge in edges if edge[0] in before)
                 return bool(step) and sorted(step) == children
             return step in edges and step[0] == before[-1:]

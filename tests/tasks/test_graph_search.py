@@ -70,6 +70,25 @@ def test_layers_of_a_thought_are_checked_against_the_graph():
     assert task.steps(example, "")[0].is_true is False
 
 
+def test_inner_layers_leave_the_last_step_of_the_search_to_the_answer():
+    settings = {"min_steps": 3, "max_steps": 3, "prompt": "parents"}
+    whole = GraphSearchConfig(thought="layers", **settings).build()
+    task = GraphSearchConfig(thought="inner_layers", **settings).build()
+    for index in range(20):
+        example, longer = task.example("train", index), whole.example("train", index)
+        first, second, third = longer.thought.split(";")
+        assert (example.prompt, example.answer) == (longer.prompt, longer.answer)
+        assert example.thought == f"{first};{second}"
+        assert example.columns["layers"] == [first, second]
+        assert [s.is_true for s in task.steps(example, example.thought)] == [True, True]
+        assert not task.steps(example, f"{first};{third}")[1].is_true
+
+
+def test_inner_layers_of_a_search_of_one_step_are_refused():
+    with pytest.raises(ValueError, match="thought=inner_layers needs problems of at least two"):
+        GraphSearchConfig(thought="inner_layers", min_train_steps=1).build()
+
+
 def test_short_problems_are_in_the_training_split_only():
     task = GraphSearchConfig(min_steps=3, max_steps=3, min_train_steps=1).build()
     lengths = {
@@ -120,7 +139,7 @@ def test_splits_are_disjoint_and_repeatable():
         ({"min_steps": 5, "max_steps": 4}, "task.min_steps must be at most task.max_steps=4"),
         ({"min_train_steps": 5}, "task.min_train_steps must be at most task.max_steps=4, got 5"),
         ({"prompt": "matrix"}, "task.prompt must be edges or parents, got 'matrix'"),
-        ({"thought": "tree"}, "task.thought must be path or layers, got 'tree'"),
+        ({"thought": "tree"}, "task.thought must be path, layers or inner_layers, got 'tree'"),
         ({"width": 5, "max_steps": 6}, "need 62 nodes, but only 52 letters"),
         ({"min_steps": 1, "max_steps": 1, "width": 1}, "leave too few questions to split"),
     ],
