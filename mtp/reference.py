@@ -59,9 +59,11 @@ def evaluation_reference(config: RunConfig) -> str:
         return stages[0]
     if given == START or given in stages or (Path(given) / "config.json").is_file():
         return given
+    folder = Path(given)
+    where = "" if folder.is_absolute() or folder.name == given else f", not found in {Path.cwd()}"
     raise ValueError(
         f"evaluation.reference must be first, start, a stage ({', '.join(stages)}) or a folder "
-        f"that mtp saved, got {given!r}"
+        f"that mtp saved, got {given!r}{where}"
     )
 
 

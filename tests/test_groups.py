@@ -153,6 +153,7 @@ def test_the_auxiliary_policy_trains_the_head_on_what_main_wrote(tmp_path):
     [
         ("stages.rl.reference=joint", "stages.rl.reference must be previous, first, start or"),
         ("evaluation.reference=nowhere", "evaluation.reference must be first, start, a stage"),
+        ("evaluation.reference=runs/nowhere", "got .runs/nowhere., not found in /"),
     ],
 )
 def test_references_that_will_not_be_there_are_refused_at_once(tmp_path, override, message):
