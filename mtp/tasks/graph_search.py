@@ -106,8 +106,8 @@ class GraphSearch(Task):
         return self.config.num_train or None if split == "train" else None
 
     def example(self, split: Split, index: int) -> Example:
-        """The example; its column `layers` has the nodes of each layer below the root, as far as
-        the thought tells them.
+        """The example; its column `layers` has the nodes of each layer below the root, without
+        the last one if `thought` is inner_layers.
         """
         rng = random.Random(f"{self.config.seed}/{split}/{index}")
         config = self.config
