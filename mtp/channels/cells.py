@@ -15,8 +15,16 @@ MUON = "stages.main.optimizers.main={algorithm:muon,lr:2e-3,warmup_steps:0}"
 TASKS: dict[str, list[str]] = {
     "graph_search": [
         "task=graph_search",
+        "model.config.tie_word_embeddings=false",
         MUON,
         "stages.main.steps=3000",
+        "stages.main.evaluate_every=500",
+    ],
+    "graph_search_inner_layers": [
+        "task=graph_search_inner_layers",
+        "model.config.tie_word_embeddings=true",
+        MUON,
+        "stages.main.steps=4500",
         "stages.main.evaluate_every=500",
     ],
     **{
@@ -90,6 +98,7 @@ ROWS: dict[str, list[str]] = {
 
 MORE = {
     ("graph_search", "latent"): [
+        "channel.options.levels=3",
         "channel.options.text_steps=1500",
         "channel.options.level_steps=400",
     ],
@@ -129,7 +138,7 @@ def belongs(row: str, task: str) -> bool:
         return row in ("no_thought", "token", "block_5", "soft", "multiplex")
     if task in ("running_sum_3", "running_sum_7"):
         return TEXT_ROW.fullmatch(row) is not None
-    return task in ("graph_search", "running_sum_5", "pointers")
+    return task in ("graph_search", "graph_search_inner_layers", "running_sum_5", "pointers")
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,13 @@ CHANNELS: Registry[type[Channel]] = Registry()
 """Channels by name."""
 
 
+def short_curriculum(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options whose levels have one optimizer step each, so that a dry run sees all of them."""
+    given = vars(CHANNELS.get(name, "channel.name").options_class()) | options
+    long = [key for key in ("text_steps", "level_steps") if isinstance(given.get(key), int)]
+    return options | {key: min(1, given[key]) for key in long}
+
+
 def build_channel(name: str, options: dict[str, Any], model: Any) -> Channel:
     """The channel of a model. Raises ValueError naming the key of an impossible setting."""
     cls = CHANNELS.get(name, "channel.name")

@@ -28,7 +28,7 @@ from ..training.optimizers import build_optimizer, set_lr, split_parameters
 from ..training.runtime import NotFinite
 from ..training.sharding import load_optimizer
 from ..training.stage import StageConfig
-from .channel import Channel, WriteOptions, build_channel
+from .channel import Channel, WriteOptions, build_channel, short_curriculum
 from .measure import evaluate_channel
 from .saving import ATTRIBUTE, save_channel
 from .vectors import VectorChannel
@@ -52,14 +52,17 @@ SUPPORTED = (
 def attach_channel(config: RunConfig, model: Any, fmt: PromptFormat, task: Task) -> None:
     """Put the run's comparator into the model. Raises ValueError for settings that it ignores."""
     check_run(config)
-    channel = build_channel(config.channel.name, config.channel.options, model)
+    options = config.channel.options
+    if config.dry_run:
+        options = short_curriculum(config.channel.name, options)
+    channel = build_channel(config.channel.name, options, model)
     channel.check(fmt, task)
     model.add_module(ATTRIBUTE, channel)
     for name, stage in config.active_stages().items():
         check_stage(stage, f"stages.{name}", config.channel.name, channel)
     begins = channel.last_level_begins()
     for name, stage in config.active_stages().items():
-        if stage.kind == "supervised" and stage.steps <= begins:
+        if stage.kind == "supervised" and stage.steps <= begins and not config.dry_run:
             raise ValueError(
                 f"stages.{name}.steps must be above {begins}, where the last level of "
                 f"channel.name={config.channel.name} begins, got {stage.steps}: thoughts as they "

@@ -45,14 +45,7 @@ def run_train(cell: Cell, *more: str, capture: bool = False) -> str:
 
 def minutes_of(cell: Cell) -> float:
     """Estimated minutes of a run, from a dry run of it."""
-    # A curriculum begins with its cheapest level; here three steps see three levels.
-    short = {
-        "latent": ["channel.options.text_steps=1", "channel.options.level_steps=1"],
-        "kv": ["channel.options.text_steps=1"],
-        "vector_memory": ["channel.options.text_steps=1"],
-        "vector_memory_shared": ["channel.options.text_steps=1"],
-    }.get(cell.row, [])
-    printed = run_train(cell, "dry_run=true", *short, capture=True)
+    printed = run_train(cell, "dry_run=true", capture=True)
     found = re.search(r"a full run would take about \d+ min and its evaluations \((.*)\)", printed)
     if found is None:
         raise ValueError(f"the dry run of {cell.folder} must print an estimate, got {printed!r}")

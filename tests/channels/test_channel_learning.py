@@ -10,7 +10,6 @@ from mtp.reports.json_lines import read_records
 from mtp.trainer import train
 
 REDUCED = [
-    "task.num_nodes=8",
     "evaluation.num_problems=128",
     "evaluation.num_interim_problems=128",
     "fabric.accelerator=cpu",
@@ -45,6 +44,18 @@ def test_thoughts_of_every_channel_follow_the_pointers(name, tmp_path):
         assert accuracy <= 0.3
     else:
         assert accuracy >= 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.learning
+def test_hidden_vectors_search_a_graph_and_an_answer_at_once_does_not(tmp_path):
+    """Guessing one of two candidates gives 50 %; two vectors follow the two inner layers."""
+    task = TASKS["graph_search_inner_layers"]
+    short = ["stages.main.steps=2000", "stages.main.evaluate_every=0"]
+    (without,) = train(configured(tmp_path / "without", "no_thought", *task, *short))["stages"]
+    (latent,) = train(configured(tmp_path / "latent", "latent", *task))["stages"]
+    assert without["accuracy"] <= 0.65
+    assert latent["accuracy"] >= 0.95 and latent["thought_passes"] == 2
 
 
 def configured(folder, name, *overrides):

@@ -104,6 +104,20 @@ def test_a_resumed_run_gives_the_same_weights(name, tmp_path):
     assert not {key: value for key, value in differ.items() if value}
 
 
+@pytest.mark.parametrize("name", ["latent", "kv", "vector_memory"])
+def test_a_dry_run_sees_every_level_of_a_curriculum(name, tmp_path, capsys):
+    """The steps of the levels are those of a whole run, which a dry run does not reach."""
+    steps = {"channel.options.text_steps": 300, "stages.main.steps": 900}
+    if name == "latent":
+        steps["channel.options.level_steps"] = 200
+    given = [f"{key}={value}" for key, value in steps.items()]
+    (stage,) = train(config(tmp_path / "run", name, *given, "dry_run=true"))["stages"]
+    assert stage["steps"] == 6
+    assert "a full run would take about" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="text_steps must be of type int, got 'many'"):
+        train(config(tmp_path / "run", name, "channel.options.text_steps=many", "dry_run=true"))
+
+
 @pytest.mark.parametrize(
     ("name", "override", "error"),
     [
@@ -123,7 +137,7 @@ def test_a_resumed_run_gives_the_same_weights(name, tmp_path):
         ("token", "channel.options.noise=1", "channel.options must be empty"),
         ("gated", "channel.name=latent", "no log-probability"),
         ("gated", "channel.name=vector_memory", "max_segments must be above 1"),
-        ("latent", "channel.options.level_steps=2", "steps must be above 5, .* begins, got 4"),
+        ("latent", "channel.options.level_steps=4", "steps must be above 5, .* begins, got 4"),
         ("kv", "channel.options.text_steps=4", "steps must be above 4, where the last level"),
         ("vector_memory", "channel.options.text_steps=9", "steps must be above 9, where"),
         ("soft", "channel.name=kv", "column 'shared', which the sharer reads"),
