@@ -11,7 +11,7 @@ def plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
     the range of the seeds, and against training FLOPs.
 
     Rows are those of `table.json`. FLOPs are those of the last level of a channel with levels.
-    Rows that have an RL stage have no point in the second panel.
+    Rows that have an RL stage have no point in the second panel; the legend is in the first.
     """
     figure, [[passes, training]] = panels(1, 2)
     for number, row in enumerate(rows):
@@ -30,7 +30,7 @@ def plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
         share_axis(axes, "held-out accuracy")
     passes.set_xlabel("passes of a thought")
     log_axis(training, "training", "GFLOPs", "x")
-    legend(training)
+    legend(passes)
     save(figure, path)
 
 
