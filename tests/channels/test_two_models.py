@@ -193,7 +193,7 @@ def test_the_receiver_continues_the_message_by_token_and_passes_add_up(name, per
         assert output.text == text and len(ids) + len(text) <= 32
         sent = math.ceil(len(ids) / per_pass)
         body = text[:-1] if text[-1] == fmt.eos_id else text
-        thought = len(body) - body[::-1].index(closer) if closer in body else len(body)
+        thought = body.index(closer) + 1 if closer in body else len(body)
         assert (output.passes, output.thought_passes) == (sent + len(text), sent + thought)
 
 
