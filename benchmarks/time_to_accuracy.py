@@ -178,6 +178,7 @@ def run_mtp(case: Case, home: Path, name: str, runs: list[list[str]], args: Any)
             "logger.log_every=1",
             f"seed={args.seed}",
             f"model.source={begins}",
+            "model.gguf_file=null",
             f"evaluation.reference={home / 'start' / 'stages' / 'main'}",
             "stages.rl.reference=start",
             f"stages.rl.rollouts.num_prompts={case.prompts}",

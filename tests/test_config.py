@@ -58,6 +58,8 @@ def test_every_experiment_composes(experiment):
     config = run_config(f"experiment={experiment}")
     assert config.active_stages()
     assert config.run_dir == f"runs/{config.name}"
+    source = config.model.source
+    assert source is None or not source.startswith("runs/") or config.model.gguf_file is None
 
 
 @pytest.mark.parametrize(

@@ -325,7 +325,8 @@ def _from_source(config: ModelConfig, head: HeadConfig) -> tuple[Any, Any]:
         what += f" model.gguf_file={config.gguf_file!r}"
         if Path(folder).is_dir() and not (Path(folder) / config.gguf_file).is_file():
             raise ValueError(
-                f"model.gguf_file must be a file in {folder}, got {config.gguf_file!r}"
+                f"model.gguf_file must be a file in {folder}, got {config.gguf_file!r}; "
+                "model.gguf_file=null reads a folder of safetensors"
             )
         extra["gguf_file"] = config.gguf_file
     stock = read_config(folder, what, **extra)

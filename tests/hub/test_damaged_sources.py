@@ -206,6 +206,12 @@ def test_a_gguf_file_that_is_none_is_one_line(whole, tmp_path, content):
     assert "\n" not in str(one_line(e.value))
 
 
+@opens_gguf
+def test_a_gguf_file_that_is_not_in_the_folder_names_the_remedy(whole):
+    with pytest.raises(ValueError, match="gguf_file must be a file in .*; model.gguf_file=null"):
+        build_toy(whole / "one", gguf_file="model.gguf")
+
+
 def test_a_source_that_is_nowhere_is_one_line(tmp_path):
     with pytest.raises(ValueError, match="model.source=.*nowhere.* could not be read: ") as caught:
         build_toy(tmp_path / "nowhere")
