@@ -7,7 +7,7 @@ from helpers import run_config
 
 from mtp.trainer import train
 
-pytestmark = [pytest.mark.slow, pytest.mark.learning]
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 SUMS = [
     "task.num_terms=2",

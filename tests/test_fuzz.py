@@ -13,7 +13,9 @@ sys.path.append(str(ROOT / "benchmarks"))
 from fuzz import KINDS, Case, state, verdict_of  # noqa: E402
 
 
-@pytest.mark.parametrize("cases", [24, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "cases", [24, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.long])]
+)
 def test_each_case_ends_in_a_named_error(cases):
     done = subprocess.run(
         [sys.executable, "benchmarks/fuzz.py", "--cases", str(cases), "--seed", "0", "--json"],

@@ -47,6 +47,7 @@ REDUCED = [
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_channel_opens_where_main_learns_with_the_head_and_not_where_it_is_frozen(tmp_path):
     summary = train(run_config(tmp_path, *REDUCED))
     main, head, joint, rl = summary["stages"]

@@ -31,7 +31,7 @@ LEARN = {
 
 
 @pytest.mark.slow
-@pytest.mark.learning
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(LEARN))
 def test_thoughts_of_every_channel_follow_the_pointers(name, tmp_path):
     """Guessing one of seven other nodes gives 14 %, and so does an answer without a thought."""
@@ -47,7 +47,7 @@ def test_thoughts_of_every_channel_follow_the_pointers(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.learning
+@pytest.mark.long
 def test_hidden_vectors_search_a_graph_and_an_answer_at_once_does_not(tmp_path):
     """Guessing one of two candidates gives 50 %; two vectors follow the two inner layers."""
     task = TASKS["graph_search_inner_layers"]

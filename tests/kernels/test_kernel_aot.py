@@ -71,6 +71,7 @@ def test_rows_of_odd_length_are_padded_with_zeros():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_shipped_configuration_passes(kernel):
     status, configs = gate("--kernel", kernel)

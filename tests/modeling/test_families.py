@@ -53,6 +53,7 @@ def test_the_tables_of_the_documentation_are_of_the_families_here():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("model_type", TABLE)
 def test_a_family_is_what_the_documentation_says(model_type):
     assert verdict(model_type).status == TABLE[model_type]
@@ -108,5 +109,6 @@ def test_an_export_opens_where_mtp_is_not_importable(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_export_opens_where_mtp_is_not_importable(tmp_path):
     check_exports(tmp_path, [name for name, status in TABLE.items() if status != "refused"])
