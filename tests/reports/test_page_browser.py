@@ -192,6 +192,7 @@ def test_plots_have_axes_with_units_and_their_numbers_as_tables(one):
         frontier = page.locator("#figure-frontier")
         assert "passes per problem (log scale)" in frontier.inner_text()
         frontier.locator("summary").click()
+        frontier.locator("td").first.wait_for()  # the event `toggle` comes after the click
         assert frontier.locator("td").all_inner_texts()[:3] == ["joint", "8", "100"]
 
 
