@@ -111,6 +111,7 @@ def run_stages(
     check_disjoint(task)
     check_outcomes(config, task)
     check_projects(config, task)
+    check_heads(config)
     model, fmt = build_model(config.model, config.head, config.decoding, task)
     if not config.channel.is_text:
         attach_channel(config, model, fmt, task)
@@ -329,3 +330,17 @@ def check_outcomes(config: RunConfig, task: Task) -> None:
                     f"{setting} needs answers that are right or wrong, which task {task.name} does "
                     f"not have, got {value}; set it to 0 or choose another task"
                 )
+
+
+def check_heads(config: RunConfig) -> None:
+    """Raise ValueError for fast rollouts with a head that no stage has trained, or trains then."""
+    if not config.channel.is_text or has_head(config.model):
+        return
+    is_trained = False
+    for name, stage in config.active_stages().items():
+        is_trained |= stage.train_head
+        if stage.kind == "rl" and stage.rollouts.mode == "fast" and not is_trained:
+            raise ValueError(
+                f"stages.{name}.rollouts.mode=fast needs a head that is trained, but no stage up "
+                f"to {name} trains it; set it to slow, or stages.{name}.train_head to true"
+            )

@@ -121,6 +121,15 @@ def test_impossible_settings_name_their_key_and_leave_nothing(tmp_path, override
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+def test_fast_rollouts_need_a_head_that_some_stage_trains(tmp_path):
+    without = ["stages.head.steps=0", "stages.joint.steps=0", "stages.rl.train_head=false"]
+    with pytest.raises(ValueError, match="stages.rl.rollouts.mode=fast needs a head .* to slow"):
+        train(config(tmp_path / "run", *without))
+    assert list(tmp_path.iterdir()) == []
+    for change in ("rollouts.mode=slow", "train_head=true"):
+        train(config(tmp_path / "run", *without, f"stages.rl.{change}", "dry_run=true"))
+
+
 def test_two_processes_take_the_same_step_as_one(whole_run, tmp_path):
     """Streams are divided by their global counts, so DDP changes nothing but rounding."""
     overrides = [*TINY, "stages.rl.steps=0", "fabric.devices=2", f"run_dir={tmp_path}"]

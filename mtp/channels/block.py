@@ -20,7 +20,7 @@ from ..rollouts.rollout import sample
 from ..tasks.base import Example
 from ..training.collate import collate_text
 from ..training.objectives import replay_batch
-from .channel import Channel, WriteOptions, Written
+from .channel import Channel, WriteOptions, Written, plain_text
 from .reading import Inputs, embedded
 from .segments import context, memory_ids
 
@@ -77,13 +77,16 @@ class Block(Channel):
         out = []
         for i, prefix in enumerate(prefixes):
             trace = fmt.thought_text(*batch.completions(i))
-            message, text = None, [*prefix, *rests[i]]
+            message, text, transcript = None, [*prefix, *rests[i]], None
             if fmt.segments.max_segments > 1:
                 message = memory_ids(fmt, examples[i], contexts[i])
             elif i in set(closed):
                 message, text = prefix[:-1], text[len(prefix) - 1 :]
+                transcript = plain_text(fmt, message)
             vectors = None if message is None else embedded(model, message).detach()
-            out.append(Written(answers[i], passes[i], int(thoughts[i]), trace, vectors, text))
+            out.append(
+                Written(answers[i], passes[i], int(thoughts[i]), trace, vectors, text, transcript)
+            )
         return out
 
     def answer_inputs(

@@ -72,6 +72,7 @@ TASKS: dict[str, list[str]] = {
 chain_sum is SmolLM2-135M's. The experiments of the last three name it themselves, because only
 channels between two models, between segments, and between problems, have them."""
 
+RL = "stages.rl.steps=250"
 ROWS: dict[str, list[str]] = {
     "no_thought": ["experiment=channels/no_thought"],
     "token": ["experiment=channels/token"],
@@ -80,6 +81,10 @@ ROWS: dict[str, list[str]] = {
     "multiplex": ["experiment=channels/multiplex"],
     "latent": ["experiment=channels/latent"],
     "gated": ["experiment=channels/gated"],
+    "token_rl": ["experiment=channels/token", "stages.rl.rollouts.mode=slow", RL],
+    **{f"block_{k}_rl": ["experiment=channels/block", f"head.num_slots={k}", RL] for k in (3, 8)},
+    "soft_rl": ["experiment=channels/soft", RL],
+    "multiplex_rl": ["experiment=channels/multiplex", RL],
     "no_message": ["experiment=channels/no_message"],
     "token_message": ["experiment=channels/token_message"],
     **{
@@ -122,6 +127,10 @@ MORE = {
 """Overrides of single cells, by task and row: a curriculum or a head that suits the task."""
 
 
+READER = "token"
+"""The row whose model reads the transcripts of all rows of its task and seed."""
+UNREAD = ("two_models", "segments", "projects")
+"""Tasks without a reader: their answers follow from more than one thought."""
 TEXT_ROW = re.compile(r"token|block_\d+")
 """Rows whose thought is text, a number of tokens per pass."""
 
@@ -134,6 +143,8 @@ def belongs(row: str, task: str) -> bool:
         return task == "projects"
     if row.endswith("_memory"):
         return task == "segments"
+    if row.endswith("_rl"):
+        return task == "graph_search_inner_layers"
     if task == "chain_sum":
         return row in ("no_thought", "token", "block_5", "soft", "multiplex")
     if task in ("running_sum_3", "running_sum_7"):
@@ -163,6 +174,11 @@ class Cell:
         return (self.folder / MEASURED).is_file()
 
     @property
+    def reader(self) -> Path | None:
+        """Folder of the run whose model reads the transcripts; None without a reader."""
+        return None if self.task in UNREAD else self.folder.parents[1] / READER / str(self.seed)
+
+    @property
     def shown_command(self) -> str:
         """The training command without folder and seed; threads do not matter to a result."""
         chosen = [one for one in self.overrides if not one.startswith("fabric.num_threads=")]
@@ -181,7 +197,7 @@ def plan(
     runs: Path,
     overrides: Iterable[str],
 ) -> list[Cell]:
-    """All cells; the first seed of every row comes first.
+    """All cells; the first seed of every row comes first, and a task's reader before its others.
 
     Raises ValueError for unknown names, and for rows and tasks none of which belong together.
     """
@@ -205,8 +221,7 @@ def plan(
         )
         for seed in seeds
         for task in tasks
-        for row in rows
-        if belongs(row, task)
+        for row in with_reader(task, [row for row in rows if belongs(row, task)])
     ]
     if not cells:
         raise ValueError(
@@ -214,3 +229,10 @@ def plan(
             f"{rows[0]} has {', '.join(task for task in TASKS if belongs(rows[0], task))}"
         )
     return cells
+
+
+def with_reader(task: str, rows: list[str]) -> list[str]:
+    """The rows of a task, if any, with the reader's as the first one."""
+    if not rows or task in UNREAD:
+        return rows
+    return [READER, *(row for row in rows if row != READER)]

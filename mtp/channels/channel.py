@@ -61,6 +61,9 @@ class Written:
     or what else the channel passes on. None if it never ended."""
     text: list[int] = field(default_factory=list)
     """Ids after the message. After a thought: the delimiter, the answer and the end."""
+    transcript: str | None = None
+    """The thought as a reader of text gets it, in the form of a solved one; None if it never ended,
+    or if it is not all that the answer follows from."""
 
 
 class Channel(nn.Module, ABC):
@@ -144,6 +147,11 @@ def closer_id(fmt: PromptFormat) -> int:
             f"{', '.join(fmt.phases)}; use decoding=think"
         )
     return fmt.delimiter_id(fmt.closer)
+
+
+def plain_text(fmt: PromptFormat, ids: list[int]) -> str:
+    """Tokens as text, without special tokens."""
+    return str(fmt.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 CHANNELS: Registry[type[Channel]] = Registry()

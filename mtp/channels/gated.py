@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..common.bounds import bounded
-from ..rollouts.prompt_format import PromptFormat
-from ..tasks.base import Example
-from .vectors import Thought, VectorChannel, text_sets
+from .vectors import Thought, VectorChannel
 
 LARGEST_START = 0.999
 SHARPNESS = 8.0
@@ -36,6 +34,7 @@ class Gated(VectorChannel):
     """A token and a gated share of main's distribution."""
 
     options_class = GatedOptions
+    follows_layers = False
 
     def __init__(self, options: GatedOptions, width: int):
         super().__init__(options, width)
@@ -62,6 +61,3 @@ class Gated(VectorChannel):
         self, log_q: Tensor, embedding: nn.Embedding, ids: Tensor, record: Tensor
     ) -> Tensor:
         return log_q.gather(-1, ids[:, :1])[:, 0]
-
-    def solved_sets(self, fmt: PromptFormat, example: Example) -> list[list[int]]:
-        return text_sets(fmt, example)

@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..common.bounds import bounded
+from ..modeling.sampler import Sampler
 from ..rollouts.prompt_format import PromptFormat
 from ..tasks.base import Example
 from .channel import Channel, WriteOptions, Written, closer_id
 from .reading import Reader, ids_tensor, logits_of
-from .vectors import Row, continue_rows, written
+from .vectors import Row, continue_rows, likely_tokens, split_off, written
 
 
 @dataclass(kw_only=True)
@@ -100,15 +101,21 @@ class Latent(Channel):
         rows = [Row(prompt, text=[closer_id(fmt)]) for prompt in prompts]
         thoughts = [hidden[:, :0]]
         for left in reversed(range(number)):
-            likeliest = logits_of(model, hidden[:, 0]).argmax(-1).tolist()
-            for row, token in zip(rows, likeliest, strict=True):
-                row.thought.append([token])
+            _, _, log_q = split_off(logits_of(model, hidden[:, 0]), closer_id(fmt), Sampler())
+            for row, tokens in zip(rows, likely_tokens(log_q).tolist(), strict=True):
+                row.thought.append(tokens)
             thoughts.append(hidden)
             # The delimiter is not sampled, so the pass that reads the last vector reads it too.
             read = hidden if left else torch.cat([hidden, reader.embedding(closer)], 1)
             hidden = reader.read(read)[:, -1:]
         rows = continue_rows(None, reader, hidden[:, 0], fmt, rows, options)
         return [
-            written(fmt, row, vectors, number, number + len(row.log_probs))
-            for row, vectors in zip(rows, torch.cat(thoughts, 1), strict=True)
+            written(fmt, row, vectors, number, number + len(row.log_probs), step_end(example))
+            for row, vectors, example in zip(rows, torch.cat(thoughts, 1), examples, strict=True)
         ]
+
+
+def step_end(example: Example) -> str:
+    """What ends a step of the solved thought, `;` or a line's end; nothing if it has one step."""
+    found = re.search(r"[;\n]", example.thought or "")
+    return found[0] if found else ""

@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..evaluation.evaluate import held_out, place_metrics
+from ..evaluation.evaluate import held_out, place_metrics, right_answers
+from ..modeling.decode_options import DecodeOptions
 from ..modeling.sampler import Sampler
 from ..reports.metrics import Metric, declare
 from ..rollouts.prompt_format import PromptFormat
+from ..rollouts.rollout import sample
 from ..tasks.base import Example, Task
 from .channel import Channel, WriteOptions, Written
+from .reading import Inputs, embedded, log_probs_of
 
 SEEDS_OF_ATTEMPT = 1_000_000
 """Distance between the seeds of two attempts, more than the number of problems. torch's generator
@@ -198,6 +201,57 @@ def measure_message(
     return {
         "message_swap_bits": bits * float((own - swapped).mean()),
         "message_zero_bits": bits * float((own - zero).mean()),
+    }
+
+
+def measure_reader(
+    model: Any,
+    fmt: PromptFormat,
+    channel: Channel,
+    task: Task,
+    reader: Any,
+    *,
+    num_problems: int,
+    batch_size: int,
+    max_new_tokens: int,
+) -> dict[str, float | None]:
+    """What a model that was trained on text alone makes of the thoughts' transcripts.
+
+    `reader_accuracy`: its greedy answer to question and transcript is right; a thought without a
+    transcript, or with one of `max_new_tokens` tokens or more, counts as wrong. `reader_nats`: mean
+    -log p of a transcript's tokens under it, the closing delimiter included; None without
+    transcripts. A transcript of vectors names the likeliest tokens of each (`likely_tokens`), or
+    the tokens that were sampled.
+
+    reader: frozen, with the same vocabulary.
+    """
+    examples = held_out(task, num_problems)
+    outputs = write_all(
+        model, fmt, channel, examples, usual_options(channel, max_new_tokens), batch_size
+    )
+    plan = fmt.plan("slow")
+    decoding = DecodeOptions(sampler=Sampler(temperature=0), max_new_tokens=max_new_tokens)
+    read = [
+        (example, thought)
+        for example, output in zip(examples, outputs, strict=True)
+        if output.transcript is not None
+        and len(thought := fmt.thought_ids(output.transcript)) < max_new_tokens
+    ]
+    batches, nats = [], []
+    for at in range(0, len(read), batch_size):
+        chosen, thoughts = (list(part) for part in zip(*read[at : at + batch_size], strict=True))
+        batches.append(sample(reader, fmt, chosen, plan, decoding, prefixes=thoughts))
+        nothing = embedded(reader, [])
+        rows = [
+            Inputs(fmt.prompt_ids(example.prompt), nothing, [], thought)
+            for example, thought in zip(chosen, thoughts, strict=True)
+        ]
+        with torch.no_grad():
+            nats += [-float(value) for found in log_probs_of(reader, rows) for value in found]
+    right = right_answers(batches, task, fmt.bare_answer_text)
+    return {
+        "reader_accuracy": sum(right) / len(examples),
+        "reader_nats": fmean(nats) if nats else None,
     }
 
 

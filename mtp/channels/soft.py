@@ -13,10 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.bounds import bounded
-from .vectors import Thought, VectorChannel
-
-NUM_TRACED = 3
-"""Likeliest tokens of a vector that its trace shows."""
+from .vectors import Thought, VectorChannel, likely_tokens
 
 
 @dataclass(kw_only=True)
@@ -44,7 +41,7 @@ class Soft(VectorChannel):
         if not greedy:
             noise = torch.randn(mean.shape, generator=generator, device=mean.device)
             mean = mean + self.deviation(embedding) * noise
-        return Thought(log_q.topk(min(NUM_TRACED, log_q.shape[-1])).indices, mean)
+        return Thought(likely_tokens(log_q), mean)
 
     def vectors(self, embedding: nn.Embedding, ids: Tensor, record: Tensor) -> Tensor:
         return record

@@ -67,8 +67,10 @@ def print_cost(cells: list[Cell]) -> None:
         print(f"about {total / 60:.1f} h for training, evaluations not included", flush=True)
 
 
-def measure(folder: Path, num_problems: int, num_attempts: int) -> dict[str, Any]:
-    """All measures of a trained run's model."""
+def measure(
+    folder: Path, num_problems: int, num_attempts: int, reader_folder: Path | None
+) -> dict[str, Any]:
+    """All measures of a trained run's model; reader_folder: run of its reader, if it has one."""
     from ..config import load_run_config
     from ..hub.build import load_model
     from ..tasks.base import training_index
@@ -78,13 +80,17 @@ def measure(folder: Path, num_problems: int, num_attempts: int) -> dict[str, Any
         evaluate_channel,
         measure_attempts,
         measure_message,
+        measure_reader,
         training_cost,
     )
     from .saving import load_channel
 
+    def last_stage(run: Path) -> Path:
+        return run / "stages" / list(load_run_config(run / "config.yaml").active_stages())[-1]
+
     config = load_run_config(folder / "config.yaml")
     stages = config.active_stages()
-    last = folder / "stages" / list(stages)[-1]
+    last = last_stage(folder)
     if config.channel.is_text:
         model, fmt = load_model(last)
         name = "block" if any(stage.train_head for stage in stages.values()) else "token"
@@ -113,6 +119,11 @@ def measure(folder: Path, num_problems: int, num_attempts: int) -> dict[str, Any
         temperature=1.0, **limits,
     )  # fmt: skip
     metrics |= measure_message(model, fmt, channel, task, num_problems=num_problems, **limits)
+    if reader_folder is not None:
+        reader = load_model(last_stage(reader_folder))[0].eval()
+        metrics |= measure_reader(
+            model, fmt, channel, task, reader, num_problems=num_problems, **limits
+        )
     size = task.size("train")
     supervised = next(stage for stage in stages.values() if stage.kind == "supervised")
     number = supervised.examples.batch_size
@@ -242,9 +253,9 @@ def table_rows(cells: list[Cell], known: list[dict[str, Any]]) -> list[dict[str,
     return rows
 
 
-def shown(value: float | None, factor: float = 1.0) -> str:
+def shown(value: float | None, factor: float = 1.0, digits: int = 1) -> str:
     """A number of a cell; a dash for None."""
-    return "-" if value is None else f"{factor * value:.1f}"
+    return "-" if value is None else f"{factor * value:.{digits}f}"
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -252,7 +263,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     heads = [
         "channel", "accuracy (seeds)", "at 4", "at 8", "at 16", "at 32", "thought passes",
         "passes", "passes in sequence", "ms / example", "kB / example", "training s",
-        "at equal FLOPs", "one", "majority", "best of n", "swap bits", "zero bits", "by place",
+        "at equal FLOPs", "one", "majority", "best of n", "swap bits", "zero bits", "reader",
+        "reader nats", "by place",
     ]  # fmt: skip
     lines = []
     for task, mine in by_task(rows).items():
@@ -269,6 +281,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
                 *(shown(row[k], 100) for k in
                   ("mean_accuracy", "majority_accuracy", "best_accuracy")),
                 shown(row["message_swap_bits"]), shown(row["message_zero_bits"]),
+                shown(row.get("reader_accuracy"), 100), shown(row.get("reader_nats"), digits=2),
                 " ".join(shown(v, 100) for v in row.get("accuracy_at_place", {}).values()) or "-",
             ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
@@ -322,7 +335,7 @@ def make_table(arguments: argparse.Namespace) -> None:
             run_train(cell, "resume=auto")
         if not cell.is_measured:
             print(f"{label}: measuring", flush=True)
-            found = measure(cell.folder, arguments.num_problems, arguments.attempts)
+            found = measure(cell.folder, arguments.num_problems, arguments.attempts, cell.reader)
             save_text(cell.folder / MEASURED, json.dumps(found, indent=2) + "\n")
         write_table(cells, arguments.out)
     rows = write_table(cells, arguments.out)

@@ -20,11 +20,12 @@ Shapes: B rows, T positions, M tokens of a position, R positions of thoughts, D 
 vocabulary.
 """
 
+import math
 import random
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,13 @@ from torch import Tensor, nn
 from ..modeling.sampler import Sampler
 from ..rollouts.prompt_format import PromptFormat
 from ..tasks.base import Example
-from .channel import Channel, WriteOptions, Written, closer_id
+from .channel import Channel, WriteOptions, Written, closer_id, plain_text
 from .reading import Reader, logits_of, read_in_parallel
+
+LAYER_END = ";"
+"""Text between the layers of a solved search."""
+NUM_NAMED = 3
+"""Most tokens that name a vector in its trace and in its transcript."""
 
 
 class Thought(NamedTuple):
@@ -105,6 +111,8 @@ class VectorChannel(Channel):
     """One vector per pass, replayed in one forward."""
 
     has_log_prob = True
+    follows_layers: ClassVar[bool] = True
+    """True if a pass stands for a layer of a search, in tasks that name the layers."""
 
     @abstractmethod
     def sample_thought(
@@ -124,7 +132,7 @@ class VectorChannel(Channel):
 
     def solved_sets(self, fmt: PromptFormat, example: Example) -> list[list[int]]:
         """The solver's set of tokens at each step of a thought, see the module."""
-        layers = example.columns.get("layers")
+        layers = example.columns.get("layers") if self.follows_layers else None
         return text_sets(fmt, example) if layers is None else layer_sets(fmt, layers)
 
     def teach(self, sets: list[list[int]], rng: random.Random) -> list[list[int]]:
@@ -203,12 +211,15 @@ class VectorChannel(Channel):
         rows = self.rollouts(model, fmt, prompts, options)
         embedding = model.get_input_embeddings()
         out = []
-        for row in rows:
+        for row, example in zip(rows, examples, strict=True):
             vectors = embedding.weight.new_zeros(0, embedding.embedding_dim)
             if row.thought:
                 ids = torch.tensor(row.thought, device=vectors.device)
                 vectors = self.vectors(embedding, ids, torch.stack(row.records)).detach()
-            out.append(written(fmt, row, vectors, len(row.thought) + 1, len(row.log_probs)))
+            is_layered = self.follows_layers and "layers" in example.columns
+            passes = len(row.thought) + 1
+            end = LAYER_END if is_layered else ""
+            out.append(written(fmt, row, vectors, passes, len(row.log_probs), end))
         return out
 
 
@@ -270,14 +281,38 @@ def continue_rows(
 
 
 def written(
-    fmt: PromptFormat, row: Row, vectors: Tensor, thought_passes: int, passes: int
+    fmt: PromptFormat,
+    row: Row,
+    vectors: Tensor,
+    thought_passes: int,
+    passes: int,
+    step_end: str,
 ) -> Written:
-    """A record as an output; vectors: [n, D] of its thought."""
-    decode = fmt.tokenizer.decode
-    trace = "|".join(str(decode(sorted(set(ids)))) for ids in row.thought)
+    """A record as an output.
+
+    vectors: [n, D] of its thought. step_end: text between the steps of a solved thought if each
+    vector stands for a step; empty if each stands for a token.
+    """
     answer = fmt.answer_text(row.text)
-    kept = vectors if row.text else None
-    return Written(answer, passes, thought_passes, trace, kept, row.text)
+    trace = "|".join(str(fmt.tokenizer.decode(sorted(set(ids)))) for ids in row.thought)
+    if not row.text:
+        return Written(answer, passes, thought_passes, trace)
+    steps = [list(dict.fromkeys(ids)) for ids in row.thought]
+    if step_end:
+        transcript = step_end.join(plain_text(fmt, ids) for ids in steps)
+    else:
+        transcript = plain_text(fmt, [token for ids in steps for token in ids])
+    return Written(answer, passes, thought_passes, trace, vectors, row.text, transcript)
+
+
+def likely_tokens(log_q: Tensor) -> Tensor:
+    """[R, M] the likeliest tokens under log q [R, V], most likely first.
+
+    At most `NUM_NAMED`, and those at least half as likely as the first one, which fills the rest.
+    """
+    found = log_q.topk(min(NUM_NAMED, log_q.shape[-1]))
+    is_likely = found.values >= found.values[:, :1] - math.log(2)
+    return torch.where(is_likely, found.indices, found.indices[:, :1])
 
 
 def weighted_mean(embedding: nn.Embedding, ids: Tensor, weights: Tensor) -> Tensor:

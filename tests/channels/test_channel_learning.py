@@ -21,7 +21,7 @@ SHORT = ["stages.main.steps=800", "stages.main.evaluate_every=0"]
 LEARN = {
     "no_thought": SHORT,
     "token": SHORT,
-    "block": [*SHORT, "head.num_slots=2"],
+    "block": ["stages.main.evaluate_every=0", "head.num_slots=2"],
     "soft": SHORT,
     "multiplex": SHORT,
     "gated": [*SHORT, "stages.rl.steps=10"],

@@ -104,13 +104,16 @@ def test_the_plan_has_every_row_of_every_task_and_the_first_seed_first(tmp_path)
     assert of_task["segments"] == {"no_memory", "text_memory", "vector_memory"}
     assert of_task["projects"] == {"own_memory", "text_memory_shared", "vector_memory_shared"}
     others = set(ROWS) - of_task["two_models"] - of_task["segments"] - of_task["projects"]
-    every = ("graph_search", "graph_search_inner_layers", "running_sum_5", "pointers")
+    with_rl = {"token_rl", "block_3_rl", "block_8_rl", "soft_rl", "multiplex_rl"}
+    assert of_task["graph_search_inner_layers"] == others
+    others -= with_rl
+    every = ("graph_search", "running_sum_5", "pointers")
     assert all(of_task[name] == others for name in every)
     text = {"token", "block_1", "block_2", "block_3", "block_5", "block_8"}
     assert of_task["running_sum_3"] == of_task["running_sum_7"] == text
     llm = {"no_thought", "token", "block_5", "soft", "multiplex"}
     assert of_task["chain_sum"] == llm
-    assert len(cells) == 2 * (len(every) * len(others) + 2 * len(text) + len(llm) + 6 + 3 + 3)
+    assert len(cells) == 2 * (4 * len(others) + len(with_rl) + 2 * len(text) + len(llm) + 6 + 3 + 3)
     assert len({cell.folder for cell in cells}) == len(cells)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
     command = cells[-1].command("resume=auto")
