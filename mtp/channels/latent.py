@@ -116,6 +116,6 @@ class Latent(Channel):
 
 
 def step_end(example: Example) -> str:
-    """What ends a step of the solved thought, `;` or a line's end; nothing if it has one step."""
+    """The end of a step of the solved thought, `;` or a newline; empty if it has one step."""
     found = re.search(r"[;\n]", example.thought or "")
     return found[0] if found else ""

@@ -215,7 +215,7 @@ def measure_reader(
     batch_size: int,
     max_new_tokens: int,
 ) -> dict[str, float | None]:
-    """What a model that was trained on text alone makes of the thoughts' transcripts.
+    """Accuracy of a model that was trained on text alone, given the thoughts' transcripts.
 
     `reader_accuracy`: its greedy answer to question and transcript is right; a thought without a
     transcript, or with one of `max_new_tokens` tokens or more, counts as wrong. `reader_nats`: mean

@@ -112,7 +112,7 @@ class VectorChannel(Channel):
 
     has_log_prob = True
     follows_layers: ClassVar[bool] = True
-    """True if a pass stands for a layer of a search, in tasks that name the layers."""
+    """True if a pass is a layer of a search, in tasks that name the layers."""
 
     @abstractmethod
     def sample_thought(
@@ -291,7 +291,7 @@ def written(
     """A record as an output.
 
     vectors: [n, D] of its thought. step_end: text between the steps of a solved thought if each
-    vector stands for a step; empty if each stands for a token.
+    vector is a step; empty if each is a token.
     """
     answer = fmt.answer_text(row.text)
     trace = "|".join(str(fmt.tokenizer.decode(sorted(set(ids)))) for ids in row.thought)
