@@ -11,7 +11,7 @@ Shapes: B rows, T prompt, L new tokens.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,11 +45,14 @@ from .requests import (
     OF_MTP,
     STOCK,
     Kind,
+    Request,
     UnpaddedRepetitionPenalty,
     Wanted,
     check_own,
     check_processors,
     first_set,
+    read_mask,
+    read_prompts,
     token_ids,
 )
 from .sampler import Sampler
@@ -97,27 +100,6 @@ class MTPGenerateOutput(ModelOutput):
     """[B, L] slot of the head that proposed a token which main accepted (verified mode), else 0."""
     finished: Tensor | None = None
     """[B] bool, True if the text ended by an end token or a stopping criterion."""
-
-
-class Request(NamedTuple):
-    """A call of `generate`, as `decode` takes it."""
-
-    given: Tensor
-    """[B, T] prompts as they were given."""
-    wanted: Wanted
-    """The options that the call and its configs set."""
-    prompts: Tensor
-    """[B, T] the prompts padded on the right."""
-    prompt_lengths: Tensor
-    """[B] tokens of each prompt."""
-    plans: list[PhasePlan]
-    """[B] plan of each prompt."""
-    options: DecodeOptions
-    """Sampler, limits and the rest."""
-    num_return_sequences: int
-    """Continuations of each prompt."""
-    streamer: Any
-    """transformers' streamer, or None."""
 
 
 class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
@@ -438,7 +420,7 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
         max_new_tokens = wanted.max_new_tokens(prompts.shape[1] if one_context else None)
         stock = wanted.stock_config(eos_ids, pad_id, prompts.device)
         stock.max_length = prompts.shape[1] + max_new_tokens
-        mask = self._read_mask(wanted["attention_mask"], prompts, stock)
+        mask = read_mask(self, wanted["attention_mask"], prompts, stock)
         check_processors(wanted["logits_processor"] or [], len(prompts) * copies)
         fill = (eos_ids[0] if eos_ids else 0) if pad_id is None else pad_id
         process = self._read_processors(wanted, prompts, mask, stock, fill, one_context)
@@ -467,24 +449,6 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
         )
         padded, lengths = prompts.gather(1, order), mask.sum(1)
         return Request(prompts, wanted, padded, lengths, plans, options, copies, wanted["streamer"])
-
-    def _read_mask(self, given: Tensor | None, prompts: Tensor, stock: GenerationConfig) -> Tensor:
-        """[B, T] int64: 1 where a prompt has a token; if not given, inferred as in transformers.
-
-        Raises ValueError for a mask that does not belong to the prompts.
-        """
-        if given is None:
-            infer = self._prepare_attention_mask_for_generation  # type: ignore[attr-defined]
-            given = infer(prompts, stock, {})
-        mask = given.to(prompts.device).ne(0).long()
-        if mask.shape != prompts.shape:
-            raise ValueError(
-                f"attention_mask must have the shape of the prompts, {list(prompts.shape)}, got "
-                f"{list(mask.shape)}"
-            )
-        if not bool(mask.any(1).all()):
-            raise ValueError("attention_mask leaves a row without a token; give every row a prompt")
-        return mask
 
     def _read_processors(
         self,
@@ -524,21 +488,6 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
             else processor
             for processor in made
         )
-
-
-def read_prompts(inputs: Tensor | None, input_ids: Tensor | None) -> Tensor:
-    """[B, T] prompts of a call, given by either of the two names."""
-    if inputs is not None and input_ids is not None:
-        raise ValueError("input_ids must be left out if inputs is given; give one of them")
-    prompts = input_ids if inputs is None else inputs
-    if prompts is None:
-        raise ValueError("input_ids must be given to generate with mtp_mode")
-    if prompts.ndim != 2 or 0 in prompts.shape or prompts.is_floating_point():
-        raise ValueError(
-            f"input_ids must be token ids of at least one prompt and token, [B, T], got "
-            f"{prompts.dtype} {list(prompts.shape)}"
-        )
-    return prompts
 
 
 def put_block(streamer: Any, block: Block) -> None:

@@ -30,7 +30,9 @@ from transformers import (
 )
 
 from .compiled import Compiler
+from .decode_options import DecodeOptions
 from .decode_state import Stops
+from .phases import PhasePlan
 from .sampler import Sampler
 
 DEFAULT_NEW_TOKENS = 256
@@ -312,6 +314,27 @@ class Wanted:
         return out
 
 
+class Request(NamedTuple):
+    """A call of `generate`, as `decode` takes it."""
+
+    given: Tensor
+    """[B, T] prompts as they were given."""
+    wanted: Wanted
+    """The options that the call and its configs set."""
+    prompts: Tensor
+    """[B, T] the prompts padded on the right."""
+    prompt_lengths: Tensor
+    """[B] tokens of each prompt."""
+    plans: list[PhasePlan]
+    """[B] plan of each prompt."""
+    options: DecodeOptions
+    """Sampler, limits and the rest."""
+    num_return_sequences: int
+    """Continuations of each prompt."""
+    streamer: Any
+    """transformers' streamer, or None."""
+
+
 def token_ids(value: Any) -> list[int]:
     """Ids given as one number, several or a tensor; None: none."""
     if value is None:
@@ -319,6 +342,40 @@ def token_ids(value: Any) -> list[int]:
     if isinstance(value, Tensor):
         value = value.tolist()
     return [value] if isinstance(value, int) else list(value)
+
+
+def read_prompts(inputs: Tensor | None, input_ids: Tensor | None) -> Tensor:
+    """[B, T] prompts of a call, given by either of the two names."""
+    if inputs is not None and input_ids is not None:
+        raise ValueError("input_ids must be left out if inputs is given; give one of them")
+    prompts = input_ids if inputs is None else inputs
+    if prompts is None:
+        raise ValueError("input_ids must be given to generate with mtp_mode")
+    if prompts.ndim != 2 or 0 in prompts.shape or prompts.is_floating_point():
+        raise ValueError(
+            f"input_ids must be token ids of at least one prompt and token, [B, T], got "
+            f"{prompts.dtype} {list(prompts.shape)}"
+        )
+    return prompts
+
+
+def read_mask(model: Any, given: Tensor | None, prompts: Tensor, stock: GenerationConfig) -> Tensor:
+    """[B, T] int64: 1 where a prompt has a token; if not given, inferred as in transformers.
+
+    stock: transformers' own config of the call. Raises ValueError for a mask that does not
+    belong to the prompts.
+    """
+    if given is None:
+        given = model._prepare_attention_mask_for_generation(prompts, stock, {})
+    mask = given.to(prompts.device).ne(0).long()
+    if mask.shape != prompts.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of the prompts, {list(prompts.shape)}, got "
+            f"{list(mask.shape)}"
+        )
+    if not bool(mask.any(1).all()):
+        raise ValueError("attention_mask leaves a row without a token; give every row a prompt")
+    return mask
 
 
 def first_set(name: str, *layers: Any) -> Any:
