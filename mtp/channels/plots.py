@@ -1,5 +1,6 @@
 """Plots of the table of channels: one PNG for each task, and one of the tokens per pass."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,17 @@ def plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
 def plot_block_sizes(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Accuracy within a number of passes of thought, by tokens per pass.
 
-    rows: by task, at least one, those of `token` and `block_K`; each task has a panel. A number
-    looks the same in all of them.
+    rows: by task, at least one, those of `token` and `block_K`; each task has a panel, three in a
+    line and sums first. A number looks the same in all of them.
     """
     sizes = sorted({tokens_per_pass(row) for mine in rows.values() for row in mine})
-    figure, [axes] = panels(1, len(rows))
-    for one, (task, mine) in zip(axes, rows.items(), strict=True):
+    tasks = sorted(rows.items(), key=lambda item: (not item[0].startswith("running_sum"), item[0]))
+    columns = min(len(tasks), 3)
+    figure, grid = panels(math.ceil(len(tasks) / columns), columns)
+    axes = [one for line in grid for one in line]
+    for unused in axes[len(tasks) :]:
+        unused.remove()
+    for one, (task, mine) in zip(axes[: len(tasks)], tasks, strict=True):
         for row in mine:
             size = tokens_per_pass(row)
             line = looks(sizes.index(size)) | {"marker": "o", "label": f"{size} per pass"}
