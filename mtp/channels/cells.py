@@ -114,8 +114,10 @@ MORE = {
     ],
     ("running_sum_5", "latent"): [
         "channel.options.levels=4",
-        "channel.options.text_steps=500",
-        "channel.options.level_steps=200",
+        "channel.options.text_steps=1500",
+        "channel.options.level_steps=600",
+        "stages.main.steps=4500",
+        "stages.main.evaluate_every=500",
     ],
     ("chain_sum", "block_5"): [
         "head=smollm2",
