@@ -102,6 +102,9 @@ ROWS: dict[str, list[str]] = {
 """Overrides of each row of the table."""
 
 MORE = {
+    ("graph_search", "multiplex"): ["channel.options.num_tokens=8"],
+    ("graph_search_inner_layers", "multiplex"): ["channel.options.num_tokens=8"],
+    ("graph_search_inner_layers", "multiplex_rl"): ["channel.options.num_tokens=8"],
     ("graph_search", "latent"): [
         "channel.options.levels=3",
         "channel.options.text_steps=1500",
