@@ -334,12 +334,13 @@ def check_outcomes(config: RunConfig, task: Task) -> None:
 
 def check_heads(config: RunConfig) -> None:
     """Raise ValueError for fast rollouts with a head that no stage has trained, or trains then."""
-    if not config.channel.is_text or has_head(config.model):
+    if not config.channel.is_text:
         return
     is_trained = False
     for name, stage in config.active_stages().items():
         is_trained |= stage.train_head
-        if stage.kind == "rl" and stage.rollouts.mode == "fast" and not is_trained:
+        needs_head = stage.kind == "rl" and stage.rollouts.mode == "fast"
+        if needs_head and not is_trained and not has_head(config.model):
             raise ValueError(
                 f"stages.{name}.rollouts.mode=fast needs a head that is trained, but no stage up "
                 f"to {name} trains it; set it to slow, or stages.{name}.train_head to true"

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..evaluation.evaluate import held_out, place_metrics, right_answers
-from ..modeling.decode_options import DecodeOptions
+from ..evaluation.evaluate import decode_all, held_out, place_metrics, right_answers
 from ..modeling.sampler import Sampler
 from ..reports.metrics import Metric, declare
 from ..rollouts.prompt_format import PromptFormat
-from ..rollouts.rollout import sample
+from ..rollouts.rollout import DecodingConfig
 from ..tasks.base import Example, Task
 from .channel import Channel, WriteOptions, Written
 from .reading import Inputs, embedded, log_probs_of
@@ -226,29 +225,25 @@ def measure_reader(
     reader: frozen, with the same vocabulary.
     """
     examples = held_out(task, num_problems)
-    outputs = write_all(
-        model, fmt, channel, examples, usual_options(channel, max_new_tokens), batch_size
-    )
-    plan = fmt.plan("slow")
-    decoding = DecodeOptions(sampler=Sampler(temperature=0), max_new_tokens=max_new_tokens)
+    options = usual_options(channel, max_new_tokens)
+    outputs = write_all(model, fmt, channel, examples, options, batch_size)
     read = [
         (example, thought)
         for example, output in zip(examples, outputs, strict=True)
         if output.transcript is not None
         and len(thought := fmt.thought_ids(output.transcript)) < max_new_tokens
     ]
-    batches, nats = [], []
-    for at in range(0, len(read), batch_size):
-        chosen, thoughts = (list(part) for part in zip(*read[at : at + batch_size], strict=True))
-        batches.append(sample(reader, fmt, chosen, plan, decoding, prefixes=thoughts))
-        nothing = embedded(reader, [])
-        rows = [
-            Inputs(fmt.prompt_ids(example.prompt), nothing, [], thought)
-            for example, thought in zip(chosen, thoughts, strict=True)
-        ]
-        with torch.no_grad():
-            nats += [-float(value) for found in log_probs_of(reader, rows) for value in found]
+    chosen, thoughts = [example for example, _ in read], [thought for _, thought in read]
+    decoding = DecodingConfig(max_new_tokens=max_new_tokens)
+    batches = decode_all(reader, fmt, chosen, "slow", decoding, batch_size, thoughts)
     right = right_answers(batches, task, fmt.bare_answer_text)
+    nothing = embedded(reader, [])
+    rows = [Inputs(fmt.prompt_ids(e.prompt), nothing, [], thought) for e, thought in read]
+    nats: list[float] = []
+    with torch.no_grad():
+        for at in range(0, len(rows), batch_size):
+            for found in log_probs_of(reader, rows[at : at + batch_size]):
+                nats += (-found).tolist()
     return {
         "reader_accuracy": sum(right) / len(examples),
         "reader_nats": fmean(nats) if nats else None,

@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 from helpers import ROOT
+from scripted import Scripted
 
 from mtp.channels import build_channel
 from mtp.channels.cells import ROWS, TASKS, plan
-from mtp.channels.channel import Channel, WriteOptions, Written
+from mtp.channels.channel import WriteOptions, Written
 from mtp.channels.measure import (
-    SEEDS_OF_ATTEMPT,
     evaluate_channel,
     measure_attempts,
 )
@@ -24,23 +24,6 @@ from mtp.channels.table import (
 )
 from mtp.modeling.sampler import Sampler
 from mtp.tasks.graph_search import GraphSearchConfig
-
-
-class Scripted(Channel):
-    """Answers from a function of (number of the problem, seed)."""
-
-    has_log_prob = True
-
-    def __init__(self, script):
-        super().__init__(None, 1)
-        self.script = script
-
-    def supervised_loss(self, model, fmt, examples, *, step, seed):
-        raise NotImplementedError
-
-    def write(self, model, fmt, examples, options):
-        return [self.script(i, e, options.seed // SEEDS_OF_ATTEMPT) for i, e in enumerate(examples)]
-
 
 TASK = GraphSearchConfig().build()
 LIMITS = {"batch_size": 64, "max_new_tokens": 8}

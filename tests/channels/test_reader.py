@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from scripted import Scripted
 from torch.nn import functional as F
 
 from mtp.channels import build_channel
 from mtp.channels.cells import plan
-from mtp.channels.channel import Channel, WriteOptions, Written
+from mtp.channels.channel import WriteOptions, Written
 from mtp.channels.latent import step_end
 from mtp.channels.measure import measure_reader
 from mtp.channels.vectors import Row, likely_tokens, written
@@ -17,20 +18,10 @@ NUM = 8
 LIMITS = {"num_problems": NUM, "batch_size": 3, "max_new_tokens": 24}
 
 
-class Dictated(Channel):
-    """Writes given transcripts."""
-
-    has_log_prob = True
-
-    def __init__(self, transcripts):
-        super().__init__(None, 1)
-        self.transcripts = dict(transcripts)
-
-    def supervised_loss(self, model, fmt, examples, *, step, seed):
-        raise NotImplementedError
-
-    def write(self, model, fmt, examples, options):
-        return [Written(None, 1, 1, "", transcript=self.transcripts[e.prompt]) for e in examples]
+def dictated(examples, transcripts):
+    """A channel that writes these transcripts for these examples."""
+    by_prompt = dict(zip((e.prompt for e in examples), transcripts, strict=True))
+    return Scripted(lambda _, e, seed: Written(None, 1, 1, "", transcript=by_prompt[e.prompt]))
 
 
 @pytest.fixture
@@ -56,7 +47,7 @@ def test_a_reader_answers_from_the_transcript_and_one_that_is_missing_is_wrong(r
     model, fmt, examples = reader
 
     def accuracy(transcripts):
-        given = Dictated(zip([e.prompt for e in examples], transcripts, strict=True))
+        given = dictated(examples, transcripts)
         return measure_reader(None, fmt, given, task, model, **LIMITS)["reader_accuracy"]
 
     solved = [e.thought for e in examples]
@@ -69,7 +60,7 @@ def test_a_reader_answers_from_the_transcript_and_one_that_is_missing_is_wrong(r
 def test_the_readers_nats_are_those_of_one_forward_over_question_and_transcript(reader, task):
     model, fmt, examples = reader
     transcripts = [e.thought[::-1] for e in examples]
-    given = Dictated(zip([e.prompt for e in examples], transcripts, strict=True))
+    given = dictated(examples, transcripts)
     found = measure_reader(None, fmt, given, task, model, **LIMITS)
     nats = []
     for example, transcript in zip(examples, transcripts, strict=True):
@@ -79,7 +70,7 @@ def test_the_readers_nats_are_those_of_one_forward_over_question_and_transcript(
         logits = model.lm_head(hidden)[len(prompt) - 1 : -1]
         nats += F.cross_entropy(logits, ids[0, len(prompt) :], reduction="none").tolist()
     assert found["reader_nats"] == pytest.approx(sum(nats) / len(nats), rel=1e-4)
-    nothing = Dictated((e.prompt, None) for e in examples)
+    nothing = dictated(examples, [None] * NUM)
     assert measure_reader(None, fmt, nothing, task, model, **LIMITS)["reader_nats"] is None
 
 
