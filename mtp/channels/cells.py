@@ -54,6 +54,7 @@ TASKS: dict[str, list[str]] = {
         "task.options={min_terms:4,max_terms:4,min_digits:1,max_digits:1}",
         "model=smollm2",
         "model.attention=eager",
+        "fabric.precision=bf16-mixed",
         "decoding.max_new_tokens=32",
         "decoding.system_prompt=''",
         "stages.main.optimizers.main={algorithm:adamw,lr:4e-4,decay:linear,final_lr_ratio:0.3}",
