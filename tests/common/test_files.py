@@ -1,0 +1,67 @@
+"""Files and folders that are replaced in one step."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from runs import content
+
+from mtp.common.files import save_atomically
+
+
+def test_a_replaced_folder_is_always_there(tmp_path):
+    """Another process looks for the folder while it is replaced many times."""
+    target = tmp_path / "out"
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "file").write_text("x" * 100)
+
+    save_atomically(target, write)
+    code = (
+        "import os, sys, time\n"
+        "print('looking', flush=True)\n"
+        "end = time.monotonic() + 2\n"
+        "print(sum(not os.path.isdir(sys.argv[1]) for _ in iter(lambda: time.monotonic() < end, "
+        "False)))"
+    )
+    watcher = subprocess.Popen(
+        [sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE, text=True
+    )
+    assert watcher.stdout is not None and watcher.stdout.readline() == "looking\n"
+    end = time.monotonic() + 1.5
+    while time.monotonic() < end:
+        save_atomically(target, write)
+    assert watcher.communicate()[0].strip() == "0"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_whose_replacement_was_cut_short_is_put_back(tmp_path, monkeypatch):
+    """If names cannot be exchanged in one step, a crash between two renames is repaired."""
+    import mtp.common.files as files
+
+    monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+    target = tmp_path / "out"
+
+    def write(text: str):
+        def make(folder: Path) -> None:
+            folder.mkdir()
+            (folder / "file").write_text(text)
+
+        return make
+
+    save_atomically(target, write("old"))
+    target.rename(tmp_path / ".out.mtp-old")  # as a crash between the renames leaves it
+    (tmp_path / ".out.mtp-tmp").mkdir()
+    files.remove_temporary(tmp_path)
+    assert content(tmp_path) == {"out/file": b"old"}
+    save_atomically(target, write("new"))
+    assert content(tmp_path) == {"out/file": b"new"}
+
+
+def test_a_file_beside_an_export_is_left_alone(tmp_path):
+    for name in ("out.tmp", "out.old"):
+        (tmp_path / name).write_text("mine")
+    save_atomically(tmp_path / "out", lambda file: file.write_text("new"))
+    assert content(tmp_path) == {"out": b"new", "out.old": b"mine", "out.tmp": b"mine"}

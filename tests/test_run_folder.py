@@ -1,0 +1,138 @@
+"""The folder of a run: what is never overwritten, its lock, its permissions."""
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, TINY, config
+from runs import content, same_run
+
+from mtp.hub.run_folder import RunFolder
+from mtp.trainer import train
+
+
+@pytest.mark.parametrize(
+    "made", ["export/mine", "checkpoints/mine", "stages/mine", "wandb/mine", "notes.txt"]
+)
+def test_a_folder_that_holds_what_no_run_wrote_is_refused(tmp_path, made):
+    folder = tmp_path / "run"
+    (folder / made).parent.mkdir(parents=True)
+    (folder / made).write_text("mine")
+    for extra in ((), ("overwrite=true",), ("resume=auto",)):
+        with pytest.raises(ValueError, match="holds files that no run wrote"):
+            train(config(folder, *extra))
+    assert content(folder) == {made: b"mine"}
+
+
+def test_a_new_run_replaces_a_run_and_keeps_what_lies_beside_it(copy, ended):
+    (copy / "notes.txt").write_text("mine")
+    train(config(copy, "overwrite=true"))
+    assert (copy / "notes.txt").read_text() == "mine"
+    same_run(copy, ended)
+
+
+def test_an_export_that_holds_anothers_files_is_not_replaced(copy):
+    (copy / "export" / "mine.bin").write_text("mine")
+    with pytest.raises(ValueError, match="holds files that no export wrote"):
+        train(config(copy, "overwrite=true"))
+    assert (copy / "stages").is_dir()
+
+
+@pytest.mark.parametrize("name", ["..", "''", "a/../../b", "/tmp/x", "a//b", "' '"])
+def test_a_name_stays_below_runs(name):
+    with pytest.raises(ValueError, match="name must be a folder below runs/"):
+        config(Path("runs/x"), f"name={name}")
+
+
+@pytest.mark.parametrize("run_dir", [".", "..", "/"])
+def test_a_run_does_not_write_into_the_working_folder_or_above(tmp_path, monkeypatch, run_dir):
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    with pytest.raises(ValueError, match="run_dir must be a folder of its own"):
+        train(config(Path(run_dir)))
+    assert content(tmp_path) == {}
+
+
+def test_a_dry_run_does_not_touch_a_folder_that_is_not_its_own(tmp_path):
+    (tmp_path / "run-dry_run").mkdir()
+    (tmp_path / "run-dry_run" / "mine").write_text("mine")
+    with pytest.raises(ValueError, match="holds files that no run wrote"):
+        train(config(tmp_path / "run", "dry_run=true"))
+    assert content(tmp_path) == {"run-dry_run/mine": b"mine"}
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError):
+        train(config(tmp_path / "a" / "b", "head.taps=[9]"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_cannot_write_into_one_folder(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.lock()
+    with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
+        train(config(tmp_path / "run", "resume=auto"))
+    folder.release()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dead_process_holds_no_lock(tmp_path):
+    code = (
+        "import sys, os, time; from pathlib import Path; from mtp.hub.run_folder import RunFolder\n"
+        "folder = RunFolder(Path(sys.argv[1])); folder.lock()\n"
+        "print('locked', flush=True); time.sleep(60)"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE
+    )
+    assert owner.stdout is not None and owner.stdout.readline() == b"locked\n"
+    with pytest.raises(ValueError, match=f"in use by process {owner.pid}"):
+        RunFolder(tmp_path / "run").lock()
+    owner.send_signal(signal.SIGKILL)
+    owner.communicate()
+    folder = RunFolder(tmp_path / "run")
+    folder.lock()
+    folder.release()
+
+
+def test_a_late_process_of_a_new_run_waits_for_the_first(tmp_path):
+    """The second process looks at the folder when the first has already begun the run there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    overrides = [*TINY, "stages.rl.steps=0", "stages.joint.steps=0", "fabric.devices=2"]
+    command = [sys.executable, "train.py", *overrides, f"run_dir={tmp_path / 'run'}"]
+    jobs = []
+    for rank in range(2):
+        environment = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_PORT": port}
+        environment |= {"MASTER_ADDR": "127.0.0.1"}
+        jobs.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+        time.sleep(4 * (1 - rank))
+    said = [job.communicate(timeout=240)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["stages"]
+
+
+def test_written_files_have_the_permissions_of_the_umask(ended):
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in ended.rglob("*"):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        expected = (0o777 if path.is_dir() else 0o666) & ~umask
+        assert mode == expected, (path, oct(mode))
