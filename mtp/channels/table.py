@@ -10,6 +10,7 @@ Example: `python -m mtp.channels.table --tasks graph_search --rows token latent 
 import argparse
 import json
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -29,18 +30,29 @@ RUNS = Path("runs/channels")
 
 
 def run_train(cell: Cell, *more: str, capture: bool = False) -> str:
-    """Run the training command. Raises ValueError with its last line of errors if it fails."""
-    done = subprocess.run(
+    """Run the training command. Raises ValueError if it fails.
+
+    If this process is told to end, so is the training, which first writes a checkpoint.
+    """
+    with subprocess.Popen(
         cell.command(*more), stdout=subprocess.PIPE if capture else None, text=True
-    )
-    if done.returncode == 130:
+    ) as training:
+        try:
+            printed = training.communicate()[0]
+        except SystemExit:
+            training.terminate()
+            raise
+        except KeyboardInterrupt:  # the terminal has sent it to the training too
+            training.wait()
+            raise
+    if training.returncode == 130:
         raise KeyboardInterrupt
-    if done.returncode:
+    if training.returncode:
         raise ValueError(
-            f"training of {cell.folder} must end with exit code 0, got {done.returncode}; its "
+            f"training of {cell.folder} must end with exit code 0, got {training.returncode}; its "
             "message is above"
         )
-    return done.stdout or ""
+    return printed or ""
 
 
 def minutes_of(cell: Cell) -> float:
@@ -370,6 +382,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """The command; returns its exit code."""
     arguments = parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     return run_command(lambda: make_table(arguments))
 
 
