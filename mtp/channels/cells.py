@@ -11,22 +11,9 @@ MEASURED = "measured.json"
 """File of a run's measurement, in the run's folder."""
 
 MUON = "stages.main.optimizers.main={algorithm:muon,lr:2e-3,warmup_steps:0}"
-"""Learns graph search in half of the steps that AdamW of the experiments needs (docs/LOG.md)."""
+"""Optimizer of the tiny Llama, whatever an experiment's own is."""
 TASKS: dict[str, list[str]] = {
-    "graph_search": [
-        "task=graph_search",
-        "model.config.tie_word_embeddings=false",
-        MUON,
-        "stages.main.steps=3000",
-        "stages.main.evaluate_every=500",
-    ],
-    "graph_search_inner_layers": [
-        "task=graph_search_inner_layers",
-        "model.config.tie_word_embeddings=true",
-        MUON,
-        "stages.main.steps=4500",
-        "stages.main.evaluate_every=500",
-    ],
+    "graph_search": [],
     **{
         f"running_sum_{terms}": [
             "task=running_sum",
@@ -35,6 +22,7 @@ TASKS: dict[str, list[str]] = {
             "model=tiny_llama",
             MUON,
             "stages.main.steps=1500",
+            "stages.main.evaluate_every=1000",
         ]
         for terms in (3, 5, 7)
     },
@@ -58,8 +46,8 @@ TASKS: dict[str, list[str]] = {
         "decoding.max_new_tokens=32",
         "decoding.system_prompt=''",
         "stages.main.optimizers.main={algorithm:adamw,lr:4e-4,decay:linear,final_lr_ratio:0.3}",
+        "stages.main.examples.batch_size=16",
         "stages.main.steps=120",
-        "stages.main.micro_batch_size=16",
         "stages.main.evaluate_every=40",
         "evaluation.num_problems=256",
         "evaluation.num_interim_problems=64",
@@ -69,9 +57,10 @@ TASKS: dict[str, list[str]] = {
     "segments": [],
     "projects": [],
 }
-"""Overrides of each task. Sums of three and seven terms are for the number of tokens per pass;
-chain_sum is SmolLM2-135M's. The experiments of the last three name it themselves, because only
-channels between two models, between segments, and between problems, have them."""
+"""Overrides of each task. Graph search is the experiments' own. Sums of three and seven terms are
+for the number of tokens per pass; chain_sum is SmolLM2-135M's. The experiments of the last three
+name it themselves, because only channels between two models, between segments, and between
+problems, have them."""
 
 RL = "stages.rl.steps=250"
 ROWS: dict[str, list[str]] = {
@@ -103,20 +92,13 @@ ROWS: dict[str, list[str]] = {
 """Overrides of each row of the table."""
 
 MORE = {
-    ("graph_search", "multiplex"): ["channel.options.num_tokens=8"],
-    ("graph_search_inner_layers", "multiplex"): ["channel.options.num_tokens=8"],
-    ("graph_search_inner_layers", "multiplex_rl"): ["channel.options.num_tokens=8"],
-    ("graph_search", "latent"): [
-        "channel.options.levels=3",
-        "channel.options.text_steps=1500",
-        "channel.options.level_steps=400",
-    ],
     ("pointers", "latent"): [
         "channel.options.levels=2",
         "channel.options.text_steps=500",
         "channel.options.level_steps=400",
     ],
     ("running_sum_5", "latent"): [
+        "model.config.tie_word_embeddings=true",
         "channel.options.levels=4",
         "channel.options.text_steps=1500",
         "channel.options.level_steps=600",
@@ -150,12 +132,12 @@ def belongs(row: str, task: str) -> bool:
     if row.endswith("_memory"):
         return task == "segments"
     if row.endswith("_rl"):
-        return task == "graph_search_inner_layers"
+        return task == "graph_search"
     if task == "chain_sum":
         return row in ("no_thought", "token", "block_5", "soft", "multiplex")
     if task in ("running_sum_3", "running_sum_7"):
         return TEXT_ROW.fullmatch(row) is not None
-    return task in ("graph_search", "graph_search_inner_layers", "running_sum_5", "pointers")
+    return task in ("graph_search", "running_sum_5", "pointers")
 
 
 @dataclass(frozen=True)
