@@ -32,7 +32,7 @@ RUNS = Path("runs/channels")
 def run_train(cell: Cell, *more: str, capture: bool = False) -> str:
     """Run the training command. Raises ValueError if it fails.
 
-    If this process is told to end, so is the training, which first writes a checkpoint.
+    SIGTERM ends the training as well, which first writes a checkpoint.
     """
     with subprocess.Popen(
         cell.command(*more), stdout=subprocess.PIPE if capture else None, text=True

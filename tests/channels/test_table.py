@@ -25,7 +25,7 @@ signal.signal(signal.SIGTERM, end)
 (folder / "started").touch()
 time.sleep(60)
 """
-"""A training that writes a checkpoint when it is told to end."""
+"""A training that writes a checkpoint at SIGTERM."""
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def handler():
     signal.signal(signal.SIGTERM, before)
 
 
-def test_a_table_that_is_told_to_end_tells_its_training_and_waits(tmp_path, monkeypatch, handler):
+def test_sigterm_ends_the_training_of_a_table_after_its_checkpoint(tmp_path, monkeypatch, handler):
     monkeypatch.setattr(
         Cell, "command", lambda cell, *more: [sys.executable, "-c", TRAINING, str(tmp_path)]
     )
