@@ -52,7 +52,9 @@ def test_hidden_vectors_search_a_graph_and_an_answer_at_once_does_not(tmp_path):
     """Guessing one of two candidates gives 50 %; two vectors follow the two inner layers."""
     short = ["stages.main.steps=2000", "stages.main.evaluate_every=0"]
     (without,) = train(configured(tmp_path / "without", "no_thought", *short))["stages"]
-    (latent,) = train(configured(tmp_path / "latent", "latent", "stages.main.evaluate_every=0"))["stages"]
+    (latent,) = train(configured(tmp_path / "latent", "latent", "stages.main.evaluate_every=0"))[
+        "stages"
+    ]
     assert without["accuracy"] <= 0.65
     assert latent["accuracy"] >= 0.95 and latent["thought_passes"] == 2
 
