@@ -105,6 +105,10 @@ MORE = {
         "stages.main.steps=4500",
         "stages.main.evaluate_every=500",
     ],
+    **{
+        ("chain_sum", row): ["fabric.precision=32-true"]  # a comparator has no other
+        for row in ("no_thought", "soft", "multiplex")
+    },
     ("chain_sum", "block_5"): [
         "head=smollm2",
         "head.taps=[10,20,30]",
