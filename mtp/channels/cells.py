@@ -62,7 +62,7 @@ for the number of tokens per pass; chain_sum is SmolLM2-135M's. The experiments 
 name it themselves, because only channels between two models, between segments, and between
 problems, have them."""
 
-RL = "stages.rl.steps=250"
+RL_BLOCKS = (3, 8)
 ROWS: dict[str, list[str]] = {
     "no_thought": ["experiment=channels/no_thought"],
     "token": ["experiment=channels/token"],
@@ -71,10 +71,11 @@ ROWS: dict[str, list[str]] = {
     "multiplex": ["experiment=channels/multiplex"],
     "latent": ["experiment=channels/latent"],
     "gated": ["experiment=channels/gated"],
-    "token_rl": ["experiment=channels/token", "stages.rl.rollouts.mode=slow", RL],
-    **{f"block_{k}_rl": ["experiment=channels/block", f"head.num_slots={k}", RL] for k in (3, 8)},
-    "soft_rl": ["experiment=channels/soft", RL],
-    "multiplex_rl": ["experiment=channels/multiplex", RL],
+    "token_rl": ["experiment=channels/token", "stages.rl.rollouts.mode=slow"],
+    **{f"block_{k}_rl": ["experiment=channels/block", f"head.num_slots={k}"] for k in RL_BLOCKS},
+    "soft_rl": ["experiment=channels/soft"],
+    "multiplex_rl": ["experiment=channels/multiplex"],
+    "gated_rl": ["experiment=channels/gated"],
     "no_message": ["experiment=channels/no_message"],
     "token_message": ["experiment=channels/token_message"],
     **{
@@ -97,6 +98,19 @@ MORE = {
         "channel.options.text_steps=500",
         "channel.options.level_steps=400",
     ],
+    **{
+        ("pointers", f"{row}_rl"): [
+            f"stages.main.steps={steps}",
+            "stages.rl.steps=500",
+            "stages.rl.optimizers.main.lr=3e-4",
+            *(["stages.rl.optimizers.head.lr=6e-4"] if "block" in row else []),
+        ]
+        for steps, rows in (
+            (250, ("token", "soft", "multiplex", "gated")),
+            (600, [f"block_{k}" for k in RL_BLOCKS]),
+        )
+        for row in rows
+    },
     ("running_sum_5", "latent"): [
         "model.config.tie_word_embeddings=true",
         "channel.options.levels=4",
@@ -116,7 +130,8 @@ MORE = {
         "stages.main.optimizers.head={algorithm:muon,lr:1e-3,decay:linear,final_lr_ratio:0.3}",
     ],
 }
-"""Overrides of single cells, by task and row: a curriculum or a head that suits the task."""
+"""Overrides of single cells, by task and row: a curriculum or a head that suits the task. Rows with
+RL begin it where text or blocks are learned half-way."""
 
 
 READER = "token"
@@ -136,7 +151,7 @@ def belongs(row: str, task: str) -> bool:
     if row.endswith("_memory"):
         return task == "segments"
     if row.endswith("_rl"):
-        return task == "graph_search"
+        return task == "pointers"
     if task == "chain_sum":
         return row in ("no_thought", "token", "block_5", "soft", "multiplex")
     if task in ("running_sum_3", "running_sum_7"):

@@ -145,6 +145,9 @@ def measure(
     ]
     cost = training_cost(model, fmt, channel, examples, step=supervised.steps)
     summary = json.loads((folder / "summary.json").read_text())
+    before = summary["stages"][0]
+    if len(summary["stages"]) > 1:
+        metrics["accuracy_before_rl"] = before[accuracy_name(before)]
     return metrics | asdict(cost) | {
         "attempts": num_attempts,
         "accuracy_at_step": accuracy_at_steps(folder, summary),
@@ -163,12 +166,16 @@ def measure(
     }  # fmt: skip
 
 
+def accuracy_name(stage: dict[str, Any]) -> str:
+    """Name of a stage's accuracy in the channel's own mode."""
+    names = ("accuracy", "fast_accuracy", "slow_accuracy")
+    return next(name for name in names if stage.get(name) is not None)
+
+
 def accuracy_at_steps(folder: Path, summary: dict[str, Any]) -> dict[str, float]:
     """Held-out accuracy by optimizer step of the first stage, in the channel's own mode."""
     first = summary["stages"][0]
-    name = next(
-        n for n in ("accuracy", "fast_accuracy", "slow_accuracy") if first.get(n) is not None
-    )
+    name = accuracy_name(first)
     found = {}
     for record in read_records(folder / "metrics.jsonl"):
         if record["stage"] == first["name"] and f"eval/{name}" in record:

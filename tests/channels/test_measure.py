@@ -87,10 +87,10 @@ def test_the_plan_has_every_row_of_every_task_and_the_first_seed_first(tmp_path)
     assert of_task["segments"] == {"no_memory", "text_memory", "vector_memory"}
     assert of_task["projects"] == {"own_memory", "text_memory_shared", "vector_memory_shared"}
     others = set(ROWS) - of_task["two_models"] - of_task["segments"] - of_task["projects"]
-    with_rl = {"token_rl", "block_3_rl", "block_8_rl", "soft_rl", "multiplex_rl"}
-    assert of_task["graph_search"] == others
+    with_rl = {"token_rl", "block_3_rl", "block_8_rl", "soft_rl", "multiplex_rl", "gated_rl"}
+    assert of_task["pointers"] == others
     others -= with_rl
-    every = ("running_sum_5", "pointers")
+    every = ("running_sum_5", "graph_search")
     assert all(of_task[name] == others for name in every)
     text = {"token", "block_1", "block_2", "block_3", "block_5", "block_8"}
     assert of_task["running_sum_3"] == of_task["running_sum_7"] == text
