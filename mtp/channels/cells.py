@@ -100,16 +100,20 @@ MORE = {
     ],
     **{
         ("pointers", f"{row}_rl"): [
-            f"stages.main.steps={steps}",
+            "stages.main.steps=250",
+            "stages.rl.steps=500",
+            "stages.rl.optimizers.main.lr=3e-5",
+        ]
+        for row in ("token", "soft", "multiplex", "gated")
+    },
+    **{
+        ("pointers", f"block_{k}_rl"): [
+            "stages.main.steps=600",
             "stages.rl.steps=500",
             "stages.rl.optimizers.main.lr=3e-4",
-            *(["stages.rl.optimizers.head.lr=6e-4"] if "block" in row else []),
+            "stages.rl.optimizers.head.lr=6e-4",
         ]
-        for steps, rows in (
-            (250, ("token", "soft", "multiplex", "gated")),
-            (600, [f"block_{k}" for k in RL_BLOCKS]),
-        )
-        for row in rows
+        for k in RL_BLOCKS
     },
     ("running_sum_5", "latent"): [
         "model.config.tie_word_embeddings=true",
