@@ -63,6 +63,7 @@ name it themselves, because only channels between two models, between segments, 
 problems, have them."""
 
 RL_BLOCKS = (3, 8)
+"""k of the rows of blocks with RL."""
 ROWS: dict[str, list[str]] = {
     "no_thought": ["experiment=channels/no_thought"],
     "token": ["experiment=channels/token"],
