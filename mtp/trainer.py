@@ -5,6 +5,7 @@ run that was stopped and resumed gives exactly the same numbers as an uninterrup
 """
 
 import json
+from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric, seed_everything
 
+from .channels.saving import ATTRIBUTE
 from .channels.stage import attach_channel, run_channel_stage
 from .common.files import save_atomically, save_text
 from .config import RunConfig
@@ -34,7 +36,6 @@ from .tasks.base import RunState, Task, check_disjoint
 from .training.examples import checked_task
 from .training.lifeline import lifeline
 from .training.numbers import active_dropout
-from .training.optimizers import split_parameters
 from .training.runtime import (
     StopRequest,
     check_writable,
@@ -135,15 +136,12 @@ def run_stages(
         write_start(folder, config, state)
     fabric.barrier()
     log = Log.of(config.logger) if fabric.is_global_zero else Log({})
-    parts = split_parameters(model)
-    sizes = {name: sum(p.numel() for p in part.values()) for name, part in parts.items()}
+    came_with_head = has_head(config.model)
     console.print(
-        f"{task.name}: main {sizes['main']:,} parameters, head {sizes['head']:,} "
-        f"({config.head.type}, {config.head.num_slots} slots, taps {model.mtp_taps}); "
-        f"{fabric.device}, {config.fabric.precision}; writing {folder.path}"
+        f"{task.name}: {sizes_in_words(config, model, came_with_head)}; {fabric.device}, "
+        f"{config.fabric.precision}; writing {folder.path}"
     )
     with StopRequest() as stop:
-        came_with_head = has_head(config.model)
         run = Run(
             config,
             folder.path,
@@ -330,6 +328,24 @@ def check_outcomes(config: RunConfig, task: Task) -> None:
                     f"{setting} needs answers that are right or wrong, which task {task.name} does "
                     f"not have, got {value}; set it to 0 or choose another task"
                 )
+
+
+def sizes_in_words(config: RunConfig, model: Any, came_with_head: bool) -> str:
+    """Numbers of parameters of main, and of its head or channel if the run uses one."""
+    count = Counter[str]()
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0]
+        count[part if part in ("mtp_head", ATTRIBUTE) else "main"] += parameter.numel()
+    main = f"main {count['main']:,} parameters"
+    if not config.channel.is_text:
+        return f"{main}, channel {config.channel.name} with {count[ATTRIBUTE]:,} of its own"
+    if not came_with_head and not any(s.train_head for s in config.active_stages().values()):
+        return f"{main}, no head is trained"
+    head = config.head
+    return (
+        f"{main}, head {count['mtp_head']:,} ({head.type}, {head.num_slots} slots, taps "
+        f"{model.mtp_taps})"
+    )
 
 
 def check_heads(config: RunConfig) -> None:

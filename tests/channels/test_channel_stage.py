@@ -59,10 +59,12 @@ RL = ["stages.rl.steps=2", "stages.rl.rollouts.num_prompts=2", "stages.rl.rollou
 
 
 @pytest.mark.parametrize("name", ["soft", "multiplex", "no_thought", "gated", *sorted(SMALL)])
-def test_a_run_trains_and_its_checkpoint_writes_the_same_again(name, tmp_path):
+def test_a_run_trains_and_its_checkpoint_writes_the_same_again(name, tmp_path, capsys):
     more = RL if name == "gated" else []
     run = config(tmp_path / "run", name, *more)
     summary = train(run)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert f"channel {run.channel.name} with" in first and "head" not in first
     last = summary["stages"][-1]
     assert last["steps"] == (2 if name == "gated" else 4)
     assert 0 <= last["accuracy"] <= 1 and len(last["accuracy_by_budget"]) == 4
