@@ -101,9 +101,8 @@ MORE = {
     ],
     **{
         ("pointers", f"{row}_rl"): [
-            "stages.main.steps=250",
+            "stages.main.steps=350",
             "stages.rl.steps=500",
-            "stages.rl.optimizers.main.lr=3e-5",
         ]
         for row in ("token", "soft", "multiplex", "gated")
     },
@@ -136,11 +135,12 @@ MORE = {
     ],
 }
 """Overrides of single cells, by task and row: a curriculum or a head that suits the task. Rows with
-RL begin it where text or blocks are learned half-way."""
-
+RL begin it where text or blocks are learned in part."""
 
 READER = "token"
 """The row whose model reads the transcripts of all rows of its task and seed."""
+CONTROLS = ("no_thought", "no_message", "no_memory", "own_memory")
+"""Rows without a thought, a message, a memory, or a memory that outlives a problem."""
 UNREAD = ("two_models", "segments", "projects")
 """Tasks without a reader: their answers follow from more than one thought."""
 TEXT_ROW = re.compile(r"token|block_\d+")

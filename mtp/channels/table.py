@@ -21,7 +21,7 @@ from typing import Any
 from ..common.files import save_text
 from ..common.process import run_command
 from ..reports.json_lines import read_records
-from .cells import MEASURED, ROWS, TASKS, TEXT_ROW, Cell, plan
+from .cells import CONTROLS, MEASURED, ROWS, TASKS, TEXT_ROW, Cell, plan
 from .plots import plot_block_sizes, plot_rows
 
 RESULT = Path("docs/results/channels/table.json")
@@ -194,7 +194,7 @@ def by_task(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 def add_equal_flops(rows: list[dict[str, Any]]) -> None:
     """Add `accuracy_at_equal_flops`: that of the last evaluation within the cheapest row's FLOPs.
 
-    The controls without a thought, message or memory do not count as the cheapest.
+    `CONTROLS` do not count as the cheapest.
 
     FLOPs are those of training on solved examples. None where the row has no evaluation so early,
     and in rows whose training has an RL stage too.
@@ -204,7 +204,7 @@ def add_equal_flops(rows: list[dict[str, Any]]) -> None:
         return steps * row["training_batch_size"] * row["flops_per_example"]
 
     for mine in by_task(rows).values():
-        thinking = [row for row in mine if not row["channel"].startswith("no_")] or mine
+        thinking = [row for row in mine if row["channel"] not in CONTROLS] or mine
         least = min(flops(row, row["training_steps"]) for row in thinking)
         for row in mine:
             within = {
