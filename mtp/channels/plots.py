@@ -8,31 +8,44 @@ from ..reports.style import legend, log_axis, looks, panels, save, share_axis
 
 
 def plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy of one task's rows, as means over seeds: against the mean passes of a thought, with
-    the range of the seeds, and against training FLOPs.
+    """The rows of one task: the passes of their thoughts, and accuracy against training FLOPs.
 
-    Rows are those of `table.json`. FLOPs are those of the last level of a channel with levels.
-    Rows that have an RL stage have no point in the second panel; the legend is in the first.
+    Rows are those of `table.json`. The first panel has a line for each of them, a point at the mean
+    passes of a thought, and beside it the accuracy in per cent, mean and range of the seeds. FLOPs
+    are those of the last level of a channel with levels. Rows that have an RL stage are not in the
+    second panel.
     """
     figure, [[passes, training]] = panels(1, 2)
     for number, row in enumerate(rows):
         line = looks(number) | {"marker": "o", "label": row["channel"]}
-        mean, seeds = row["accuracy"], row["accuracy_by_seed"]
-        spread = [[max(0.0, mean - min(seeds))], [max(0.0, max(seeds) - mean)]]
-        passes.plot([row["thought_passes"]], [mean], **line)
-        passes.errorbar(
-            [row["thought_passes"]], [mean], spread, capsize=3, color=line["color"], fmt="none"
-        )
+        passes.plot([row["thought_passes"]], [number], **line)
+        passes.annotate(
+            accuracy_in_words(row), (row["thought_passes"], number), xytext=(6, 0),
+            textcoords="offset points", va="center", fontsize=8,
+        )  # fmt: skip
         if row["training_flops"] is not None:
             cost = row["training_flops"] / row["training_steps"] / 1e9
             curve = sorted((int(step), value) for step, value in row["accuracy_at_step"].items())
             training.plot([cost * step for step, _ in curve], [value for _, value in curve], **line)
-    for axes in (passes, training):
-        share_axis(axes, "held-out accuracy")
-    passes.set_xlabel("passes of a thought")
+    most = max(1.0, *(row["thought_passes"] for row in rows))
+    passes.set(
+        xlabel="passes of a thought; beside a point: held-out accuracy (%)",
+        xlim=(-0.05 * most, 1.45 * most),
+        yticks=range(len(rows)),
+        yticklabels=[row["channel"] for row in rows],
+    )
+    passes.invert_yaxis()
+    share_axis(training, "held-out accuracy")
     log_axis(training, "training", "GFLOPs", "x")
-    legend(passes)
+    legend(training)
     save(figure, path)
+
+
+def accuracy_in_words(row: dict[str, Any]) -> str:
+    """Mean accuracy of a row in per cent, with the range of its seeds if they differ."""
+    mean, seeds = 100 * row["accuracy"], [100 * value for value in row["accuracy_by_seed"]]
+    lowest, highest = f"{min(seeds):.1f}", f"{max(seeds):.1f}"
+    return f"{mean:.1f}" if lowest == highest else f"{mean:.1f} ({lowest} to {highest})"
 
 
 def plot_block_sizes(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
