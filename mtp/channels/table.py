@@ -86,7 +86,7 @@ def measure(
     from ..config import load_run_config
     from ..hub.build import load_model
     from ..tasks.base import training_index
-    from .channel import CHANNELS, build_channel
+    from .channel import build_channel
     from .measure import (
         BUDGETS,
         evaluate_channel,
@@ -97,21 +97,20 @@ def measure(
     )
     from .saving import load_channel
 
-    def last_stage(run: Path) -> Path:
-        return run / "stages" / list(load_run_config(run / "config.yaml").active_stages())[-1]
-
     config = load_run_config(folder / "config.yaml")
     stages = config.active_stages()
-    last = last_stage(folder)
-    if config.channel.is_text:
-        model, fmt = load_model(last)
-        name = "block" if any(stage.train_head for stage in stages.values()) else "token"
-        channel = build_channel(name, {}, model)
-    else:
-        model, fmt, channel = load_channel(last)
-        name = config.channel.name
-    assert name in CHANNELS
-    model.eval()
+
+    def load_stage(name: str) -> tuple[Any, Any, Any]:
+        stage = folder / "stages" / name
+        if not config.channel.is_text:
+            model, fmt, channel = load_channel(stage)
+            return model.eval(), fmt, channel
+        model, fmt = load_model(stage)
+        return model.eval(), fmt, build_channel("block" if has_blocks else "token", {}, model)
+
+    has_blocks = config.channel.is_text and any(stage.train_head for stage in stages.values())
+    first, last = list(stages)[0], list(stages)[-1]
+    model, fmt, channel = load_stage(last)
     task = config.task.build()
     limits: dict[str, Any] = {
         "batch_size": config.evaluation.batch_size,
@@ -132,10 +131,13 @@ def measure(
     )  # fmt: skip
     metrics |= measure_message(model, fmt, channel, task, num_problems=num_problems, **limits)
     if reader_folder is not None:
-        reader = load_model(last_stage(reader_folder))[0].eval()
-        metrics |= measure_reader(
-            model, fmt, channel, task, reader, num_problems=num_problems, **limits
-        )
+        last_of_reader = list(load_run_config(reader_folder / "config.yaml").active_stages())[-1]
+        reader = load_model(reader_folder / "stages" / last_of_reader)[0].eval()
+        for name, suffix in {first: "_before_rl", last: ""}.items():  # one, if both are the same
+            found = measure_reader(
+                *load_stage(name), task, reader, num_problems=num_problems, **limits
+            )
+            metrics |= {key + suffix: value for key, value in found.items()}
     size = task.size("train")
     supervised = next(stage for stage in stages.values() if stage.kind == "supervised")
     number = supervised.examples.batch_size
@@ -161,7 +163,7 @@ def measure(
         "head_parameters": sum(
             p.numel() for n, p in model.named_parameters() if n.startswith("mtp_head.")
         )
-        if name == "block"
+        if has_blocks
         else 0,
     }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Runs with a comparator: train, evaluate, save, load, resume; what has no effect is refused."""
 
 import json
+import shutil
 
 import pytest
 from helpers import ROOT
@@ -8,6 +9,7 @@ from hydra import compose, initialize_config_dir
 
 from mtp.channels import WriteOptions
 from mtp.channels.saving import load_channel
+from mtp.channels.table import measure
 from mtp.cli.hydra import register_configs
 from mtp.config import to_run_config
 from mtp.trainer import train
@@ -53,6 +55,11 @@ def config(run_dir, name, *overrides):
 def weights(folder):
     model, _, channel = load_channel(folder)
     return {**model.state_dict(), **{f"channel.{k}": v for k, v in channel.state_dict().items()}}
+
+
+def weight_of(model, *_, **__):
+    """In place of the reader's measures: which model would be read."""
+    return {"reader_nats": sum(p.double().sum().item() for p in model.parameters())}
 
 
 RL = ["stages.rl.steps=2", "stages.rl.rollouts.num_prompts=2", "stages.rl.rollouts.group_size=4"]
@@ -104,6 +111,24 @@ def test_a_resumed_run_gives_the_same_weights(name, tmp_path):
     assert before.keys() == after.keys()
     differ = {k: float((before[k] - after[k]).abs().max()) for k in before}
     assert not {key: value for key, value in differ.items() if value}
+
+
+def test_the_table_reads_thoughts_before_and_after_rl(tmp_path, monkeypatch):
+    runs = {"token": [], "soft": [], "soft_rl": RL, "other_soft": ["seed=2"]}
+    for name, more in runs.items():
+        train(config(tmp_path / name, "token" if name == "token" else "soft", *more))
+    trained = tmp_path / "soft_rl" / "stages" / "rl"  # two steps may find nothing to learn from
+    shutil.rmtree(trained)
+    shutil.copytree(tmp_path / "other_soft" / "stages" / "main", trained)
+    monkeypatch.setattr("mtp.channels.measure.measure_reader", weight_of)
+    soft, both, other = (
+        measure(tmp_path / name, 4, 2, tmp_path / "token")
+        for name in ("soft", "soft_rl", "other_soft")
+    )
+    assert both["reader_nats_before_rl"] == soft["reader_nats"] != other["reader_nats"]
+    assert both["reader_nats"] == other["reader_nats"]
+    assert both["accuracy_before_rl"] == soft["accuracy"]
+    assert not [key for key in soft if key.endswith("_before_rl")]
 
 
 @pytest.mark.parametrize("name", ["latent", "kv", "vector_memory"])
