@@ -18,7 +18,7 @@ from .channels.saving import ATTRIBUTE
 from .channels.stage import attach_channel, run_channel_stage
 from .common.files import save_atomically, save_text
 from .config import RunConfig
-from .hub.build import build_model, has_head, load_model
+from .hub.build import build_model, has_trained_head, load_model
 from .hub.export import export
 from .hub.run_folder import RunFolder, claim
 from .modeling.compiled import check_traceable
@@ -136,7 +136,8 @@ def run_stages(
         write_start(folder, config, state)
     fabric.barrier()
     log = Log.of(config.logger) if fabric.is_global_zero else Log({})
-    came_with_head = has_head(config.model)
+    came_with_head = has_trained_head(config.model)
+    model.config.mtp_head_is_trained = came_with_head  # the config of every model that is saved
     console.print(
         f"{task.name}: {sizes_in_words(config, model, came_with_head)}; {fabric.device}, "
         f"{config.fabric.precision}; writing {folder.path}"
@@ -165,6 +166,7 @@ def run_stages(
             if state is not None:
                 say_where(run, lines)
             for index, (name, stage) in enumerate(config.active_stages().items()):
+                model.config.mtp_head_is_trained |= stage.train_head
                 if index >= progress.stage:
                     states = state["optimizers"] if state else None
                     run_one = run_stage if config.channel.is_text else run_channel_stage
@@ -356,7 +358,7 @@ def check_heads(config: RunConfig) -> None:
     for name, stage in config.active_stages().items():
         is_trained |= stage.train_head
         needs_head = stage.kind == "rl" and stage.rollouts.mode == "fast"
-        if needs_head and not is_trained and not has_head(config.model):
+        if needs_head and not is_trained and not has_trained_head(config.model):
             raise ValueError(
                 f"stages.{name}.rollouts.mode=fast needs a head that is trained, but no stage up "
                 f"to {name} trains it; set it to slow, or stages.{name}.train_head to true"

@@ -3,6 +3,7 @@
 Heavy imports wait until a command runs, as in `main.py`.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,14 @@ class Opened:
 
     @property
     def head_is_trained(self) -> bool:
-        """False if no stage up to this one trained the head."""
-        return self.config is None or any(
+        """False if no stage up to this one trained the head, nor did the model begin with it."""
+        from ..common.errors import reading
+
+        with reading(str(self.folder)):
+            saved = json.loads((self.folder / "config.json").read_text()).get("mtp_head_is_trained")
+        if saved is not None:
+            return bool(saved)
+        return self.config is None or any(  # saved by an earlier version
             self.config.stages[name].train_head for name in self.stages_so_far()
         )
 
@@ -37,7 +44,8 @@ class Opened:
         Raises ValueError for fast mode with an untrained head.
         """
         if mode == "fast" and not self.head_is_trained:
-            raise ValueError(f"the head is untrained after stage {self.stage}; use --mode slow")
+            where = str(self.folder) if self.stage is None else f"stage {self.stage}"
+            raise ValueError(f"the head of {where} is untrained; use --mode slow")
         return mode or ("fast" if self.head_is_trained else "slow")
 
     def stages_so_far(self) -> list[str]:

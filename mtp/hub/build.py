@@ -214,6 +214,14 @@ def has_head(config: ModelConfig) -> bool:
     return getattr(found, "mtp", None) is not None
 
 
+def has_trained_head(config: ModelConfig) -> bool:
+    """True if the source is a checkpoint with a head, unless it says that no stage trained it."""
+    if not has_head(config):
+        return False
+    found = read_config(source_folder(config.source or ""), f"model.source={config.source!r}")
+    return bool(getattr(found, "mtp_head_is_trained", True))
+
+
 NUM_READ = 1024
 """Training problems whose texts a new tokenizer is trained on."""
 

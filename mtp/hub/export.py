@@ -45,13 +45,14 @@ def export(
             None: the stock `generate` on main.
 
     Raises:
-        ValueError: if `folder` is a file or holds files that no export wrote, or if there is no
-            such format.
+        ValueError: if `folder` is a file or holds files that no export wrote, if there is no such
+            format, or if it would use a head that no stage has trained.
     """
     found = find_format(format)
     folder = Path(folder).resolve()
     check_replaceable(folder)
     check_default_mode(default_mode, format)
+    check_trained(model, found, format, default_mode)
 
     def write(path: Path) -> None:
         found.write(model, fmt, path, config)
@@ -72,6 +73,22 @@ def check_default_mode(mode: str | None, format: str) -> None:
         raise ValueError(
             f"--default-mode must be left out with --format {format}, which has no head, got "
             f"{mode}; use --format huggingface"
+        )
+
+
+def check_trained(model: Any, found: Format, format: str, default_mode: str | None) -> None:
+    """Raises ValueError for a format or a mode that would use a head that no stage has trained."""
+    if getattr(model.config, "mtp_head_is_trained", True):
+        return
+    if found.needs_trained_head:
+        raise ValueError(
+            f"--format must be huggingface, main or gguf for a head that no stage has trained, got "
+            f"{format}; train the head first"
+        )
+    if default_mode == "fast":
+        raise ValueError(
+            "--default-mode must be slow for a head that no stage has trained, got fast; train the "
+            "head first"
         )
 
 

@@ -25,7 +25,12 @@ NUM_TRIED = 8
 
 
 def model_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: Any) -> str:
-    """README.md of main with its head: how to open it, metrics, provenance, limits."""
+    """README.md of main with its head: how to open it, metrics, provenance, limits.
+
+    If no stage trained the head, it is that of main alone.
+    """
+    if not getattr(model.config, "mtp_head_is_trained", True):
+        return main_card(model, fmt, summary, config, untrained=True)
     counts = _parameters(model)
     modes = {mode: [n for n, p in fmt.phases.items() if p.mode == mode] for mode in PHASE_MODES}
     verified = modes["verified"]
@@ -85,10 +90,26 @@ def main_card(
     config: Any,
     gguf_file: str | None = None,
     with_mtp_layer: bool = False,
+    untrained: bool = False,
 ) -> str:
     """README.md of main alone, or with its family's MTP layer: how to open it, metrics, provenance,
-    limits.
+    limits. untrained: the folder has a head that no stage trained.
     """
+    where_head_is = (
+        "The head is not in this folder: this model writes one token per pass, as in the slow mode "
+        "of the whole."
+    )
+    if untrained:
+        where_head_is = (
+            "No stage of its run trained the head, which is in this folder to begin a training "
+            "with (`model.source`). This model writes one token per pass: slow mode."
+        )
+    elif with_mtp_layer:
+        where_head_is = (
+            "The head is this model's MTP layer: transformers drafts a token of each pass with it "
+            "(`use_mtp=True`) and keeps it if main would have written it, so the text is that of "
+            "slow mode."
+        )
     prompt, wrong = sample_prompt(model, fmt, config)
     caveat = [f"The answer to this prompt, the best of {NUM_TRIED} that were tried, is wrong."]
     parts = [
@@ -97,21 +118,20 @@ def main_card(
         f"A causal language model ({_parameters(model)['main']:,} parameters, `"
         f"{model.config.model_type}`). It was trained as the main LLM of a model whose small head "
         "reads its residual stream and writes further tokens of each forward pass. "
-        + (
-            "The head is this model's MTP layer: transformers drafts a token of each pass with it "
-            "(`use_mtp=True`) and keeps it if main would have written it, so the text is that of "
-            "slow mode."
-            if with_mtp_layer
-            else "The head is not in this folder: this model writes one token per pass, as in the "
-            "slow mode of the whole."
-        ),
+        + where_head_is,
         "## Use",
         *(["`llama-cli -m model.gguf`, or with transformers 5.18 or newer:"] if gguf_file else []),
         _snippet(fmt, prompt, head=False, gguf_file=gguf_file, with_mtp_layer=with_mtp_layer),
         *(caveat if "slow" in wrong else []),
         "## Measured",
-        "Slow accuracy and slow passes are those of this folder; fast and verified mode need the "
-        "head.",
+        *(
+            []
+            if untrained
+            else [
+                "Slow accuracy and slow passes are those of this folder; fast and verified mode "
+                "need the head."
+            ]
+        ),
         _table(summary),
         "## Provenance",
         _provenance(fmt, config),

@@ -180,6 +180,11 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
                 f"mtp_mode must be one of {list(MODES)}, by row or for all, or {STOCK!r} for all; "
                 f"got {mode!r}"
             )
+        if mode == "fast" and not getattr(self.config, "mtp_head_is_trained", True):
+            raise ValueError(
+                "mtp_mode must be slow for a checkpoint whose head no stage has trained, got fast; "
+                "once you have trained the head, set model.config.mtp_head_is_trained = True"
+            )
         saved = first_set("mtp_phases", config, self.generation_config)
         if saved is None:
             raise ValueError("generation_config.mtp_phases is missing: export the model with mtp")

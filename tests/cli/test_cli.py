@@ -308,7 +308,7 @@ def test_a_run_that_has_not_ended_gives_its_last_model_and_says_so(run, tmp_path
         (["generate", "RUN/stages", "1+2="], "neither a run (no config.yaml) nor an exported"),
         (["generate", "RUN", "1+2=", "--stage", "rl"], "--stage must be one of main, head"),
         (["generate", "RUN/stages/head", "1+2=", "--stage", "main"], "but RUN/stages/head is one"),
-        (["generate", "RUN", "1+2=", "--stage", "main", "--mode", "fast"], "head is untrained"),
+        (["generate", "RUN", "1+2=", "--stage", "main", "--mode", "fast"], "main is untrained"),
         (["generate", "RUN", "1 + x"], "tokenizer does not know ' ' 'x'"),
         (["generate", "RUN", "1+2=", "--max-new-tokens", "0"], "--max-new-tokens must be at"),
         (

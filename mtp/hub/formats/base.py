@@ -34,6 +34,8 @@ class Format:
     card: Card = model_card
     suffixes: tuple[str, ...] = (".json", ".jinja", ".model", ".py", ".safetensors", ".txt")
     """Suffixes of the files that `write` makes. A folder that holds others is not replaced."""
+    needs_trained_head: bool = False
+    """True if the folder serves the head alone or always uses it."""
 
 
 FORMATS: dict[str, Format] = {}
