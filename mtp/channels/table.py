@@ -196,25 +196,27 @@ def by_task(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 def add_equal_flops(rows: list[dict[str, Any]]) -> None:
     """Add `accuracy_at_equal_flops`: that of the last evaluation within the cheapest row's FLOPs.
 
-    `CONTROLS` do not count as the cheapest.
-
     FLOPs are those of training on solved examples. None where the row has no evaluation so early,
-    and in rows whose training has an RL stage too.
+    and in rows whose training has an RL stage too. These rows and `CONTROLS` do not count as the
+    cheapest.
     """
 
     def flops(row: dict[str, Any], steps: float) -> float:
         return steps * row["training_batch_size"] * row["flops_per_example"]
 
+    def is_supervised(row: dict[str, Any]) -> bool:
+        return str(int(row["training_steps"])) in row["accuracy_at_step"]
+
     for mine in by_task(rows).values():
-        thinking = [row for row in mine if row["channel"] not in CONTROLS] or mine
-        least = min(flops(row, row["training_steps"]) for row in thinking)
+        compared = [r for r in mine if r["channel"] not in CONTROLS and is_supervised(r)]
+        least = min(flops(row, row["training_steps"]) for row in compared or mine)
         for row in mine:
             within = {
                 int(n): a for n, a in row["accuracy_at_step"].items() if flops(row, int(n)) <= least
             }
-            supervised = str(int(row["training_steps"])) in row["accuracy_at_step"]
-            row["training_flops"] = flops(row, row["training_steps"]) if supervised else None
-            row["accuracy_at_equal_flops"] = within[max(within)] if within and supervised else None
+            known = is_supervised(row)
+            row["training_flops"] = flops(row, row["training_steps"]) if known else None
+            row["accuracy_at_equal_flops"] = within[max(within)] if within and known else None
 
 
 def averaged(found: list[dict[str, Any]]) -> dict[str, Any]:

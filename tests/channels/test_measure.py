@@ -169,7 +169,7 @@ def test_accuracy_at_equal_flops_is_that_of_the_last_evaluation_that_the_cheapes
         row | {"training_steps": 10, "flops_per_example": 2, "accuracy_at_step": steps},
         row | {"training_steps": 10, "flops_per_example": 4, "accuracy_at_step": steps},
         row | {"training_steps": 6, "flops_per_example": 9, "accuracy_at_step": {"3": 0, "6": 1}},
-        row | {"training_steps": 12, "flops_per_example": 2, "accuracy_at_step": steps},  # with RL
+        row | {"training_steps": 4, "flops_per_example": 2, "accuracy_at_step": steps},  # with RL
     ]
     control = {"channel": "no_thought", "training_steps": 10, "flops_per_example": 1}
     rows.append(row | control | {"accuracy_at_step": steps})
