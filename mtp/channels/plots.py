@@ -5,31 +5,43 @@ from pathlib import Path
 from typing import Any
 
 from ..reports.style import legend, log_axis, looks, panels, save, share_axis
+from .equal_flops import accuracy_by_flops
+
+MARKERS = "osD^vXP"
 
 
 def plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    """The rows of one task: the passes of their thoughts, and accuracy against training FLOPs.
+    """The rows of one task: their passes, and accuracy against training FLOPs.
 
     Rows are those of `table.json`. The first panel has a line for each of them, a point at the mean
-    passes of a thought, and beside it the accuracy in per cent, mean and range of the seeds. FLOPs
-    are those of the last level of a channel with levels. Rows that have an RL stage are not in the
-    second panel.
+    passes of a thought (of the whole output with a memory, whose summaries are no thought), and
+    beside it the accuracy in per cent, mean and range of the seeds. The second has means, and the
+    range of the seeds as a band. Rows that have an RL stage are not in it.
     """
+    what = "passes" if "memory" in rows[0]["channel"] else "thought_passes"
     figure, [[passes, training]] = panels(1, 2)
     for number, row in enumerate(rows):
         line = looks(number) | {"marker": "o", "label": row["channel"]}
-        passes.plot([row["thought_passes"]], [number], **line)
+        passes.plot([row[what]], [number], **line)
         passes.annotate(
-            accuracy_in_words(row), (row["thought_passes"], number), xytext=(6, 0),
+            accuracy_in_words(row), (row[what], number), xytext=(6, 0),
             textcoords="offset points", va="center", fontsize=8,
         )  # fmt: skip
         if row["training_flops"] is not None:
-            cost = row["training_flops"] / row["training_steps"] / 1e9
-            curve = sorted((int(step), value) for step, value in row["accuracy_at_step"].items())
-            training.plot([cost * step for step, _ in curve], [value for _, value in curve], **line)
-    most = max(1.0, *(row["thought_passes"] for row in rows))
+            flops, accuracies = zip(*accuracy_by_flops(row), strict=True)
+            costs = [value / 1e9 for value in flops]
+            training.plot(costs, accuracies, **line)
+            seeds = [one["accuracy_at_step"] for one in row.get("by_seed", {}).values()]
+            if len(seeds) > 1:
+                steps = sorted(seeds[0], key=int)
+                lowest, highest = (
+                    [pick(seed[step] for seed in seeds) for step in steps] for pick in (min, max)
+                )
+                training.fill_between(costs, lowest, highest, color=line["color"], alpha=0.12)
+    most = max(1.0, *(row[what] for row in rows))
+    name = "passes of a thought" if what == "thought_passes" else "all passes"
     passes.set(
-        xlabel="passes of a thought; beside a point: held-out accuracy (%)",
+        xlabel=f"{name}; beside a point: held-out accuracy (%)",
         xlim=(-0.05 * most, 1.45 * most),
         yticks=range(len(rows)),
         yticklabels=[row["channel"] for row in rows],
@@ -64,9 +76,10 @@ def plot_block_sizes(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for one, (task, mine) in zip(axes[: len(tasks)], tasks, strict=True):
         for row in mine:
             size = tokens_per_pass(row)
-            line = looks(sizes.index(size)) | {"marker": "o", "label": f"{size} per pass"}
+            number = sizes.index(size)
+            line = looks(number) | {"marker": MARKERS[number % len(MARKERS)]}
             points = sorted((int(n), value) for n, value in row["accuracy_at_passes"].items())
-            one.plot(*zip(*points, strict=True), **line)
+            one.plot(*zip(*points, strict=True), label=f"{size} per pass", **line)
         share_axis(one, "held-out accuracy")
         log_axis(one, f"passes of a thought, {task}", "at most", "x")
         legend(one)

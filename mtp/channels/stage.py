@@ -110,6 +110,22 @@ def check_stage(stage: StageConfig, key: str, name: str, channel: Channel) -> No
             f"{key}.objective must have the stream {wanted} alone with channel.name={name}, got "
             f"{', '.join(stage.objective.active())}"
         )
+    weight = getattr(stage.objective, wanted).weight
+    if weight != 1:
+        raise ValueError(
+            f"{key}.objective.{wanted}.weight must be 1 with channel.name={name}, got {weight}: it "
+            f"is the only stream; change {key}.optimizers.main.lr instead"
+        )
+    algorithm = stage.objective.policy.algorithm
+    if (
+        stage.advantage.kind is not None
+        and algorithm != default["objective"]["policy"]["algorithm"]
+    ):
+        raise ValueError(
+            f"{key}.objective.policy.algorithm must be left out with channel.name={name} and "
+            f"advantage.kind={stage.advantage.kind}, got {algorithm}: a comparator reads only its "
+            "advantage rule"
+        )
     if stage.kind == "rl" and not isinstance(channel, VectorChannel):
         why = (
             "its rollouts have no replay"

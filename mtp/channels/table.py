@@ -21,7 +21,8 @@ from typing import Any
 from ..common.files import save_text
 from ..common.process import run_command
 from ..reports.json_lines import read_records
-from .cells import CONTROLS, MEASURED, ROWS, TASKS, TEXT_ROW, Cell, plan
+from .cells import MEASURED, ROWS, TASKS, TEXT_ROW, Cell, plan
+from .equal_flops import add_equal_flops, by_task
 from .plots import plot_block_sizes, plot_rows
 
 RESULT = Path("docs/results/channels/table.json")
@@ -145,7 +146,9 @@ def measure(
         task.example("train", training_index(i, size, config.seed, task.project_size))
         for i in range(number)
     ]
-    cost = training_cost(model, fmt, channel, examples, step=supervised.steps)
+    levels = [step for step in range(supervised.steps) if step == 0 or channel.begins_level(step)]
+    costs = {n: training_cost(model, fmt, channel, examples, step=n) for n in levels}
+    cost = costs[levels[-1]]
     summary = json.loads((folder / "summary.json").read_text())
     before = summary["stages"][0]
     if len(summary["stages"]) > 1:
@@ -155,6 +158,7 @@ def measure(
         "accuracy_at_step": accuracy_at_steps(folder, summary),
         "training_seconds": summary["seconds"],
         "training_steps": sum(stage["steps"] for stage in summary["stages"]),
+        "flops_per_example_from_step": {str(n): one.flops_per_example for n, one in costs.items()},
         "training_batch_size": number,
         "main_parameters": sum(
             p.numel() for n, p in model.named_parameters() if not n.startswith("mtp_head.")
@@ -183,40 +187,6 @@ def accuracy_at_steps(folder: Path, summary: dict[str, Any]) -> dict[str, float]
         if record["stage"] == first["name"] and f"eval/{name}" in record:
             found[str(record["step"])] = record[f"eval/{name}"]
     return found
-
-
-def by_task(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of each task, in their order."""
-    out: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        out.setdefault(row["task"], []).append(row)
-    return out
-
-
-def add_equal_flops(rows: list[dict[str, Any]]) -> None:
-    """Add `accuracy_at_equal_flops`: that of the last evaluation within the cheapest row's FLOPs.
-
-    FLOPs are those of training on solved examples. None where the row has no evaluation so early,
-    and in rows whose training has an RL stage too. These rows and `CONTROLS` do not count as the
-    cheapest.
-    """
-
-    def flops(row: dict[str, Any], steps: float) -> float:
-        return steps * row["training_batch_size"] * row["flops_per_example"]
-
-    def is_supervised(row: dict[str, Any]) -> bool:
-        return str(int(row["training_steps"])) in row["accuracy_at_step"]
-
-    for mine in by_task(rows).values():
-        compared = [r for r in mine if r["channel"] not in CONTROLS and is_supervised(r)]
-        least = min(flops(row, row["training_steps"]) for row in compared or mine)
-        for row in mine:
-            within = {
-                int(n): a for n, a in row["accuracy_at_step"].items() if flops(row, int(n)) <= least
-            }
-            known = is_supervised(row)
-            row["training_flops"] = flops(row, row["training_steps"]) if known else None
-            row["accuracy_at_equal_flops"] = within[max(within)] if within and known else None
 
 
 def averaged(found: list[dict[str, Any]]) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from scripted import Scripted
 from mtp.channels import build_channel
 from mtp.channels.cells import ROWS, TASKS, plan
 from mtp.channels.channel import WriteOptions, Written
+from mtp.channels.equal_flops import add_equal_flops
 from mtp.channels.measure import (
     evaluate_channel,
     measure_attempts,
 )
 from mtp.channels.table import (
     accuracy_at_steps,
-    add_equal_flops,
     markdown,
     write_plots,
     write_table,
@@ -162,7 +162,9 @@ def test_a_part_of_the_table_keeps_the_rows_of_the_others_and_has_a_plot_for_eac
 
 
 def test_accuracy_at_equal_flops_is_that_of_the_last_evaluation_that_the_cheapest_row_can_afford():
-    """10 steps at 2 FLOPs are 20: 5 steps at 4; none at 9, evaluated at steps 3 and 6."""
+    """10 steps at 2 FLOPs are 20: 5 steps at 4, and 4 at 5, between those at 3 and 5; none at 9,
+    evaluated at steps 3 and 6. A curriculum of 4 steps at 2 and then 3 has 4 more at step 8.
+    """
     row = {"task": "a", "channel": "token", "training_batch_size": 1}
     steps = {"3": 0.3, "5": 0.5, "10": 0.9}
     rows = [
@@ -170,12 +172,22 @@ def test_accuracy_at_equal_flops_is_that_of_the_last_evaluation_that_the_cheapes
         row | {"training_steps": 10, "flops_per_example": 4, "accuracy_at_step": steps},
         row | {"training_steps": 6, "flops_per_example": 9, "accuracy_at_step": {"3": 0, "6": 1}},
         row | {"training_steps": 4, "flops_per_example": 2, "accuracy_at_step": steps},  # with RL
+        row | {"training_steps": 10, "flops_per_example": 5, "accuracy_at_step": steps},
+        row
+        | {
+            "training_steps": 10,
+            "flops_per_example": 3,
+            "flops_per_example_from_step": {"0": 2, "4": 3},
+            "accuracy_at_step": {"4": 0.0, "8": 0.8, "10": 1.0},
+        },
     ]
     control = {"channel": "no_thought", "training_steps": 10, "flops_per_example": 1}
     rows.append(row | control | {"accuracy_at_step": steps})
     add_equal_flops(rows)
-    assert [r["accuracy_at_equal_flops"] for r in rows] == [0.9, 0.5, None, None, 0.9]
-    assert [r["training_flops"] for r in rows] == [20, 40, 54, None, 10]
+    assert [r["accuracy_at_equal_flops"] for r in rows] == pytest.approx(
+        [0.9, 0.5, None, None, 0.4, 0.8, 0.9]
+    )
+    assert [r["training_flops"] for r in rows] == [20, 40, 54, None, 50, 26, 10]
 
 
 @pytest.mark.parametrize("name", ["token", "block", "soft", "multiplex", "gated", "latent"])
