@@ -37,7 +37,7 @@ def plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
                 lowest, highest = (
                     [pick(seed[step] for seed in seeds) for step in steps] for pick in (min, max)
                 )
-                training.fill_between(costs, lowest, highest, color=line["color"], alpha=0.12)
+                training.fill_between(costs, lowest, highest, color=line["color"], alpha=0.07)
     most = max(1.0, *(row[what] for row in rows))
     name = "passes of a thought" if what == "thought_passes" else "all passes"
     passes.set(
