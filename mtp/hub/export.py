@@ -82,8 +82,8 @@ def check_trained(model: Any, found: Format, format: str, default_mode: str | No
         return
     if found.needs_trained_head:
         raise ValueError(
-            f"--format must be huggingface, main or gguf for a head that no stage has trained, got "
-            f"{format}; train the head first"
+            f"--format {format} writes a head that no stage has trained; train it first, or use "
+            "--format main"
         )
     if default_mode == "fast":
         raise ValueError(

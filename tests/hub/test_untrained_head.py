@@ -46,7 +46,10 @@ def test_the_command_writes_slowly_and_exports_no_drafter(untrained, tmp_path, c
     assert "slow: " in capsys.readouterr().out
     refused = [
         (["generate", str(untrained / "export"), "1+2=", "--mode", "fast"], "is untrained"),
-        (["export", str(untrained), str(tmp_path / "out"), "--format", "eagle3"], "got eagle3"),
+        (
+            ["export", str(untrained), str(tmp_path / "out"), "--format", "eagle3"],
+            "--format eagle3 writes a head",
+        ),
         (["export", str(untrained), str(tmp_path / "out"), "--default-mode", "fast"], "got fast"),
     ]
     for arguments, message in refused:

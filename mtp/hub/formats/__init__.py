@@ -24,6 +24,6 @@ def write_gguf(model: Any, fmt: Any, folder: Path, config: Any) -> None:
 register_format("huggingface", Format(write_huggingface, model_card))
 register_format("main", Format(write_main, main_card))
 register_format("gguf", Format(write_gguf, gguf_card, (".gguf",)))
-register_format("native_mtp", Format(write_native_mtp, native_mtp_card, needs_trained_head=True))
+register_format("native_mtp", Format(write_native_mtp, native_mtp_card))
 register_format("eagle3", Format(write_eagle3, draft_card, needs_trained_head=True))
 register_format("speculators", Format(write_speculators, draft_card, needs_trained_head=True))

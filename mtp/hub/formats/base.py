@@ -35,7 +35,7 @@ class Format:
     suffixes: tuple[str, ...] = (".json", ".jinja", ".model", ".py", ".safetensors", ".txt")
     """Suffixes of the files that `write` makes. A folder that holds others is not replaced."""
     needs_trained_head: bool = False
-    """True if the folder serves the head alone or always uses it."""
+    """True if the folder holds the head alone."""
 
 
 FORMATS: dict[str, Format] = {}
