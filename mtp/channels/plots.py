@@ -8,6 +8,7 @@ from ..reports.style import legend, log_axis, looks, panels, save, share_axis
 from .equal_flops import accuracy_by_flops
 
 MARKERS = "osD^vXP"
+"""Markers of the block sizes, whose lines often lie on one another."""
 
 
 def plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
@@ -18,7 +19,9 @@ def plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
     beside it the accuracy in per cent, mean and range of the seeds. The second has means, and the
     range of the seeds as a band. Rows that have an RL stage are not in it.
     """
-    what = "passes" if "memory" in rows[0]["channel"] else "thought_passes"
+    what, name = "thought_passes", "passes of a thought"
+    if "memory" in rows[0]["channel"]:
+        what, name = "passes", "all passes"
     figure, [[passes, training]] = panels(1, 2)
     for number, row in enumerate(rows):
         line = looks(number) | {"marker": "o", "label": row["channel"]}
@@ -39,7 +42,6 @@ def plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
                 )
                 training.fill_between(costs, lowest, highest, color=line["color"], alpha=0.07)
     most = max(1.0, *(row[what] for row in rows))
-    name = "passes of a thought" if what == "thought_passes" else "all passes"
     passes.set(
         xlabel=f"{name}; beside a point: held-out accuracy (%)",
         xlim=(-0.05 * most, 1.45 * most),

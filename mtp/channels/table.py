@@ -111,7 +111,7 @@ def measure(
 
     has_blocks = config.channel.is_text and any(stage.train_head for stage in stages.values())
     first, last = list(stages)[0], list(stages)[-1]
-    model, fmt, channel = load_stage(last)
+    model, fmt, channel = trained = load_stage(last)
     task = config.task.build()
     limits: dict[str, Any] = {
         "batch_size": config.evaluation.batch_size,
@@ -135,9 +135,8 @@ def measure(
         last_of_reader = list(load_run_config(reader_folder / "config.yaml").active_stages())[-1]
         reader = load_model(reader_folder / "stages" / last_of_reader)[0].eval()
         for name, suffix in {first: "_before_rl", last: ""}.items():  # one, if both are the same
-            found = measure_reader(
-                *load_stage(name), task, reader, num_problems=num_problems, **limits
-            )
+            read = trained if name == last else load_stage(name)
+            found = measure_reader(*read, task, reader, num_problems=num_problems, **limits)
             metrics |= {key + suffix: value for key, value in found.items()}
     size = task.size("train")
     supervised = next(stage for stage in stages.values() if stage.kind == "supervised")

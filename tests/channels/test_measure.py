@@ -161,7 +161,7 @@ def test_a_part_of_the_table_keeps_the_rows_of_the_others_and_has_a_plot_for_eac
     assert made == {f"channels_{name}.png" for name in names}
 
 
-def test_accuracy_at_equal_flops_is_that_of_the_last_evaluation_that_the_cheapest_row_can_afford():
+def test_accuracy_at_equal_flops_is_that_at_the_cost_of_the_cheapest_row():
     """10 steps at 2 FLOPs are 20: 5 steps at 4, and 4 at 5, between those at 3 and 5; none at 9,
     evaluated at steps 3 and 6. A curriculum of 4 steps at 2 and then 3 has 4 more at step 8.
     """
