@@ -62,8 +62,6 @@ class Run:
     console: Console
     task: Task
     model: Any
-    came_with_head: bool
-    """True if the head was in the checkpoint that the run began from."""
     fmt: PromptFormat
     log: Log
     """Sinks of the run; none in processes other than the first."""

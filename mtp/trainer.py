@@ -5,7 +5,6 @@ run that was stopped and resumed gives exactly the same numbers as an uninterrup
 """
 
 import json
-from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from .hub.build import build_model, has_trained_head, load_model
 from .hub.export import export
 from .hub.run_folder import RunFolder, claim
 from .modeling.compiled import check_traceable
+from .modeling.contract import head_is_trained
 from .reference import check_references, save_start
 from .reports.curves import save_curves
 from .reports.loggers import Log, LoggedRun
@@ -36,6 +36,7 @@ from .tasks.base import RunState, Task, check_disjoint
 from .training.examples import checked_task
 from .training.lifeline import lifeline
 from .training.numbers import active_dropout
+from .training.optimizers import split_parameters
 from .training.runtime import (
     StopRequest,
     check_writable,
@@ -136,10 +137,10 @@ def run_stages(
         write_start(folder, config, state)
     fabric.barrier()
     log = Log.of(config.logger) if fabric.is_global_zero else Log({})
-    came_with_head = has_trained_head(config.model)
-    model.config.mtp_head_is_trained = came_with_head  # the config of every model that is saved
+    # Every model that the run saves says in its config whether its head is trained by then.
+    model.config.mtp_head_is_trained = has_trained_head(config.model)
     console.print(
-        f"{task.name}: {sizes_in_words(config, model, came_with_head)}; {fabric.device}, "
+        f"{task.name}: {sizes_in_words(config, model)}; {fabric.device}, "
         f"{config.fabric.precision}; writing {folder.path}"
     )
     with StopRequest() as stop:
@@ -150,7 +151,6 @@ def run_stages(
             console,
             task,
             model,
-            came_with_head,
             fmt,
             log,
             progress,
@@ -332,21 +332,20 @@ def check_outcomes(config: RunConfig, task: Task) -> None:
                 )
 
 
-def sizes_in_words(config: RunConfig, model: Any, came_with_head: bool) -> str:
+def sizes_in_words(config: RunConfig, model: Any) -> str:
     """Numbers of parameters of main, and of its head or channel if the run uses one."""
-    count = Counter[str]()
-    for name, parameter in model.named_parameters():
-        part = name.split(".")[0]
-        count[part if part in ("mtp_head", ATTRIBUTE) else "main"] += parameter.numel()
-    main = f"main {count['main']:,} parameters"
+    parts = split_parameters(model)
+    sizes = {name: sum(p.numel() for p in part.values()) for name, part in parts.items()}
     if not config.channel.is_text:
-        return f"{main}, channel {config.channel.name} with {count[ATTRIBUTE]:,} of its own"
-    if not came_with_head and not any(s.train_head for s in config.active_stages().values()):
-        return f"{main}, no head is trained"
-    head = config.head
+        own = sum(p.numel() for p in getattr(model, ATTRIBUTE).parameters())
+        name = config.channel.name
+        return f"main {sizes['main'] - own:,} parameters, channel {name} with {own:,} of its own"
+    stages = config.active_stages().values()
+    if not head_is_trained(model.config) and not any(stage.train_head for stage in stages):
+        return f"main {sizes['main']:,} parameters, no head is trained"
     return (
-        f"{main}, head {count['mtp_head']:,} ({head.type}, {head.num_slots} slots, taps "
-        f"{model.mtp_taps})"
+        f"main {sizes['main']:,} parameters, head {sizes['head']:,} ({config.head.type}, "
+        f"{config.head.num_slots} slots, taps {model.mtp_taps})"
     )
 
 

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from ..common.bounds import bounded
 from ..common.errors import reading
-from ..modeling.contract import check_slow_mode, dropout_fields, without_dropout
+from ..modeling.contract import check_slow_mode, dropout_fields, head_is_trained, without_dropout
 from ..modeling.heads import HeadConfig
 from ..modeling.memory import ALPHABET
 from ..modeling.modeling_mtp import family_class
@@ -206,20 +206,23 @@ def final_norm_size(model: Any) -> Tensor:
     return deepcopy(norm).float()(rows).square().mean().sqrt()
 
 
+def config_with_head(config: ModelConfig) -> PretrainedConfig | None:
+    """Config of the source if it is a checkpoint with a head."""
+    if config.source is None or config.gguf_file is not None:
+        return None
+    found = read_config(source_folder(config.source), f"model.source={config.source!r}")
+    return None if getattr(found, "mtp", None) is None else found
+
+
 def has_head(config: ModelConfig) -> bool:
     """True if the source is a checkpoint with a head."""
-    if config.source is None or config.gguf_file is not None:
-        return False
-    found = read_config(source_folder(config.source), f"model.source={config.source!r}")
-    return getattr(found, "mtp", None) is not None
+    return config_with_head(config) is not None
 
 
 def has_trained_head(config: ModelConfig) -> bool:
     """True if the source is a checkpoint with a head, unless it says that no stage trained it."""
-    if not has_head(config):
-        return False
-    found = read_config(source_folder(config.source or ""), f"model.source={config.source!r}")
-    return bool(getattr(found, "mtp_head_is_trained", True))
+    found = config_with_head(config)
+    return found is not None and head_is_trained(found)
 
 
 NUM_READ = 1024

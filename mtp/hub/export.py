@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from ..common.files import save_atomically
+from ..modeling.contract import head_is_trained
 from ..modeling.phases import MODES
 from ..modeling.saving import HEAD_FILE
 from ..rollouts.prompt_format import PromptFormat
@@ -78,7 +79,7 @@ def check_default_mode(mode: str | None, format: str) -> None:
 
 def check_trained(model: Any, found: Format, format: str, default_mode: str | None) -> None:
     """Raises ValueError for a format or a mode that would use a head that no stage has trained."""
-    if getattr(model.config, "mtp_head_is_trained", True):
+    if head_is_trained(model.config):
         return
     if found.needs_trained_head:
         raise ValueError(

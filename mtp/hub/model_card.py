@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from ..evaluation.evaluate import decode_all, held_out
+from ..modeling.contract import head_is_trained
 from ..modeling.phases import MODES as PHASE_MODES
 from ..reports.metrics import Metric, by_test_set, measured
 from ..rollouts.prompt_format import PromptFormat
@@ -29,7 +30,7 @@ def model_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: A
 
     If no stage trained the head, it is that of main alone.
     """
-    if not getattr(model.config, "mtp_head_is_trained", True):
+    if not head_is_trained(model.config):
         return main_card(model, fmt, summary, config, untrained=True)
     counts = _parameters(model)
     modes = {mode: [n for n, p in fmt.phases.items() if p.mode == mode] for mode in PHASE_MODES}
@@ -95,11 +96,16 @@ def main_card(
     """README.md of main alone, or with its family's MTP layer: how to open it, metrics, provenance,
     limits. untrained: the folder has a head that no stage trained.
     """
+    role = (
+        "It was trained as the main LLM of a model whose small head reads its residual stream and "
+        "writes further tokens of each forward pass. "
+    )
     where_head_is = (
         "The head is not in this folder: this model writes one token per pass, as in the slow mode "
         "of the whole."
     )
     if untrained:
+        role = "It is the main LLM of a model with a small head. "
         where_head_is = (
             "No stage of its run trained the head, which is in this folder to begin a training "
             "with (`model.source`). This model writes one token per pass: slow mode."
@@ -116,9 +122,7 @@ def main_card(
         _front_matter(config),
         f"# {config.name}: main of a language model with an eavesdropping head",
         f"A causal language model ({_parameters(model)['main']:,} parameters, `"
-        f"{model.config.model_type}`). It was trained as the main LLM of a model whose small head "
-        "reads its residual stream and writes further tokens of each forward pass. "
-        + where_head_is,
+        f"{model.config.model_type}`). {role}{where_head_is}",
         "## Use",
         *(["`llama-cli -m model.gguf`, or with transformers 5.18 or newer:"] if gguf_file else []),
         _snippet(fmt, prompt, head=False, gguf_file=gguf_file, with_mtp_layer=with_mtp_layer),

@@ -52,6 +52,20 @@ WITHOUT_CACHE = ("openai-gpt",)
 """Families that keep nothing between forwards."""
 
 
+def head_is_trained(config: PretrainedConfig) -> bool:
+    """False if the config says that no stage trained the head; True if it says nothing."""
+    return bool(getattr(config, "mtp_head_is_trained", True))
+
+
+def check_fast_mode(config: PretrainedConfig) -> None:
+    """Raises ValueError if the head would write and no stage has trained it."""
+    if not head_is_trained(config):
+        raise ValueError(
+            "mtp_mode must be slow for a checkpoint whose head no stage has trained, got fast; "
+            "once you have trained the head, set model.config.mtp_head_is_trained = True"
+        )
+
+
 def why_whole_text(family: type, config: PretrainedConfig) -> str | None:
     """Why the pass loop feeds a main each row's text from its beginning, at every pass; None: it
     does not.

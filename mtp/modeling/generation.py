@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 from .attention import check_attention, of_blocks
 from .cache import BlockCache
 from .compiled import check_compilable
-from .contract import stock_class
+from .contract import check_fast_mode, stock_class
 from .decode import decode
 from .decode_options import DecodeOptions
 from .head_loss import MTPHeadLossMixin
@@ -180,11 +180,8 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
                 f"mtp_mode must be one of {list(MODES)}, by row or for all, or {STOCK!r} for all; "
                 f"got {mode!r}"
             )
-        if mode == "fast" and not getattr(self.config, "mtp_head_is_trained", True):
-            raise ValueError(
-                "mtp_mode must be slow for a checkpoint whose head no stage has trained, got fast; "
-                "once you have trained the head, set model.config.mtp_head_is_trained = True"
-            )
+        if mode == "fast":
+            check_fast_mode(self.config)
         saved = first_set("mtp_phases", config, self.generation_config)
         if saved is None:
             raise ValueError("generation_config.mtp_phases is missing: export the model with mtp")

@@ -5,6 +5,7 @@ from typing import Any
 from ..evaluation.evaluate import evaluate, fast_accuracy, over_test_sets
 from ..evaluation.spread import Spread
 from ..evaluation.thoughts import outcome_rows, shown_mode, thought_rows
+from ..modeling.contract import head_is_trained
 from ..reference import frozen_for_evaluation, reference_in_loss
 from ..reports.tables import completions_rows, print_completions
 from ..rollouts.rollout import Rollouts
@@ -48,14 +49,6 @@ def has_learned(run: Run, stage: StageRun) -> bool:
 def spread_of(run: Run, stage: StageRun) -> Spread:
     """The run's processes, which share the problems of an evaluation."""
     return Spread(run.fabric, passes_in_step(run.fabric, stage.module))
-
-
-def head_is_trained(run: Run) -> bool:
-    """True once some stage up to the current one trains the head, or it came with the model."""
-    if run.came_with_head:
-        return True
-    stages = list(run.config.active_stages().values())[: run.progress.stage + 1]
-    return any(stage.train_head for stage in stages)
 
 
 def interim_evaluation(run: Run, stage: StageRun) -> bool:
@@ -114,7 +107,7 @@ def measure(
                 config.decoding,
                 num_problems=num_problems,
                 batch_size=config.evaluation.batch_size,
-                use_head=head_is_trained(run),
+                use_head=head_is_trained(run.model.config),
                 controls=ends_stage,
                 reference=reference,
                 verified=config.evaluation.verified,
