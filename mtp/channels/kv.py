@@ -101,8 +101,8 @@ class KV(TokenMessage):
         with frozen(model, self.fusions):
             ids, scored = ids_tensor(texts, fmt.pad_id, next(self.parameters()).device)
             _, hidden, _ = self.read(model, fmt, examples, then=ids[:, :-1])
-            logits = logits_of(model, hidden[:, -ids.shape[1] :])
-        return F.cross_entropy(logits[scored], ids[scored])
+            logits = logits_of(model, hidden[:, -ids.shape[1] :][scored])
+        return F.cross_entropy(logits, ids[scored])
 
     def read(
         self,

@@ -86,8 +86,8 @@ class Latent(Channel):
             for _ in range(number - 1):
                 hidden = reader.read(hidden)
             hidden = reader.read(torch.cat([hidden, reader.embedding(ids[:, :-1])], 1))
-        logits = logits_of(model, hidden[:, -ids.shape[1] :])
-        return F.cross_entropy(logits[scored], ids[scored])
+        logits = logits_of(model, hidden[:, -ids.shape[1] :][scored])
+        return F.cross_entropy(logits, ids[scored])
 
     @torch.no_grad()
     def write(

@@ -62,9 +62,9 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
 
 
 def read_in_parallel(model: Any, vectors: Tensor) -> Tensor:
-    """One causal forward over right-padded [B, T, D]: logits [B, T, V]."""
-    out = model.mtp_decoder(inputs_embeds=vectors, use_cache=False)
-    return logits_of(model, out.last_hidden_state)
+    """One causal forward over right-padded [B, T, D]: hidden rows [B, T, D], final norm applied."""
+    hidden: Tensor = model.mtp_decoder(inputs_embeds=vectors, use_cache=False).last_hidden_state
+    return hidden
 
 
 def ids_tensor(rows: list[list[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -110,9 +110,17 @@ def log_probs_of(model: Any, rows: list[Inputs]) -> list[Tensor]:
         torch.cat([embedded(model, r.before), r.message, embedded(model, r.after + r.scored[:-1])])
         for r in rows
     ]
-    log_p = read_in_parallel(model, pad_sequence(inputs, batch_first=True)).log_softmax(-1)
-    out = []
-    for row, vectors, found in zip(rows, inputs, log_p, strict=True):
-        at = found[len(vectors) - len(row.scored) : len(vectors)]
-        out.append(at.gather(-1, torch.tensor(row.scored, device=at.device)[:, None])[:, 0])
-    return out
+    hidden = read_in_parallel(model, pad_sequence(inputs, batch_first=True))
+    scored = [row.scored for row in rows]
+    at = [
+        found[len(vectors) - len(ids) : len(vectors)]
+        for found, vectors, ids in zip(hidden, inputs, scored, strict=True)
+    ]
+    return log_probs_at(model, at, scored)
+
+
+def log_probs_at(model: Any, hidden: list[Tensor], scored: list[list[int]]) -> list[Tensor]:
+    """log p of each row's scored ids, given the hidden rows [n, D] that predict them: [n] each."""
+    ids = torch.tensor([i for row in scored for i in row], device=hidden[0].device)
+    log_p = logits_of(model, torch.cat(hidden)).log_softmax(-1)
+    return list(log_p.gather(-1, ids[:, None])[:, 0].split([len(row) for row in scored]))

@@ -36,7 +36,7 @@ from ..rollouts.prompt_format import PromptFormat
 from ..tasks.base import Example, Task
 from ..tasks.projects import projects_of
 from .channel import Channel, WriteOptions, Written
-from .reading import Inputs, Reader, embedded, logits_of
+from .reading import Inputs, Reader, embedded, log_probs_at
 from .segments import context, memory_ids
 from .writing import continue_text
 
@@ -166,17 +166,14 @@ class VectorMemory(Channel):
             inputs.append(torch.cat([*parts, self.queries] if writes else parts))
         padded = pad_sequence(inputs, batch_first=True)
         hidden = model.mtp_decoder(inputs_embeds=padded, use_cache=False).last_hidden_state
-        log_p = logits_of(model, hidden).log_softmax(-1)
-        log_probs, memories = [], []
+        at, memories = [], []
         for b, row in enumerate(rows):
             first = len(row.before) + len(row.message) + len(row.after) - 1
-            at = log_p[b, first : first + len(row.scored)]
-            targets = torch.tensor(row.scored, device=at.device)
-            log_probs.append(at.gather(-1, targets[:, None])[:, 0])
+            at.append(hidden[b, first : first + len(row.scored)])
             end = len(inputs[b])
             number = len(self.queries) if closed[b] else 0
             memories.append(self.projection(hidden[b, end - number : end]))
-        return log_probs, memories
+        return log_probs_at(model, at, [row.scored for row in rows]), memories
 
     @torch.no_grad()
     def write(

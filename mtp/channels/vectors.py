@@ -154,9 +154,9 @@ class VectorChannel(Channel):
         if bool(batch.is_thought.any()):
             taught = self.taught_vectors(inputs[batch.is_thought], embedding, seed)
             inputs = inputs.masked_scatter(batch.is_thought[..., None], taught)
-        logits = read_in_parallel(model, inputs[:, :-1])
         scored = (batch.is_thought | batch.is_text)[:, 1:]
-        log_p = logits[scored].log_softmax(-1)
+        hidden = read_in_parallel(model, inputs[:, :-1])[scored]
+        log_p = logits_of(model, hidden).log_softmax(-1)
         ids, weights = batch.ids[:, 1:][scored], batch.weights[:, 1:][scored]
         return -(weights * log_p.gather(-1, ids)).sum(-1).mean()
 
@@ -191,18 +191,16 @@ class VectorChannel(Channel):
             assert batch.records is not None
             made = self.vectors(embedding, batch.ids[at], batch.records)
             inputs = inputs.masked_scatter(at[..., None], made.to(inputs.dtype))
-        logits = read_in_parallel(model, inputs[:, :-1])
-        log_p = sampler.log_probs(logits)
-        out = log_p.gather(-1, batch.ids[:, 1:, :1])[..., 0]
-        at = at[:, 1:]
+        scored = (at | batch.is_text)[:, 1:]
+        logits = logits_of(model, read_in_parallel(model, inputs[:, :-1])[scored])
+        ids, at = batch.ids[:, 1:][scored], at[:, 1:][scored]
+        out = sampler.log_probs(logits).gather(-1, ids[:, :1])[:, 0]
         if bool(at.any()):
             _, log_go, log_q = split_off(logits[at], closer_id(fmt), sampler)
-            ids = batch.ids[:, 1:][at]
-            density = self.log_density(log_q, embedding, ids, batch.records)  # type: ignore[arg-type]
+            density = self.log_density(log_q, embedding, ids[at], batch.records)  # type: ignore[arg-type]
             out = out.masked_scatter(at, log_go + density)
-        scored = at | batch.is_text[:, 1:]
         owners = torch.arange(len(rows), device=out.device)[:, None].expand_as(scored)
-        return out[scored], owners[scored]
+        return out, owners[scored]
 
     def write(
         self, model: Any, fmt: PromptFormat, examples: list[Example], options: WriteOptions
