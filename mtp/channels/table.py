@@ -33,17 +33,15 @@ RUNS = Path("runs/channels")
 def run_train(cell: Cell, *more: str, capture: bool = False) -> str:
     """Run the training command. Raises ValueError if it fails.
 
-    SIGTERM ends the training as well, which first writes a checkpoint.
+    SIGTERM and Ctrl-C end the training as well, which first writes a checkpoint.
     """
     with subprocess.Popen(
         cell.command(*more), stdout=subprocess.PIPE if capture else None, text=True
     ) as training:
         try:
             printed = training.communicate()[0]
-        except SystemExit:
+        except (KeyboardInterrupt, SystemExit):
             training.terminate()
-            raise
-        except KeyboardInterrupt:  # the terminal has sent it to the training too
             training.wait()
             raise
     if training.returncode == 130:

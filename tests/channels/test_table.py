@@ -36,7 +36,10 @@ def handler():
     signal.signal(signal.SIGTERM, before)
 
 
-def test_sigterm_ends_the_training_of_a_table_after_its_checkpoint(tmp_path, monkeypatch, handler):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_table_alone_ends_its_training_after_a_checkpoint(
+    number, tmp_path, monkeypatch, handler
+):
     monkeypatch.setattr(
         Cell, "command", lambda cell, *more: [sys.executable, "-c", TRAINING, str(tmp_path)]
     )
@@ -46,10 +49,10 @@ def test_sigterm_ends_the_training_of_a_table_after_its_checkpoint(tmp_path, mon
     def signal_when_started() -> None:
         while not (tmp_path / "started").exists():
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     threading.Thread(target=signal_when_started, daemon=True).start()
     with pytest.raises(SystemExit) as ended:
-        table.main()
-    assert ended.value.code == 143
+        sys.exit(table.main())
+    assert ended.value.code == 128 + number
     assert (tmp_path / "checkpoint").exists()
