@@ -36,7 +36,7 @@ from .tasks.base import RunState, Task, check_disjoint
 from .training.examples import checked_task
 from .training.lifeline import lifeline
 from .training.numbers import active_dropout
-from .training.optimizers import split_parameters
+from .training.optimizers import num_parameters
 from .training.runtime import (
     StopRequest,
     check_writable,
@@ -334,8 +334,7 @@ def check_outcomes(config: RunConfig, task: Task) -> None:
 
 def sizes_in_words(config: RunConfig, model: Any) -> str:
     """Numbers of parameters of main, and of its head or channel if the run uses one."""
-    parts = split_parameters(model)
-    sizes = {name: sum(p.numel() for p in part.values()) for name, part in parts.items()}
+    sizes = num_parameters(model)
     if not config.channel.is_text:
         own = sum(p.numel() for p in getattr(model, ATTRIBUTE).parameters())
         name = config.channel.name

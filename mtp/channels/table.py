@@ -85,6 +85,7 @@ def measure(
     from ..config import load_run_config
     from ..hub.build import load_model
     from ..tasks.base import training_index
+    from ..training.optimizers import num_parameters
     from .channel import build_channel
     from .measure import (
         BUDGETS,
@@ -146,6 +147,7 @@ def measure(
     levels = [step for step in range(supervised.steps) if step == 0 or channel.begins_level(step)]
     costs = {n: training_cost(model, fmt, channel, examples, step=n) for n in levels}
     cost = costs[levels[-1]]
+    sizes = num_parameters(model)
     summary = json.loads((folder / "summary.json").read_text())
     before = summary["stages"][0]
     if len(summary["stages"]) > 1:
@@ -157,15 +159,9 @@ def measure(
         "training_steps": sum(stage["steps"] for stage in summary["stages"]),
         "flops_per_example_from_step": {str(n): one.flops_per_example for n, one in costs.items()},
         "training_batch_size": number,
-        "main_parameters": sum(
-            p.numel() for n, p in model.named_parameters() if not n.startswith("mtp_head.")
-        ),
+        "main_parameters": sizes["main"],
         "channel_parameters": sum(p.numel() for p in channel.parameters()),
-        "head_parameters": sum(
-            p.numel() for n, p in model.named_parameters() if n.startswith("mtp_head.")
-        )
-        if has_blocks
-        else 0,
+        "head_parameters": sizes["head"] if has_blocks else 0,
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from ..modeling.contract import head_is_trained
 from ..modeling.phases import MODES as PHASE_MODES
 from ..reports.metrics import Metric, by_test_set, measured
 from ..rollouts.prompt_format import PromptFormat
+from ..training.optimizers import num_parameters
 from .build import ModelConfig, source_folder
 
 CARD = "README.md"
@@ -32,7 +33,7 @@ def model_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: A
     """
     if not head_is_trained(model.config):
         return main_card(model, fmt, summary, config, untrained=True)
-    counts = _parameters(model)
+    counts = num_parameters(model)
     modes = {mode: [n for n, p in fmt.phases.items() if p.mode == mode] for mode in PHASE_MODES}
     verified = modes["verified"]
     checked = f" In a verified phase ({_listed(verified)}) main checks them." if verified else ""
@@ -121,7 +122,7 @@ def main_card(
     parts = [
         _front_matter(config),
         f"# {config.name}: main of a language model with an eavesdropping head",
-        f"A causal language model ({_parameters(model)['main']:,} parameters, `"
+        f"A causal language model ({num_parameters(model)['main']:,} parameters, `"
         f"{model.config.model_type}`). {role}{where_head_is}",
         "## Use",
         *(["`llama-cli -m model.gguf`, or with transformers 5.18 or newer:"] if gguf_file else []),
@@ -159,9 +160,9 @@ def draft_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: A
     parts = [
         _front_matter(config, "speculative-decoding", "eagle3"),
         f"# {config.name}: an EAGLE-3 draft model",
-        f"The head of a language model ({_parameters(model)['head']:,} parameters), trained with "
-        f"its main LLM. A server lets it propose the next {slots} tokens of each pass; main checks "
-        "them, and the text is main's own. It reads main's hidden states after layers "
+        f"The head of a language model ({num_parameters(model)['head']:,} parameters), trained "
+        f"with its main LLM. A server lets it propose the next {slots} tokens of each pass; main "
+        "checks them, and the text is main's own. It reads main's hidden states after layers "
         f"{model.mtp_taps} (Hugging Face `hidden_states`) and belongs to this main only: "
         f"{base_model(config.model)[0]} as the run left it, which `mtp export --format main` "
         "writes.",
@@ -191,14 +192,6 @@ def _front_matter(config: Any, *tags: str) -> str:
     meta += [f"base_model: {hub_id}"] if hub_id else []
     meta += ["tags:", *(f"- {tag}" for tag in (TAG, *tags))]
     return "---\n" + "\n".join(meta) + "\n---"
-
-
-def _parameters(model: Any) -> dict[str, int]:
-    """Numbers of parameters of main and of the head."""
-    counts = {"main": 0, "head": 0}
-    for name, parameter in model.named_parameters():
-        counts["head" if name.startswith("mtp_head.") else "main"] += parameter.numel()
-    return counts
 
 
 def _listed(names: list[str]) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers import logging as hf_logging
 
@@ -64,8 +65,22 @@ WHOLE = "give a hub id, a local folder or package:NAME that is whole"
 
 def read_config(folder: str | Path, what: str, **options: Any) -> PretrainedConfig:
     """config.json of a checkpoint; `what` names it in errors."""
+    if not Path(folder).is_dir() and not _is_hub_id(str(folder)):
+        raise ValueError(
+            f"{what} must be a folder, and there is none of this name (nor can it be a hub id); "
+            "train the run that writes it first, or give another folder or a hub id"
+        )
     with blame(f"{what} could not be read", WHOLE), quiet(progress=False, warnings=True):
         return AutoConfig.from_pretrained(folder, **options)
+
+
+def _is_hub_id(name: str) -> bool:
+    """True if a model on the hub could have this name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def read_tokenizer(folder: str | Path, what: str, **options: Any) -> Any:

@@ -69,6 +69,12 @@ def split_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     return parts
 
 
+def num_parameters(model: nn.Module) -> dict[str, int]:
+    """Numbers of parameters of main and of the head, shared matrices counted with main."""
+    parts = split_parameters(model)
+    return {name: sum(p.numel() for p in part.values()) for name, part in parts.items()}
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon and AdamW on separate parameters, behind one interface.
 

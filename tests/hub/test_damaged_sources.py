@@ -213,7 +213,9 @@ def test_a_gguf_file_that_is_not_in_the_folder_names_the_remedy(whole):
 
 
 def test_a_source_that_is_nowhere_is_one_line(tmp_path):
-    with pytest.raises(ValueError, match="model.source=.*nowhere.* could not be read: ") as caught:
+    with pytest.raises(
+        ValueError, match="model.source=.*nowhere' must be a folder, .* none of this name"
+    ) as caught:
         build_toy(tmp_path / "nowhere")
     assert "\n" not in str(one_line(caught.value))
 
