@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
+import mtp_kernels.flops  # noqa: F401  (operators hide their products from the counter)
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
