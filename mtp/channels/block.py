@@ -20,6 +20,7 @@ from ..rollouts.rollout import sample
 from ..tasks.base import Example
 from ..training.collate import collate_text
 from ..training.objectives import replay_batch
+from ..training.stage import AnchorsConfig
 from .channel import Channel, WriteOptions, Written, plain_text
 from .reading import Inputs, embedded
 from .segments import context, memory_ids
@@ -28,6 +29,7 @@ from .segments import context, memory_ids
 class Block(Channel):
     """The tokens of main and its head: all of a pass in a thought, main's in the answer."""
 
+    options_class = AnchorsConfig
     has_log_prob = True
     mode: ClassVar[str] = "fast"
 
@@ -36,7 +38,15 @@ class Block(Channel):
     ) -> Tensor:
         samples = [sample for example in examples for sample in fmt.example_segments(example)]
         plan = fmt.plan("fast")
-        batch = collate_text(samples, plan, fmt.block_size, fmt.pad_id).to(model.device)
+        batch = collate_text(
+            samples,
+            plan,
+            fmt.block_size,
+            fmt.pad_id,
+            num_anchors=self.options.num_anchors,
+            block_anchors=self.options.block_anchors,
+            anchor_seeds=range(seed, seed + len(samples)),
+        ).to(model.device)
         uses_head = self.mode == "fast"
         scored = replay_batch(model, batch, channel_gradient=1.0, use_head=uses_head)
         loss = scored.main.cross_entropy().loss / len(batch.main)

@@ -13,7 +13,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -86,6 +86,7 @@ def measure(
     from ..hub.build import load_model
     from ..tasks.base import training_index
     from ..training.optimizers import num_parameters
+    from ..training.stage import AnchorsConfig
     from .channel import build_channel
     from .measure import (
         BUDGETS,
@@ -106,8 +107,10 @@ def measure(
             model, fmt, channel = load_channel(stage)
             return model.eval(), fmt, channel
         model, fmt = load_model(stage)
-        return model.eval(), fmt, build_channel("block" if has_blocks else "token", {}, model)
+        return model.eval(), fmt, build_channel("block" if has_blocks else "token", anchors, model)
 
+    supervised = next(stage for stage in stages.values() if stage.kind == "supervised")
+    anchors = {f.name: getattr(supervised.examples, f.name) for f in fields(AnchorsConfig)}
     has_blocks = config.channel.is_text and any(stage.train_head for stage in stages.values())
     first, last = list(stages)[0], list(stages)[-1]
     model, fmt, channel = trained = load_stage(last)
@@ -138,7 +141,6 @@ def measure(
             found = measure_reader(*read, task, reader, num_problems=num_problems, **limits)
             metrics |= {key + suffix: value for key, value in found.items()}
     size = task.size("train")
-    supervised = next(stage for stage in stages.values() if stage.kind == "supervised")
     number = supervised.examples.batch_size
     examples = [
         task.example("train", training_index(i, size, config.seed, task.project_size))

@@ -34,3 +34,17 @@ def test_the_cost_of_training_counts_logits_that_an_operator_makes(name, built, 
         return training_cost(model, fmt, channel, examples, step=0).flops_per_example
 
     assert flops(0) == flops(1 << 30)
+
+
+def test_the_cost_of_training_is_that_of_the_anchors_that_a_run_has(built, task):
+    model, fmt = built
+    examples = [task.example("train", i) for i in range(8)]
+
+    def flops(name: str, **options: int) -> float:
+        channel = build_channel(name, options, model)
+        return training_cost(model, fmt, channel, examples, step=0).flops_per_example
+
+    token, one, all_of_them = flops("token"), flops("block", num_anchors=1), flops("block")
+    assert token < one < all_of_them
+    assert flops("token", num_anchors=1) == token
+    assert flops("block", num_anchors=99) == all_of_them
