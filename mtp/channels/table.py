@@ -209,7 +209,8 @@ def table_rows(cells: list[Cell], known: list[dict[str, Any]]) -> list[dict[str,
     """One row per channel and task: its measurements by seed, and their means.
 
     Seeds that a known row has, and these cells do not, are kept if they were measured by the same
-    command and have the same numbers.
+    command and have the same numbers. Raises ValueError for a cell that lacks numbers of another
+    seed.
     """
     rows = []
     before = {(row["channel"], row["task"]): row for row in known}
@@ -218,9 +219,15 @@ def table_rows(cells: list[Cell], known: list[dict[str, Any]]) -> list[dict[str,
         if not mine:
             continue
         found = {str(c.seed): json.loads((c.folder / MEASURED).read_text()) for c in mine}
+        names = set().union(*map(names_of, found.values()))
+        for cell in mine:
+            if missing := sorted(names - names_of(found[str(cell.seed)])):
+                raise ValueError(
+                    f"{cell.folder / MEASURED} must have the numbers of the other seeds, but lacks "
+                    f"{missing[0]}; remove it, and it is measured again"
+                )
         command, old = mine[0].shown_command, before.get((row, task), {})
         if old.get("command") == command:
-            names = names_of(next(iter(found.values())))
             found |= {
                 seed: measured
                 for seed, measured in old.get("by_seed", {}).items()

@@ -144,6 +144,8 @@ def test_rows_hold_means_over_the_seeds_that_are_measured(tmp_path):
     found["accuracy_at_passes"] |= {"48": 0.25}
     (cells[4].folder / "measured.json").write_text(json.dumps(found))
     assert write_table(threads, tmp_path / "table.json")[0]["seeds"] == [3]
+    with pytest.raises(ValueError, match="lacks accuracy_at_passes.48; remove it"):
+        write_table([cells[2], cells[4]], tmp_path / "table.json")
     assert "| token | 50.0, 100.0 | 37.5 | 37.5 | 37.5 | 37.5 | 3.0 |" in markdown([row])
     write_plots([row], tmp_path)
     assert (tmp_path / "channels_block_size.png").stat().st_size > 0
