@@ -26,6 +26,7 @@ from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import sample
 from ..tasks.base import Example, Task
 from ..tasks.pointer_chasing import SHARED
+from ..training.stage import AnchorsConfig
 from .block import Block, Token
 from .channel import Channel, WriteOptions, Written, closer_id
 from .reading import Inputs, Reader, embedded, log_probs_of
@@ -55,7 +56,7 @@ class TextMessage(Channel):
         self, model: Any, fmt: PromptFormat, examples: list[Example], *, step: int, seed: int
     ) -> Tensor:
         halves = [sharers_example(example) for example in examples]
-        writer = self.writer(None, 0)
+        writer = self.writer(AnchorsConfig(), 0)  # all anchors
         sent = writer.supervised_loss(self.sharer, fmt, halves, step=step, seed=seed)
         rows = [
             Inputs(
