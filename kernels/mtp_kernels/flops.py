@@ -11,12 +11,6 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from mtp_kernels.linear_kl import op as _kl  # noqa: F401
-from mtp_kernels.linear_logprob import op as _logprob  # noqa: F401
-from mtp_kernels.linear_loss import op as _loss  # noqa: F401
-from mtp_kernels.linear_sample import op as _sample  # noqa: F401
-from mtp_kernels.linear_verify import op as _verify  # noqa: F401
-
 Shape = Sequence[int]
 ops = torch.ops.mtp_kernels
 
@@ -26,8 +20,8 @@ def products(hidden: Shape, weight: Shape, number: int = 1) -> int:
     return 2 * number * hidden[0] * weight[0] * weight[1]
 
 
-@register_flop_formula(ops.linear_loss)
-def loss_flops(hidden: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
+@register_flop_formula([ops.linear_loss, ops.linear_logprob_backward])
+def gradient_flops(hidden: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
     """Logits, and the gradients by `hidden` and `weight` where they are needed."""
     return products(hidden, weight, 1 + sum(rest[-1][:2]))
 
@@ -38,59 +32,31 @@ def logits_flops(hidden: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     return products(hidden, weight)
 
 
-@register_flop_formula(ops.linear_logprob_backward)
-def logprob_backward_flops(hidden: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
-    """Logits once more, and the gradients by `hidden` and `weight` where they are needed."""
-    return products(hidden, weight, 1 + sum(rest[-1][:2]))
+def divergence_flops(operands: Sequence[Any], student: int, teacher: int) -> int:
+    """Products of the students and of the teacher's rows, of which several students may read one.
 
-
-def _rows(hidden: Shape, teacher_hidden: Shape) -> Shape:
-    """[number of the teacher's rows that are read, at most]: several students may read one."""
-    return [min(hidden[0], teacher_hidden[0])]
+    operands: of `linear_kl`, or of its backward.
+    """
+    hidden, weight, _, teacher_hidden, teacher_weight = operands[:5]
+    rows = [min(hidden[0], teacher_hidden[0])]  # that are read, at most
+    return products(hidden, weight, student) + products(rows, teacher_weight, teacher)
 
 
 @register_flop_formula(ops.linear_kl)
-def kl_flops(
-    hidden: Shape,
-    weight: Shape,
-    bias: Shape | None,
-    teacher_hidden: Shape,
-    teacher_weight: Shape,
-    *_: Any,
-    **__: Any,
-) -> int:
-    """Logits of the students and of the teacher rows."""
-    rows = _rows(hidden, teacher_hidden)
-    return products(hidden, weight) + products(rows, teacher_weight)
+def kl_flops(*operands: Any, **_: Any) -> int:
+    """Logits of the students and of the teacher's rows."""
+    return divergence_flops(operands, 1, 1)
 
 
 @register_flop_formula(ops.linear_kl_backward)
-def kl_backward_flops(
-    hidden: Shape,
-    weight: Shape,
-    bias: Shape | None,
-    teacher_hidden: Shape,
-    teacher_weight: Shape,
-    *rest: Any,
-    **_: Any,
-) -> int:
+def kl_backward_flops(*operands: Any, **_: Any) -> int:
     """Logits once more, and gradients by hidden rows and weights where they are needed."""
-    needs, rows = rest[-1], _rows(hidden, teacher_hidden)
-    return products(hidden, weight, 1 + sum(needs[:2])) + products(
-        rows, teacher_weight, 1 + sum(needs[3:5])
-    )
+    needs = operands[-1]
+    return divergence_flops(operands, 1 + sum(needs[:2]), 1 + sum(needs[3:5]))
 
 
 @register_flop_formula(ops.linear_verify_residual)
-def residual_flops(
-    hidden: Shape,
-    weight: Shape,
-    bias: Shape | None,
-    lse: Shape,
-    draft_hidden: Shape,
-    draft_weight: Shape,
-    *_: Any,
-    **__: Any,
-) -> int:
+def residual_flops(*operands: Any, **_: Any) -> int:
     """Logits of main and of the draft."""
+    hidden, weight, _bias, _lse, draft_hidden, draft_weight = operands[:6]
     return products(hidden, weight) + products(draft_hidden, draft_weight)

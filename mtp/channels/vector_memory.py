@@ -36,7 +36,7 @@ from ..rollouts.prompt_format import PromptFormat
 from ..tasks.base import Example, Task
 from ..tasks.projects import projects_of
 from .channel import Channel, WriteOptions, Written
-from .reading import Inputs, Reader, embedded, log_probs_at
+from .reading import Inputs, Reader, embedded, log_probs_at, read_in_parallel
 from .segments import context, memory_ids
 from .writing import continue_text
 
@@ -164,8 +164,7 @@ class VectorMemory(Channel):
             ids = row.after + (row.scored if writes else row.scored[:-1])
             parts = [embedded(model, row.before), row.message, embedded(model, ids)]
             inputs.append(torch.cat([*parts, self.queries] if writes else parts))
-        padded = pad_sequence(inputs, batch_first=True)
-        hidden = model.mtp_decoder(inputs_embeds=padded, use_cache=False).last_hidden_state
+        hidden = read_in_parallel(model, pad_sequence(inputs, batch_first=True))
         at, memories = [], []
         for b, row in enumerate(rows):
             first = len(row.before) + len(row.message) + len(row.after) - 1
