@@ -55,13 +55,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if search is not None:
         evaluate_search(arguments, opened, search, number or config.evaluation.num_problems)
         return
+    from rich.console import Console
+
     from ..common.errors import reading
     from ..evaluation.evaluate import evaluate as measured
     from ..evaluation.evaluate import over_test_sets
     from ..hub.build import load_model
     from ..reference import evaluation_reference, folder_of
     from ..reports.metrics import by_test_set
-    from ..reports.progress import make_console
+    from ..reports.progress import PartsProgress, make_console
     from ..reports.tables import print_metrics
     from ..training.examples import fit_task
 
@@ -73,22 +75,24 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if (source / "config.json").is_file():
         with reading(str(source)):
             reference = load_model(source, config.model.torch_dtype())[0].to(device).eval()
-    metrics, _ = over_test_sets(
-        task,
-        lambda split: measured(
-            model,
-            fmt,
+    with PartsProgress(Console(stderr=True)) as report:
+        metrics, _ = over_test_sets(
             task,
-            config.decoding,
-            num_problems=number or config.evaluation.num_problems,
-            batch_size=config.evaluation.batch_size,
-            use_head=opened.head_is_trained,
-            reference=reference,
-            verified=config.evaluation.verified,
-            impl=config.kernels,
-            split=split,
-        ),
-    )
+            lambda split: measured(
+                model,
+                fmt,
+                task,
+                config.decoding,
+                num_problems=number or config.evaluation.num_problems,
+                batch_size=config.evaluation.batch_size,
+                use_head=opened.head_is_trained,
+                reference=reference,
+                verified=config.evaluation.verified,
+                impl=config.kernels,
+                split=split,
+                report=report,
+            ),
+        )
     if arguments.json:
         print(json.dumps({"name": opened.stage, **metrics}, indent=2))
     else:
@@ -107,10 +111,11 @@ def evaluate_search(
     mode = opened.choose_mode(arguments.mode)
     sampler = make_sampler(arguments, config)
     import torch
+    from rich.console import Console
 
     from ..evaluation.evaluate_search import evaluate_search as measured
     from ..modeling.decode_options import DecodeOptions
-    from ..reports.progress import make_console
+    from ..reports.progress import PartsProgress, make_console
     from ..reports.tables import print_metrics
     from ..training.examples import fit_task
 
@@ -123,17 +128,19 @@ def evaluate_search(
         generator=torch.Generator(device=device).manual_seed(seed),
         impl=run.kernels,
     )
-    metrics = measured(
-        model,
-        fmt,
-        fit_task(run.task.build(), run.decoding, run.active_stages(), model, fmt),
-        config,
-        options,
-        mode=mode,
-        scorer=arguments.scorer or "logprob",
-        num_problems=num_problems,
-        batch_size=run.evaluation.batch_size,
-    )
+    with PartsProgress(Console(stderr=True)) as report:
+        metrics = measured(
+            model,
+            fmt,
+            fit_task(run.task.build(), run.decoding, run.active_stages(), model, fmt),
+            config,
+            options,
+            mode=mode,
+            scorer=arguments.scorer or "logprob",
+            num_problems=num_problems,
+            batch_size=run.evaluation.batch_size,
+            report=report,
+        )
     if arguments.json:
         asked = {"mode": mode, **vars(config), "temperature": sampler.temperature, "seed": seed}
         print(json.dumps({"name": opened.stage, **asked, **metrics}, indent=2))

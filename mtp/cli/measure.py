@@ -9,14 +9,13 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import DEFAULT_SEED
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ..config import RunConfig
     from ..rollouts.prompt_format import PromptFormat
     from ..tasks.base import Example, Task
@@ -77,29 +76,6 @@ def chosen_measure(arguments: argparse.Namespace) -> str | None:
     return measure
 
 
-class Counted:
-    """A progress bar on standard error, made when the number of parts is known."""
-
-    def __init__(self, name: str, console: "Console"):
-        self.name, self.console = name, console
-        self._bar: Any = None
-
-    def __enter__(self) -> "Counted":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._bar is not None:
-            self._bar.__exit__(*exc)
-
-    def __call__(self, done: int, total: int) -> None:
-        """`done` of `total` parts are finished."""
-        from ..reports.progress import StageProgress
-
-        if self._bar is None:
-            self._bar = StageProgress(self.name, total, 0, self.console).__enter__()
-        self._bar.step(done, {})
-
-
 def measure(
     arguments: argparse.Namespace,
     measure: str,
@@ -121,7 +97,7 @@ def measure(
 
     from ..evaluation.evaluate import held_out
     from ..reports.measures import FOLDER, print_result, save_result
-    from ..reports.progress import make_console
+    from ..reports.progress import PartsProgress, make_console
     from ..training.examples import fit_task
 
     (arguments.folder / FOLDER).mkdir(exist_ok=True)  # a folder that cannot be written: at once
@@ -131,7 +107,8 @@ def measure(
     examples = held_out(task, number)
     seed = DEFAULT_SEED if arguments.seed is None else arguments.seed
     functions = {"channel": channel, "gradient": gradient, "thought": thought}
-    with Counted(measure, Console(stderr=True)) as progress:
+    with PartsProgress(Console(stderr=True)) as report:
+        progress = partial(report, measure)
         asked = Asked(
             arguments, config, stage, head_is_trained, model, fmt, task, examples, seed, progress
         )
@@ -168,7 +145,8 @@ class Asked:
     examples: "list[Example]"
     """Held-out problems."""
     seed: int
-    progress: Counted
+    progress: Callable[[int, int], None]
+    """Called with the number of finished parts of the work, and of all."""
 
 
 Measured = tuple[dict[str, Any], dict[str, Any]]

@@ -7,6 +7,7 @@ Decoding is greedy. All metrics are over the same problems.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from ..common.bounds import bounded
 from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.records import Decoded
 from ..modeling.sampler import Sampler
+from ..reports.progress import Report, no_report
 from ..rollouts.legibility import (
     reference_metrics,
     step_metrics,
@@ -66,10 +68,12 @@ def decode_all(
     prefixes: list[list[int]] | None = None,
     impl: str | None = None,
     spread: Spread = ALONE,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Rollouts]:
     """Greedy completions of all examples, in batches of at most `batch_size` on each process.
 
-    With a shared memory the examples, and each batch, are whole projects.
+    With a shared memory the examples, and each batch, are whole projects. progress: called with the
+    number of examples that this process has decoded, and of all that it decodes.
     """
     options = DecodeOptions(
         sampler=Sampler(temperature=0),
@@ -80,6 +84,7 @@ def decode_all(
     )
     size = projects_of(examples) if fmt.segments.is_shared else 1
     places, own = spread.places(len(examples), size)
+    progress(0, len(places))
     batches = []
     for at in range(0, len(places), batch_size):
         chosen = places[at : at + batch_size]
@@ -93,6 +98,7 @@ def decode_all(
                 prefixes=None if prefixes is None else [prefixes[place] for place in chosen],
             )
         )
+        progress(at + len(chosen), len(places))
     return spread.joined(batches, own)
 
 
@@ -221,6 +227,7 @@ def evaluate(
     impl: str | None = None,
     split: Split = "test",
     spread: Spread = ALONE,
+    report: Report = no_report,
 ) -> tuple[dict[str, Any], dict[str, list[Rollouts]]]:
     """All metrics of one evaluation, named as in summary.json, and the completions by mode.
 
@@ -240,6 +247,7 @@ def evaluate(
         impl: implementation of `mtp_kernels` ops that tokens are sampled with, see `DecodeOptions`.
         split: held-out set of the task.
         spread: the processes that share the problems; each of them gets all metrics.
+        report: called as each batch of problems is decoded, by mode or control.
     """
     examples = held_out(task, num_problems, split)
     num_problems = len(examples)
@@ -251,8 +259,14 @@ def evaluate(
         tokens = sum(float(b.out.lengths.sum()) for b in batches)
         return tokens / (passes(batches) * num_problems)
 
-    def completions(mode: str, prefixes: list[list[int]] | None = None) -> list[Rollouts]:
-        return decode_all(model, fmt, examples, mode, decoding, batch_size, prefixes, impl, spread)
+    def completions(
+        mode: str, prefixes: list[list[int]] | None = None, part: str | None = None
+    ) -> list[Rollouts]:
+        of_set = f"{split.replace('_', ' ')}, " if len(task.test_sets) > 1 else ""
+        progress = partial(report, of_set + (part or mode))
+        return decode_all(
+            model, fmt, examples, mode, decoding, batch_size, prefixes, impl, spread, progress
+        )
 
     slow = completions("slow")
     decoded, shown = {"slow": slow}, slow
@@ -293,11 +307,11 @@ def evaluate(
     has_controls = controls and task.has_verifier and not fmt.segments.is_shared
     if has_controls and fmt.closer is not None:
         empty = [fmt.thought_ids("") for _ in examples]
-        given = completions("slow", empty)
+        given = completions("slow", empty, "empty thought")
         metrics["empty_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text)
         wrong = wrong_thoughts(examples, slow, task, fmt)
         if wrong is not None:
-            given = completions("slow", wrong)
+            given = completions("slow", wrong, "wrong thought")
             metrics["wrong_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text)
     metrics |= step_metrics(shown, task, fmt)
     metrics["unigram_drift"] = unigram_drift(shown, fmt)

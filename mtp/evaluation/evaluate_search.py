@@ -8,6 +8,7 @@ from ..modeling.branches import Branch, Scorer, SearchConfig
 from ..modeling.decode_options import DecodableModel, DecodeOptions
 from ..modeling.records import pad
 from ..modeling.search import search
+from ..reports.progress import Report, no_report
 from ..rollouts.prompt_format import PromptFormat
 from ..tasks.base import Example, Task
 from .evaluate import held_out
@@ -44,6 +45,7 @@ def evaluate_search(
     scorer: str,
     num_problems: int,
     batch_size: int,
+    report: Report = no_report,
 ) -> dict[str, Any]:
     """Metrics over held-out problems: shares of problems, and means per problem.
 
@@ -58,6 +60,7 @@ def evaluate_search(
             measures the value of a verifier, not of a model without one.
         num_problems: maximum number of held-out problems.
         batch_size: maximum number of rows decoded at once, unless one problem takes more.
+        report: called as each batch of problems is searched, with the method.
 
     Raises ValueError for settings that no search can follow, and for a task without a verifier.
     """
@@ -77,6 +80,7 @@ def evaluate_search(
     rows = {"best_of_n": config.n, "beam": config.n * config.expand, "mcts": config.expand}
     step = max(1, batch_size // rows.get(config.method, 1))
     sums: defaultdict[str, float] = defaultdict(float)
+    report(config.method, 0, len(examples))
     for at in range(0, len(examples), step):
         asked = examples[at : at + step]
         prompts, lengths = pad([fmt.question_ids(e) for e in asked], fmt.pad_id)
@@ -99,5 +103,6 @@ def evaluate_search(
             sums["search_texts"] += len(texts)
         sums["search_passes"] += float(found.passes.sum())
         sums["search_tokens_read"] += float(found.tokens_read.sum())
+        report(config.method, at + len(asked), len(examples))
     metrics: dict[str, Any] = {name: total / len(examples) for name, total in sums.items()}
     return metrics | {"num_problems": len(examples)}

@@ -1,7 +1,8 @@
-"""The progress bar of a stage, and the console."""
+"""Progress bars of a stage and of an evaluation, and the console."""
 
 import sys
 import time
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import (
@@ -13,11 +14,23 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+LINE_SECONDS = 30
+"""Where there is no terminal, the time between two lines."""
+Report = Callable[[str, int, int], None]
+"""Receives the name of a part of some work, how much of the part is done, and all of it."""
+
+
+def no_report(part: str, done: int, total: int) -> None:
+    """A `Report` that shows nothing."""
+
 
 class StageProgress:
     """A progress bar on a terminal; elsewhere a line every half minute."""
 
-    def __init__(self, stage: str, steps: int, done: int, console: Console):
+    def __init__(
+        self, stage: str, steps: int, done: int, console: Console, transient: bool = False
+    ):
+        """transient: remove the bar from the terminal at its end."""
         self.stage, self.steps, self.console = stage, steps, console
         self._last = time.monotonic()
         self._bar: Progress | None = None
@@ -31,6 +44,7 @@ class StageProgress:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[metrics]}"),
                 console=console,
+                transient=transient,
             )
             self._task = self._bar.add_task(stage, total=steps, completed=done, metrics="")
 
@@ -48,9 +62,42 @@ class StageProgress:
         shown = "  ".join(f"{k} {v:.3g}" for k, v in metrics.items() if v is not None)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, metrics=shown)
-        elif time.monotonic() - self._last > 30 or done == self.steps:
+        elif time.monotonic() - self._last > LINE_SECONDS or done == self.steps:
             self._last = time.monotonic()
             self.console.print(f"{self.stage} {done}/{self.steps}  {shown}")
+
+
+class PartsProgress:
+    """A `Report` for parts that come one after another: on a terminal a bar, which is removed with
+    its part; elsewhere a line every half minute, so that short work leaves none.
+    """
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._last = time.monotonic()
+        self._part: str | None = None
+        self._bar: StageProgress | None = None
+
+    def __enter__(self) -> "PartsProgress":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(*exc)
+            self._bar = None
+
+    def __call__(self, part: str, done: int, total: int) -> None:
+        """`done` of `total` of a part are finished."""
+        if not self.console.is_terminal:
+            if time.monotonic() - self._last > LINE_SECONDS:
+                self._last = time.monotonic()
+                self.console.print(f"{part} {done}/{total}")
+            return
+        if self._bar is None or part != self._part:
+            self.__exit__()
+            self._part = part
+            self._bar = StageProgress(part, total, done, self.console, transient=True).__enter__()
+        self._bar.step(done, {})
 
 
 def make_console(quiet: bool = False) -> Console:

@@ -7,6 +7,7 @@ from ..evaluation.spread import Spread
 from ..evaluation.thoughts import outcome_rows, shown_mode, thought_rows
 from ..modeling.contract import head_is_trained
 from ..reference import frozen_for_evaluation, reference_in_loss
+from ..reports.progress import PartsProgress, Report, no_report
 from ..reports.tables import completions_rows, print_completions
 from ..rollouts.rollout import Rollouts
 from ..run import Run, StageRun, training_example
@@ -70,7 +71,10 @@ def interim_evaluation(run: Run, stage: StageRun) -> bool:
 def evaluate_stage(run: Run, stage: StageRun) -> None:
     """Evaluate on all held-out sets and record the stage's summary."""
     config, progress, name = run.config, run.progress, stage.name
-    metrics, decoded = measure(run, stage, config.evaluation.num_problems, ends_stage=True)
+    with PartsProgress(run.console) as report:
+        metrics, decoded = measure(
+            run, stage, config.evaluation.num_problems, ends_stage=True, report=report
+        )
     record(run, name, metrics)
     in_loss = reference_in_loss(config, name)
     progress.summaries.append(
@@ -87,7 +91,12 @@ def evaluate_stage(run: Run, stage: StageRun) -> None:
 
 
 def measure(
-    run: Run, stage: StageRun, num_problems: int, *, ends_stage: bool
+    run: Run,
+    stage: StageRun,
+    num_problems: int,
+    *,
+    ends_stage: bool,
+    report: Report = no_report,
 ) -> tuple[dict[str, Any], dict[str, list[Rollouts]]]:
     """Evaluate the model and log the details for the report.
 
@@ -115,6 +124,7 @@ def measure(
                 impl=config.kernels,
                 split=split,
                 spread=spread,
+                report=lambda part, done, total: report(f"{stage.name}: {part}", done, total),
             )
 
         metrics, decoded = (

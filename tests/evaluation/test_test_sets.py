@@ -47,19 +47,25 @@ def run(tmp_path_factory):
         "stages.head.steps=2", "stages.head.evaluate_every=1", "decoding.max_new_tokens=12",
     )  # fmt: skip
     settings.task = SumsConfig()
-    evaluated = []
+    evaluated, reports = [], []
 
     def watched(*args, split, **settings):
         evaluated.append(split)
-        return evaluate(*args, split=split, **settings)
+        report = settings.pop("report")
+
+        def noted(part, done, total):
+            reports.append((part, done, total))
+            report(part, done, total)
+
+        return evaluate(*args, split=split, report=noted, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mtp.stages.evaluation, "evaluate", watched)
-        return folder, train(settings), evaluated
+        return folder, train(settings), evaluated, reports
 
 
 def test_a_stage_ends_with_the_metrics_of_every_test_set(run):
-    folder, summary, _ = run
+    folder, summary, *_ = run
     for stage in summary["stages"]:
         assert set(stage["test_sets"]) == {"long"}
         assert stage["num_problems"] == 8 and stage["test_sets"]["long"]["num_problems"] == 5
@@ -73,8 +79,21 @@ def test_evaluations_within_a_stage_read_the_interim_set(run):
     assert run[2] == ["test", "long", "validation", "test", "long"]
 
 
+def test_each_decoding_of_an_evaluation_reports_its_progress(run):
+    """Set and mode or control, at its begin and after each batch of at most 256 problems."""
+    of_head = run[3][-16:]
+    parts = ["slow", "fast", "empty thought", "wrong thought"]
+    sizes = {"test": 8, "long": 5}
+    assert of_head == [
+        (f"{split}, {part}", done, size)
+        for split, size in sizes.items()
+        for part in parts
+        for done in (0, size)
+    ]
+
+
 def test_tables_name_the_set(run):
-    folder, summary, _ = run
+    folder, summary, *_ = run
     console = Console(width=100, file=io.StringIO(), record=True)
     print_table(console, summary)
     shown = console.export_text()
