@@ -105,7 +105,7 @@ class Block(Channel):
         """Inputs as in other channels; between segments the message is the memory file."""
         if fmt.segments.max_segments == 1:
             return super().answer_inputs(model, fmt, example, output, message)
-        return context(fmt, model, fmt.prompt_ids(example.prompt), message, output.text)
+        return context(fmt, model, fmt.question_ids(example), message, output.text)
 
 
 class Token(Block):

@@ -128,7 +128,7 @@ class Channel(nn.Module, ABC):
         self, model: Any, fmt: PromptFormat, example: Example, output: Written, message: Tensor
     ) -> Inputs:
         """Inputs of main, and the ids that are scored after them, for `answer_log_probs`."""
-        return Inputs(fmt.prompt_ids(example.prompt), message, output.text[:1], output.text[1:])
+        return Inputs(fmt.question_ids(example), message, output.text[:1], output.text[1:])
 
     def begins_level(self, step: int) -> bool:
         """True if a curriculum begins a new level at this step, which resets the optimizer."""

@@ -128,7 +128,7 @@ class KV(TokenMessage):
             changes = self.changes(reader, Reader(self.sharer, halves, fmt.pad_id))
             messages = [change[-n:] for change, n in zip(changes, lengths, strict=True)]
         fuse(reader.cache, messages)
-        prompts = [fmt.prompt_ids(example.prompt) for example in examples]
+        prompts = [fmt.question_ids(example) for example in examples]
         ids, mask = padded_left(prompts, fmt.pad_id, reader.prompts.device)
         if then is not None:
             ids, mask = torch.cat([ids, then], 1), torch.cat([mask, torch.ones_like(then)], 1)

@@ -76,7 +76,7 @@ class Latent(Channel):
             fmt.completion_ids(self.remaining_text(example.thought, level), example.answer)
             for example in examples
         ]
-        reader = Reader(model, [fmt.prompt_ids(example.prompt) for example in examples], fmt.pad_id)
+        reader = Reader(model, [fmt.question_ids(example) for example in examples], fmt.pad_id)
         ids, scored = ids_tensor(rests, fmt.pad_id, reader.prompts.device)
         number = level * self.options.per_step
         if number == 0:
@@ -93,7 +93,7 @@ class Latent(Channel):
     def write(
         self, model: Any, fmt: PromptFormat, examples: list[Example], options: WriteOptions
     ) -> list[Written]:
-        prompts = [fmt.prompt_ids(example.prompt) for example in examples]
+        prompts = [fmt.question_ids(example) for example in examples]
         reader = Reader(model, prompts, fmt.pad_id)
         closer = torch.full((len(prompts), 1), closer_id(fmt), device=reader.prompts.device)
         number = self.options.levels * self.options.per_step

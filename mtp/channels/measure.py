@@ -239,7 +239,7 @@ def measure_reader(
     batches = decode_all(reader, fmt, chosen, "slow", decoding, batch_size, thoughts)
     right = right_answers(batches, task, fmt.bare_answer_text)
     nothing = embedded(reader, [])
-    rows = [Inputs(fmt.prompt_ids(e.prompt), nothing, [], thought) for e, thought in read]
+    rows = [Inputs(fmt.question_ids(e), nothing, [], thought) for e, thought in read]
     nats: list[float] = []
     with torch.no_grad():
         for at in range(0, len(rows), batch_size):

@@ -29,7 +29,7 @@ def memory_ids(fmt: PromptFormat, example: Example, context: list[int]) -> list[
     context has recent tokens of the thought too.
     """
     _, closer = summary_marks(fmt.plan())
-    prompt = fmt.prompt_ids(example.prompt)
+    prompt = fmt.question_ids(example)
     if context == prompt or fmt.segments.recent_tokens:
         return None
     return context[len(prompt) + 1 : context.index(closer, len(prompt))]

@@ -23,7 +23,7 @@ from ..run import Run, StageRun, next_examples
 from ..stages.checkpointing import check_grace, interrupted, save_run, stop_signal
 from ..stages.evaluation import record
 from ..stages.loop import run_stage
-from ..tasks.base import Task
+from ..tasks.base import Attempt, Task
 from ..training.optimizers import build_optimizer, set_lr, split_parameters
 from ..training.runtime import NotFinite
 from ..training.sharding import load_optimizer
@@ -241,13 +241,15 @@ def rl_loss(
         seed=run.seed_of(stage.name, step),
     )
     run.model.eval()
-    prompts = [run.fmt.prompt_ids(example.prompt) for example in copies]
+    prompts = [run.fmt.question_ids(example) for example in copies]
     rows = channel.rollouts(run.model, run.fmt, prompts, options)
     run.model.train()
+    answers = [run.fmt.answer_text(row.text) for row in rows]
+    given = [i for i, answer in enumerate(answers) if answer is not None]
+    attempts = [Attempt(copies[i], answers[i]) for i in given]
     outcomes = torch.zeros(len(copies))
-    for i, (row, example) in enumerate(zip(rows, copies, strict=True)):
-        answer = run.fmt.answer_text(row.text)
-        outcomes[i] = 0.0 if answer is None else run.task.outcome(example, answer)
+    for i, scored in zip(given, run.task.scored(attempts), strict=True):
+        outcomes[i] = scored.outcome
     rewards = outcomes.view(-1, config.group_size)
     advantages = stage.config.advantage_rule()(GroupRewards(rewards, rewards, rewards))
     passes = sum(len(row.log_probs) for row in rows) / len(rows)

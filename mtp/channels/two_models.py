@@ -60,7 +60,7 @@ class TextMessage(Channel):
         sent = writer.supervised_loss(self.sharer, fmt, halves, step=step, seed=seed)
         rows = [
             Inputs(
-                fmt.thought_ids(half.thought) + fmt.prompt_ids(example.prompt),
+                fmt.thought_ids(half.thought) + fmt.question_ids(example),
                 embedded(model, []),
                 [],
                 fmt.completion_ids(example.thought, example.answer),
@@ -80,7 +80,7 @@ class TextMessage(Channel):
         closed = [i for i, (ids, _) in enumerate(messages) if ids[-1:] == [closer]]
         texts: dict[int, list[int]] = {}
         if closed:
-            prompts = [messages[i][0] + fmt.prompt_ids(examples[i].prompt) for i in closed]
+            prompts = [messages[i][0] + fmt.question_ids(examples[i]) for i in closed]
             reader = Reader(model, prompts, fmt.pad_id)
             hidden = reader.read_prompts()[:, -1]
             rest = replace(options, max_new_tokens=options.max_new_tokens - half)
@@ -113,7 +113,7 @@ class TextMessage(Channel):
         self, model: Any, fmt: PromptFormat, example: Example, output: Written, message: Tensor
     ) -> Inputs:
         """The message, and the receiver's own text after its prompt."""
-        return Inputs([], message, fmt.prompt_ids(example.prompt), output.text)
+        return Inputs([], message, fmt.question_ids(example), output.text)
 
 
 class TokenMessage(TextMessage):

@@ -100,7 +100,7 @@ class VectorMemory(Channel):
         if step < self.options.text_steps:
             return self.text_loss(model, fmt, examples)
         texts = [solved_segments(fmt, example) for example in examples]
-        prompts = [fmt.prompt_ids(example.prompt) for example in examples]
+        prompts = [fmt.question_ids(example) for example in examples]
         # (example, its segment) in the order in which vectors pass through them
         chains = [
             [(i, number) for i in chain for number in range(len(texts[i]))]
@@ -133,7 +133,7 @@ class VectorMemory(Channel):
         for chain in chains_of(fmt, examples):
             memory: Tensor | None = None
             for example in (examples[i] for i in chain):
-                prompt, texts = fmt.prompt_ids(example.prompt), solved_segments(fmt, example)
+                prompt, texts = fmt.question_ids(example), solved_segments(fmt, example)
                 contexts = [before for before, _ in fmt.example_segments(example)]
                 closed += [*[True] * (len(texts) - 1), False]
                 for number, (before, text) in enumerate(zip(contexts, texts, strict=True)):
@@ -213,7 +213,7 @@ class VectorMemory(Channel):
 
         begin: memory in which each begins; all None, or all [m, D].
         """
-        prompts = [fmt.prompt_ids(example.prompt) for example in examples]
+        prompts = [fmt.question_ids(example) for example in examples]
         assert fmt.closer is not None
         closer, (opener, _) = fmt.delimiter_id(fmt.closer), summary_marks(fmt.plan())
         limit = thought_budget(fmt)
@@ -287,7 +287,7 @@ class VectorMemory(Channel):
         self, model: Any, fmt: PromptFormat, example: Example, output: Written, message: Tensor
     ) -> Inputs:
         """The last segment, which reads the message as its memory."""
-        return context(fmt, model, fmt.prompt_ids(example.prompt), message, output.text)
+        return context(fmt, model, fmt.question_ids(example), message, output.text)
 
 
 def chains_of(fmt: PromptFormat, examples: list[Example]) -> list[list[int]]:

@@ -164,7 +164,7 @@ class VectorChannel(Channel):
         """A solved example as a record."""
         thought = self.teach(self.solved_sets(fmt, example), rng)
         text = fmt.completion_ids("", example.answer)
-        return Row(fmt.prompt_ids(example.prompt), thought, [], text)
+        return Row(fmt.question_ids(example), thought, [], text)
 
     @torch.no_grad()
     def rollouts(
@@ -205,7 +205,7 @@ class VectorChannel(Channel):
     def write(
         self, model: Any, fmt: PromptFormat, examples: list[Example], options: WriteOptions
     ) -> list[Written]:
-        prompts = [fmt.prompt_ids(example.prompt) for example in examples]
+        prompts = [fmt.question_ids(example) for example in examples]
         rows = self.rollouts(model, fmt, prompts, options)
         embedding = model.get_input_embeddings()
         out = []

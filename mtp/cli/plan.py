@@ -8,7 +8,16 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..plan.memory import PRECISIONS, Layout, Memory, Workload, fits, memory, most_rollouts
+from ..plan.memory import (
+    PRECISIONS,
+    Layout,
+    Memory,
+    Workload,
+    fits,
+    memory,
+    micro_batch_of,
+    most_rollouts,
+)
 from ..plan.shapes import MAINS, head_for, main_of
 from ..plan.time import (
     HEADROOM,
@@ -183,7 +192,7 @@ def lines(one: Plan) -> list[str]:
     how = layout.strategy if one.gpus > 1 else "one device"
     if layout.strategy == "fsdp2":
         how += f", rollout_weights={layout.rollout_weights}"
-    how += f", micro-batch {load.micro_batch}"
+    how += f", micro-batch {micro_batch_of(load, layout)}"
     how += ", gradient checkpointing" * load.gradient_checkpointing
     out = [f"{title}: {how}"]
     for part, values in vars(one.memory).items():

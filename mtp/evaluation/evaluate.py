@@ -22,6 +22,7 @@ from ..rollouts.legibility import (
     step_metrics,
     thought_nats,
     thought_passes,
+    thoughts_by_segment,
     unigram_drift,
 )
 from ..rollouts.prompt_format import PromptFormat
@@ -195,12 +196,8 @@ def acceptance_by_slot(outs: list[Decoded], num_head_slots: int) -> list[float]:
 
 def thought_tokens_per_pass(batches: list[Rollouts], fmt: PromptFormat) -> float | None:
     """Tokens of thoughts, with their closing delimiters, over the passes that wrote them."""
-    tokens = passes = 0
-    for batch in batches:
-        for segment in range(len(batch.prompts)):
-            length = len(fmt.thought_of(batch.out.completion(segment)))
-            tokens += length
-            passes += int((batch.out.slots[segment, :length] == 0).sum())
+    found = [part for batch in batches for part in thoughts_by_segment(batch, fmt)]
+    passes, tokens = (sum(values) for values in zip(*found, strict=True))
     return tokens / passes if passes else None
 
 

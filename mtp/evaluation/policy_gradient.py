@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..modeling.decode_options import DecodeOptions
 from ..reports.interval import mean_interval
-from ..rollouts.advantage import GroupRewards
+from ..rollouts.advantage import GroupRewards, informative
 from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.reward import score
 from ..rollouts.rollout import DecodingConfig, sample
@@ -152,11 +152,16 @@ def rollout_batch(
             reference=reference,
         )
     given = GroupRewards(rewards.total, rewards.credits, rewards.total)
+    segments = list(range(len(rollouts.prompts)))
+    informs = informative(rewards.credits)
+    if stage.rollouts.drop_uninformative and bool(informs.any()):
+        size = stage.rollouts.group_size
+        segments = [s for s in segments if informs[rollouts.owners[s] // size]]
     return collate_rollouts(
         rollouts.prompts,
         rollouts.out,
         stage.advantage_rule()(given).flatten(),
-        list(range(len(rollouts.prompts))),
+        segments,
         fmt.block_size,
         fmt.pad_id,
         rollouts.owners,

@@ -162,7 +162,7 @@ def thought_row(
             }
         )
         phases += [[start + at, *names[phase]] for at, phase in phase_starts(ids, plan)]
-        passes += [start + at for at in pass_starts(ids, slots, accepted, plan)]
+        passes += [start + at for at in batch.pass_starts(segment, plan.marks)]
         logprobs = batch.out.logprobs[segment, :length].tolist()
         added = {
             "tokens": text_pieces(fmt.tokenizer, ids),
@@ -230,22 +230,6 @@ def phase_starts(ids: list[int], plan: PhasePlan) -> list[tuple[int, int]]:
         if opened != phase:
             phase = opened
             starts.append((at + 1, phase))
-    return starts
-
-
-def pass_starts(
-    ids: list[int], slots: list[int], accepted: list[int], plan: PhasePlan
-) -> list[int]:
-    """Tokens with which a pass begins.
-
-    A pass of fast or slow mode begins with main's token. A pass of verified mode ends with it: the
-    drafts that main accepted come first. No pass continues after a delimiter.
-    """
-    starts = []
-    for at, slot in enumerate(slots):
-        after_draft = at > 0 and accepted[at - 1] > 0 and ids[at - 1] not in plan.marks
-        if at == 0 or (slot == 0 and not after_draft):
-            starts.append(at)
     return starts
 
 

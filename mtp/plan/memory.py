@@ -181,12 +181,17 @@ def output_layer(load: Workload, rows: float, is_cpu: bool) -> float:
     return hidden + gradient + chunk
 
 
+def micro_batch_of(load: Workload, layout: Layout) -> int:
+    """Rollouts of a device that are replayed at once."""
+    return min(load.micro_batch, -(-load.rollouts // layout.num_devices))
+
+
 def memory(load: Workload, layout: Layout) -> Memory:
     """Bytes on each device."""
     wide, narrow = PRECISIONS[load.precision]
     main, head, shards = load.main, load.head, layout.shards
     rows = -(-load.rollouts // layout.num_devices)
-    micro = min(load.micro_batch, rows)
+    micro = micro_batch_of(load, layout)
     num_main, num_head = main.parameters, head.parameters(main)
     held = {
         "main": wide * num_main / shards,

@@ -107,13 +107,15 @@ def pass_parts(
     main, head = load.main, load.head
     narrow = PRECISIONS[load.precision][1]
     width = load.kept
-    reads = 1 if head.kind == "parallel" else head.num_slots + 1
+    slots = head.num_slots if load.kept > 1 else 0  # a pass of one token does not run the head
+    runs = min(slots, 1) if head.kind == "parallel" else slots
+    reads = 1 if head.kind == "parallel" else slots + 1
     products = 2 * rows * width * main.product_parameters
     products += 4 * rows * width * context * main.query_width * main.num_layers
-    products += 2 * rows * head.num_slots * head.parameters(main)
-    output = 2 * rows * (head.num_slots + 1) * main.matrix_parameters
+    products += 2 * rows * slots * head.parameters(main)
+    output = 2 * rows * (slots + 1) * main.matrix_parameters
     weights = main.product_parameters + reads * main.matrix_parameters
-    weights += head.parameters(main) * (1 if head.kind == "parallel" else head.num_slots)
+    weights += head.parameters(main) * runs
     moved = narrow * weights + rows * context * cache_bytes(load)
     times = {
         "FLOPs": products / (machine.flops * rates.products)

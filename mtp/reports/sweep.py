@@ -111,14 +111,18 @@ def read_job(path: Path, name: str) -> Job:
 
 
 def group_by_seed(jobs: list[Job]) -> list[Group]:
-    """Groups of at least two jobs that are done, in the order of their first job."""
-    members: dict[tuple[tuple[str, str], ...], list[Job]] = {}
+    """Groups of at least two jobs that are done, in the order of their first job.
+
+    Of jobs with the same seed, those of two sweeps in one folder, the last one counts.
+    """
+    members: dict[tuple[tuple[str, str], ...], dict[str, Job]] = {}
     for job in jobs:
         if job.status == "done" and "seed" in job.overrides:
             shared = tuple((k, v) for k, v in sorted(job.overrides.items()) if k != "seed")
-            members.setdefault(shared, []).append(job)
+            members.setdefault(shared, {})[job.overrides["seed"]] = job
     groups = []
-    for shared, found in members.items():
+    for shared, by_seed in members.items():
+        found = list(by_seed.values())
         if len(found) > 1:
             names = dict.fromkeys(name for job in found for name in job.metrics)
             intervals = {

@@ -99,10 +99,10 @@ def segment_row(batch: Rollouts, segment: int, fmt: PromptFormat) -> dict[str, s
 
 def passes_text(batch: Rollouts, segment: int, fmt: PromptFormat) -> str:
     """Text of one segment, each pass's tokens separated by `|`."""
-    ids, slots = batch.out.completion(segment), batch.out.slots[segment].tolist()
+    starts = set(batch.pass_starts(segment, fmt.plan().marks)) - {0}
     return "".join(
-        ("|" if slot == 0 and i else "") + str(fmt.tokenizer.decode([token]))
-        for i, (token, slot) in enumerate(zip(ids, slots, strict=False))
+        ("|" if at in starts else "") + str(fmt.tokenizer.decode([token]))
+        for at, token in enumerate(batch.out.completion(segment))
     )
 
 

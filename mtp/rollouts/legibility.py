@@ -90,11 +90,20 @@ def mean_nats_of_rollouts(batch: Rollouts, fmt: PromptFormat, reference: Any) ->
 
 def thought_passes(batch: Rollouts, fmt: PromptFormat) -> Tensor:
     """[P * G] float32 passes of main in which each thought was written, its delimiter included."""
-    counts = torch.zeros(len(batch.prompts))
+    return batch.total(torch.tensor([n for n, _ in thoughts_by_segment(batch, fmt)]))
+
+
+def thoughts_by_segment(batch: Rollouts, fmt: PromptFormat) -> list[tuple[int, int]]:
+    """[S] passes and tokens of each segment's thought, its delimiter included.
+
+    A delimiter that was forced without a token before it took no pass.
+    """
+    found, marks = [], fmt.plan().marks
     for segment in range(len(batch.prompts)):
         length = len(fmt.thought_of(batch.out.completion(segment)))
-        counts[segment] = (batch.out.slots[segment, :length] == 0).sum()
-    return batch.total(counts)
+        starts = [at for at in batch.pass_starts(segment, marks) if at < length]
+        found.append((sum(int(batch.out.slots[segment, at]) == 0 for at in starts), length))
+    return found
 
 
 def step_metrics(batches: list[Rollouts], task: Task, fmt: PromptFormat) -> dict[str, float | None]:

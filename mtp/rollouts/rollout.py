@@ -1,6 +1,6 @@
 """Sampling: completes examples with a policy and returns rollouts with their text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -120,6 +120,22 @@ class DecodingConfig:
             )
 
 
+def pass_starts(
+    ids: list[int], slots: list[int], accepted: list[int], marks: Set[int]
+) -> list[int]:
+    """Tokens with which a pass begins. marks: ids of delimiters, after which no pass continues.
+
+    A pass of fast or slow mode begins with main's token. A pass of verified mode ends with it: the
+    drafts that main accepted come first.
+    """
+    starts = []
+    for at, slot in enumerate(slots):
+        after_draft = at > 0 and accepted[at - 1] > 0 and ids[at - 1] not in marks
+        if at == 0 or (slot == 0 and not after_draft):
+            starts.append(at)
+    return starts
+
+
 @dataclass
 class Rollouts:
     """P prompts times G trajectories; trajectory i belongs to example i // G.
@@ -187,6 +203,12 @@ class Rollouts:
     def example(self, row: int) -> Example:
         """The problem of one trajectory."""
         return self.examples[row // self.group_size]
+
+    def pass_starts(self, segment: int, marks: Set[int]) -> list[int]:
+        """Tokens of a segment with which a pass begins. marks: ids of delimiters."""
+        length = int(self.out.lengths[segment])
+        slots, accepted = (x[segment, :length].tolist() for x in (self.out.slots, self.out.accepted))
+        return pass_starts(self.out.completion(segment), slots, accepted, marks)
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """Sums over each trajectory's segments: [S] -> [P * G], float32."""

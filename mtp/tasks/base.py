@@ -243,7 +243,9 @@ class Task(ABC):
                 raise ValueError(
                     f"the reward must be a finite number, got {one.score} ({self._where(attempt)})"
                 )
-        return [replace(one, outcome=float(one.score >= self.right_at)) for one in found]
+        # Parts that sum to `right_at` may fall short of it by rounding.
+        least = self.right_at - 1e-9 * max(1.0, abs(self.right_at))
+        return [replace(one, outcome=float(one.score >= least)) for one in found]
 
     def outcome(
         self, example: Example, answer: str, completion_ids: list[int] | None = None

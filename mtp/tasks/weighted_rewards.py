@@ -14,8 +14,10 @@ whole limit, so that a value never depends on what else was in the batch.
 """
 
 import asyncio
+import hashlib
 import inspect
 import logging
+import math
 import signal
 import threading
 import weakref
@@ -226,7 +228,7 @@ class WeightedRewards:
             )
             raise RewardError(calls[0].attempt, error)
         return Scored(
-            score=float(sum(terms)),
+            score=math.fsum(terms),
             parts=dict(zip(names, values, strict=True)),
             metrics=[entry for call in calls for entry in call.metrics],
             extra={name: value for call in calls for name, value in call.extra.items()},
@@ -239,7 +241,7 @@ class RewardedTask(Task):
     def __init__(self, rewards: WeightedRewards, right_at: float):
         self.right_at, self._rewards = right_at, rewards
         rewards.state = lambda: self.run_state()
-        self._outcomes: dict[tuple[str, str, str], float] = {}
+        self._outcomes: dict[str, float] = {}
 
     def score(self, example: Example, answer: str) -> float:
         """The reward's value."""
@@ -252,7 +254,7 @@ class RewardedTask(Task):
     def scored(self, attempts: Sequence[Attempt]) -> list[Scored]:
         found = super().scored(attempts)
         for attempt, one in zip(attempts, found, strict=True):
-            self._outcomes[_key(attempt.example, attempt.answer)] = one.outcome
+            self._outcomes[_key(attempt)] = one.outcome
         for key in list(self._outcomes)[:-_NUM_OUTCOMES]:
             del self._outcomes[key]
         return found
@@ -264,7 +266,7 @@ class RewardedTask(Task):
 
         Reports show single answers of an evaluation, and a reward may be a request to a server.
         """
-        known = self._outcomes.get(_key(example, answer))
+        known = self._outcomes.get(_key(Attempt(example, answer, completion_ids)))
         return super().outcome(example, answer, completion_ids) if known is None else known
 
 
@@ -272,5 +274,8 @@ _NUM_OUTCOMES = 100_000
 """Number of outcomes that are kept for reports."""
 
 
-def _key(example: Example, answer: str) -> tuple[str, str, str]:
-    return fingerprint(example), example.answer, answer
+def _key(attempt: Attempt) -> str:
+    """A hash of all that a reward function can read of an attempt."""
+    example = attempt.example
+    read = fingerprint(example), example.answer, example.columns, attempt.answer
+    return hashlib.sha256(repr((*read, attempt.completion_ids)).encode()).hexdigest()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ..common.bounds import bounded
 from ..modeling.phases import MODES
-from ..rollouts.advantage import ADVANTAGES, Advantage, AdvantageConfig
+from ..rollouts.advantage import ADVANTAGES, Advantage, AdvantageConfig, batch_std
 from ..rollouts.reward import RewardConfig
 from .objectives import ObjectiveConfig
 from .optimizers import OptimizerConfig
@@ -239,6 +239,19 @@ class StageConfig:
             raise ValueError(
                 f"{key}.rollouts.group_size must be at least 2, got {rollouts.group_size}: an "
                 "advantage compares the rollouts of one prompt"
+            )
+        if rollouts.drop_uninformative and self.advantage_rule() is batch_std:
+            raise ValueError(
+                f"{key}.rollouts.drop_uninformative=true leaves out groups whose outcomes agree, "
+                "which have an advantage under batch_std; set it to false, or choose another "
+                f"{key}.advantage.kind"
+            )
+        kl = self.objective.reference_kl
+        if kl.weight and kl.kind != "full" and kl.head_weight and rollouts.mode != "fast":
+            raise ValueError(
+                f"{key}.objective.reference_kl.kind={kl.kind} estimates the divergence from tokens "
+                f"that were sampled, and the head samples none with {key}.rollouts.mode="
+                f"{rollouts.mode}; use {key}.objective.reference_kl.kind=full or head_weight=0"
             )
         is_corrected = rollouts.recompute_old and self.objective.policy.correction_cap
         if rollouts.lag and self.objective.policy.weight and not is_corrected:

@@ -91,7 +91,7 @@ class StepModule(nn.Module):
             rows = reference_rows(step.reference, step.batch)
         inputs = StreamInputs(scored, step.batch, step.sampler, rows)
         terms = step.objective.terms(inputs, step.in_rl)
-        weighted = [t.weight * t.total / max(step.counts[n], 1.0) for n, t in terms.items()]
+        weighted = [t.weight * t.total / (step.counts[n] or 1.0) for n, t in terms.items()]
         loss = torch.stack(weighted).sum()
         return loss, Sealed({n: replace(t, total=t.total.detach()) for n, t in terms.items()})
 

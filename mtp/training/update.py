@@ -141,7 +141,7 @@ def update(
         for name, optimizer in optimizers.items()
     }
     metrics = read_metrics(fabric, sums, seen, maxima, norms)
-    metrics |= {f"loss/{n}": metrics[f"loss/{n}"] / max(c, 1.0) for n, c in counts.items()}
+    metrics |= {f"loss/{n}": metrics[f"loss/{n}"] / (c or 1.0) for n, c in counts.items()}
     metrics |= {f"num_tokens/{n}": c for n, c in counts.items()}
     if drafted is not None:
         outside = over_processes(fabric, {"rows": num_undrafted}, "sum")["rows"]

@@ -24,6 +24,11 @@ def test_a_plan_in_json_has_bytes_and_seconds(capsys):
     assert one["step"]["step"] > eight["step"]["step"] > 0
 
 
+def test_a_device_replays_no_more_rollouts_at_once_than_it_has(capsys):
+    assert main(["plan", "--main", "1b", "--gpus", "64", "--rollouts", "128"]) == 0
+    assert "micro-batch 2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -13,13 +13,12 @@ from mtp.evaluation.thoughts import (
     first_mistake,
     mistake,
     outcome_rows,
-    pass_starts,
     phase_starts,
     thought_rows,
 )
 from mtp.evaluation.token_scores import token_scores
 from mtp.modeling.phases import PhasePlan
-from mtp.rollouts.rollout import DecodingConfig, Rollouts
+from mtp.rollouts.rollout import DecodingConfig, Rollouts, pass_starts
 from mtp.tasks.base import Example, Step
 from mtp.tasks.running_sum import RunningSumConfig
 
@@ -89,12 +88,12 @@ def test_the_message_matters_to_a_head_that_reads_it_and_not_to_one_that_cannot(
 def test_passes_and_phases_of_each_mode():
     plan = PhasePlan(keep=[4, 1], opened_by=[None, CLOSE], eos_ids=[EOS])
     ids, slots = [5, 6, 7, 8, CLOSE, 9, EOS], [0, 1, 2, 0, 1, 0, 0]
-    assert pass_starts(ids, slots, [0] * 7, plan) == [0, 3, 5, 6]
+    assert pass_starts(ids, slots, [0] * 7, plan.marks) == [0, 3, 5, 6]
     assert phase_starts(ids, plan) == [(0, 0), (5, 1)]
     assert phase_starts([5, CLOSE], plan) == [(0, 0)], "nothing is written after it"
     # Verified: main accepts two drafts and adds a token; then none; then a draft that closes.
     accepted = [1, 2, 0, 0, 1, 0, 0]
-    assert pass_starts(ids, [0] * 7, accepted, plan) == [0, 3, 4, 5, 6]
+    assert pass_starts(ids, [0] * 7, accepted, plan.marks) == [0, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("mode", ["fast", "slow", "verified"])
@@ -106,9 +105,7 @@ def test_as_many_passes_begin_as_the_sampler_counted(tmp_path, mode):
     decoding = DecodingConfig(phases=text.phases, max_new_tokens=20)
     (batch,) = decode_all(model, text, held_out(task, 6), mode, decoding, 8)
     for row in range(6):
-        length = int(batch.out.lengths[row])
-        slots, accepted = (x[row, :length].tolist() for x in (batch.out.slots, batch.out.accepted))
-        starts = pass_starts(batch.out.completion(row), slots, accepted, text.plan(mode))
+        starts = batch.pass_starts(row, text.plan(mode).marks)
         assert len(starts) == int(batch.out.passes[row])
 
 

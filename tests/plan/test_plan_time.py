@@ -48,6 +48,14 @@ def test_an_eavesdropper_reads_the_output_matrix_for_each_slot():
     assert parts["memory"] == pytest.approx(4 * read / 1e6)
 
 
+@pytest.mark.parametrize("kind", ["parallel", "eavesdrop"])
+def test_a_pass_of_one_token_does_not_run_the_head(kind):
+    load = replace(LOAD, head=replace(HEAD, kind=kind), tokens_per_pass=1.0)
+    parts = pass_parts(load, Layout(), MACHINE, EXACT, rows=1, context=0)
+    assert parts["FLOPs"] == pytest.approx((2 * 2000 + 2 * 500) / 1e3)
+    assert parts["memory"] == pytest.approx(4 * (2000 + 500) / 1e6)
+
+
 def test_training_counts_three_products_of_layers_and_four_of_the_output_layer():
     parts = training_parts(LOAD, Layout(), MACHINE, EXACT)
     texts = 8 * 30

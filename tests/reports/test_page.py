@@ -8,12 +8,13 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from made_run import PLANTED, write_run
 
 from mtp.cli import report as command
 from mtp.cli.main import main
 from mtp.reports.page import find_runs, read_runs, write_page
-from mtp.reports.page.content import curves, page_data
+from mtp.reports.page.content import MAX_SETTINGS, curves, page_data
 
 OPEN_STEP = '{"stage": "rl", "step": 11, "global_step": 21, "loss": 1.0}\n{"stage": "r'
 
@@ -71,6 +72,41 @@ def test_seeds_of_a_sweep_are_a_group_with_an_interval(tmp_path):
     assert [run["status"] for run in page.data["runs"]] == ["ended", "ended", "failed"]
     (group,) = page.data["groups"]
     assert group["seeds"] == ["1", "2"] and group["metrics"]["fast_accuracy"] == [0.75] * 3
+
+
+def test_only_runs_that_differ_by_seed_alone_are_a_group(tmp_path):
+    """By the precision, and by a setting that the table of runs has no column for."""
+
+    def groups(*kinds):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for number, settings in enumerate(kinds):
+            for seed in (1, 2):
+                run = write_run(folder / f"{number}.{seed}", name="made", seed=seed)
+                (run / "job.json").write_text(json.dumps({"overrides": {}, "error": None}))
+                given = {"name": "made", "seed": seed, **settings}
+                (run / "config.yaml").write_text(yaml.safe_dump(given))
+        runs = read_runs(find_runs([folder]))
+        data = page_data(runs, "made").data
+        assert len({run["group"] for run in data["runs"]}) == len(data["groups"])
+        assert all(len(run["overrides"]) <= MAX_SETTINGS + 1 for run in data["runs"])
+        return [(group["name"], group["seeds"]) for group in data["groups"]]
+
+    precisions = [{"fabric": {"precision": name}} for name in ("32-true", "bf16-mixed")]
+    assert groups(*precisions) == [
+        (f"fabric.precision={name}", ["1", "2"]) for name in ("32-true", "bf16-mixed")
+    ]
+    many = {f"k{i}": 0 for i in range(MAX_SETTINGS + 1)}
+    found = groups({**many, "lr": 1}, {**many, "lr": 100}, {key: 1 for key in [*many, "lr"]})
+    assert [seeds for _, seeds in found] == [["1", "2"]] * 3
+    assert found[1][0] == f"{found[0][0]} (2)"
+
+
+def test_a_seed_that_ran_twice_counts_once(tmp_path):
+    for number, seed in enumerate((1, 2, 2)):
+        run = write_run(tmp_path / str(number), seed=seed)
+        (run / "job.json").write_text(json.dumps({"overrides": {}, "error": None}))
+    (group,) = page_data(read_runs(find_runs([tmp_path])), "made").data["groups"]
+    assert group["seeds"] == ["1", "2"]
 
 
 def test_an_unfinished_run_is_shown_as_far_as_it_is(tmp_path):

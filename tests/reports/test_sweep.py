@@ -63,6 +63,15 @@ def test_mean_and_interval_over_seeds_are_those_worked_by_hand(sweep):
     assert group.mean["true_steps"] is None
 
 
+def test_a_seed_of_two_sweeps_in_a_folder_counts_once(tmp_path):
+    for folder, fast in (("monday/0", 0.1), ("tuesday/0", 0.8), ("tuesday/1", 0.9)):
+        seed = "2" if folder.endswith("1") else "1"
+        finished(tmp_path / folder, {"lr": "1", "seed": seed}, fast)
+    (group,) = group_by_seed(read_jobs(tmp_path))
+    assert sorted(group.seeds) == ["1", "2"]
+    assert group.mean["fast_accuracy"] == pytest.approx(0.85)
+
+
 def test_students_t_agrees_with_the_tables():
     table = {1: 12.7062, 4: 2.7764, 10: 2.2281, 11: 2.2010, 15: 2.1314, 29: 2.0452, 100: 1.9840}
     for freedom, value in table.items():

@@ -9,13 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mtp.evaluation.evaluate import budget_metrics
+from mtp.evaluation.evaluate import budget_metrics, thought_tokens_per_pass
 from mtp.groups import Groups
 from mtp.hub.build import ModelConfig, build_model
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.phases import Phase
 from mtp.modeling.records import Decoded
 from mtp.modeling.segments import SegmentSettings
+from mtp.reports.tables import passes_text
 from mtp.rollouts.advantage import GroupRewards, group_std
 from mtp.rollouts.legibility import (
     jensen_shannon,
@@ -102,6 +103,21 @@ def test_a_right_answer_after_a_longer_thought_than_the_budget_counts_as_wrong()
     figures = budget_metrics([batch], TASK, TEXT, (1, 2))
     assert figures["fast_thought_passes"] == pytest.approx(4 / 3)
     assert figures["accuracy_by_budget"] == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_a_verified_pass_of_a_thought_holds_the_drafts_that_main_accepted():
+    """Five tokens of thought in two passes: two drafts and main's own, a draft and the closer."""
+    batch = written(TEXT.completion_ids("30+3", "60"))
+    length = int(batch.out.lengths)
+    accepted = torch.tensor([[1, 2, 0, 1, 0] + [0] * (length - 5)])
+    slots = torch.zeros_like(accepted)
+    batch.out = replace(batch.out, slots=slots, accepted=accepted)
+    assert thought_passes(batch, TEXT).tolist() == [2.0]
+    assert thought_tokens_per_pass([batch], TEXT) == 2.5
+    for budget, outcome in ((1, 0.0), (2, 1.0)):
+        rewards = score(TASK, TEXT, batch, RewardConfig(thought_budget=budget), max_new_tokens=12)
+        assert rewards.outcomes.tolist() == [[outcome]]
+    assert passes_text(batch, 0, TEXT) == "30+|3</think>|6|0|<eos>"
 
 
 def test_credits_are_means_of_later_outcomes_where_problems_share_a_memory():

@@ -104,6 +104,15 @@ async def loop(completions):
     return [1.0]
 def scoreless(solution_str, ground_truth):
     return {"reward": 1.0}
+def near(completions, answer, tolerance):
+    return [float(abs(float(c) - float(a)) <= t) for c, a, t in zip(completions, answer, tolerance)]
+def brief(completions, answer, completion_ids):
+    return [float(c == a and len(i) < 9) for c, a, i in zip(completions, answer, completion_ids)]
+def part_0(completions, answer):
+    return [float(c == str(a)) for c, a in zip(completions, answer)]
+part_1, part_2 = (lambda completions, answer: part_0(completions, answer) for _ in range(2))
+def added(completions, answer):
+    return [(0.7 + 0.2 + 0.1) * (c == str(a)) for c, a in zip(completions, answer)]
 value = 3
 """
 EXAMPLE = Example("1+1=", "2", "one and one", {"prompt": "1+1=", "answer": "2", "level": 3})
@@ -380,6 +389,36 @@ def test_a_report_shows_the_outcome_of_the_evaluation(tmp_path, rewards):
     example = task.example("train", 0)
     task.follow(lambda: RunState(1, 1, 0.0))
     assert task.scored([Attempt(example, "2", [1, 2])])[0].outcome == 1.0
-    assert task.outcome(example, "2") == 1.0
-    with pytest.raises(ValueError, match="completion_ids are not known for an answer .* as text"):
-        task.outcome(example, "3")
+    assert task.outcome(example, "2", [1, 2]) == 1.0
+    for answer in ("2", "3"):
+        with pytest.raises(ValueError, match="completion_ids are not known for an answer .*text"):
+            task.outcome(example, answer)
+
+
+def test_a_kept_outcome_is_that_of_the_same_completion_and_columns(tmp_path, rewards):
+    rows = [{"prompt": "pi=", "answer": "3.14", "tolerance": value} for value in (0.5, 0.001)]
+    others = write(tmp_path / "train.jsonl", [{"prompt": "e=", "answer": "2.7", "tolerance": 1}])
+    test = write(tmp_path / "test.jsonl", rows)
+    given = {"source": others, "test_source": test, "num_test": 2}
+    task = RowsConfig(reward="rewards_for_test:near", **given).build()
+    examples = [task.example("test", i) for i in range(2)]
+    found = [one.outcome for one in task.scored([Attempt(e, "3.3") for e in examples])]
+    assert found == [task.outcome(e, "3.3") for e in examples] == [1.0, 0.0]
+    task = RowsConfig(reward="rewards_for_test:brief", **given).build()
+    attempts = [Attempt(examples[0], "3.14", ids) for ids in ([1] * 9, [1])]
+    found = [one.outcome for one in task.scored(attempts)]
+    assert found == [task.outcome(a.example, a.answer, a.completion_ids) for a in attempts]
+    assert found == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("weights", [[0.7, 0.2, 0.1], [0.6, 0.3, 0.1]])
+def test_parts_that_sum_to_the_score_of_a_right_answer_make_one(tmp_path, rewards, weights):
+    """0.7 + 0.2 + 0.1 is 0.9999999999999999 in floating point."""
+    source = write(tmp_path / "r.jsonl", sums(40))
+    names = [f"rewards_for_test:part_{i}" for i in range(3)]
+    task = RowsConfig(source=source, reward=names, reward_weights=weights).build()
+    example = task.example("train", 0)
+    assert task.outcome(example, example.answer) == 1.0
+    assert task.outcome(example, "x") == 0.0
+    task = RowsConfig(source=source, reward="rewards_for_test:added").build()
+    assert task.outcome(example, example.answer) == 1.0

@@ -18,10 +18,11 @@ from mtp.training.objectives.head_kl import HeadKL
 from mtp.training.objectives.head_tv import HeadTV
 from mtp.training.objectives.main_ce import MainCE
 from mtp.training.objectives.policy import Policy
+from mtp.training.objectives.preserve import Preserve
 from mtp.training.objectives.reference_kl import ReferenceKL
 from mtp.training.objectives.scored import replay_batch
 from mtp.training.optimizers import OptimizerConfig, build_optimizer, split_parameters
-from mtp.training.step_module import wrap
+from mtp.training.step_module import reference_rows, wrap
 from mtp.training.update import update
 
 
@@ -196,6 +197,50 @@ def test_the_reference_kl_is_zero_for_main_at_the_reference_and_not_for_the_head
         )
         assert abs(terms["reference_kl_main"].total.item()) < 1e-4
         assert terms["reference_kl_head"].total.item() > 1.0
+
+
+def test_preserve_counts_every_written_position_once():
+    """Also in a text that main wrote, whose tokens are the targets of several of the head's rows."""
+    model, other = tiny_model(), tiny_model(seed=1)
+    prompts, out, advantages = rollouts(model)
+    with torch.no_grad():
+        for main_wrote in (False, True):
+            if main_wrote:
+                batch = collate_text(SAMPLES, PLAN, 4, PAD)
+                starts = [(len(p), len(c)) for p, c in SAMPLES]
+            else:
+                batch = collate_rollouts(prompts, out, advantages, [0, 1, 2, 3], 4, PAD)
+                starts = [(len(p), int(n)) for p, n in zip(prompts, out.lengths, strict=True)]
+            scored = replay_batch(model, batch, channel_gradient=1.0, use_head=True)
+            inputs = StreamInputs(scored, batch, reference=reference_rows(other, batch))
+            log_q = model(batch.tokens).logits.log_softmax(-1)
+            log_p = other(batch.tokens).logits.log_softmax(-1)
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+            written = [kl[row, a - 1 : a - 1 + n] for row, (a, n) in enumerate(starts)]
+            stream = Preserve(weight=1.0)
+            term = stream.terms(inputs)["preserve"]
+            number = sum(map(len, written))
+            assert number == stream.counts(batch)["preserve"] == term.metrics["preserve/kl"][1]
+            assert torch.allclose(term.total, torch.cat(written).sum(), rtol=1e-4)
+
+
+def test_small_slot_weights_do_not_shrink_the_loss():
+    fabric = Fabric(accelerator="cpu", devices=1)
+    losses = []
+    for factor in (1.0, 1e-3):
+        model = tiny_model()
+        stream = HeadCE(weight=1.0, slot_weights=[factor, factor / 2, factor / 4])
+        wrapped, parts = wrap(fabric, model), split_parameters(model)
+        optimizers = {
+            part: fabric.setup_optimizers(torch.optim.SGD(parts[part].values(), lr=0.0))
+            for part in parts
+        }
+        metrics = update(
+            fabric, wrapped, optimizers, [collate_text(SAMPLES, PLAN, 4, PAD)],
+            ObjectiveConfig(head_ce=stream), clip_norms={"main": 1e9, "head": 1e9},
+        )  # fmt: skip
+        losses.append([metrics[name] for name in ("loss", "loss/head_ce", "head/grad_norm")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and min(losses[0]) > 0.1
 
 
 OBJECTIVES = {

@@ -157,10 +157,25 @@ def test_the_channel_opens_evenly():
             {"num_prompts": 3, "num_minibatches": 2},
             "stages.x.rollouts.num_minibatches must divide stages.x.rollouts.num_prompts=3, got 2",
         ),
+        (
+            {"drop_uninformative": True, "policy": {"algorithm": "reinforce_pp"}},
+            "stages.x.rollouts.drop_uninformative=true .* which have an advantage under batch_std",
+        ),
+        (
+            {"mode": "slow", "reference_kl": {"weight": 1.0, "kind": "k1"}},
+            "reference_kl.kind=k1 .* the head samples none with stages.x.rollouts.mode=slow",
+        ),
+        (
+            {"mode": "verified", "reference_kl": {"weight": 1.0, "kind": "k3"}},
+            "reference_kl.kind=k3 .*; use .*reference_kl.kind=full or head_weight=0",
+        ),
     ],
 )
 def test_rollouts_that_contradict_each_other_name_their_keys(settings, message):
-    policy = ObjectiveConfig(policy=Policy(weight=1.0))
+    settings = dict(settings)
+    policy = Policy(weight=1.0, **settings.pop("policy", {}))
+    kl = ReferenceKL(**settings.pop("reference_kl", {}))
+    policy = ObjectiveConfig(policy=policy, reference_kl=kl)
     stage = StageConfig(rollouts=RolloutsConfig(**{"num_prompts": 4} | settings), objective=policy)
     with pytest.raises(ValueError, match=message):
         stage.validate("x")

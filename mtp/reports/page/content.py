@@ -21,6 +21,8 @@ MAX_POINTS = 2000
 """Points of a curve over training on the whole page: more are averaged."""
 MAX_ROLLOUTS = 4000
 """Rollouts on the whole page."""
+MAX_SETTINGS = 6
+"""Settings that a table of runs and the name of a group show at most, besides the seed."""
 MAX_PAIRED = 40
 """Evaluations that are compared pair by pair; of more, each with the first one only."""
 MODES = ("slow", "fast", "verified")
@@ -37,6 +39,7 @@ class Page:
 def page_data(runs: list[Run], title: str) -> Page:
     """Everything that the page shows."""
     rollouts = kept_rollouts(runs)
+    names = group_names(runs)
     data = {
         "title": title,
         "runs": [
@@ -44,13 +47,13 @@ def page_data(runs: list[Run], title: str) -> Page:
                 "name": run.name,
                 "status": run.status,
                 "error": run.error,
-                "overrides": run.overrides,
+                "overrides": shown_settings(run),
                 "seed": run.settings.get("seed"),
                 "stages": stage_rows(run),
                 "curves": curves(run, MAX_POINTS // len(runs)),
                 "points": evaluation_points(run),
                 "finals": final_points(run),
-                "group": group_name(run),
+                "group": names[number],
                 "times": step_times(run),
                 "measures": run.measures,
                 "slots": slot_means([r for r in rollouts if r["run"] == number], stage_rows(run)),
@@ -199,22 +202,45 @@ def step_times(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def group_name(run: Run) -> str:
-    """Settings that runs have in common if they differ by seed alone."""
-    shared = [f"{key}={value}" for key, value in run.overrides.items() if key != "seed"]
-    variant = PurePosixPath(run.name).parent.as_posix()
-    return ", ".join(shared if variant == "." else [variant, *shared]) or "all seeds"
+def shown_settings(run: Run) -> dict[str, str]:
+    """The first settings in which a run differs from the others, and its seed."""
+    others = {key: value for key, value in run.overrides.items() if key != "seed"}
+    return dict(list(others.items())[:MAX_SETTINGS]) | {
+        key: value for key, value in run.overrides.items() if key == "seed"
+    }
+
+
+def group_names(runs: list[Run]) -> list[str]:
+    """For each run the name of its group: the runs that differ from it by seed alone."""
+    names: dict[tuple[str, ...], str] = {}
+    found = []
+    for run in runs:
+        shared = [f"{key}={value}" for key, value in run.overrides.items() if key != "seed"]
+        variant = PurePosixPath(run.name).parent.as_posix()
+        words = shared if variant == "." else [variant, *shared]
+        if (key := tuple(words)) not in names:
+            shown = words[: MAX_SETTINGS + 1]
+            more = len(words) - len(shown)
+            name = ", ".join([*shown, *([f"{more} more"] if more else [])]) or "all seeds"
+            alike = sum(one == name or one.startswith(f"{name} (") for one in names.values())
+            names[key] = f"{name} ({alike + 1})" if alike else name
+        found.append(names[key])
+    return found
 
 
 def seed_groups(runs: list[Run]) -> list[dict[str, Any]]:
-    """Runs that have ended and differ by seed alone: mean and interval of each metric."""
-    members: dict[tuple[str, str], list[tuple[Run, dict[str, Any]]]] = defaultdict(list)
-    for run in runs:
+    """Runs that have ended and differ by seed alone: mean and interval of each metric.
+
+    Of runs with the same seed the last one counts.
+    """
+    members: dict[tuple[str, str], dict[str, tuple[Run, dict[str, Any]]]] = defaultdict(dict)
+    for run, name in zip(runs, group_names(runs), strict=True):
         rows = stage_rows(run)
         if run.status == "ended" and rows and "seed" in run.overrides:
-            members[group_name(run), rows[-1]["name"]].append((run, rows[-1]))
+            members[name, rows[-1]["name"]][run.overrides["seed"]] = (run, rows[-1])
     groups = []
-    for (name, stage), found in members.items():
+    for (name, stage), by_seed in members.items():
+        found = list(by_seed.values())
         if len(found) < 2:
             continue
         metrics = {}

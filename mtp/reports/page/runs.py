@@ -16,9 +16,9 @@ DESCRIPTIONS = ("config.yaml", "run.yaml")
 NOT_COMPARED = (
     "name", "run_dir", "resume", "overwrite", "dry_run", "logger", "fabric", "experiment", "commit",
 )  # fmt: skip
-"""Settings that do not say how two runs differ."""
-MAX_SETTINGS = 6
-"""Settings that a table of runs shows at most."""
+"""Settings, and groups of them, that do not say how two runs differ."""
+COMPARED = ("fabric.precision",)
+"""Settings of these groups that do."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Run:
     error: str | None = None
     """First line of the error of a sweep's job that failed."""
     overrides: dict[str, str] = field(default_factory=dict)
-    """Settings in which this run differs from the others of the page."""
+    """Settings in which this run differs from the others of the page, the seed last."""
     measures: list[dict[str, Any]] = field(default_factory=list)
     """Results of `mtp evaluate --measure`."""
 
@@ -161,13 +161,12 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _differing(runs: list[Run]) -> list[str]:
-    """Keys of settings in which runs differ, the seed last; none if there are too many."""
+    """Keys of settings in which runs differ, the seed last."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     found = [
         key
         for key in keys
-        if key.partition(".")[0] not in NOT_COMPARED
+        if (key in COMPARED or key.partition(".")[0] not in NOT_COMPARED)
         and len({run.settings.get(key) for run in runs}) > 1
     ]
-    without_seed = [key for key in found if key != "seed"]
-    return [*without_seed[:MAX_SETTINGS], *(["seed"] if "seed" in found else [])]
+    return sorted(found, key=lambda key: key == "seed")

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from ..batch import TextBatch
+from ..batch import PolicyRows, Rows, TextBatch
 from .scored import OutputRows
-from .stream import Stream, StreamInputs, Term, mean_of
+from .stream import Stream, StreamInputs, Term, mean_where
 
 
 @dataclass(kw_only=True)
@@ -23,9 +24,9 @@ class Preserve(Stream):
     scores_head: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
 
-    def counts(self, batch: TextBatch) -> dict[str, float]:
-        """Number of written tokens of both emitters."""
-        return {"preserve": len(batch.main) + len(batch.head)}
+    def counts(self, batch: TextBatch) -> dict[str, float | Tensor]:
+        """Number of written tokens, whichever emitter wrote them."""
+        return {"preserve": len(batch.main) + is_heads_own(batch).sum()}
 
     def terms(self, inputs: StreamInputs) -> dict[str, Term]:
         """Sum of the divergence over the written tokens, in nats.
@@ -34,9 +35,26 @@ class Preserve(Stream):
         """
         scored, batch, reference = inputs.scored, inputs.batch, inputs.reference_rows()
         rows = torch.cat([batch.main.positions, batch.head.positions])
-        main = scored.main
+        main, own = scored.main, is_heads_own(batch)
+        counted = torch.cat([own.new_ones(len(batch.main)), own])
         everywhere = OutputRows(
             scored.flat_hidden[rows], main.output, batch.tokens.flatten()[rows + 1], main.impl
         )
         kl = everywhere.kl(reference.hidden, reference.output, rows, reverse=False)
-        return {"preserve": Term(kl.sum(), self.weight, {"preserve/kl": mean_of(kl.detach())})}
+        metrics = {"preserve/kl": mean_where(kl.detach(), counted)}
+        return {"preserve": Term((kl * counted).sum(), self.weight, metrics)}
+
+
+def is_heads_own(batch: TextBatch) -> Tensor:
+    """[R] bool: True for the head's rows whose tokens main has no row for.
+
+    The head's rows of a text that main wrote, a solved one or a slow rollout, are targets of what
+    it would have written: main has a row for each of their tokens.
+    """
+
+    def places(rows: Rows) -> Tensor:
+        if not isinstance(rows, PolicyRows):
+            return rows.positions
+        return rows.positions + rows.rollouts * batch.tokens.numel()
+
+    return ~torch.isin(places(batch.head), places(batch.main))
