@@ -169,7 +169,7 @@ def thought_row(
             "slots": slots,
             "accepted": accepted,
             "logprob": [None if s == FORCED else v for v, s in zip(logprobs, slots, strict=True)],
-            **_texts(scores[segment], fmt),
+            **_texts(scores[segment], ids, fmt),
         }
         for name, values in added.items():
             columns.setdefault(name, []).extend(values)
@@ -191,8 +191,8 @@ def thought_row(
 
 
 def _says_something(values: list[Any]) -> bool:
-    """Whether a column holds anything but zeros and None."""
-    return any(value is not None and value != 0 for value in values)
+    """Whether a column holds anything but zeros and None; False says that two tokens differ."""
+    return any(value is not None and (value is False or value != 0) for value in values)
 
 
 def _rounded(values: list[Any]) -> list[Any]:
@@ -206,8 +206,12 @@ def _rounded(values: list[Any]) -> list[Any]:
     return short(values)
 
 
-def _texts(scores: TokenScores, fmt: PromptFormat) -> dict[str, list[Any]]:
-    """Columns of a segment's scores, with texts in place of token ids."""
+def _texts(scores: TokenScores, ids: list[int], fmt: PromptFormat) -> dict[str, list[Any]]:
+    """Columns of a segment's scores, with texts in place of token ids.
+
+    `agrees`: whether main's likeliest token is the one that was written. Its text alone does not
+    say so, since a token's text may depend on where it stands.
+    """
 
     def text(token: int | None) -> str | None:
         return None if token is None else str(fmt.tokenizer.decode([token]))
@@ -217,6 +221,10 @@ def _texts(scores: TokenScores, fmt: PromptFormat) -> dict[str, list[Any]]:
 
     columns = dict(vars(scores))
     columns["alternatives"] = [texts(found) for found in scores.alternatives]
+    columns["agrees"] = [
+        None if token is None else token == written
+        for token, written in zip(scores.main_likeliest, ids, strict=True)
+    ]
     for name in ("main_likeliest", "reference_likeliest"):
         columns[name] = [text(token) for token in columns[name]]
     return columns

@@ -109,8 +109,8 @@ def thoughts_by_segment(batch: Rollouts, fmt: PromptFormat) -> list[tuple[int, i
 def step_metrics(batches: list[Rollouts], task: Task, fmt: PromptFormat) -> dict[str, float | None]:
     """Share of the thoughts' steps that are true, and the number of steps that were checked.
 
-    Both are None for a task whose steps cannot be checked. The number matters if a task checks
-    only steps that it can read: damaged ones lower it.
+    Both are None for a task whose steps cannot be checked, and the share where there was none. The
+    number matters if a task checks only steps that it can read: damaged ones lower it.
     """
     true = total = 0
     for batch in batches:
@@ -120,7 +120,7 @@ def step_metrics(batches: list[Rollouts], task: Task, fmt: PromptFormat) -> dict
                 return {"true_steps": None, "steps_per_thought": None}
             true, total = true + steps[0], total + steps[1]
     number = sum(map(len, batches))
-    return {"true_steps": true / total if total else 0.0, "steps_per_thought": total / number}
+    return {"true_steps": true / total if total else None, "steps_per_thought": total / number}
 
 
 def unigram_drift(batches: list[Rollouts], fmt: PromptFormat) -> float | None:

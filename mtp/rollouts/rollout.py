@@ -207,7 +207,9 @@ class Rollouts:
     def pass_starts(self, segment: int, marks: Set[int]) -> list[int]:
         """Tokens of a segment with which a pass begins. marks: ids of delimiters."""
         length = int(self.out.lengths[segment])
-        slots, accepted = (x[segment, :length].tolist() for x in (self.out.slots, self.out.accepted))
+        slots, accepted = (
+            x[segment, :length].tolist() for x in (self.out.slots, self.out.accepted)
+        )
         return pass_starts(self.out.completion(segment), slots, accepted, marks)
 
     def total(self, values: torch.Tensor) -> torch.Tensor:

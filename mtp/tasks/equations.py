@@ -13,7 +13,8 @@ what is directly on its two sides.
 | `20%` | 0.2 |
 | `20% of 60`, `1/3 of 60` | products |
 | `2(76+35)` | a product |
-| `T + 5`, `2x`, `3 * apples` | nothing that can be read |
+| `T + 5`, `2x`, `3 * apples`, `√16` | nothing that can be read |
+| `twice 5 + 3`, `20% of the 60`, `3 1/2` | nothing that can be read |
 
 Left out: powers, number words other than `half`, equations in words (`6 times 9 equals 54`).
 """
@@ -36,6 +37,20 @@ _FIRST = re.compile(rf"\s*({_EXPRESSION})(?!\s*[-−+*×÷/(^]|\s*\b[xX]\b)")
 _LAST = re.compile(rf"({_EXPRESSION})\s*$")
 _PART = re.compile(rf"({_OPERAND}){_UNIT}({_OPERATOR})?")
 _OPERATOR_BEFORE = re.compile(r"(?:[-−+*×÷/(^]|\b[xX])\s*$")
+
+_PART_OF = (
+    rf"(?:%|\d|\b(?:half|root|quarter|(?:thir|four|fif|six|seven|eigh|nin|ten|hundred)(?:d|th))s?)"
+    rf"\s+of(?:\s+{_WORD}+)?"
+)
+_MORE_BEFORE = re.compile(
+    rf"(?:\d|√|\b(?:twice|thrice|double|triple|times|minus|negative|sqrt|log|ln)|{_PART_OF})\s*$",
+    re.IGNORECASE,
+)
+"""Text that makes an expression after it a part of another one."""
+_MIXED = re.compile(
+    rf"(?:\s*{_EXPRESSION}{_OPERATOR})?\s*{_OPERAND}(?:\s+(?!(?:and|or|so|then)\b){_WORD}+)?\s+\d"
+)
+"""A number that another one continues: `6 1/2`, `5 feet 8 inches`."""
 
 _PAIR = re.compile(rf"({_OPERAND}{_UNIT})(\s*[+*×]\s*|\s+[xX]\s+)({_OPERAND}{_UNIT})(?=\s*=)")
 """A sum or a product of two operands up to the `=` after it."""
@@ -109,7 +124,8 @@ def _compare(left: str, right: str) -> bool | None:
         return None
     before = left[: last.start()]
     is_signed = last[1][0] in "-−" and before.strip()
-    if is_signed or _OPERATOR_BEFORE.search(before):
+    is_part = _OPERATOR_BEFORE.search(before) or _MORE_BEFORE.search(before)
+    if is_signed or is_part or _MIXED.match(right):
         return None
     has_operator = len(_PART.findall(last[1])) > 1 or re.search(r"\d[/|]\d", last[1])
     values = _value(last[1]), _value(first[1])

@@ -10,6 +10,7 @@ writes `true`, `false` or `null` (the gold answer cannot be read) per line.
 
 import importlib.util
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -85,6 +86,24 @@ def _close(worker: subprocess.Popen[str]) -> None:
             pipe.close()
 
 
+_NUMBER = re.compile(r"\$?\s*(?:\\boxed\{)?\s*[-+−]?\$?[\d.,]+\s*%?\s*\}?\s*\$?")
+_POWER = re.compile(r"\*\*|(?:\\times|\\cdot|[*×·])\s*10\s*\^")
+"""Powers, and the power of ten of a number such as `1.2 * 10^5`."""
+_COMPUTES = re.compile(
+    r"(?<=[\d)}])\s*(?:[+*×·÷]|-\s*(?=[\d({\\]))|\\(?:times|cdot|div|sum|prod|int|binom|lim)(?![a-z])"
+)
+
+
+def _only_asks(gold: str, answer: str) -> bool:
+    """True for a gold answer that is a number, and an answer that still has to be computed.
+
+    `37+85` asks for 122 as a question does. A fraction, a root, a power or `1.2 * 10^5` is a way to
+    write a number, and `37+85=122` ends with one.
+    """
+    last = re.split(r"=(?![^{]*\})", answer)[-1]  # not that of `\sum_{i=1}`
+    return bool(_NUMBER.fullmatch(gold.strip()) and _COMPUTES.search(_POWER.sub("^", last)))
+
+
 def _equal(gold: str, answer: str) -> bool | None:
     from math_verify import parse, verify
 
@@ -95,6 +114,8 @@ def _equal(gold: str, answer: str) -> bool | None:
     wanted = read(gold, latex=True) or read(gold, latex=False)
     if not wanted:
         return None
+    if _only_asks(gold, answer):
+        return False
     return any(
         verify(wanted, read(answer, latex=latex), timeout_seconds=None) for latex in (False, True)
     )

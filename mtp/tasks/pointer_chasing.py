@@ -67,6 +67,11 @@ class PointerChasingConfig(TaskConfig):
                 f"task.hops must be at least 2 with task.split=true, got {self.hops}; one hop "
                 "reads the prompt's table only"
             )
+        if not self.split and self.hops % self.num_nodes == 0:
+            raise ValueError(
+                f"task.hops must not be a multiple of task.num_nodes={self.num_nodes}, got "
+                f"{self.hops}: a table is one cycle, so the last node would be the first"
+            )
         if self.thought not in ("edges", "nodes"):
             raise ValueError(f"task.thought must be edges or nodes, got {self.thought!r}")
         if self.thought == "nodes" and self.hops < 2:

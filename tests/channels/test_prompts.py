@@ -23,7 +23,9 @@ def read(monkeypatch):
     found = []
     made = PromptFormat.conversation_ids
     monkeypatch.setattr(
-        PromptFormat, "conversation_ids", lambda self, given: found.append(given) or made(self, given)
+        PromptFormat,
+        "conversation_ids",
+        lambda self, given: found.append(given) or made(self, given),
     )
     return found
 

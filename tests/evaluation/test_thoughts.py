@@ -1,14 +1,18 @@
 """Records of rollouts: scores of tokens, passes, phases, steps and mistakes, by hand."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import CLOSE, EOS, PAD, rollouts, tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from toy import build_toy, save_toy
+from transformers import PreTrainedTokenizerFast
 
 from mtp.evaluation.evaluate import evaluate
 from mtp.evaluation.thoughts import (
+    _texts,
     choose,
     first_mistake,
     mistake,
@@ -16,9 +20,11 @@ from mtp.evaluation.thoughts import (
     phase_starts,
     thought_rows,
 )
-from mtp.evaluation.token_scores import token_scores
+from mtp.evaluation.token_scores import TokenScores, token_scores
 from mtp.modeling.phases import PhasePlan
+from mtp.reports.page.slots import slot_means
 from mtp.rollouts.rollout import DecodingConfig, Rollouts, pass_starts
+from mtp.rollouts.tokenization import text_pieces
 from mtp.tasks.base import Example, Step
 from mtp.tasks.running_sum import RunningSumConfig
 
@@ -128,6 +134,8 @@ def test_rollouts_of_an_evaluation_as_records(tmp_path):
         columns = ("tokens", "slots", "logprob", "entropy", "reference")
         assert {len(row[name]) for name in columns} == {len(ids)}
         assert row["right"] is False and row["mistake"]["kind"] in ("step", "missing")
+        heads = [slot > 0 for slot in row["slots"]]
+        assert [value is not None for value in row["agrees"]] == heads
     most = 8 * (sum(lengths[:2]) + 1)
     few = thought_rows(model, decoded, task, text, ends_stage=False, stage="rl", max_tokens=most)
     assert [row["problem"] for row in few] == [0, 1, 2]
@@ -139,6 +147,25 @@ def test_rollouts_of_an_evaluation_as_records(tmp_path):
         ("fast", "0" * 6),
     ]
     assert outcomes[0]["problems"] == outcomes[1]["problems"]
+
+
+def test_agreement_is_of_tokens_and_not_of_their_texts():
+    """A token's own text lacks the space that it has within a text."""
+    core = Tokenizer(models.WordLevel({"▁the": 0, "▁cat": 1, "</s>": 2}, unk_token="</s>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    core.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    scores = TokenScores.empty(3, has_reference=False)
+    scores.main_likeliest = [None, 1, 0]
+    columns = _texts(scores, [0, 1, 1], SimpleNamespace(tokenizer=tokenizer))
+    assert columns["main_likeliest"] == [None, "cat", "the"]
+    assert text_pieces(tokenizer, [0, 1, 1]) == ["the", " cat", " cat"]
+    row = {
+        "stage": "rl", "ends_stage": True, "mode": "fast", "tokens": ["the", " cat", " cat"],
+        "slots": [0, 1, 2], "phases": [[0, "thought", "fast"]], "agrees": columns["agrees"],
+    }  # fmt: skip
+    (found,) = slot_means([row], [])
+    assert found["agreement"] == [None, 1.0, 0.0]
 
 
 def test_wrong_rollouts_are_kept_before_right_ones(monkeypatch):

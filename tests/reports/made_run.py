@@ -30,6 +30,7 @@ def rollout(
         "logprob": [-0.25] * number, "entropy": [0.125 * (slot + 1) for slot in slots],
         "alternatives": [[[token, -0.25], ["7", -2.0]] for token in tokens],
         "main": heads, "main_likeliest": ["5" if slot else None for slot in slots],
+        "agrees": [t == "5" if slot else None for t, slot in zip(tokens, slots, strict=True)],
         "message": [1.5 if slot else None for slot in slots],
         "reference": [-1.0] * number, "reference_likeliest": ["8"] * number,
     }  # fmt: skip

@@ -55,6 +55,17 @@ TRUE, FALSE = [True], [False]
         ("12 ÷ (2/3) = 18 and 12 / (8/2) = 3", [True, True]),
         ("2 * (3 + (4 - 6)) = 2", TRUE),
         ("which (with 48 letters) is a total of 48 * 3 = 144 letters.", TRUE),
+        # expressions that are read in part only are not counted
+        ("√16 + 1 = 17", []),
+        ("20% of the 60 + 5 = 65", []),
+        ("a third of 30 + 5 = 35", []),
+        ("twice 5 + 3 = 8", []),
+        ("it is 5 times 3 + 2 = 5", []),
+        ("3 1/2 + 1 = 1.5", []),
+        ("13/2 = 6 1/2 hours", []),
+        ("5 feet 6 inches + 2 inches = 5 feet 8 inches", []),
+        ("for a total of 3 + 4 = 7 apples", TRUE),
+        ("There are 20 x 0.5 = 10.0 liters of water from the 20 liters lemon drink.", TRUE),
         # chains and variables: only what can be read is counted
         ("She has 74 + 39 + 31 + T = 144 + T = 241 toys for her brother.", []),
         ("Thus, T = 241 - 144 = 97 bouncy balls came in the tube.", TRUE),

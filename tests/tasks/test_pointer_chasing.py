@@ -99,6 +99,7 @@ def test_splits_are_disjoint_and_repeatable():
         ({"hops": 1, "split": True}, "task.hops must be at least 2 with task.split=true, got 1"),
         ({"thought": "edge"}, "task.thought must be edges or nodes, got 'edge'"),
         ({"hops": 1, "thought": "nodes"}, "must be at least 2 with task.thought=nodes, got 1"),
+        ({"num_nodes": 8, "hops": 8}, "hops must not be a multiple of task.num_nodes=8, got 8"),
         ({"num_nodes": 6}, "task.num_nodes=6 leaves too few prompts to split; raise it to 7"),
     ],
 )

@@ -341,6 +341,20 @@ def verifier():
         ("x+1", "1+x", 1.0),
         ("1,000", "1000", 1.0),
         ("(1,2)", "(2,1)", 0.0),
+        # a number that still has to be computed is no answer, another way to write it is one
+        ("122", "37+85", 0.0),
+        ("122", "$37+85=$", 0.0),
+        ("46", "What is 12+34", 0.0),
+        ("55", r"\sum_{i=1}^{10} i", 0.0),
+        ("-2", r"3 \times 1 - 5", 0.0),
+        ("122", "37+85=122", 1.0),
+        ("5", "x+2=7, x=5", 1.0),
+        ("120000", r"1.2 \times 10^5", 1.0),
+        ("1024", "2**10", 1.0),
+        ("42", "The answer is 42!", 1.0),
+        ("3", "non-negative 3", 1.0),
+        (r"2\sqrt{3}", r"2 \times \sqrt{3}", 1.0),
+        ("2+3x", "3x+2", 1.0),
     ],
 )
 def test_math_equality(verifier, gold, answer, right):

@@ -200,7 +200,7 @@ def test_the_reference_kl_is_zero_for_main_at_the_reference_and_not_for_the_head
 
 
 def test_preserve_counts_every_written_position_once():
-    """Also in a text that main wrote, whose tokens are the targets of several of the head's rows."""
+    """Also in a text that main wrote: its tokens are targets of several of the head's rows."""
     model, other = tiny_model(), tiny_model(seed=1)
     prompts, out, advantages = rollouts(model)
     with torch.no_grad():

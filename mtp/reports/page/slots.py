@@ -55,9 +55,9 @@ def collect(row: dict[str, Any], values: dict[str, dict[int, list[float]]]) -> N
             value = row.get("reference", none)[at]
             if value is not None:
                 values["reference"][slot].append(-value)
-            likeliest = row.get("main_likeliest", none)[at]
-            agrees = slot == 0 or (agrees and likeliest == row["tokens"][at])
-            if slot > 0 and likeliest is not None:
+            same = row.get("agrees", none)[at]
+            agrees = slot == 0 or (agrees and same is True)
+            if slot > 0 and same is not None:
                 values["agreement"][slot].append(float(agrees))
 
 
