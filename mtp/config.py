@@ -47,7 +47,7 @@ class RunConfig:
     overwrite: bool = False
     """Replace an existing run."""
     dry_run: bool = False
-    """Build everything, run three steps of each stage and one export, and print the cost of a full
+    """Build everything, run a few steps of each stage and one export, and print the cost of a full
     run."""
     checkpoint_minutes: float = bounded(10.0, at_least=0)
     """Minutes between two checkpoints within a stage."""

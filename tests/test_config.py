@@ -1,6 +1,7 @@
 """Every file of conf/ composes; a mistake is one line that names its key, and so is a bad value."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -244,6 +245,16 @@ def test_an_empty_dataset_is_named(tmp_path):
     source = tmp_path / "empty.jsonl"
     source.write_text("")
     assert str(source) in mistake("task=rows", f"task.source={source}")
+
+
+def test_the_experiment_of_the_docs_composes(tmp_path):
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/howto.md").read_text(), re.DOTALL)
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    added = f"hydra.searchpath=[file://{tmp_path}]"
+    config = run_config(added, "experiment=mine")
+    assert config.task.source == "problems.jsonl"
+    assert config.active_stages()["joint"].steps == 480
 
 
 def test_a_mistake_in_an_experiment_names_the_file(tmp_path):

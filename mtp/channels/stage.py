@@ -244,9 +244,9 @@ def rl_loss(
     prompts = [run.fmt.question_ids(example) for example in copies]
     rows = channel.rollouts(run.model, run.fmt, prompts, options)
     run.model.train()
-    answers = [run.fmt.answer_text(row.text) for row in rows]
-    given = [i for i, answer in enumerate(answers) if answer is not None]
-    attempts = [Attempt(copies[i], answers[i]) for i in given]
+    answers = {i: run.fmt.answer_text(row.text) for i, row in enumerate(rows)}
+    given = {i: answer for i, answer in answers.items() if answer is not None}
+    attempts = [Attempt(copies[i], answer) for i, answer in given.items()]
     outcomes = torch.zeros(len(copies))
     for i, scored in zip(given, run.task.scored(attempts), strict=True):
         outcomes[i] = scored.outcome

@@ -209,8 +209,8 @@ def _rounded(values: list[Any]) -> list[Any]:
 def _texts(scores: TokenScores, ids: list[int], fmt: PromptFormat) -> dict[str, list[Any]]:
     """Columns of a segment's scores, with texts in place of token ids.
 
-    `agrees`: whether main's likeliest token is the one that was written. Its text alone does not
-    say so, since a token's text may depend on where it stands.
+    `agrees`: whether main's likeliest token is the one that was written. The two texts alone do not
+    say so, since a token's text may depend on the tokens before it.
     """
 
     def text(token: int | None) -> str | None:

@@ -15,7 +15,7 @@ from rich.progress import (
 )
 
 LINE_SECONDS = 30
-"""Where there is no terminal, the time between two lines."""
+"""Seconds between two lines of progress where there is no terminal."""
 Report = Callable[[str, int, int], None]
 """Receives the name of a part of some work, how much of the part is done, and all of it."""
 
@@ -30,7 +30,7 @@ class StageProgress:
     def __init__(
         self, stage: str, steps: int, done: int, console: Console, transient: bool = False
     ):
-        """transient: remove the bar from the terminal at its end."""
+        """transient: remove the progress bar from the terminal at its end."""
         self.stage, self.steps, self.console = stage, steps, console
         self._last = time.monotonic()
         self._bar: Progress | None = None
@@ -68,8 +68,8 @@ class StageProgress:
 
 
 class PartsProgress:
-    """A `Report` for parts that come one after another: on a terminal a bar, which is removed with
-    its part; elsewhere a line every half minute, so that short work leaves none.
+    """A `Report` for parts that come one after another: on a terminal a progress bar, which is
+    removed with its part; elsewhere a line every half minute, so that short work leaves none.
     """
 
     def __init__(self, console: Console):

@@ -75,7 +75,7 @@ def test_seeds_of_a_sweep_are_a_group_with_an_interval(tmp_path):
 
 
 def test_only_runs_that_differ_by_seed_alone_are_a_group(tmp_path):
-    """By the precision, and by a setting that the table of runs has no column for."""
+    """Others differ by the precision, or by a setting for which the table has no column."""
 
     def groups(*kinds):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))

@@ -20,7 +20,7 @@ def shown(is_terminal):
 def test_a_terminal_shows_each_part_and_keeps_none():
     text = shown(True)
     assert text.index("slow") < text.index("fast") and "8/8" in text
-    erased = "\x1b[2K"  # as a bar is removed
+    erased = "\x1b[2K"  # as a progress bar is removed
     assert text.rindex("8/8") < text.rindex(erased)
 
 

@@ -1,7 +1,8 @@
 """A stream of the objective: its inputs, its terms and its properties.
 
 A new stream is one file: a dataclass that derives from `Stream`, and a line that names it,
-`STREAMS.add("my_stream", MyStream)`. A run sets it by `stages.*.objective.extra.my_stream.weight`.
+`STREAMS.add("my_stream", MyStream)`. A run adds it by
+`+stages.NAME.objective.extra.my_stream.weight=1`.
 """
 
 from collections.abc import Mapping
