@@ -6,7 +6,7 @@ which a reward may read. A row that could be read in two ways is refused.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
@@ -72,16 +72,23 @@ def to_examples(
         for at, turn in enumerate(turns)
         if turn.role == "assistant" and (config.turns == "all" or at == len(turns) - 1)
     ]
-    answer = _find(row, config.answer_column)
-    if turns[-1].role != "assistant":
+    answer, last = _find(row, config.answer_column), turns[-1]
+    if last.role != "assistant":
         text, thought = _solution(row, config, where)
         examples.append(_example(turns, text, thought, row, where))
-    elif answer is not None and _solution(row, config, where)[0] != turns[-1].content:
-        raise ValueError(
-            f"{where} must have one answer, got {str(answer)[:80]!r} in {config.answer_column!r} "
-            f"and another in its last message; set task.answer_column=null to use the message "
-            "(a reward still gets the column), or cut the message off"
-        )
+    else:
+        text, thought = last.content, _given_thought(row, config, where)
+        if answer is not None:
+            text, thought = _solution(row, config, where)
+        if text != last.content:
+            raise ValueError(
+                f"{where} must have one answer, got {str(answer)[:80]!r} in "
+                f"{config.answer_column!r} and another in its last message; set "
+                "task.answer_column=null to use the message (a reward still gets the column), or "
+                "cut the message off"
+            )
+        thoughts = {"the last message": last.thought, "the other columns": thought}
+        examples[-1] = replace(examples[-1], thought=one_thought(thoughts, where))
     if config.turns == "last":
         return [(fingerprint(example), example) for example in examples]
     opening = fingerprint(examples[0])
@@ -113,7 +120,7 @@ def _single(row: dict[str, Any], config: ColumnsConfig, where: str) -> Example:
     turns = _with_system([Turn("user", prompt)], row, config, where)
     if len(turns) > 1:
         return _example(turns, answer, thought, row, where)
-    return Example(prompt, answer, thought, dict(row), where)
+    return Example(prompt, answer, thought, _columns(row), where)
 
 
 def _example(
@@ -129,14 +136,13 @@ def _example(
         )
     messages: tuple[Message, ...] = tuple(turn.message for turn in before)
     prompt = _text(before[-1].content, "prompt_column", where)
-    return Example(prompt, answer, thought, dict(row), where, messages)
+    return Example(prompt, answer, thought, _columns(row), where, messages)
 
 
 def _solution(row: dict[str, Any], config: ColumnsConfig, where: str) -> tuple[str, str | None]:
     """(answer, thought) of a row, each from its column; the thought perhaps from the answer."""
     value = _column(row, config, "answer_column", where)
-    thought = _find(row, config.thought_column)
-    given = None if thought is None else _text(thought, "thought_column", where)
+    given = _given_thought(row, config, where)
     inner, tags = None, _tags(config)
     if is_messages(value):
         turns = read_turns(value, "task.answer_column", where, tags)
@@ -152,6 +158,25 @@ def _solution(row: dict[str, Any], config: ColumnsConfig, where: str) -> tuple[s
         if answer.startswith(tags.opening):
             inner, answer = tags.split(answer, f"the answer of {where}")
     return answer, one_thought({"task.thought_column": given, "the answer": inner}, where)
+
+
+def _given_thought(row: dict[str, Any], config: ColumnsConfig, where: str) -> str | None:
+    """The thought in its own column; None if there is none."""
+    thought = _find(row, config.thought_column)
+    return None if thought is None else _text(thought, "thought_column", where)
+
+
+def _columns(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns as a reward gets them: numbers as floats, however many digits were written."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Decimal):
+            return float(value)
+        if isinstance(value, dict):
+            return {name: plain(one) for name, one in value.items()}
+        return [plain(one) for one in value] if isinstance(value, list) else value
+
+    return {name: plain(value) for name, value in row.items()}
 
 
 def _tags(config: ColumnsConfig) -> Tags:

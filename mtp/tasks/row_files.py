@@ -8,11 +8,13 @@ A reader holds one row, or one batch of a Parquet file, in memory.
 
 import gzip
 import json
+import os
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from glob import glob, has_magic
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -136,7 +138,8 @@ def _lines(file: BinaryIO, path: Path, key: str, number: int) -> Iterator[tuple[
         if not text.strip():
             continue
         try:
-            row = json.loads(text, object_pairs_hook=_object)
+            # Decimals keep the digits that were written.
+            row = json.loads(text, object_pairs_hook=_object, parse_float=Decimal)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{key}: line {number} of {path} is not JSON: {error}") from None
         if not isinstance(row, dict):
@@ -169,7 +172,7 @@ def _parquet(path: Path, key: str, at: Any) -> Iterator[tuple[dict[str, Any], An
             twice = [name for name, count in Counter(schema.names).items() if count > 1]
             if twice:
                 raise ValueError(f"{key}={path} has the column {twice[0]!r} twice; rename one")
-            narrow = {c.name: NARROW_FLOATS.get(str(c.type)) for c in schema}
+            narrow = narrow_floats(schema)
             groups: list[int] = []
             for group in range(file.metadata.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
@@ -180,11 +183,8 @@ def _parquet(path: Path, key: str, at: Any) -> Iterator[tuple[dict[str, Any], An
             for batch in file.iter_batches(_BATCH, row_groups=groups) if groups else ():
                 first = max(0, begin - skipped)
                 for row in batch.slice(first).to_pylist():
-                    for name, dtype in narrow.items():
-                        if dtype is not None:
-                            row[name] = shortest(row[name], dtype)
                     first += 1
-                    yield row, skipped + first
+                    yield shortened(row, narrow), skipped + first
                 skipped += len(batch)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{key}={path} could not be read as Parquet: {error}") from None
@@ -195,10 +195,38 @@ def _parquet(path: Path, key: str, at: Any) -> Iterator[tuple[dict[str, Any], An
 NARROW_FLOATS = {"float": "float32", "halffloat": "float16"}
 """Arrow's names of the floats that are narrower than Python's, and NumPy's."""
 
+Narrow = str | dict[str, "Narrow"] | list["Narrow"] | None
+"""Places of narrow floats in a value: NumPy's name of its type, or those in the fields of a dict or
+in the items of a list. None: there are none."""
 
-def shortest(value: float | None, dtype: str) -> float | None:
-    """The float with the fewest digits that `dtype` rounds to `value`: 0.1, not 0.10000000149."""
-    return None if value is None else float(str(numpy.dtype(dtype).type(value)))
+
+def narrow_floats(schema: Any) -> dict[str, Narrow]:
+    """Places of narrow floats in the columns of an Arrow schema."""
+    from pyarrow import types
+
+    def within(kind: Any) -> Narrow:
+        if types.is_struct(kind):
+            fields = {field.name: within(field.type) for field in kind}
+            return fields if any(fields.values()) else None
+        if hasattr(kind, "value_type") and not types.is_dictionary(kind):  # all kinds of lists
+            inner = within(kind.value_type)
+            return [inner] if inner else None
+        return NARROW_FLOATS.get(str(kind))
+
+    return {column.name: within(column.type) for column in schema}
+
+
+def shortened(value: Any, narrow: Narrow) -> Any:
+    """A value with the digits of narrow floats that were written: 0.1, not 0.10000000149."""
+    if value is None or not narrow:
+        return value
+    if isinstance(narrow, dict):
+        return value | {
+            name: shortened(value.get(name), one) for name, one in narrow.items() if one
+        }
+    if isinstance(narrow, list):
+        return [shortened(one, narrow[0]) for one in value] if isinstance(value, list) else value
+    return float(str(numpy.dtype(narrow).type(value)))
 
 
 class DatasetReader(RowReader):
@@ -206,13 +234,13 @@ class DatasetReader(RowReader):
 
     def __init__(self, dataset: Any, source: str):
         self.dataset, self.source = dataset, source
-        self.narrow = _narrow(dataset.features)
+        self.narrow = narrow_floats(dataset.features.arrow_schema)
 
     def rows(self, place: Place | None = None) -> Iterator[Row]:
         begin = 0 if place is None else place["row"]
         for index in range(begin, len(self.dataset)):
             self.place = {"row": index + 1}
-            yield f"row {index} of {self.source}", _shortened(self.dataset[index], self.narrow)
+            yield f"row {index} of {self.source}", shortened(self.dataset[index], self.narrow)
 
     def identity(self) -> list[list[Any]]:
         """Number of rows."""
@@ -222,10 +250,19 @@ class DatasetReader(RowReader):
 class StreamReader(RowReader):
     """The rows of an IterableDataset of `datasets`, whose own `state_dict` is the place."""
 
-    def __init__(self, dataset: Any, source: str):
-        self.dataset, self.source = dataset, source
-        self.narrow = _narrow(dataset.features or {})
+    def __init__(self, dataset: Any, source: str, files: list[str]):
+        """files: paths or addresses of what is read; those of the hub hold the revision."""
+        self.dataset, self.source, self.files = dataset, source, files
+        features = dataset.features
+        self.narrow = narrow_floats(features.arrow_schema) if features else {}
         self.start = dataset.state_dict()
+
+    def identity(self) -> list[list[Any]]:
+        """Name of each file, and size of those on this machine."""
+        return [
+            [Path(file).name, os.path.getsize(file)] if os.path.isfile(file) else [file, None]
+            for file in self.files
+        ]
 
     @property
     def place(self) -> Place:  # type: ignore[override]
@@ -238,7 +275,7 @@ class StreamReader(RowReader):
         self._row = place["row"]
         for content in self.dataset:
             self._row += 1
-            yield f"row {self._row - 1} of {self.source}", _shortened(content, self.narrow)
+            yield f"row {self._row - 1} of {self.source}", shortened(content, self.narrow)
 
 
 def _datasets(
@@ -253,9 +290,9 @@ def _datasets(
             chosen = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
             return DatasetReader(chosen, source)
         if streaming:
-            return StreamReader(
-                datasets.load_dataset(source, subset, split=split, streaming=True), source
-            )
+            builder = datasets.load_dataset_builder(source, subset)
+            files = [str(file) for file in (builder.config.data_files or {}).get(split, ())]
+            return StreamReader(builder.as_streaming_dataset(split=split), source, files)
         return DatasetReader(datasets.load_dataset(source, subset, split=split), source)
     except Exception as error:  # datasets raises any kind of error, by loader
         first = (str(error).splitlines() or [""])[0]
@@ -264,17 +301,3 @@ def _datasets(
             f"{split!r}: {type(error).__name__}: {first}; give a .jsonl or .parquet file, a folder "
             "or a hub id, and task.subset, task.train_split, task.test_split where it has them"
         ) from error
-
-
-def _narrow(features: Any) -> dict[str, str]:
-    """NumPy's names of the types of columns with narrow floats."""
-    return {
-        name: feature.dtype
-        for name, feature in features.items()
-        if getattr(feature, "dtype", None) in NARROW_FLOATS.values()
-    }
-
-
-def _shortened(row: dict[str, Any], narrow: dict[str, str]) -> dict[str, Any]:
-    """The row with the digits of narrow floats that were written."""
-    return row | {name: shortest(row[name], dtype) for name, dtype in narrow.items()}

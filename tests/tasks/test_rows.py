@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mtp.tasks.base import Example, Task, check_disjoint, fingerprint
 from mtp.tasks.math_answer import MathVerifier
-from mtp.tasks.row_examples import in_test_share, to_examples
+from mtp.tasks.row_examples import ColumnsConfig, in_test_share, to_examples
 from mtp.tasks.rows import RowsConfig
 
 
@@ -323,6 +323,57 @@ def test_narrow_floats_of_a_dataset_and_of_parquet_keep_their_digits(tmp_path, d
         task = RowsConfig(source=str(tmp_path / name), num_test=99).build()
         found = {e.prompt: e.answer for e in every(task, "train") + every(task, "test")}
         assert (found["0"], found["1"]) == ("2.5", "0.1"), name
+
+
+def test_narrow_floats_within_columns_keep_their_digits(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    inner = {"truth": datasets.Value("float32"), "style": datasets.Value("string")}
+    answers = datasets.List(datasets.Value("float16"))
+    features = datasets.Features(
+        {"prompt": datasets.Value("string"), "reward": inner, "all": answers}
+    )
+    about = {"reward": {"truth": 0.1, "style": "rule"}, "all": [0.1, None, 2.5]}
+    rows = [{"prompt": str(i), **about} for i in range(40)]
+    dataset = datasets.Dataset.from_list(rows, features=features)
+    dataset.save_to_disk(tmp_path / "saved")
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    for name in ("saved", "rows.parquet"):
+        given = {"source": str(tmp_path / name), "answer_column": "reward.truth"}
+        example = RowsConfig(num_test=9, **given).build().example("train", 0)
+        assert example.answer == "0.1" and example.columns["reward"] == about["reward"], name
+        assert example.columns["all"] == about["all"], name
+
+
+def test_numbers_of_json_lines_keep_their_digits(tmp_path):
+    """A float has 16 of them. A reward gets floats, which JSON's users expect."""
+    written = ["9007199254740993.0", "3.14159265358979323846", "0.10", "1e3", "-0.0"]
+    lines = [f'{{"prompt": "{i}", "answer": {text}}}\n' for i, text in enumerate(written)]
+    lines += [f'{{"prompt": "x{i}", "answer": {i}}}\n' for i in range(40)]  # for both splits
+    (tmp_path / "r.jsonl").write_text("".join(lines))
+    task = RowsConfig(source=str(tmp_path / "r.jsonl"), num_test=99).build()
+    found = {e.prompt: e for e in every(task, "train") + every(task, "test")}
+    shown = ["9007199254740993", "3.14159265358979323846", "0.1", "1000", "0"]
+    assert [found[str(i)].answer for i in range(5)] == shown
+    assert found["2"].columns == {"prompt": "2", "answer": 0.1}
+    assert type(found["2"].columns["answer"]) is float
+
+
+@pytest.mark.parametrize("more", [{}, {"answer": "4"}])
+def test_the_thought_of_a_conversation_may_have_a_column(more):
+    question, answer = {"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4"}
+    config = ColumnsConfig()
+
+    def thought(**row):
+        ((_, example),) = to_examples({"messages": [question, answer], **more, **row}, config, "it")
+        return example.thought
+
+    assert thought() is None and thought(thought="two and two") == "two and two"
+    same = {"messages": [question, {**answer, "reasoning_content": "A"}]}
+    assert thought(**same) == thought(**same, thought="A") == "A"
+    with pytest.raises(ValueError, match="it must have one thought, got different ones"):
+        thought(**same, thought="B")
+    if more:
+        assert thought(answer="<think>two</think>4") == "two"
 
 
 @pytest.fixture(scope="module")

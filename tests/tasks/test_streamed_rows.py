@@ -111,14 +111,19 @@ def test_any_position_is_the_same_in_another_process_with_and_without_a_bookmark
     assert take(first, 3, 5) == wanted[3:5]  # back to a window that is no longer kept
 
 
-def test_files_that_changed_are_refused(folder, tmp_path):
-    path = tmp_path / "a.jsonl"
+@pytest.mark.parametrize("name", ["a.jsonl", "data/train.jsonl"])
+def test_files_that_changed_are_refused(folder, tmp_path, name):
+    """A file, and one in a folder that `datasets` reads."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    source = path if path.parent == tmp_path else path.parent
     path.write_text(text(sums(0, 50)))
-    task = build(folder, path)
-    bookmark = task.bookmark(0)
+    task = build(folder, source)
+    bookmark = json.loads(json.dumps(task.bookmark(0)))
+    build(folder, source).restore(bookmark)
     path.write_text(text(sums(0, 51)))
     with pytest.raises(ValueError, match="task.source must be what it was .* give those files"):
-        build(folder, path).restore(bookmark)
+        build(folder, source).restore(bookmark)
 
 
 def test_a_share_is_held_out_without_test_rows(folder):
