@@ -110,8 +110,10 @@ def frozen_for_stage(run: Run, name: str) -> Any:
 def frozen_for_evaluation(run: Run) -> Any:
     """Model that scores the thoughts; None until the stage that saves it has ended."""
     reference = evaluation_reference(run.config)
+    # A run that continues from an earlier checkpoint finds models of stages that it has to repeat.
+    later = list(run.config.active_stages())[run.progress.stage + 1 :]
     is_there = (folder_of(run.config, run.folder, reference) / "config.json").is_file()
-    return load_frozen(run, reference) if is_there else None
+    return load_frozen(run, reference) if is_there and reference not in later else None
 
 
 def load_frozen(run: Run, name: str) -> Any:

@@ -5,6 +5,8 @@ import os
 import pickle
 import shutil
 import signal
+from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -235,6 +237,37 @@ def test_the_kind_of_device_cannot_change_and_the_number_of_processes_can():
         "fabric.processes": (1, 2),
         "fabric.num_threads": (1, 2),
     }
+
+
+@pytest.mark.parametrize("key", ["stages", "decoding.phases"])
+def test_the_order_of_stages_and_phases_cannot_change(tmp_path, key):
+    saved = json.loads(json.dumps(asdict(config(tmp_path))))
+    now = deepcopy(saved)
+    *path, last = key.split(".")
+    node = now
+    for name in path:
+        node = node[name]
+    node[last] = dict(reversed(node[last].items()))
+    assert now == saved and changed_settings(saved, saved) == {}
+    with pytest.raises(ValueError, match=f"the order of {key} was .* and is now"):
+        changed_settings(saved, now)
+
+
+def test_an_earlier_stage_is_not_measured_by_a_model_that_it_has_to_repeat(tmp_path, monkeypatch):
+    """The run has ended, and continues from a checkpoint within its first stage."""
+    steps = ["stages.main.steps=4", "stages.main.evaluate_every=2", "stages.joint.steps=2"]
+    others = ["stages.head.steps=0", "stages.rl.steps=0", "evaluation.reference=joint"]
+    monkeypatch.setattr(
+        "mtp.stages.loop.interim_evaluation", lambda run, stage: stage.name == "main"
+    )
+
+    def measured(*overrides):
+        stages = train(config(tmp_path / "run", *steps, *others, *overrides))["stages"]
+        return {stage["name"]: stage["reference_nats_per_token"] for stage in stages}
+
+    first = measured()
+    assert first["main"] is None and first["joint"] is not None
+    assert measured("resume=best") == first
 
 
 def test_dropout_ties_a_run_to_its_number_of_processes():

@@ -88,6 +88,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
                 use_head=opened.head_is_trained,
                 reference=reference,
                 verified=config.evaluation.verified,
+                thought_budgets=config.evaluation.thought_budgets,
                 impl=config.kernels,
                 split=split,
                 report=report,

@@ -69,13 +69,20 @@ class Opened:
 def open_run(folder: Path, stage: str | None) -> Opened:
     """A run's model: at the end of the given stage, or of the last stage that has ended.
 
-    Raises ValueError if the folder is no run or holds no such model.
+    Raises ValueError if the folder is no run or holds no such model, or if the model is a
+    comparator's, whose main alone is another model.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist; give a folder such as runs/default")
     from ..config import load_run_config
 
     config = load_run_config(folder / "config.yaml")
+    if not config.channel.is_text:
+        raise ValueError(
+            f"{folder} is a run with channel.name={config.channel.name}, whose main writes nothing "
+            "without its channel; open it with load_channel of mtp.channels.saving, or measure it "
+            "with python -m mtp.channels.table"
+        )
     ended = [
         name
         for name in config.active_stages()

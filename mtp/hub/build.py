@@ -25,6 +25,7 @@ from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import DecodingConfig
 from ..rollouts.tokenization import add_delimiters
 from ..tasks.base import Task, first_examples
+from ..training.precision import cast_state, cast_weights
 from .draft_vocabulary import choose_draft_vocabulary
 from .native_mtp import start_from_native
 from .outside_head import outside_head
@@ -143,7 +144,7 @@ def build_model(
             f"model.draft_tokens must be null, got {config.draft_tokens!r}: the head of "
             f"model.source={config.source!r} has its vocabulary; remove it"
         )
-    model.to(config.torch_dtype())
+    cast_weights(model, config.torch_dtype())
     named = f"model.config of family {config.family}"
     check_slow_mode(model, named if config.source is None else f"model.source={config.source!r}")
     return model, fmt
@@ -462,7 +463,7 @@ def save_model(
     model.generation_config.mtp_chat_template = fmt.chat_template
     state = model.state_dict() if weights is None else weights
     if dtype is not None:
-        state = {n: w.to(dtype) if w.is_floating_point() else w for n, w in state.items()}
+        state = cast_state(model, state, dtype)
     with quiet():
         model.save_pretrained(folder, state_dict=state)
     if dtype is not None:

@@ -159,6 +159,8 @@ DECIDES = (
     "fabric.device_type",
 )
 """Settings that determine a run's numbers."""
+ORDERED = ("stages", "decoding.phases")
+"""Settings whose entries have an order."""
 PER_START = ("resume", "overwrite", "dry_run", "experiment")
 """Settings that affect one start of the program only."""
 
@@ -174,6 +176,14 @@ def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
+def order_of(settings: dict[str, Any], key: str) -> list[str]:
+    """Names of the entries below a dotted key, in their order."""
+    node: Any = settings
+    for name in key.split("."):
+        node = node.get(name, {})
+    return list(node)
+
+
 def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Settings of a resumed run that differ from the checkpoint's, as (then, now) by key.
 
@@ -185,6 +195,9 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tu
         ValueError: naming the keys, if one of them decides the run's numbers.
     """
     then, today = leaves(saved), leaves(json.loads(json.dumps(now)))
+    for key in ORDERED:
+        then[f"the order of {key}"] = order_of(saved, key)
+        today[f"the order of {key}"] = order_of(now, key)
     absent = "not set"
     changed = {
         key: (then.get(key, absent), today.get(key, absent))
@@ -196,6 +209,7 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tu
         key: pair
         for key, pair in changed.items()
         if any(key == name or key.startswith(f"{name}.") for name in DECIDES)
+        or key.startswith("the order of ")
     }
     if deciding:
         shown = [

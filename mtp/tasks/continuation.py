@@ -104,9 +104,10 @@ class Continuation(Task):
             start = begin(block, rng.randint(0, len(block) - size))
             end = cut(block, start, size)
             prompt = block[start:end].strip()
-            if prompt and (split == "train" or prompt not in self._train_text):
-                rest = block[end : cut(block, end, config.max_characters)]
-                return Example(prompt, rest.strip())
+            rest = block[end : cut(block, end, config.max_characters)].strip()
+            is_long = len(prompt) >= config.min_characters and rest
+            if is_long and (split == "train" or prompt not in self._train_text):
+                return Example(prompt, rest)
         raise ValueError(
             f"task.files hold no {split} stretch of {config.min_characters} characters or more "
             "that the training text does not hold as well; give text that repeats itself less, or "

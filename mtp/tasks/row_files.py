@@ -13,8 +13,8 @@ import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
-from glob import glob, has_magic
 from decimal import Decimal
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, BinaryIO
 

@@ -22,6 +22,7 @@ from ..modeling.phases import PhasePlan
 from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import Rollouts, sample
 from ..tasks.base import Example
+from .precision import cast_weights
 from .runtime import FabricConfig, quiet_fabric
 from .sharding import weights_of
 from .step_module import within, wrap
@@ -61,7 +62,9 @@ class Blueprint:
 
     def build(self) -> Any:
         """The model with random weights."""
-        return self.cls(self.config).to(self.dtype)
+        model = self.cls(self.config)
+        cast_weights(model, self.dtype)
+        return model
 
 
 class Worker:

@@ -11,7 +11,8 @@ from mtp.channels import WriteOptions
 from mtp.channels.saving import load_channel
 from mtp.channels.table import measure
 from mtp.cli.hydra import register_configs
-from mtp.config import to_run_config
+from mtp.cli.main import main
+from mtp.config import save_run_config, to_run_config
 from mtp.trainer import train
 
 TINY = [
@@ -63,6 +64,25 @@ def weight_of(model, *_, **__):
 
 
 RL = ["stages.rl.steps=2", "stages.rl.rollouts.num_prompts=2", "stages.rl.rollouts.group_size=4"]
+
+
+def test_commands_refuse_main_without_its_channel(tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_run_config(config(folder, "soft"), folder / "config.yaml")
+    commands = (
+        ["evaluate"],
+        ["export"],
+        ["generate"],
+        ["chat"],
+        ["evaluate", "--measure", "thought"],
+    )
+    for command, *more in commands:
+        given = [str(tmp_path / "out")] if command == "export" else ["x"] * (command == "generate")
+        assert main([command, str(folder), *given, *more]) == 2
+        error = capsys.readouterr().err
+        assert "channel.name=soft" in error and "load_channel" in error, command
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["soft", "multiplex", "no_thought", "gated", *sorted(SMALL)])

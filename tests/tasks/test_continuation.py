@@ -34,8 +34,19 @@ def test_a_stretch_is_whole_words_of_one_block_and_its_answer_goes_on(split, ind
 
 def test_lengths_reach_from_one_bound_to_the_other():
     lengths = [len(TASK.example("train", i).prompt) for i in range(400)]
-    assert 80 < min(lengths) < 130 and 370 < max(lengths) <= 400
+    assert 100 <= min(lengths) < 130 and 370 < max(lengths) <= 400
     assert 220 < sum(lengths) / len(lengths) < 260
+
+
+def test_text_with_little_white_space_has_no_short_stretch_and_no_empty_answer(tmp_path):
+    """Paragraphs of 20 and of 500 characters without a space."""
+    paragraphs = [chr(0x4E00 + i) * (20 if i % 2 else 500) for i in range(400)]
+    (tmp_path / "a.txt").write_text("\n".join(paragraphs), encoding="utf-8")
+    task = ContinuationConfig(files=[str(tmp_path / "a.txt")]).build()
+    examples = [task.example("train", i) for i in range(300)]
+    assert min(len(example.prompt) for example in examples) >= 100
+    assert all(example.answer for example in examples)
+    assert all(TASK.example("train", i).answer for i in range(3000))
 
 
 def test_no_test_stretch_is_in_the_training_text():

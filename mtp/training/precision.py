@@ -1,0 +1,53 @@
+"""A cast of a model's weights that leaves what needs float32 as it is, as transformers does.
+
+`module.to(torch.bfloat16)` rounds buffers too. Rotary frequencies then have 8 bits, and positions
+beyond a few hundred tokens turn by other angles than in the same checkpoint opened by transformers.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def cast_names(model: Any) -> set[str]:
+    """Names of the floating parameters that a cast changes.
+
+    Left out are buffers, and the modules that the family keeps in float32.
+    """
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    return {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.is_floating_point() and not any(f".{one}." in f".{name}." for one in kept)
+    }
+
+
+def cast_state(model: Any, state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights to save, cast where `cast_names` says so. Tied weights stay one tensor."""
+    names, done = cast_names(model), dict[int, Tensor]()
+    return {
+        name: done.setdefault(weight.data_ptr(), weight.to(dtype)) if name in names else weight
+        for name, weight in state.items()
+    }
+
+
+def cast_weights(model: Any, dtype: torch.dtype) -> None:
+    """Cast a model's parameters in place, those of `cast_names`."""
+    names = cast_names(model)
+    for name, parameter in model.named_parameters():
+        if name in names:
+            parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def exact_buffers(model: Any) -> Iterator[None]:
+    """Within, a library may cast the model; then its floating buffers have their values again."""
+    before = {n: b for n, b in model.named_buffers() if b.is_floating_point()}
+    yield
+    for name, buffer in before.items():
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        owner._buffers[leaf] = buffer.to(owner._buffers[leaf].device)
