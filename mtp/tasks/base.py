@@ -156,7 +156,9 @@ class TaskConfig:
     """Settings that every task has. Each task's own config is in its file."""
 
     num_test: int = bounded(512, at_least=1, at_most=10_000_000)
-    """Number of held-out problems for evaluations; fewer if the task has fewer."""
+    """Size of the held-out set; smaller if the task has fewer problems. A task that makes problems
+    without end (`running_sum`, `graph_search`, `pointer_chasing`, `continuation`) has no such limit
+    and does not read it."""
 
     def build(self) -> "Task":
         raise ValueError(
