@@ -120,15 +120,23 @@ def test_ignored_rows_are_zero_and_without_gradient(impl):
 
 @pytest.mark.usefixtures("chunked")
 @pytest.mark.parametrize("impl", PATHS)
-def test_forbidden_ids_by_a_bias_of_minus_infinity(impl):
-    hidden, weight = operands((6,), 40, 8, torch.float32)
-    bias = torch.zeros(40)
-    bias[10:] = -torch.inf
-    target = torch.arange(6)
-    out = linear_logprob(hidden, weight, target, bias=bias, impl=impl)
-    short = linear_logprob(hidden, weight[:10], target, impl="reference")
+@pytest.mark.parametrize("first, last", [(0, 10), (290, 300), (120, 180)])
+def test_forbidden_ids_by_a_bias_of_minus_infinity(first, last, impl):
+    """Two of three tiles of the vocabulary are forbidden as a whole."""
+    leaves = operands((20,), 300, 8, torch.float32)
+    assert dispatch.tile_of(20, 300, leaves[0]) == (20, 100)
+    bias = torch.full((300,), -torch.inf)
+    bias[first:last] = 0.0
+    target = torch.arange(20) % 10 + first
+    out = linear_logprob(*leaves, target, bias=bias, impl=impl)
+    hidden, weight = leaves
+    short = linear_logprob(hidden, weight[first:last], target - first, impl="reference")
+    short = short._replace(argmax=short.argmax + first)
     for value, expected in zip(out, short, strict=True):
-        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
+    ours, expected = (with_gradients(values[:3], leaves)[3:] for values in (out, short))
+    for got, value in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got, value, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("chunked")

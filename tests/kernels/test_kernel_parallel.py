@@ -17,26 +17,31 @@ VOCAB, CUT = 75, 43
 SCALING = {"temperature": 0.8, "softcap": 5.0}
 
 
-def case() -> tuple[list[torch.Tensor], torch.Tensor]:
+def case(forbidden: bool = False) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Operands and targets; forbidden: whether the bias of the second rank is minus infinity."""
     torch.manual_seed(0)
-    target = torch.randint(0, VOCAB, (11,))
+    target = torch.randint(0, CUT if forbidden else VOCAB, (11,))
     target[3] = -100
-    return operands((11,), VOCAB, 8, torch.float32, bias=True), target
+    hidden, weight, bias = operands((11,), VOCAB, 8, torch.float32, bias=True)
+    if forbidden:
+        bias = bias.detach().index_fill(0, torch.arange(CUT, VOCAB), -torch.inf)
+    return [hidden, weight, bias], target
 
 
-def results(rank: int | None, impl: str) -> dict[str, torch.Tensor]:
+def results(rank: int | None, impl: str, forbidden: bool) -> dict[str, torch.Tensor]:
     """Results of one rank of two, or of one process alone."""
-    (hidden, weight, bias), target = case()
+    (hidden, weight, bias), target = case(forbidden)
+    scaling = {"temperature": 0.8} if forbidden else SCALING  # a softcap makes any bias finite
     rows = slice(None) if rank is None else (slice(0, CUT), slice(CUT, VOCAB))[rank]
     weight = weight.detach()[rows].clone().requires_grad_()
     bias = bias.detach()[rows].clone().requires_grad_()
-    keys = {"seed": 9, "position": torch.arange(11), "bias": bias.detach(), **SCALING}
+    keys = {"seed": 9, "position": torch.arange(11), "bias": bias.detach(), **scaling}
     if rank is None:
-        out = linear_logprob(hidden, weight, target, bias=bias, impl=impl, **SCALING)
+        out = linear_logprob(hidden, weight, target, bias=bias, impl=impl, **scaling)
         drawn = linear_sample(hidden.detach(), weight.detach(), impl=impl, **keys)
     else:
         shard = {"start": rows.start, "impl": impl}
-        out = linear_logprob_parallel(hidden, weight, target, bias=bias, **shard, **SCALING)
+        out = linear_logprob_parallel(hidden, weight, target, bias=bias, **shard, **scaling)
         drawn = linear_sample_parallel(hidden.detach(), weight.detach(), **shard, **keys)
     weights = torch.linspace(-1, 2, 11)
     loss = (out.logprob * weights + out.lse * weights**2 + out.entropy * weights**3).sum()
@@ -49,7 +54,7 @@ def results(rank: int | None, impl: str) -> dict[str, torch.Tensor]:
     }
 
 
-def worker(rank: int, folder: str, impl: str) -> None:
+def worker(rank: int, folder: str, impl: str, forbidden: bool) -> None:
     torch.set_num_threads(1)
     dispatch.DIRECT_NUMEL, dispatch.CHUNK_BYTES = 0, 8000
     dist.init_process_group(
@@ -60,16 +65,17 @@ def worker(rank: int, folder: str, impl: str) -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     try:
-        torch.save(results(rank, impl), Path(folder, f"rank{rank}.pt"))
+        torch.save(results(rank, impl, forbidden), Path(folder, f"rank{rank}.pt"))
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_two_ranks_equal_one(impl, tmp_path, chunked):
-    mp.spawn(worker, args=(str(tmp_path), impl), nprocs=2)
+@pytest.mark.parametrize("forbidden", [False, True], ids=["all ids", "one rank's ids forbidden"])
+def test_two_ranks_equal_one(impl, forbidden, tmp_path, chunked):
+    mp.spawn(worker, args=(str(tmp_path), impl, forbidden), nprocs=2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
-    alone = results(None, impl)
+    alone = results(None, impl, forbidden)
     for name, expected in alone.items():
         if name in ("grad_weight", "grad_bias"):
             got = torch.cat((first[name], second[name]))

@@ -96,6 +96,22 @@ def test_a_draft_of_main_itself_is_accepted_whole(impl):
 
 
 @pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("impl", PATHS)
+def test_forbidden_ids_by_a_bias_of_minus_infinity(impl):
+    """All but the first of three tiles of the vocabulary are forbidden, in both distributions."""
+    case = drafts(10, 2, 300)
+    case[2].remainder_(100)
+    bias = torch.zeros(300)
+    bias[100:] = -torch.inf
+    arguments = {"seed": 5, "position": torch.arange(10) * 100, "bias": bias, "draft_bias": bias}
+    ours = linear_verify(*case, impl=impl, **arguments)
+    reference = linear_verify(*case, impl="reference", **arguments)
+    for value, expected in zip(ours, reference, strict=True):
+        torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
+    assert (ours.token < 100).all()
+
+
+@pytest.mark.usefixtures("chunked")
 @pytest.mark.parametrize("impl", ALL)
 def test_at_temperature_zero_the_longest_greedy_prefix_is_kept(impl):
     hidden = torch.eye(4)[None].expand(2, -1, -1).contiguous()  # main says 0, 1, 2, 3

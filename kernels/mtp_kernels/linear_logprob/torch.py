@@ -19,7 +19,7 @@ def stats_of_chunk(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """RowStats, as a tuple, of raw products [R, V]; a negative target is in no part."""
     x = scale(raw, bias, softcap, temperature)
-    maximum = x.amax(-1)
+    maximum = x.amax(-1).clamp_min(NEGATIVE)  # a part may forbid all of its ids
     relative = (x - maximum[:, None]).clamp_min(NEGATIVE)
     weight = relative.exp()
     if torch.compiler.is_compiling():

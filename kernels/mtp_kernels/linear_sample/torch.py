@@ -7,6 +7,7 @@ from mtp_kernels.dispatch import maybe_compiled, rows_per_chunk
 from mtp_kernels.linear_sample.reference import keep_likely, sample_logits
 from mtp_kernels.logits import product, scale
 from mtp_kernels.noise import STREAM_SAMPLE, gumbel
+from mtp_kernels.rowstats import NEGATIVE
 
 
 def best_of_chunk(
@@ -27,7 +28,7 @@ def best_of_chunk(
     noise = 0.0 if greedy else gumbel(seed, position, STREAM_SAMPLE, start, raw.shape[1])
     score = x + noise
     token = score.argmax(-1)
-    maximum = x.amax(-1)
+    maximum = x.amax(-1).clamp_min(NEGATIVE)  # a part may forbid all of its ids
     total = (x - maximum[:, None]).exp().sum(-1)
     picked = x.gather(-1, token[:, None])[:, 0]
     return score.amax(-1), token + start, picked, maximum, total
