@@ -29,7 +29,7 @@ def outputs(op: str, hidden: Tensor, weight: Tensor, impl: str, masked: bool = F
     row = torch.arange(rows)
     ignored = (row % 4 == 3) | masked
     target = torch.where(ignored, -100, row * 7 % vocab)
-    teacher = hidden.detach().flip(0)
+    teacher = hidden.detach().nan_to_num().flip(0)
     if op == "linear_logprob":
         return linear_logprob(hidden, weight, target, impl=impl)
     if op == "linear_loss":
@@ -135,6 +135,36 @@ def test_rows_without_a_target_give_zeros_and_no_gradient(op, impl):
         assert (value == (-1 if name == "argmax" else 0)).all(), name
     grads = torch.autograd.grad(values[0].sum(), (hidden, weight))
     assert all((grad == 0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto", *PATHS])
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_nothing_in_an_ignored_row_reaches_a_result(op, impl, monkeypatch):
+    """NaN in every fourth row changes no output and no gradient; "auto" is plain PyTorch here."""
+    if impl != "auto":
+        monkeypatch.setattr(dispatch, "DIRECT_NUMEL", 0)
+    results = []
+    for filling in (0.0, torch.nan):
+        torch.manual_seed(5)
+        hidden, weight = (t.detach() for t in operands((8,), 33, 8, torch.float32))
+        hidden[3::4] = filling
+        leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+        values = outputs(op, *leaves, impl)
+        results.append([*values, *torch.autograd.grad(values[0].sum(), leaves)])
+    for clean, filled in zip(*results, strict=True):
+        assert torch.equal(clean, filled)
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["plain PyTorch", "chunked"])
+def test_a_teacher_row_that_no_student_meets_reaches_no_gradient(direct, monkeypatch):
+    monkeypatch.setattr(dispatch, "DIRECT_NUMEL", dispatch.DIRECT_NUMEL if direct else 0)
+    hidden, weight = operands((3,), 33, 8, torch.float32)
+    teacher, teacher_weight = operands((3,), 33, 8, torch.float32)
+    teacher = teacher.detach().index_fill(0, torch.tensor(0), torch.nan).requires_grad_()
+    index = torch.tensor([1, -1, 2])
+    leaves = (hidden, weight, teacher, teacher_weight)
+    kl = linear_kl(*leaves, index=index).kl
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(kl.sum(), leaves))
 
 
 @pytest.mark.usefixtures("chunked")

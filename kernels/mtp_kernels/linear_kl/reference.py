@@ -10,12 +10,15 @@ from mtp_kernels.rowstats import NEGATIVE
 
 def linear_kl_reference(problem: Problem) -> Tensor:
     """[R] divergences in nats, 0 where the index is negative; see `linear_kl`."""
-    teacher, index = problem.teacher, problem.index
-    log_q = _log_probs(problem.student, problem)
+    student, teacher, index = problem.student, problem.teacher, problem.index
+    # An ignored row may hold NaN, which times a gradient of zero would reach all of the weights'.
+    ignored = (index < 0)[:, None]
+    student = student._replace(hidden=student.hidden.masked_fill(ignored, 0.0))
+    log_q = _log_probs(student, problem)
     if teacher.hidden.shape[0] == 0:
         return log_q.sum(-1) * 0.0
     # Rows are gathered before the product: the definition makes a teacher row for every student.
-    rows = teacher.hidden.index_select(0, index.clamp_min(0))
+    rows = teacher.hidden.index_select(0, index.clamp_min(0)).masked_fill(ignored, 0.0)
     log_p = _log_probs(teacher._replace(hidden=rows), problem)
     if problem.reverse:
         log_p, log_q = log_q, log_p

@@ -33,8 +33,10 @@ def linear_logprob_reference(
     ignore_index: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-prob, log-sum-exp, entropy, argmax) [R] of hidden [R, D]; see `linear_logprob`."""
-    x = reference_logits(hidden, weight, bias, temperature, softcap)
     valid = torch.ones_like(target).bool() if ignore_index is None else target != ignore_index
+    # An ignored row may hold NaN, which times a gradient of zero would reach all of the weight's.
+    hidden = hidden.masked_fill(~valid[:, None], 0.0)
+    x = reference_logits(hidden, weight, bias, temperature, softcap)
     target = torch.where(valid, target, 0)
     check_ids("target", target, weight.shape[0])
     lse = torch.logsumexp(x, -1)
