@@ -64,7 +64,9 @@ def accumulate_weight(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
         product(total, gradient.T, hidden, total.dtype, out=total)
     else:
         # In blocks that stay in the cache: a 16-bit [V, D] between would be written and read again.
+        if hidden.dtype == torch.float16:
+            hidden = hidden.float()  # a block's sum over rows may be too large for float16
         block = max(16, BLOCK_NUMEL // hidden.shape[1])
         for start in range(0, total.shape[0], block):
             ids = slice(start, start + block)
-            total[ids] += torch.mm(gradient[:, ids].T, hidden)
+            total[ids] += torch.mm(gradient[:, ids].T.to(hidden.dtype), hidden)

@@ -162,6 +162,74 @@ def test_only_what_requires_a_gradient_gets_one_and_only_once():
         assert not linear_loss(hidden, weight, target).loss.requires_grad
 
 
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("impl", PATHS)
+def test_a_loss_scale_keeps_the_gradients_of_float16(impl):
+    """Weights of one by a million tokens, and a scale that float16 cannot hold itself."""
+    scale, target = 2.0**20, torch.randint(0, 500, (40,))
+    row_weight = torch.full((40,), 1e-6)
+
+    def gradients(impl: str, dtype: torch.dtype) -> list[Tensor]:
+        torch.manual_seed(3)
+        hidden, weight, bias = operands((40,), 500, 16, dtype, bias=True)
+        if impl == "plain":
+            loss = plain_loss(hidden, weight, bias, target, row_weight, "ce")
+        else:
+            keys = {"bias": bias, "row_weight": row_weight, "impl": impl}
+            loss = linear_loss(hidden, weight, target, **keys).loss
+        return list(torch.autograd.grad(scale * loss, (hidden, weight, bias)))
+
+    truth = gradients("reference", torch.float64)
+    plain = gradients("plain", torch.float16)
+    for got, naive, true in zip(gradients(impl, torch.float16), plain, truth, strict=True):
+        assert got.dtype == torch.float16
+        error, allowed = ((g.double() - true).norm() / true.norm() for g in (got, naive))
+        assert error <= 1.5 * allowed < 0.01
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("impl", PATHS)
+def test_a_mean_over_many_rows_fits_float16_where_their_sum_does_not(impl):
+    hidden, weight = torch.full((500, 1), 1200.0), torch.zeros(17, 1)
+    leaves = [t.half().requires_grad_() for t in (hidden, weight)]
+    target = torch.zeros(500, dtype=torch.long)
+    (grad,) = torch.autograd.grad(linear_loss(*leaves, target, impl=impl).loss, leaves[1])
+    expected = torch.full((17, 1), 1200 / 17)
+    expected[0] -= 1200
+    torch.testing.assert_close(grad, expected.half(), atol=0, rtol=2e-3)
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("impl", PATHS)
+def test_an_upstream_gradient_is_not_rounded_to_the_operands_dtype(impl):
+    leaves = operands((9,), 50, 8, torch.bfloat16)
+    target = torch.randint(0, 50, (9,))
+    upstream = torch.tensor(1 / 3)
+    once, third = (
+        torch.autograd.grad(linear_loss(*leaves, target, impl=impl).loss * factor, leaves)
+        for factor in (1.0, upstream)
+    )
+    for got, whole in zip(third, once, strict=True):
+        assert torch.equal(got, (whole.float() * upstream).bfloat16())
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("weights", [(-3.0, 0.0, 1e-30), (0.0, 0.0, 0.0)], ids=str)
+@pytest.mark.parametrize("impl", PATHS)
+def test_row_weights_of_any_sign_and_size(impl, weights):
+    """The weight of the last row does not count, since that row is ignored."""
+    row_weight = torch.tensor([*weights, torch.inf])
+    leaves = operands((4,), 50, 8, torch.float32)
+    target = torch.tensor([1, 2, 3, -100])
+    results = []
+    for path in (impl, "reference"):
+        keys = {"row_weight": row_weight.nan_to_num(posinf=0) if path != impl else row_weight}
+        loss = linear_loss(*leaves, target, impl=path, **keys).loss
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_wrong_arguments_say_what_is_expected():
     hidden, weight = torch.randn(3, 4), torch.randn(9, 4)
     target = torch.zeros(3, dtype=torch.long)

@@ -1,4 +1,9 @@
-"""`linear_loss` as a registered operator; its gradients are outputs of the forward."""
+"""`linear_loss` as a registered operator; its gradients are outputs of the forward.
+
+The forward does not know the upstream gradient, a loss scale included, so weights of 1 / tokens
+would make gradients too small for float16. It computes them for weights divided by a factor that
+leaves the largest below 1, and the backward multiplies by both numbers.
+"""
 
 from typing import Any
 
@@ -27,30 +32,53 @@ def loss_op(
     ignore_index: int,
     impl: str,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, log-prob, lse, entropy, argmax, and gradients by hidden, weight, bias or empty)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, log-prob, lse, entropy, argmax, gradients by hidden, weight, bias, their factor).
+
+    Gradients that are not needed are empty. Those by weight and bias are in `kept_dtype`.
+    """
     keep = kept_rows(target, ignore_index)
     rows = hidden.shape[0]
     per_row: tuple[Any, ...] = tuple(
         None if t is None else take(t, keep) for t in (target, row_weight, advantage, old_logprob)
     )
-    check_ids("target", per_row[0], weight.shape[0], wait=True)
+    target, row_weight, *policy = per_row
+    check_ids("target", target, weight.shape[0], wait=True)
+    factor = _power_of_two_above(row_weight)
+    per_row = (target, row_weight / factor, *policy)
     settings = (clip_low, clip_high, z_loss, temperature, softcap)
     operands: list[Any] = [take(hidden, keep), weight, bias, *per_row, *settings, needs]
     if impl == "triton":
         from mtp_kernels.linear_loss.triton import loss_triton
 
-        outputs, grads = loss_triton(*operands)
+        row_outputs, grads = loss_triton(*operands)
     else:
-        outputs, grads = loss_torch(*operands)
-    losses, *values, argmax = outputs
-    grad_hidden = None if grads[0] is None else put(grads[0], keep, rows)
+        row_outputs, grads = loss_torch(*operands)
+    losses, *values, argmax = row_outputs
     casted = [
-        hidden.new_empty(0) if g is None or like is None else g.to(like.dtype)
-        for g, like in zip((grad_hidden, *grads[1:]), (hidden, weight, bias), strict=True)
+        hidden.new_empty(0) if g is None or like is None else g.to(kept_dtype(like))
+        for g, like in zip(grads[1:], (weight, bias), strict=True)
     ]
+    grad_hidden = hidden.new_empty(0) if grads[0] is None else put(grads[0], keep, rows)
     logprob, lse, entropy = (put(value, keep, rows) for value in values)
-    return losses.sum(), logprob, lse, entropy, put(argmax, keep, rows, -1), *casted  # type: ignore[return-value]
+    outputs = (losses.sum() * factor, logprob, lse, entropy, put(argmax, keep, rows, -1))
+    return *outputs, grad_hidden, *casted, factor  # type: ignore[return-value]
+
+
+def kept_dtype(operand: Tensor) -> torch.dtype:
+    """The dtype of the weight's or the bias's gradient from the forward to the backward.
+
+    float16 overflows there: before the backward multiplies it, it is a sum over rows of weight 1.
+    """
+    return torch.float32 if operand.dtype == torch.float16 else operand.dtype
+
+
+def _power_of_two_above(row_weight: Tensor) -> Tensor:
+    """[] a power of two above the largest absolute weight [R]: dividing by it rounds nothing."""
+    if row_weight.numel() == 0:
+        return row_weight.new_ones(())
+    largest = row_weight.abs().amax().clamp_min(torch.finfo(row_weight.dtype).tiny)
+    return largest / largest.frexp().mantissa
 
 
 @loss_op.register_fake
@@ -58,16 +86,19 @@ def _(hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
     needs = rest[-1]
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     values = [hidden.new_empty(hidden.shape[:1], dtype=dtype) for _ in range(3)]
+    dtypes = (hidden.dtype, *(None if t is None else kept_dtype(t) for t in (weight, bias)))
     grads = [
-        t.new_empty(t.shape) if need else hidden.new_empty(0)
-        for t, need in zip((hidden, weight, bias), needs, strict=True)
+        t.new_empty(t.shape, dtype=kept) if need else hidden.new_empty(0)
+        for t, kept, need in zip((hidden, weight, bias), dtypes, needs, strict=True)
     ]
     argmax = hidden.new_empty(hidden.shape[:1], dtype=torch.int64)
-    return hidden.new_empty((), dtype=dtype), *values, argmax, *grads
+    loss, factor = (hidden.new_empty((), dtype=dtype) for _ in range(2))
+    return loss, *values, argmax, *grads, factor
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.needs = inputs[-1]
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
     ctx.mark_non_differentiable(*output[1:])
     # Else autograd makes a [V, D] of zeros, as the gradient by the weight's gradient.
     ctx.set_materialize_grads(False)
@@ -75,13 +106,24 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    # In place, so that a second [V, D] is never needed; autograd refuses a second backward.
-    scale = torch.Tensor.mul if torch.compiler.is_compiling() else torch.Tensor.mul_
+    *saved, factor = ctx.saved_tensors
     grads = [
-        scale(saved, grad.to(saved.dtype)) if need else None
-        for saved, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+        _multiplied(t, grad * factor).to(dtype) if need else None
+        for t, dtype, need in zip(saved, ctx.dtypes, ctx.needs, strict=True)
     ]
     return *grads, *[None] * 12
+
+
+def _multiplied(saved: Tensor, factor: Tensor) -> Tensor:
+    """Saved times factor [] in the factor's dtype, in place: a second [V, D] is never needed.
+
+    Autograd refuses a second backward for that. A GPU and compiled code may round a factor of shape
+    [] to saved's dtype before the product. They do not with shape [1], where a CPU would make a
+    copy in the factor's dtype.
+    """
+    if torch.compiler.is_compiling():
+        return saved * factor[None]
+    return saved.mul_(factor if saved.device.type == "cpu" else factor[None])
 
 
 loss_op.register_autograd(_backward, setup_context=_setup_context)
