@@ -173,7 +173,7 @@ def job_overrides() -> dict[str, str] | None:
     hydra = HydraConfig.get()
     fixed = hydra.job.config.override_dirname.exclude_keys
     pairs = (override.partition("=")[::2] for override in hydra.overrides.task)
-    return {key: value for key, value in pairs if key not in fixed}
+    return {key: value for key, value in pairs if key.lstrip("+~") not in fixed}
 
 
 def sweeper_overrides(settings: Any) -> list[Override]:
@@ -205,7 +205,8 @@ def jobs_of_command(path: Path) -> list[tuple[str, dict[str, str]]]:
     for number, job in enumerate(BasicSweeper.split_arguments(every, None)[0]):
         pairs = [override.split("=", 1) for override in job]
         own = {key: value for key, value in pairs if key not in shared}
-        name = job_folder(",".join(f"{key}={value}" for key, value in own.items()), number)
+        lines = sorted(f"{key}={value}" for key, value in own.items())  # as Hydra's are
+        name = job_folder(",".join(lines), number)
         found.append((name, own))
     return found
 

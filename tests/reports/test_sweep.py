@@ -189,7 +189,7 @@ def test_status_lists_the_jobs_of_the_command_that_have_not_started(tmp_path, ca
         f"  sweeper: {{_target_: {sweeper}, params: null}}\n"
         "  overrides: {task: ['name=x', 'seed=1,2', 'lr=0.1,0.2']}\n"
     )
-    names = [f"seed={seed},lr={rate}" for seed in (1, 2) for rate in ("0.1", "0.2")]
+    names = [f"lr={rate},seed={seed}" for seed in (1, 2) for rate in ("0.1", "0.2")]
 
     def listed():
         assert command(["sweep", "status", str(tmp_path), "--json"]) == 0
@@ -236,8 +236,11 @@ def run_sweep(folder: Path, *arguments: str, **environment: str) -> subprocess.C
 
 
 def test_a_failing_job_does_not_stop_the_sweep_and_a_second_call_resumes(tmp_path, capsys):
-    """Two jobs, the first impossible; each in its folder, and in wandb under the sweep's group."""
-    arguments = ["head.taps=[9],[2]", "stages.rl.steps=0", "logger=wandb"]
+    """Two jobs, the first impossible; each in its folder, and in wandb under the sweep's group.
+
+    An override that all jobs share is no part of their names, whether it sets or adds a key.
+    """
+    arguments = ["head.taps=[9],[2]", "++stages.rl.steps=0", "logger=wandb"]
     done = run_sweep(tmp_path, *arguments)
     assert done.returncode == 1, done.stderr
     jobs = {tuple(job.overrides.values()): job for job in read_jobs(tmp_path)}
