@@ -17,7 +17,7 @@ from .common.bounds import bounded, check_numbers
 from .common.files import save_text
 from .evaluation.evaluate import EvaluationConfig
 from .hub.build import ModelConfig
-from .hub.run_folder import check_name
+from .hub.run_folder import DECIDES, check_name
 from .modeling.heads import HeadConfig
 from .reports.loggers import SINKS, LoggerConfig
 from .rollouts.advantage import AdvantageConfig
@@ -155,6 +155,19 @@ class RunConfig:
                         f"stages.{name}.{key} must be a multiple of the {processes} processes "
                         f"(fabric.devices times fabric.num_nodes), got {size}"
                     )
+
+
+def decides_numbers(override: str) -> bool:
+    """True for an override of the training command that a run's numbers may depend on.
+
+    override: `key=value`, also with + or ~ before the key. A key of no setting of mtp, such as a
+    group of settings in a folder of the user's own, may decide them.
+    """
+    key = override.partition("=")[0].lstrip("+~")
+    if any(key == name or key.startswith(f"{name}.") for name in (*DECIDES, "experiment")):
+        return True
+    others = {one.name for one in fields(RunConfig)} | {"study", "sweep", "sweeper"}
+    return key.partition(".")[0] not in others
 
 
 def save_run_config(config: RunConfig, path: Path) -> None:

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf, open_dict
 
 from mtp.cli.hydra import SweepCallback, job_folder, register_configs
 from mtp.common.errors import one_line
-from mtp.config import to_run_config, with_defaults
+from mtp.config import decides_numbers, to_run_config, with_defaults
 from mtp.hub.build import build_model
 from mtp.hub.run_folder import changed_settings
 from mtp.rollouts.new_tokenizers import character_tokenizer
@@ -281,6 +281,16 @@ def test_errors_of_other_libraries_keep_their_traceback():
         json.loads("{")
     assert one_line(caught.value) is None
     assert one_line(RuntimeError("out of memory")) is None
+
+
+def test_overrides_that_decide_a_runs_numbers():
+    """Threads, logs and the place of a run do not; a group of the user's own may."""
+    for deciding in ("seed=2", "++stages.rl.steps=0", "head=tiny", "experiment=a", "+mine=b",
+                     "fabric.precision=32-true", "~evaluation.thought_budgets"):  # fmt: skip
+        assert decides_numbers(deciding), deciding
+    for other in ("fabric.num_threads=1", "logger=wandb", "++logger.log_every=2", "name=a",
+                  "overwrite=true", "resume=false", "sweep=ray"):  # fmt: skip
+        assert not decides_numbers(other), other
 
 
 def test_folders_of_jobs_are_readable_valid_and_distinct():

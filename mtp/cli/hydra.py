@@ -25,7 +25,7 @@ from ..common.errors import in_quotes, one_line, reading
 from ..common.files import save_text
 from ..common.process import print_error, run_command
 from ..common.watch import end_with
-from ..config import RunConfig, to_run_config
+from ..config import RunConfig, decides_numbers, to_run_config
 from ..reports.loggers import SINKS
 from ..tasks import TASK_CONFIGS
 from . import slurm
@@ -50,13 +50,14 @@ def compose_and_run(arguments: list[str], conf: Path) -> None:
         if overrides is None:
             code = run_command(lambda: run(config))  # Hydra would print its own message
             return sys.exit(code) if code else None
+        settings = job_settings()
         begin_job(submission)
 
         def job() -> float | None:
             check_code(submission.code)
             return run(config)
 
-        return run_job(job, Path(config.run_dir), overrides)
+        return run_job(job, Path(config.run_dir), overrides, settings)
 
     sys.argv = [given[0], *arguments]  # where Hydra reads them
     try:
@@ -176,6 +177,12 @@ def job_overrides() -> dict[str, str] | None:
     return {key: value for key, value in pairs if key.lstrip("+~") not in fixed}
 
 
+def job_settings() -> dict[str, str]:
+    """Overrides of this job that decide its numbers, by key, with those that all jobs share."""
+    given = filter(decides_numbers, HydraConfig.get().overrides.task)
+    return dict(override.partition("=")[::2] for override in given)
+
+
 def sweeper_overrides(settings: Any) -> list[Override]:
     """Overrides that the configuration of the sweeper holds, as a study's does.
 
@@ -263,14 +270,19 @@ class SweepCallback(Callback):
 
 
 def run_job(
-    run: Callable[[], float | None], folder: Path, overrides: dict[str, str]
+    run: Callable[[], float | None],
+    folder: Path,
+    overrides: dict[str, str],
+    settings: dict[str, str] | None = None,
 ) -> float | None:
     """Run a sweep's job and return its value.
 
     An exception is printed and written to `job.json`, and the value is None, so that the other jobs
-    of the sweep run and the table lists the error. Optuna counts the job as failed.
+    of the sweep run and the table lists the error. Optuna counts the job as failed. overrides:
+    those that distinguish it. settings: all that decide its numbers; None: no others.
     """
-    note_job(folder, overrides, None)
+    noted = {"overrides": overrides, "settings": overrides if settings is None else settings}
+    note_job(folder, noted, None)
     try:
         return run()
     except Exception as error:
@@ -279,7 +291,7 @@ def run_job(
             traceback.print_exc()
             line = f"{type(error).__name__}: {error}".splitlines()[0]
         print_error(f"{folder.name}: {line}")
-        note_job(folder, overrides, line)
+        note_job(folder, noted, line)
         return None
 
 
@@ -297,7 +309,6 @@ def begin_job(submission: Submission) -> None:
         end_with(launcher, line)
 
 
-def note_job(folder: Path, overrides: dict[str, str], error: str | None) -> None:
+def note_job(folder: Path, noted: dict[str, dict[str, str]], error: str | None) -> None:
     """Write `job.json`."""
-    text = json.dumps({"overrides": overrides, "error": error}, indent=2) + "\n"
-    save_text(folder / "job.json", text)
+    save_text(folder / "job.json", json.dumps({**noted, "error": error}, indent=2) + "\n")

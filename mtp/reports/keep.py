@@ -57,10 +57,12 @@ def evaluations(log: Path) -> list[dict[str, Any]]:
 def overrides_of(run: VariantRun, config: dict[str, Any]) -> list[str]:
     """Overrides that make a run again, but for its seed.
 
-    Those of its job in a sweep; its experiment is COMPARISON/VARIANT where the job names none.
+    Those of its job in a sweep, with the ones that all jobs shared where `job.json` has them; its
+    experiment is COMPARISON/VARIANT where the job names none.
     """
-    noted = run.folder / "job.json"
-    overrides = dict(read_json(noted)["overrides"]) if noted.is_file() else {}
+    path = run.folder / "job.json"
+    noted = read_json(path) if path.is_file() else {"overrides": {}}
+    overrides = dict(noted.get("settings", noted["overrides"]))
     overrides.pop("seed", None)
     experiment = PurePosixPath(config["name"]).parent.as_posix()
     overrides = {"experiment": experiment} | overrides

@@ -2,7 +2,8 @@
 
 A job writes its overrides, and its error if it fails, to `job.json` of its folder; its metrics are
 those of the last stage in `summary.json`. Jobs that differ by `seed` alone are a group, with the
-mean of each metric and its 95 % interval by Student's t (`interval.py`).
+mean of each metric and its 95 % interval by Student's t (`interval.py`). A folder may hold the jobs
+of several commands: overrides that the jobs of one share, and others lack, distinguish them too.
 
 Left out: tests between groups, and an interval if only one job has ended.
 """
@@ -36,7 +37,11 @@ class Job:
     folder: str
     """Name of the job within the sweep's folder."""
     overrides: dict[str, str]
-    """Overrides that distinguish it from the other jobs."""
+    """Overrides that distinguish it from the other jobs of the folder."""
+    swept: dict[str, str]
+    """Overrides that distinguish it from the other jobs of its command."""
+    settings: dict[str, str] | None = None
+    """All of its overrides that decide its numbers; None if an earlier version ran it."""
     status: str
     """done, failed or unfinished (running, queued, interrupted or killed)."""
     error: str | None = None
@@ -75,6 +80,11 @@ def read_jobs(folder: Path) -> list[Job]:
         raise ValueError(
             f"{folder} holds no jobs; give the folder of a sweep, such as runs/default_sweep"
         )
+    known = [job.settings.items() for job in jobs if job.settings is not None]
+    for job in jobs:
+        for key, value in (job.settings or {}).items():
+            if not all((key, value) in settings for settings in known):
+                job.overrides.setdefault(key, value)
     return jobs
 
 
@@ -96,7 +106,14 @@ def read_job(path: Path, name: str) -> Job:
         noted = read_json(path / "job.json")
         if not (isinstance(noted, dict) and isinstance(noted.get("overrides"), dict)):
             raise ValueError(f"{path / 'job.json'} is not the record of a job; remove it")
-    job = Job(folder=name, overrides=noted["overrides"], status="unfinished")
+    swept, settings = noted["overrides"], noted.get("settings")
+    job = Job(
+        folder=name,
+        overrides=_bare(swept),
+        swept=swept,
+        settings=None if settings is None else _bare(settings),
+        status="unfinished",
+    )
     if noted.get("error") is not None:
         job.status, job.error = "failed", noted["error"]
     elif (path / "summary.json").is_file():
@@ -108,6 +125,11 @@ def read_job(path: Path, name: str) -> Job:
         except (KeyError, IndexError, TypeError):
             raise ValueError(f"{path / 'summary.json'} is not the summary of a run") from None
     return job
+
+
+def _bare(overrides: dict[str, str]) -> dict[str, str]:
+    """Overrides by key alone: + and ++ before it change nothing about the value."""
+    return {key.lstrip("+"): value for key, value in overrides.items()}
 
 
 def group_by_seed(jobs: list[Job]) -> list[Group]:

@@ -75,7 +75,7 @@ def _status(path: Path, job: Job) -> Status:
     }
     return Status(
         folder=job.folder,
-        overrides=job.overrides,
+        overrides=job.swept,
         state=state,
         stage=last.get("stage"),
         step=last.get("global_step", 0),

@@ -223,5 +223,10 @@ def test_kept_runs_give_the_same_summary_and_say_how_to_make_them_again(tmp_path
     assert described == {"name": "proof/open/1", "seed": 1, "overrides": ["experiment=proof/open"]}
     described = yaml.safe_load((results / "closed" / "1" / "run.yaml").read_text())
     assert described["overrides"] == ["experiment=proof/other", "k=2"]
+    job["settings"] = job["overrides"] | {"stages.rl.steps": "3"}
+    (runs / "closed" / "1" / "job.json").write_text(json.dumps(job))
+    assert keep_main([str(runs), str(results)]) == 0
+    described = yaml.safe_load((results / "closed" / "1" / "run.yaml").read_text())
+    assert described["overrides"] == ["experiment=proof/other", "k=2", "stages.rl.steps=3"]
     assert keep_main([str(results), str(tmp_path / "again")]) == 2
     assert "must be a run's folder with its config.yaml" in capsys.readouterr().err

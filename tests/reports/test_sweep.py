@@ -28,10 +28,12 @@ from mtp.training.runtime import StopRequest, hand_on
 ROOT = Path(__file__).parents[2]
 
 
-def finished(folder: Path, overrides: dict[str, str], fast: float | None, seconds: float = 60):
+def finished(
+    folder: Path, overrides: dict[str, str], fast: float | None, seconds: float = 60, **noted
+):
     """A job that is done, its last stage `rl` with the given fast accuracy."""
     folder.mkdir(parents=True)
-    (folder / "job.json").write_text(json.dumps({"overrides": overrides, "error": None}))
+    (folder / "job.json").write_text(json.dumps({"overrides": overrides, "error": None, **noted}))
     metrics = {"slow_accuracy": 1.0, "slow_passes": 24.0, "fast_passes": 8.0, "true_steps": None}
     stages = [
         {"name": "main", **metrics, "fast_accuracy": None, "seconds": 1.0},
@@ -70,6 +72,23 @@ def test_a_seed_of_two_sweeps_in_a_folder_counts_once(tmp_path):
     (group,) = group_by_seed(read_jobs(tmp_path))
     assert sorted(group.seeds) == ["1", "2"]
     assert group.mean["fast_accuracy"] == pytest.approx(0.85)
+
+
+def test_seeds_of_two_commands_are_one_group_only_if_their_other_settings_agree(tmp_path):
+    """Seeds 1 and 2 took one step; 3, 4 and 5 took three at another rate, 5 with another prefix."""
+    for seed, fast in ((1, 0.1), (2, 0.3), (3, 0.7), (4, 0.8), (5, 0.9)):
+        settings = {"steps": "1"} if seed < 3 else {"steps": "3", "lr": "0.5"}
+        if seed == 5:
+            settings = {f"++{key}": value for key, value in settings.items()}
+        settings |= {"task": "sum", "seed": str(seed)}
+        finished(tmp_path / f"seed={seed}", {"seed": str(seed)}, fast, settings=settings)
+    jobs = read_jobs(tmp_path)
+    few, many = group_by_seed(jobs)
+    assert few.seeds == ["1", "2"] and few.overrides == {"steps": "1"}
+    assert many.seeds == ["3", "4", "5"] and many.overrides == {"steps": "3", "lr": "0.5"}
+    assert few.mean["fast_accuracy"] == pytest.approx(0.2)
+    assert many.mean["fast_accuracy"] == pytest.approx(0.8)
+    assert read_status(tmp_path)[0].overrides == {"seed": "1"}, "as the command names its jobs"
 
 
 def test_students_t_agrees_with_the_tables():
@@ -246,6 +265,9 @@ def test_a_failing_job_does_not_stop_the_sweep_and_a_second_call_resumes(tmp_pat
     jobs = {tuple(job.overrides.values()): job for job in read_jobs(tmp_path)}
     assert jobs[("[9]",)].error.startswith("head.taps must be layers between 0 and ")
     assert jobs[("[2]",)].status == "done" and jobs[("[2]",)].stage == "joint"
+    settings = jobs[("[2]",)].settings or {}
+    assert settings["stages.rl.steps"] == "0" and settings["stages.joint.steps"] == "1"
+    assert settings["head.taps"] == "[2]" and "logger" not in settings
     assert "1 of 2 jobs done" in done.stdout and "failed: head.taps=_9_-" in done.stdout
     folder = tmp_path / jobs[("[2]",)].folder
     (records,) = folder.glob("wandb/offline-run-*/*.wandb")
