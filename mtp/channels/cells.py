@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config import decides_numbers
+
 ROOT = Path(__file__).parents[2]
 MEASURED = "measured.json"
 """File of a run's measurement, in the run's folder."""
@@ -192,9 +194,10 @@ class Cell:
 
     @property
     def shown_command(self) -> str:
-        """The training command without folder and seed; threads do not matter to a result."""
-        chosen = [one for one in self.overrides if not one.startswith("fabric.num_threads=")]
-        return " ".join(["train.py", *chosen])
+        """The training command without folder and seed, and without what decides no number, such
+        as threads.
+        """
+        return " ".join(["train.py", *filter(decides_numbers, self.overrides)])
 
     def command(self, *more: str) -> list[str]:
         """The training command."""

@@ -28,6 +28,8 @@ from .plots import plot_block_sizes, plot_rows
 RESULT = Path("docs/results/channels/table.json")
 PLOTS = Path("docs")
 RUNS = Path("runs/channels")
+ATTEMPTED = "attempted_problems"
+"""Name of the number of problems with several attempts, which older measurements lack."""
 
 
 def run_train(cell: Cell, *more: str, capture: bool = False) -> str:
@@ -49,7 +51,7 @@ def run_train(cell: Cell, *more: str, capture: bool = False) -> str:
     if training.returncode:
         raise ValueError(
             f"training of {cell.folder} must end with exit code 0, got {training.returncode}; its "
-            "message is above"
+            "message is above; runs with other overrides need another folder, --runs"
         )
     return printed or ""
 
@@ -156,6 +158,7 @@ def measure(
         metrics["accuracy_before_rl"] = before[accuracy_name(before)]
     return metrics | asdict(cost) | {
         "attempts": num_attempts,
+        ATTEMPTED: num_problems,
         "accuracy_at_step": accuracy_at_steps(folder, summary),
         "training_seconds": summary["seconds"],
         "training_steps": sum(stage["steps"] for stage in summary["stages"]),
@@ -188,6 +191,8 @@ def averaged(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over the measurements of several seeds; None where a seed has none."""
     out: dict[str, Any] = {}
     for key, value in found[0].items():
+        if key == ATTEMPTED:
+            continue
         if isinstance(value, dict):
             out[key] = {k: mean(one[key][k] for one in found) for k in value}
         elif any(one[key] is None for one in found):
@@ -202,15 +207,46 @@ def names_of(measured: dict[str, Any]) -> set[str]:
     inner = (
         f"{key}.{k}" for key, value in measured.items() if isinstance(value, dict) for k in value
     )
-    return {*measured, *inner}
+    return {*measured, *inner} - {ATTEMPTED}
+
+
+def read_measured(cell: Cell, row: dict[str, Any]) -> dict[str, Any]:
+    """The measurement of a cell. Raises ValueError if another command trained its run.
+
+    row: the table's row of its channel and task, which knows the command of a measurement of an
+    older version; empty without one.
+    """
+    found: dict[str, Any] = json.loads((cell.folder / MEASURED).read_text())
+    in_row = row.get("by_seed", {}).get(str(cell.seed)) == found
+    command = found.pop("command", row["command"] if in_row else cell.shown_command)
+    if command != cell.shown_command:
+        raise ValueError(
+            f"{cell.folder} must be a run of {cell.shown_command!r}, got one of {command!r}; "
+            "use another folder for the runs with these overrides, --runs"
+        )
+    return found
+
+
+def check_attempts(cell: Cell, found: dict[str, Any], num_problems: int, num_attempts: int) -> None:
+    """Raises ValueError if a measurement has other numbers of attempts or of their problems."""
+    options = {
+        "--attempts": ("attempts", num_attempts),
+        "--num-problems": (ATTEMPTED, num_problems),
+    }
+    for option, (name, wanted) in options.items():
+        if found.get(name, wanted) != wanted:
+            raise ValueError(
+                f"{option} must be that of {cell.folder / MEASURED}, {found[name]}, got {wanted}; "
+                "remove this file, and it is measured again"
+            )
 
 
 def table_rows(cells: list[Cell], known: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per channel and task: its measurements by seed, and their means.
 
     Seeds that a known row has, and these cells do not, are kept if they were measured by the same
-    command and have the same numbers. Raises ValueError for a cell that lacks numbers of another
-    seed.
+    command, with as many attempts, and have the same numbers. Raises ValueError for a cell that
+    lacks numbers of another seed, or whose run another command trained.
     """
     rows = []
     before = {(row["channel"], row["task"]): row for row in known}
@@ -218,7 +254,8 @@ def table_rows(cells: list[Cell], known: list[dict[str, Any]]) -> list[dict[str,
         mine = [c for c in cells if (c.row, c.task) == (row, task) and c.is_measured]
         if not mine:
             continue
-        found = {str(c.seed): json.loads((c.folder / MEASURED).read_text()) for c in mine}
+        old = before.get((row, task), {})
+        found = {str(c.seed): read_measured(c, old) for c in mine}
         names = set().union(*map(names_of, found.values()))
         for cell in mine:
             if missing := sorted(names - names_of(found[str(cell.seed)])):
@@ -226,12 +263,15 @@ def table_rows(cells: list[Cell], known: list[dict[str, Any]]) -> list[dict[str,
                     f"{cell.folder / MEASURED} must have the numbers of the other seeds, but lacks "
                     f"{missing[0]}; remove it, and it is measured again"
                 )
-        command, old = mine[0].shown_command, before.get((row, task), {})
+        command, first = mine[0].shown_command, next(iter(found.values()))
         if old.get("command") == command:
             found |= {
                 seed: measured
                 for seed, measured in old.get("by_seed", {}).items()
-                if seed not in found and names_of(measured) == names
+                if seed not in found
+                and names_of(measured) == names
+                and measured.get("attempts") == first.get("attempts")
+                and measured.get(ATTEMPTED, first.get(ATTEMPTED)) == first.get(ATTEMPTED)
             }
         by_seed = dict(sorted(found.items(), key=lambda item: int(item[0])))
         rows.append(
@@ -284,12 +324,18 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def known_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a table's file; none without a file."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
+    return rows
+
+
 def write_table(cells: list[Cell], path: Path) -> list[dict[str, Any]]:
     """Write the rows that are measured so far, and return them.
 
     Rows of other channels and tasks that the file holds are kept, and other seeds of the same rows.
     """
-    known = json.loads(path.read_text())["rows"] if path.is_file() else []
+    known = known_rows(path)
     rows = table_rows(cells, known)
     new = {(row["channel"], row["task"]) for row in rows}
     rows += [row for row in known if (row["channel"], row["task"]) not in new]
@@ -319,6 +365,11 @@ def make_table(arguments: argparse.Namespace) -> None:
     cells = plan(
         arguments.rows, arguments.tasks, arguments.seeds, arguments.runs, arguments.overrides
     )
+    rows = {(row["channel"], row["task"]): row for row in known_rows(arguments.out)}
+    for cell in cells:
+        if cell.is_measured:
+            found = read_measured(cell, rows.get((cell.row, cell.task), {}))
+            check_attempts(cell, found, arguments.num_problems, arguments.attempts)
     if not arguments.no_estimate:
         print_cost(cells)
     if arguments.plan:
@@ -328,14 +379,17 @@ def make_table(arguments: argparse.Namespace) -> None:
         if not cell.is_trained:
             print(f"{label}: training", flush=True)
             run_train(cell, "resume=auto")
+        elif not cell.is_measured:
+            run_train(cell, "resume=true")  # which refuses other settings, and trains no further
         if not cell.is_measured:
             print(f"{label}: measuring", flush=True)
             found = measure(cell.folder, arguments.num_problems, arguments.attempts, cell.reader)
+            found["command"] = cell.shown_command
             save_text(cell.folder / MEASURED, json.dumps(found, indent=2) + "\n")
         write_table(cells, arguments.out)
-    rows = write_table(cells, arguments.out)
-    write_plots(rows, arguments.plots)
-    print(markdown(rows))
+    written = write_table(cells, arguments.out)
+    write_plots(written, arguments.plots)
+    print(markdown(written))
     print(f"written to {arguments.out}; plots to {arguments.plots}")
 
 

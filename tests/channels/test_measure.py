@@ -135,11 +135,13 @@ def test_rows_hold_means_over_the_seeds_that_are_measured(tmp_path):
     assert merged["accuracy"] == 0.25 and list(merged["by_seed"]) == ["1", "2", "3"]
     # Seeds of another command, or without some number, are not averaged with these.
     threads, other = (
-        plan(["token"], ["graph_search"], [3], tmp_path, [override])
-        for override in ("fabric.num_threads=1", "stages.main.steps=5")
+        plan(["token"], ["graph_search"], [3], tmp_path / folder, [override])
+        for folder, override in (("", "fabric.num_threads=1"), ("few", "stages.main.steps=5"))
     )
     assert write_table(threads, tmp_path / "table.json")[0]["seeds"] == [1, 2, 3]
     (tmp_path / "other.json").write_text((tmp_path / "table.json").read_text())
+    other[0].folder.mkdir(parents=True)
+    (other[0].folder / "measured.json").write_text(json.dumps(found | {"passes": 6}))
     assert write_table(other, tmp_path / "other.json")[0]["seeds"] == [3]
     found["accuracy_at_passes"] |= {"48": 0.25}
     (cells[4].folder / "measured.json").write_text(json.dumps(found))
