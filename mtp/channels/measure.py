@@ -20,10 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..evaluation.evaluate import decode_all, held_out, place_metrics, right_answers
 from ..modeling.sampler import Sampler
-from ..reports.metrics import Metric, declare
 from ..rollouts.prompt_format import PromptFormat
 from ..rollouts.rollout import DecodingConfig
-from ..tasks.base import Example, Task
+from ..tasks.base import Example, Split, Task
 from .channel import Channel, WriteOptions, Written
 from .reading import Inputs, embedded, log_probs_of
 
@@ -33,21 +32,6 @@ on a CPU reads the lowest 32 bits of a seed, so a multiple of 2^32 would repeat 
 
 BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Limits on the passes of a thought at which accuracy is measured."""
-
-for _metric in (
-    Metric("accuracy", "accuracy", unit="%", better="higher", shown_in=("run", "sweep")),
-    Metric(
-        "accuracy_by_place",
-        "by place",
-        unit="%",
-        better="higher",
-        meaning="accuracy of the first problem of a project, the second, and further ones",
-        shown_in=("run", "comparison"),
-    ),
-    Metric("passes", "passes", unit="passes", better="lower", shown_in=("run", "sweep")),
-    Metric("thought_passes", "thought passes", unit="passes", better="lower", shown_in=("run",)),
-):
-    declare(_metric)
 
 
 def write_all(
@@ -87,12 +71,13 @@ def evaluate_channel(
     batch_size: int,
     max_new_tokens: int,
     budgets: Sequence[int] = (),
+    split: Split = "test",
 ) -> dict[str, Any]:
-    """Accuracy and passes on held-out problems, named as in summary.json.
+    """Accuracy and passes on a held-out set of problems, named as in summary.json.
 
     Thoughts are greedy, except those of a channel that is random by definition; answers are greedy.
     """
-    examples = held_out(task, num_problems)
+    examples = held_out(task, num_problems, split)
     options = usual_options(channel, max_new_tokens)
     outputs = write_all(model, fmt, channel, examples, options, batch_size)
     right = [is_right(task, e, w) for e, w in zip(examples, outputs, strict=True)]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..common.files import save_atomically
 from ..config import RunConfig
+from ..evaluation.evaluate import over_test_sets
 from ..reports.progress import StageProgress
 from ..rollouts.advantage import GroupRewards
 from ..rollouts.prompt_format import PromptFormat
@@ -23,7 +24,7 @@ from ..run import Run, StageRun, next_examples
 from ..stages.checkpointing import check_grace, interrupted, save_run, stop_signal
 from ..stages.evaluation import record
 from ..stages.loop import run_stage
-from ..tasks.base import Attempt, Task
+from ..tasks.base import Attempt, Split, Task
 from ..training.optimizers import build_optimizer, set_lr, split_parameters
 from ..training.runtime import NotFinite
 from ..training.sharding import load_optimizer
@@ -198,7 +199,8 @@ def train_stage(run: Run, stage: StageRun) -> None:
             if is_last or (step + 1) % run.config.logger.log_every == 0:
                 run.log.metrics(name, step + 1, progress.global_step, metrics)
             if config.evaluate_every and (step + 1) % config.evaluate_every == 0 and not is_last:
-                record(run, name, measured(run, run.config.evaluation.num_interim_problems))
+                number = run.config.evaluation.num_interim_problems
+                record(run, name, measured(run, number, run.task.interim_set))
             last: dict[str, Any] = progress.points[-1] if progress.points else {}
             shown = {"loss": metrics.get("loss"), "reward": metrics.get("reward")}
             bar.step(step + 1, shown | {"accuracy": last.get("accuracy")})
@@ -286,8 +288,8 @@ def take_step(
     return {"main/grad_norm": float(norm)}
 
 
-def measured(run: Run, num_problems: int) -> dict[str, Any]:
-    """Metrics of the run's channel on held-out problems."""
+def measured(run: Run, num_problems: int, split: Split) -> dict[str, Any]:
+    """Metrics of the run's channel on a held-out set."""
     run.model.eval()
     metrics = evaluate_channel(
         run.model,
@@ -298,19 +300,23 @@ def measured(run: Run, num_problems: int) -> dict[str, Any]:
         batch_size=run.config.evaluation.batch_size,
         max_new_tokens=run.config.decoding.max_new_tokens,
         budgets=run.config.evaluation.thought_budgets,
+        split=split,
     )
     run.model.train()
     return metrics
 
 
 def end_stage(run: Run, stage: StageRun) -> None:
-    """Save the model at the end of the stage, evaluate it, and advance to the next stage."""
+    """Save the model at the end of the stage, evaluate it on all held-out sets, and advance to the
+    next stage.
+    """
     progress, name = run.progress, stage.name
     save_atomically(
         run.stage_folder(name),
         partial(save_channel, run.model, run.fmt, run.config.channel.name),
     )
-    metrics = measured(run, run.config.evaluation.num_problems)
+    number = run.config.evaluation.num_problems
+    metrics, _ = over_test_sets(run.task, lambda split: (measured(run, number, split), None))
     record(run, name, metrics)
     seconds = round(progress.stage_seconds, 1)
     progress.summaries.append({"name": name, **metrics, "steps": progress.step, "seconds": seconds})

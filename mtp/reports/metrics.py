@@ -250,6 +250,17 @@ for _metric in (
     Metric("search_texts", "texts", "texts", shown_in=IN_SEARCHES),
     Metric("search_passes", "passes", **PASSES, shown_in=IN_SEARCHES),
     Metric("search_tokens_read", "tokens read", "tokens", better="lower", shown_in=IN_SEARCHES),
+    # A comparator has one mode.
+    Metric("accuracy", "accuracy", **SHARE, shown_in=("run", "sweep")),
+    Metric(
+        "accuracy_by_place",
+        "by place",
+        **SHARE,
+        meaning="accuracy of the first problem of a project, the second, and further ones",
+        shown_in=("run", "comparison"),
+    ),
+    Metric("passes", "passes", **PASSES, shown_in=("run", "sweep")),
+    Metric("thought_passes", "thought passes", **PASSES, shown_in=IN_RUNS),
 ):
     declare(_metric)
 

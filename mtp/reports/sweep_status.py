@@ -19,8 +19,8 @@ from .json_lines import parse_records
 from .metrics import METRICS
 from .sweep import Job, read_jobs
 
-SHOWN = ("slow_accuracy", "fast_accuracy")
-"""Metrics of the last evaluation that the table shows."""
+SHOWN = ("slow_accuracy", "fast_accuracy", "accuracy")
+"""Metrics of the last evaluation that the table shows, as far as some job has them."""
 
 
 @dataclass(kw_only=True)
@@ -106,11 +106,12 @@ def print_status(console: Console, folder: Path, jobs: list[Status]) -> None:
     table.add_column("state", no_wrap=True)
     table.add_column("stage", overflow="fold")
     table.add_column("step", overflow="fold")
-    for name in SHOWN:
+    names = [name for name in SHOWN if any(name in job.metrics for job in jobs)]
+    for name in names:
         table.add_column(METRICS[name].narrow_head, justify="right", no_wrap=True)
     table.add_column("last\nrecord", justify="right", overflow="fold")
     for job in jobs:
-        cells = [METRICS[name].cell(job.metrics.get(name)) for name in SHOWN]
+        cells = [METRICS[name].cell(job.metrics.get(name)) for name in names]
         step = f"{job.step}" if job.steps is None else f"{job.step} of {job.steps}"
         age = "-" if job.age is None else ago(job.age)
         table.add_row(escape(job.folder), job.state, escape(job.stage or "-"), step, *cells, age)

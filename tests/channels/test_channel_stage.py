@@ -13,6 +13,8 @@ from mtp.channels.table import measure
 from mtp.cli.hydra import register_configs
 from mtp.cli.main import main
 from mtp.config import save_run_config, to_run_config
+from mtp.reports.json_lines import read_records
+from mtp.tasks.graph_search import GraphSearch
 from mtp.trainer import train
 
 TINY = [
@@ -109,6 +111,27 @@ def test_a_run_trains_and_its_checkpoint_writes_the_same_again(name, tmp_path, c
         assert sum(right) / 8 == last["accuracy"]
         assert sum(w.passes for w in outputs) / 8 == last["passes"]
     assert train(config(tmp_path / "run", name, *more, "resume=true")) == summary
+
+
+def test_a_stage_ends_with_all_held_out_sets_and_is_evaluated_on_the_interim_one(
+    tmp_path, monkeypatch
+):
+    accuracies, seen = {"validation": 0.25, "test": 0.5, "unseen": 0.75}, []
+
+    def evaluated(*given, split, num_problems, **limits):
+        seen.append((split, num_problems))
+        return {"accuracy": accuracies[split], "passes": 2.0, "num_problems": num_problems}
+
+    monkeypatch.setattr("mtp.channels.stage.evaluate_channel", evaluated)
+    monkeypatch.setattr("mtp.trainer.check_disjoint", lambda task: None)
+    monkeypatch.setattr(GraphSearch, "test_sets", ("test", "unseen"))
+    monkeypatch.setattr(GraphSearch, "interim_set", "validation")
+    (stage,) = train(config(tmp_path / "run", "soft"))["stages"]
+    assert seen == [("validation", 4), ("test", 8), ("unseen", 8)]
+    assert stage["accuracy"] == 0.5 and stage["test_sets"]["unseen"]["accuracy"] == 0.75
+    records = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if "eval/passes" in r]
+    assert [(r["step"], r["eval/accuracy"]) for r in records] == [(2, 0.25), (4, 0.5)]
+    assert records[1]["eval/unseen/accuracy"] == 0.75
 
 
 @pytest.mark.parametrize("name", ["latent", "gated", "kv", "vector_memory"])

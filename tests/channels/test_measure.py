@@ -48,6 +48,14 @@ def test_an_answer_after_too_long_a_thought_is_wrong():
     assert found["thought_passes"] == 4.5 and found["passes"] == 6.5
 
 
+def test_problems_are_those_of_the_named_set():
+    """The training set in place of the held-out one."""
+    seen = []
+    asked = Scripted(lambda i, example, seed: seen.append(example) or Written("?", 1, 1, ""))
+    evaluate_channel(None, None, asked, TASK, num_problems=2, split="train", **LIMITS)
+    assert seen == [TASK.example("train", i) for i in range(2)]
+
+
 def test_majority_and_best_of_several_attempts():
     """Problem 0 is right in attempts 1 to 3 of 5, problem 1 in attempt 2 only, problem 2 never."""
     right = [{1, 2, 3}, {2}, set()]

@@ -37,6 +37,17 @@ def test_curves_have_units_and_passes_grow_by_factors(figures, tmp_path):
     ]
 
 
+def test_curves_of_a_comparator_have_its_one_mode(figures, tmp_path):
+    points = [
+        {"stage": "main", "global_step": n, "accuracy": n / 10, "passes": 5.0} for n in (1, 2)
+    ]
+    curves.save_curves(points, tmp_path / "curves.png")
+    cost, training, _ = figures[0].axes
+    assert [line.get_xydata().tolist() for line in cost.lines] == [[[5, 0.1], [5, 0.2]]]
+    assert [line.get_xydata().tolist() for line in training.lines] == [[[1, 0.1], [2, 0.2]]]
+    assert [text.get_text() for text in cost.get_legend().get_texts()] == ["main"]
+
+
 def test_a_run_without_evaluations_has_empty_curves(figures, tmp_path):
     curves.save_curves([], tmp_path / "curves.png")
     assert figures[0].axes[0].get_legend() is None

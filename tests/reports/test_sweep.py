@@ -200,6 +200,20 @@ def test_status_of_jobs_that_run_wait_or_have_stopped(tmp_path, capsys):
     assert "holds no jobs" in capsys.readouterr().err
 
 
+def test_status_and_table_of_a_comparator_show_its_accuracy(tmp_path):
+    """In a process of its own, which has not imported the channels."""
+    finished(tmp_path / "seed=1", {"seed": "1"}, None)
+    record = {"stage": "main", "step": 3, "global_step": 3, "eval/accuracy": 0.625}
+    (tmp_path / "seed=1" / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    stage = {"name": "main", "accuracy": 0.625, "passes": 5.0}
+    summary = {"stages": [stage], "seconds": 1.0}
+    (tmp_path / "seed=1" / "summary.json").write_text(json.dumps(summary))
+    for action in ("status", "table"):
+        words = [sys.executable, "-m", "mtp.cli.main", "sweep", action, str(tmp_path)]
+        shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert "accuracy" in shown and "62.5 %" in shown and "fast" not in shown
+
+
 def test_status_lists_the_jobs_of_the_command_that_have_not_started(tmp_path, capsys):
     """A sweep of two seeds and two rates whose launcher has begun one job of the four, or none."""
     sweeper = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
