@@ -221,8 +221,8 @@ def read_measured(cell: Cell, row: dict[str, Any]) -> dict[str, Any]:
     command = found.pop("command", row["command"] if in_row else cell.shown_command)
     if command != cell.shown_command:
         raise ValueError(
-            f"{cell.folder} must be a run of {cell.shown_command!r}, got one of {command!r}; "
-            "use another folder for the runs with these overrides, --runs"
+            f"{cell.folder} must be a run with these overrides, got one of {command!r}; use "
+            "another folder, --runs"
         )
     return found
 

@@ -88,7 +88,7 @@ def test_runs_of_other_overrides_or_attempts_are_not_shown_as_those_of_this_comm
     tmp_path, monkeypatch
 ):
     assert made(monkeypatch, tmp_path, []) == ["1 resume=auto"]
-    few, other = ["stages.main.steps=100"], r"running_sum_5/token/1 must be a run of .*, --runs"
+    few, other = ["stages.main.steps=100"], r"running_sum_5/token/1 must be a run with .*, --runs"
     with pytest.raises(ValueError, match=other):
         made(monkeypatch, tmp_path, few, ["1", "2"])
     assert not (tmp_path / "running_sum_5" / "token" / "2").exists(), "found before any training"
@@ -108,5 +108,5 @@ def test_a_measurement_of_an_older_version_has_the_command_of_its_row(tmp_path, 
     (cell.folder / "summary.json").touch()
     (cell.folder / MEASURED).write_text(json.dumps({"accuracy": 0.9, "attempts": 16}))
     assert made(monkeypatch, tmp_path, []) == []
-    with pytest.raises(ValueError, match="must be a run of .*steps=100', got one of 'train.py"):
+    with pytest.raises(ValueError, match="with these overrides, got one of 'train.py exp"):
         made(monkeypatch, tmp_path, ["stages.main.steps=100"])
