@@ -54,10 +54,11 @@ class Sampler:
             kth = scores.topk(min(self.top_k, scores.shape[-1]), -1).values[..., -1:]
             scores = scores.masked_fill(scores < kth, -torch.inf)
         if self.top_p < 1:
-            ordered, index = scores.sort(-1, descending=True)
-            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-            drop = (before >= self.top_p).scatter(-1, index, before >= self.top_p)
-            scores = scores.masked_fill(drop, -torch.inf)
+            # Ascending, as in transformers: of equal tokens it drops the same ones.
+            ordered, index = scores.sort(-1)
+            drop = ordered.softmax(-1).cumsum(-1) <= 1 - self.top_p
+            drop[..., -1] = False
+            scores = scores.masked_fill(drop.scatter(-1, index, drop), -torch.inf)
         for warper in self.warpers:
             scores = warper(None, scores.flatten(0, -2)).view(scores.shape)
         return scores.log_softmax(-1)

@@ -6,6 +6,7 @@ from helpers import CLOSE, EOS, HEADS, PAD, VOCABULARY, completions, head_rows, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
+from transformers import TopPLogitsWarper
 
 from mtp.modeling import versions
 from mtp.modeling.phases import PhasePlan
@@ -139,6 +140,14 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     assert torch.allclose(kept, torch.tensor([0.625, 0.375, 0.0, 0.0]))
     kept = Sampler(top_k=3).log_probs(logits).exp()
     assert torch.allclose(kept, torch.tensor([0.5, 0.3, 0.15, 0.0]) / 0.95)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top_p_keeps_the_tokens_that_transformers_keeps_of_equal_ones(dtype):
+    logits = 3 * torch.randn(50, 4000, generator=torch.Generator().manual_seed(0))
+    logits = (8 + logits).to(dtype).float()
+    kept = Sampler(top_p=0.9).log_probs(logits).isfinite()
+    assert torch.equal(kept, TopPLogitsWarper(0.9)(None, logits).isfinite())
 
 
 @pytest.mark.parametrize("settings_", [{"temperature": -1}, {"top_k": -2}, {"top_p": 0}])
