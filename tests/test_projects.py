@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import EOS, PAD, config, records, tiny_model
+from transformers import LogitsProcessorList
 
 from mtp.evaluation.evaluate import decode_all, place_metrics
 from mtp.evaluation.spread import Spread
@@ -238,7 +239,9 @@ def test_decoding_makes_the_contexts_of_solved_text():
             scores[row, script[tuple(text[:cut])][len(text) - cut]] = 0.0
         return scores
 
-    options = DecodeOptions(sampler=Sampler(), max_new_tokens=60, process=forced)
+    options = DecodeOptions(
+        sampler=Sampler(), max_new_tokens=60, process=LogitsProcessorList([forced])
+    )
     out = sample(model, fmt, examples, fmt.plan("slow"), options, group_size=2)
     for row in range(16):
         segments = out.segments_of(row)

@@ -18,8 +18,9 @@ from .heads import Head
 from .output_layer import OutputLayer
 from .sampler import Sampler
 
-Process = Callable[[Tensor, Tensor], Tensor]
-"""Signature of a `LogitsProcessor`: token ids [B, T] and scores [B, V] -> scores [B, V]."""
+Process = Callable[..., Tensor]
+"""Signature of a `LogitsProcessorList`: token ids [B, T], scores [B, V] and, by name, `padding` [B]
+-> scores [B, V]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,8 @@ class DecodeOptions:
     then a function of its row's seed and its position in the text, whatever the batch is."""
     process: Process | None = None
     """Changes the scores of every slot, main's and the head's, before the sampler. It receives rows
-    of one width at a time: texts up to the slot, padded on the left to T plus the new tokens."""
+    of one width at a time: texts up to the slot, padded on the left to T plus the new tokens.
+    `padding` is the number of padded columns of each text."""
     stop: Stop | Stops | None = None
     """Stopping criterion, called after every token with texts as above; a block is cut where it
     returns True. `Stops` for one that is called with all rows of a batch at once."""

@@ -34,8 +34,9 @@ class Stops(NamedTuple):
     at which it returned True."""
 
 
-Texts = Iterator[tuple[Tensor, Tensor]]
-"""Groups of F rows by length: the indices of a group's rows [G], and their texts [G, W]."""
+Texts = Iterator[tuple[Tensor, Tensor, Tensor]]
+"""Groups of F rows by length: the indices of a group's rows [G], their texts [G, W], and the number
+of each text's first columns that are padding [G]."""
 
 
 def splice(count: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ class RunningRows:
 
         Yields rows with the same number of new tokens together: their indices among the F [G], and
         their texts [G, T + new], padded on the left. Hence a text has the same width as in
-        transformers' `generate`, however long the other rows of the batch are.
+        transformers' `generate`, however long the other rows of the batch are. See `Texts`.
         """
         rows = self.rows[index]
         new = self.out.lengths[rows] + num_extra
@@ -157,11 +158,11 @@ class RunningRows:
         text = splice(self.known()[index], text, extra)
         for number in new.unique().tolist():
             where = (new == number).nonzero()[:, 0]
-            width = self.prompts.shape[1] + number
-            source = torch.arange(width, device=text.device) - width
-            source = source + self.prompt_lengths[rows[where], None] + number
+            padding = self.prompts.shape[1] - self.prompt_lengths[rows[where]]
+            columns = torch.arange(self.prompts.shape[1] + number, device=text.device)
+            source = columns - padding[:, None]
             known = text[where].gather(1, source.clamp(min=0))
-            yield where, torch.where(source < 0, self.pad_id, known)
+            yield where, torch.where(source < 0, self.pad_id, known), padding
 
     def enter_phases(self, tokens: Tensor, count: Tensor) -> Tensor:
         """Update the phases for `count` [R] more tokens of `tokens` [R, J], of which only the last
@@ -226,7 +227,7 @@ class RunningRows:
         total, stopped = added.lengths.clone(), torch.zeros_like(ended)
         for count in range(1, added.tokens.shape[1] + 1):
             asked = (self.active & ~stopped & (total >= count)).nonzero()[:, 0]
-            for where, text in self.texts(
+            for where, text, _ in self.texts(
                 asked, added.tokens[asked], torch.full_like(asked, count)
             ):
                 met = asked[where][stop(text, None)]

@@ -425,7 +425,7 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
         mask = read_mask(self, wanted["attention_mask"], prompts, stock)
         check_processors(wanted["logits_processor"] or [], len(prompts) * copies)
         fill = (eos_ids[0] if eos_ids else 0) if pad_id is None else pad_id
-        process = self._read_processors(wanted, prompts, mask, stock, fill, one_context)
+        process = self._read_processors(wanted, prompts, mask, stock, one_context)
         own: dict[str, Any] = dict(zip(OF_MTP, (mtp_mode, mtp_k, max_thought_tokens), strict=True))
         mode, k, most = (
             first_set(name, *configs) if value is None else value for name, value in own.items()
@@ -442,7 +442,7 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
             max_new_tokens=max_new_tokens,
             pad_id=fill,
             generator=generator,
-            process=process if len(process) else None,  # type: ignore[arg-type]
+            process=process if len(process) else None,
             stop=wanted.stops(len(prompts) * copies, in_step),
             static_cache=cache == "static",
             compiler=compiler,
@@ -458,7 +458,6 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
         prompts: Tensor,
         mask: Tensor,
         stock: GenerationConfig,
-        pad_id: int,
         one_context: bool,
     ) -> LogitsProcessorList:
         """The given processors, and transformers' own for the options that they implement.
@@ -485,7 +484,7 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
         if bool(mask.all()):
             return made
         return LogitsProcessorList(
-            UnpaddedRepetitionPenalty(processor, pad_id)
+            UnpaddedRepetitionPenalty(processor)
             if isinstance(processor, RepetitionPenaltyLogitsProcessor)
             else processor
             for processor in made

@@ -414,13 +414,13 @@ def check_processors(processors: Sequence[Any], num_rows: int) -> None:
 class UnpaddedRepetitionPenalty:
     """transformers' repetition penalty, which does not count the padding before a prompt."""
 
-    def __init__(self, penalty: Any, pad_id: int):
+    def __init__(self, penalty: Any):
         """penalty: transformers' processor."""
-        self.penalty, self.pad_id = penalty, pad_id
+        self.penalty = penalty
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Token ids [B, T] and scores [B, V] -> scores."""
-        begun = (input_ids != self.pad_id).cumsum(1) > 0
-        first = input_ids.gather(1, begun.long().argmax(1, keepdim=True))
+    def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor) -> Tensor:
+        """Token ids [B, T], scores [B, V] and the padded columns of each row [B] -> scores."""
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+        first = input_ids.gather(1, padding[:, None])
         # A token that occurs twice is punished once, so the first may replace the padding.
-        return self.penalty(torch.where(begun, input_ids, first), scores)
+        return self.penalty(torch.where(columns < padding[:, None], first, input_ids), scores)

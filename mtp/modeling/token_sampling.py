@@ -42,10 +42,10 @@ except ImportError:  # an export works without
 def processed(process: Process, texts: Texts, scores: Tensor) -> Tensor:
     """Scores [F, V] as a `process` changes them; it receives rows of one length at a time."""
     out = torch.empty_like(scores)
-    for where, text in texts:
+    for where, text, padding in texts:
         if len(where) == len(scores):
-            return process(text, scores)
-        out[where] = process(text, scores[where])
+            return process(text, scores, padding=padding)
+        out[where] = process(text, scores[where], padding=padding)
     return out
 
 

@@ -6,7 +6,7 @@ from helpers import CLOSE, EOS, HEADS, PAD, VOCABULARY, completions, head_rows, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
-from transformers import TopPLogitsWarper
+from transformers import LogitsProcessorList, TopPLogitsWarper
 
 from mtp.modeling import versions
 from mtp.modeling.phases import PhasePlan
@@ -298,4 +298,5 @@ def test_kernels_do_not_draw_where_distributions_are_asked_for(plan, monkeypatch
     run(model, RAGGED, PhasePlan([4], [None], min_probability=[0.5]), impl="torch")
     for sampler in (Sampler(top_k=3), Sampler(top_p=0.9)):
         run(model, RAGGED, plan, sampler, impl="torch")
-    run(model, RAGGED, plan, process=lambda ids, scores: scores, impl="torch")
+    process = LogitsProcessorList([lambda ids, scores: scores])
+    run(model, RAGGED, plan, process=process, impl="torch")

@@ -293,6 +293,20 @@ def test_a_repetition_penalty_does_not_count_padding(mode):
     assert [text[: len(own)] for text, own in zip(both, alone, strict=True)] == alone
 
 
+@pytest.mark.parametrize("mode", ["slow", "verified", "fast"])
+def test_a_repetition_penalty_counts_a_first_token_that_is_the_padding_token(mode):
+    """As with GPT-2's tokenizer, whose BOS, EOS and padding are one token."""
+    model = make()
+    model.lm_head.weight.data[EOS] *= 2
+    ids = torch.tensor([[EOS, EOS, EOS, 5, 6], [EOS, 8, 4, 9, 10]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    given = {"attention_mask": mask, "repetition_penalty": 3.0, "pad_token_id": EOS}
+    both = written(model, ids, mtp_mode=mode, **given)
+    del given["attention_mask"]
+    alone = written(model, ids[:1, 2:], mtp_mode=mode, **given)[0]
+    assert both[0][: len(alone)] == alone
+
+
 class EachSaid:
     """A criterion like lm-eval's: keeps which rows have said a token, and stops once all have."""
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers import CLOSE, EOS, HEADS, PAD, completions, tiny_model
+from transformers import LogitsProcessorList
 
 from mtp.modeling.branches import Branch, BranchLoop, SearchConfig, SearchRequest
 from mtp.modeling.decode import decode
@@ -246,7 +247,7 @@ def only(*tokens, bias=0.0):
         left[:, tokens[0]] += bias
         return left
 
-    return process
+    return LogitsProcessorList([process])
 
 
 PLANTED = [5, 6, 6, 5, 6, 5, 5, 6]
@@ -310,7 +311,14 @@ def test_without_a_scorer_the_likeliest_text_is_found(plan):
             best, likeliest = logprob, list(text)
     for method, n in (("best_of_n", 600), ("beam", 6), ("mcts", 64)):
         config = SearchConfig(method=method, n=n, expand=24, length_penalty=0.0)
-        found = look(model, [prompt], plan.as_slow(), config, process=sharp, max_new_tokens=6)
+        found = look(
+            model,
+            [prompt],
+            plan.as_slow(),
+            config,
+            process=LogitsProcessorList([sharp]),
+            max_new_tokens=6,
+        )
         assert found.texts[0][0].text() == likeliest
         assert float(found.scores[0]) == pytest.approx(best, abs=1e-4)
 
