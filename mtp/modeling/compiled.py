@@ -98,7 +98,7 @@ def check_traceable(model: Any) -> None:
     try:
         model.main_states(tokens, start, cache, 3, is_even=True)
         passes = CompiledPasses(model, Compiler(backend="eager"), cache, 1, 2)
-        ours, _ = passes.read(tokens[:, :2], start + 3, with_taps=True)
+        ours, _ = passes.read(tokens[:, :2], start + 3, start + 4, with_taps=True)
         whole = torch.cat([tokens, tokens[:, :2]], 1)
         cache = BlockCache(num_layers, 1, 8)
         expected = model.main_states(whole, start, cache, 5, is_even=True)[0][:, 3:]
@@ -199,8 +199,10 @@ class CompiledPasses:
                 getattr(layer, name)[: filled.num_rows, :, : filled.length] = states
         filled.layers = []
 
-    def read(self, fed: Tensor, start: Tensor, with_taps: bool) -> tuple[Tensor, list[Tensor]]:
-        """Main's forward over tokens [R, L] from positions `start` [R] on.
+    def read(
+        self, fed: Tensor, start: Tensor, last: Tensor, with_taps: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Main's forward over tokens [R, L] from positions `start` [R] to `last` [R].
 
         Returns hidden rows [R, L, D] and each tap's, in memory that later passes leave alone.
         """
@@ -208,13 +210,13 @@ class CompiledPasses:
         more = 0 if width == 1 else -width % self.block_size
         tokens = fed.new_zeros(self.cache.num_rows, width + more)
         tokens[self.rows] = pad(fed, (0, more))
-        starts = start.new_zeros(self.cache.num_rows)
-        starts[self.rows] = start
-        hidden, taps = self._forward(tokens, starts, with_taps)
+        ends = start.new_zeros(2, self.cache.num_rows)
+        ends[:, self.rows] = torch.stack([start, last])
+        hidden, taps = self._forward(tokens, ends, with_taps)
         return hidden[self.rows, :width], [tap[self.rows, :width] for tap in taps]
 
     def _forward(
-        self, tokens: Tensor, starts: Tensor, with_taps: bool
+        self, tokens: Tensor, ends: Tensor, with_taps: bool
     ) -> tuple[Tensor, list[Tensor]]:
         from torch._dynamo import config
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
@@ -229,10 +231,11 @@ class CompiledPasses:
             ):
                 states: tuple[Tensor, list[Tensor]] = self.model.main_states(
                     tokens,
-                    starts,
+                    ends[0],
                     self.cache,
                     self.cache.capacity,  # one number: a length would be part of the graph
                     with_taps=with_taps,
+                    last=ends[1],
                     decoder=self.main.forward,
                 )
             return states

@@ -177,6 +177,7 @@ class PassLoop:
         running = self.running
         copies, self.num_copies = self.num_copies, 1
         fed, start = running.fed[::copies], running.start[::copies]
+        last = start + (running.num_fresh + running.num_drafts)[::copies] - 1
         with_taps, block_size = self.tables.num_head_slots > 0, self.tables.num_head_slots + 1
         if self.compiler is not None and self.compiled is None and self.cache.length:
             num_rows = len(running.prompts)
@@ -191,9 +192,10 @@ class PassLoop:
                 running.length,
                 is_even=running.is_even,
                 with_taps=with_taps,
+                last=last,
             )
         else:
-            hidden, taps = self.compiled.read(fed, start, with_taps)
+            hidden, taps = self.compiled.read(fed, start, last, with_taps)
             # The head's layers stay in the loop's own cache.
             positions = start[:, None] + torch.arange(fed.shape[1], device=fed.device)
             self.cache.place(positions, running.length, running.is_even)

@@ -100,6 +100,7 @@ class DecodableModel(Protocol):
         *,
         is_even: bool = False,
         with_taps: bool = True,
+        last: Tensor | None = None,
         decoder: Callable[..., Any] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """One pass of main over tokens [B, L] through the cache: hidden rows and tap rows."""

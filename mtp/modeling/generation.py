@@ -15,11 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-)
+from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.utils import ModelOutput
 
 from .attention import check_attention, of_blocks
@@ -127,11 +123,13 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
         *,
         is_even: bool = False,
         with_taps: bool = True,
+        last: Tensor | None = None,
         decoder: Callable[..., Any] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Feed tokens [B, L] whose first is at position `start` [B]; the cache then holds `length`.
 
-        is_even: every active row ends at `length`, so one token per row needs no mask. decoder:
+        is_even: every active row ends at `length`, so one token per row needs no mask. last [B]:
+        position of each row's last token, before its padding; None: there is no padding. decoder:
         main's compiled decoder; None: main's own. Returns main's hidden rows after its final norm
         [B, L, D], and each tap's [B, L, D]; no taps if `with_taps` is False.
         """
@@ -150,7 +148,8 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
             return hidden, [out.hidden_states[tap][rows, positions] for tap in taps]
         out = (decoder or self.mtp_decoder)(
             input_ids=fed,
-            position_ids=positions,
+            # Main may have no position as late as that of a padding column.
+            position_ids=positions if last is None else positions.minimum(last[:, None]),
             past_key_values=cache,
             use_cache=True,
             output_hidden_states=wanted_states(taps),

@@ -2,7 +2,12 @@
 
 import pytest
 import torch
+from families import tiny_family
 from helpers import completions, run, tiny_model
+
+from mtp.modeling import versions
+from mtp.modeling.compiled import Compiler
+from mtp.modeling.sampler import Sampler
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [4, 4]] + [[i, 22 - i] for i in range(3, 13)]
 LIMITS = [i % 8 for i in range(len(PROMPTS))]
@@ -24,3 +29,29 @@ def test_each_row_is_cut_at_its_own_limit(mode, plan):
 def test_limits_must_be_one_for_each_row(plan):
     with pytest.raises(ValueError, match=r"one for each of 14 rows, got \[2\]"):
         run(tiny_model(), PROMPTS, plan, limits=torch.tensor([1, 2]))
+
+
+def of_positions(number):
+    """A main with learned positions, which has this many."""
+    model = tiny_family("gpt2")
+    table = model.transformer.wpe
+    table.weight = torch.nn.Parameter(table.weight[:number])
+    return model
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_text_may_end_at_the_last_position_of_main(compiles, plan):
+    """Rows that end before their neighbours are padded beyond it."""
+    if compiles and not versions.ASKS_FOR_QUERIES:
+        pytest.skip("transformers before 5.14 cannot compile passes once")
+    prompts = [[5, 6, 7] * 3 + [8], [9], [9, 10, 11, 12, 13, 14], [4, 4]]
+    options = {"compiler": Compiler(backend="eager")} if compiles else {}
+    few, many = (
+        [
+            run(model, prompts, plan.as_verified(4), Sampler(), seed, max_new_tokens=10, **options)
+            for seed in range(8)
+        ]
+        for model in (of_positions(20), of_positions(60))
+    )
+    assert list(map(completions, few)) == list(map(completions, many))
+    assert all(int(out.lengths[0]) == 10 for out in few)
