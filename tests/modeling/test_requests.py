@@ -295,7 +295,7 @@ def test_a_repetition_penalty_does_not_count_padding(mode):
 
 @pytest.mark.parametrize("mode", ["slow", "verified", "fast"])
 def test_a_repetition_penalty_counts_a_first_token_that_is_the_padding_token(mode):
-    """As with GPT-2's tokenizer, whose BOS, EOS and padding are one token."""
+    """GPT-2's BOS, EOS and padding are one token."""
     model = make()
     model.lm_head.weight.data[EOS] *= 2
     ids = torch.tensor([[EOS, EOS, EOS, 5, 6], [EOS, 8, 4, 9, 10]])

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from toy_text import CHAT, NO_SYSTEM, save_toy, toy_tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mtp.config import RunConfig
 from mtp.hub.build import ModelConfig, build_model, load_model, save_model
@@ -18,6 +20,7 @@ from mtp.modeling.sampler import Sampler
 from mtp.rollouts.new_tokenizers import character_tokenizer
 from mtp.rollouts.prompt_format import PromptFormat
 from mtp.rollouts.rollout import DecodingConfig, sample
+from mtp.rollouts.tokenization import add_delimiters
 from mtp.tasks.base import Example
 from mtp.tasks.running_sum import RunningSumConfig
 from mtp.training.collate import collate_text
@@ -242,6 +245,60 @@ def test_an_export_opens_the_thought_in_each_chat_template(tmp_path):
     assert again.encode(again.apply_chat_template(messages, **given)) == text.prompt_ids("what")
     shown = again.apply_chat_template(messages, tools=[{"name": "f"}], **given)
     assert shown.endswith("<|assistant|><think>") and shown.count("<think>") == 1
+
+
+def test_an_export_gives_a_conversation_no_second_system_message(tmp_path):
+    text = make_text(toy_tokenizer(chat_template=CHAT), system_prompt="Be brief")
+    text.tokenizer.save_pretrained(tmp_path)
+    finish_templates(text, tmp_path)
+    again = type(text.tokenizer).from_pretrained(tmp_path)
+    user = {"role": "user", "content": "what"}
+    for first in (
+        [],
+        [{"role": "system", "content": "1"}],
+        [{"role": "developer", "content": "1"}],
+    ):
+        messages = [*first, user]
+        shown = again.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert again.encode(shown) == text.conversation_ids(messages)
+        assert shown.count("Be brief") == (not first)
+
+
+def metaspace_tokenizer(scheme):
+    """A tokenizer that puts a space before a text, as SentencePiece does, and BOS."""
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    core.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=special, show_progress=False)
+    core.train_from_iterator(["what is the sum of 0123456789 + ="] * 9, trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    add_delimiters(tokenizer, ["<think>", "</think>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_an_export_without_a_template_gives_the_prompts_of_training(tmp_path, scheme):
+    text = make_text(metaspace_tokenizer(scheme))
+    text.tokenizer.save_pretrained(tmp_path)
+    finish_templates(text, tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    for prompt in ("what is 1", "the sum <think>", "the sum <think>\n"):
+        messages = [{"role": "user", "content": prompt}]
+        ids = again.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ids == text.prompt_ids(prompt)
+
+
+def test_an_export_whose_template_cannot_give_the_prompts_of_training_is_refused(tmp_path):
+    text = make_text(metaspace_tokenizer("first"))
+    text.leading_ids = [text.tokenizer.convert_tokens_to_ids("w")]
+    with pytest.raises(ValueError, match="must read a prompt after 'w' as it reads it alone"):
+        finish_templates(text, tmp_path)
 
 
 def test_an_export_with_two_chat_templates_is_known_as_one_and_replaced(tmp_path):

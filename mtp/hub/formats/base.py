@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from ...rollouts.prompt_format import PromptFormat
+from ...rollouts.prompt_format import SYSTEM_ROLES, PromptFormat
+from ...rollouts.tokenization import name_of
 from ..model_card import model_card
 
 Write = Callable[[Any, PromptFormat, Path, Any], None]
@@ -68,12 +69,13 @@ def finish_templates(fmt: PromptFormat, folder: Path) -> None:
     A conversation without a system message begins with the run's, and a generation prompt ends with
     the first phase's delimiter. Where training used no chat template, the template gives the last
     message as it is. A tokenizer may have several: one for tools lies in a folder of its own.
+
+    Raises ValueError if no template can give the prompts of a training without one.
     """
     tokenizer: Any = fmt.tokenizer
     main = folder / "chat_template.jinja"
     if not fmt.uses_template:
-        leading = json.dumps(tokenizer.decode(fmt.leading_ids), ensure_ascii=False)
-        main.write_text(f"{{{{ {leading} }}}}{{{{ messages[-1]['content'] }}}}{_opening(fmt)}")
+        main.write_text(_bare_template(fmt))
         return
     question = [{"role": "user", "content": "?"}]
     for template in [main, *sorted(folder.glob("*/*.jinja"))]:
@@ -93,6 +95,33 @@ def finish_templates(fmt: PromptFormat, folder: Path) -> None:
         template.write_text(source)
 
 
+def _bare_template(fmt: PromptFormat) -> str:
+    """A chat template that gives the last message as training gave it, without one."""
+    tokenizer: Any = fmt.tokenizer
+    last, question = "messages[-1]['content']", "what is 1"
+    opening = _opening(fmt)
+    if fmt.opener is not None:
+        opener = json.dumps(fmt.opener, ensure_ascii=False)
+        opening = f"{{% if not {last}.rstrip().endswith({opener}) %}}{opening}{{% endif %}}"
+    # SentencePiece puts a space before a text, but some tokenizers none after a special token.
+    for space in ("", " "):
+        leading = json.dumps(tokenizer.decode(fmt.leading_ids) + space, ensure_ascii=False)
+        source = f"{{{{ {leading} }}}}{{{{ {last} }}}}{opening}"
+        shown = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}],
+            chat_template=source,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        if tokenizer.encode(shown, add_special_tokens=False) == fmt.prompt_ids(question):
+            return source
+    raise ValueError(
+        f"the tokenizer must read a prompt after {tokenizer.decode(fmt.leading_ids)!r} as it reads "
+        f"it alone, but {name_of(tokenizer)} does not: set a chat template in its "
+        "tokenizer_config.json, and train with it"
+    )
+
+
 def _opening(fmt: PromptFormat) -> str:
     """Jinja that ends a generation prompt with the first phase's delimiter."""
     if fmt.opener is None:
@@ -107,7 +136,7 @@ def _with_system(fmt: PromptFormat) -> str:
         return ""
     message = json.dumps({"role": "system", "content": fmt.system_prompt}, ensure_ascii=False)
     return (
-        "{% if not messages or messages[0]['role'] != 'system' %}"
+        f"{{% if not messages or messages[0]['role'] not in {list(SYSTEM_ROLES)} %}}"
         f"{{% set messages = [{message}] + messages %}}{{% endif %}}"
     )
 
