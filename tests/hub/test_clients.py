@@ -3,6 +3,7 @@
 import base64
 import json
 import threading
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -255,6 +256,30 @@ def test_gguf_refuses_what_it_has_no_place_for(tmp_path):
     with pytest.raises(ValueError, match="must be given a byte-level BPE tokenizer, got WordLevel"):
         export(model, text, tmp_path / "out", SUMMARY, tiny_config(), "gguf")
     assert not (tmp_path / "out").exists()
+
+
+SLIDES = {"sliding_window": 8, "layer_types": ["full_attention"] * 2 + ["sliding_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "hidden_act is silu, got gelu; "),
+        ("mistral", {"sliding_window": 255}, "max_position_embeddings of 256, got 255; "),
+        ("mistral", {"sliding_window": 256}, None),
+        ("qwen3", SLIDES, "sliding_window is null .* got 8; lower max_position_embeddings"),
+        ("qwen3", SLIDES | {"layer_types": ["full_attention"] * 3}, None),
+    ],
+)
+def test_gguf_refuses_a_main_that_it_would_compute_otherwise(tmp_path, family, settings, message):
+    model, text = tiny_model(family), gguf_text()
+    model.generation_config = generation_config(text, PHASES)
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    refused = nullcontext() if message is None else pytest.raises(ValueError, match=message)
+    with refused:
+        export(model, text, tmp_path / "out", SUMMARY, tiny_config(), "gguf")
+    assert (tmp_path / "out").exists() == (message is None)
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -52,7 +52,9 @@ def write(model: Any, fmt: PromptFormat, folder: Path, config: Any) -> None:
 
 
 def add_settings(writer: Any, config: Any, name: str) -> None:
-    """Add what the architecture needs of main's config."""
+    """Add what the architecture needs of main's config. Raises ValueError for settings that it has
+    no place for.
+    """
     rope = config.rope_parameters
     if rope.get("rope_type", "default") != "default":
         raise ValueError(
@@ -61,6 +63,19 @@ def add_settings(writer: Any, config: Any, name: str) -> None:
         )
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
         raise ValueError(f"--format gguf must be given a main without attention_bias; {REMEDY}")
+    if config.hidden_act != "silu":
+        raise ValueError(
+            "--format gguf must be given a main whose hidden_act is silu, got "
+            f"{config.hidden_act}; write another format"
+        )
+    window, most = getattr(config, "sliding_window", None), config.max_position_embeddings
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    if kinds != {"full_attention"} and window is not None and window < most:
+        raise ValueError(
+            "--format gguf must be given a main whose sliding_window is null or at least its "
+            f"max_position_embeddings of {most}, got {window}; lower max_position_embeddings to it "
+            "in config.json, or write another format"
+        )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_name(name)
     writer.add_context_length(config.max_position_embeddings)
