@@ -51,7 +51,7 @@ class MTPFilesMixin:
             new_head: the head may be missing; it is then initialised.
             kwargs: as in transformers.
 
-        Raises ValueError if weights of the head are missing, unless `new_head`.
+        Raises ValueError if weights are missing, but for those of a `new_head`.
         """
         where = pretrained_model_name_or_path
         if kwargs.get("variant") is None and kwargs.get("gguf_file") is None and where is not None:
@@ -69,12 +69,15 @@ class MTPFilesMixin:
         model, info = super().from_pretrained(  # type: ignore[misc]
             where, *args, output_loading_info=True, **kwargs
         )
-        missing = sorted(name for name in info["missing_keys"] if name.startswith(HEAD))
-        if missing and not new_head and not told:
+        missing = sorted(n for n in info["missing_keys"] if not (new_head and n.startswith(HEAD)))
+        if missing and not told:
+            of_head = missing[0].startswith(HEAD)
+            whose = "the head's" if of_head else "main's"
+            instead = "open main alone without trust_remote_code, or " if of_head else ""
             raise ValueError(
-                f"{where} must hold the head's weights, but {missing[0]} is missing (and "
-                f"{len(missing) - 1} more); open main alone without trust_remote_code, or give "
-                f"the whole export, {HEAD_FILE} and {INDEX} included"
+                f"{where} must hold {whose} weights, but {missing[0]} is missing (and "
+                f"{len(missing) - 1} more); {instead}give the whole export, {HEAD_FILE} and "
+                f"{INDEX} included"
             )
         remember_code(type(model))
         return (model, info) if told else model
@@ -91,8 +94,13 @@ class MTPFilesMixin:
 
         A folder written by a model that was opened with `trust_remote_code=True` holds the code
         too, so it opens as it was opened. Raises ValueError for `push_to_hub`, which would upload
-        before the head is written.
+        before the head is written, and for `variant`, under which main would not be found.
         """
+        if kwargs.get("variant") is not None:
+            raise ValueError(
+                f"variant must be left out of save_pretrained, got {kwargs['variant']!r}: loaders "
+                f"find main and head by the variant {VARIANT!r}; choose the folder's name instead"
+            )
         if push_to_hub:
             raise ValueError(
                 "push_to_hub must be left out of save_pretrained, which writes the head last; "

@@ -96,6 +96,24 @@ def test_a_head_that_is_missing_is_refused_not_initialised(tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_a_weight_of_main_that_is_missing_is_refused_not_initialised(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    for new_head in (False, True):
+        with pytest.raises(ValueError, match="hold main's weights, but model.layers.1.mlp.down_p"):
+            type(model).from_pretrained(tmp_path, new_head=new_head)
+
+
+def test_a_variant_is_refused_because_main_would_not_be_found(tmp_path):
+    with pytest.raises(ValueError, match="variant must be left out of save_pretrained, got 'fp16'"):
+        tiny_model().save_pretrained(tmp_path, variant="fp16")
+    assert not list(tmp_path.iterdir())
+
+
 def test_each_loading_path_saves_a_folder_that_opens_as_it_was_opened(tmp_path):
     """Trusted: main, head and code. Stock: main, whose head is not found rather than made up."""
     model, _ = make(tmp_path / "out")
