@@ -302,7 +302,7 @@ class Wanted:
         """Config for transformers' own helpers, which infer a mask and build processors."""
         names = self.asked(Kind.PROCESSED)
         out: Any = GenerationConfig(**{name: self[name] for name in names})
-        if out.min_new_tokens is not None:
+        if self["min_new_tokens"] is not None:
             out.min_length = None  # as in transformers, the number of new tokens counts
 
         def ids(values: list[int]) -> Tensor:

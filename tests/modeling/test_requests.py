@@ -125,6 +125,19 @@ def test_what_processors_do_is_that_of_stock_generate(name):
         assert not torch.equal(model.generate(ids, mtp_mode="fast", **given), fast)
 
 
+@pytest.mark.parametrize("least", [0, 2])
+def test_min_new_tokens_overrides_a_configs_min_length(least):
+    model = make()
+    model.generation_config.min_length = 20
+    with torch.no_grad():
+        model.lm_head.weight[EOS] = model.lm_head.weight[5] * 3
+    stock = model.generate(PROMPT, max_new_tokens=30, mtp_mode="stock", min_new_tokens=least)
+    assert stock.shape[1] < 20
+    for mode in ("slow", "verified"):
+        out = model.generate(PROMPT, max_new_tokens=30, mtp_mode=mode, min_new_tokens=least)
+        assert torch.equal(out, stock)
+
+
 def test_the_length_that_is_asked_for_counts():
     model = make()
     with torch.no_grad():
