@@ -226,7 +226,9 @@ class PassLoop:
         width, position = running.drafts.shape[1], running.known()
 
         def texts(num_drafts: int) -> Texts:
-            return running.texts(row, running.drafts, torch.full_like(at, num_drafts))
+            asked = running.active & (running.num_drafts >= num_drafts)
+            asked &= ~self.plan.is_end(running.drafts[:, :num_drafts]).any(1)
+            return running.texts(asked, row, running.drafts, torch.full_like(at, num_drafts))
 
         if not width and not self.samples.always_verifies:
             rows = self.anchor_rows(hidden[row, at], at)
@@ -316,9 +318,9 @@ class PassLoop:
         """Indices of the running rows that the head writes for, given those that use it [R] bool.
 
         On an accelerator it writes for all rows as soon as one may use it: to find out which do
-        would mean to wait for the pass.
+        would mean to wait for the pass, as processors do anyway.
         """
-        if self.waits_for_rows:
+        if self.waits_for_rows or self.samples.process is not None:
             return uses.nonzero()[:, 0]
         return torch.arange(len(uses) if self.running.any_uses_head else 0, device=uses.device)
 
@@ -351,7 +353,8 @@ class PassLoop:
 
         def texts() -> Texts:
             behind = splice(prefix, running.drafts[chosen], block)
-            return running.texts(chosen, behind, prefix + block.shape[1])
+            asked = ~self.plan.stops(block).any(1)
+            return running.texts(asked, chosen, behind, prefix + block.shape[1])
 
         if settled is not None and self.samples.process is None:
             return self.samples.sample(settled, texts)

@@ -145,19 +145,20 @@ class RunningRows:
         """[R] tokens of each running row's text, its prompt included."""
         return self.prompt_lengths[self.rows] + self.out.lengths[self.rows]
 
-    def texts(self, index: Tensor, extra: Tensor, num_extra: Tensor) -> Texts:
+    def texts(self, asked: Tensor, index: Tensor, extra: Tensor, num_extra: Tensor) -> Texts:
         """Texts of running rows, `index` [F], followed by `num_extra` [F] tokens of `extra` [F, E].
 
-        Yields rows with the same number of new tokens together: their indices among the F [G], and
-        their texts [G, T + new], padded on the left. Hence a text has the same width as in
-        transformers' `generate`, however long the other rows of the batch are. See `Texts`.
+        Yields those that are True in `asked` [F], rows with the same number of new tokens together:
+        their indices among the F [G], their texts [G, T + new], padded on the left, and the rest of
+        `Texts`. Hence a text has the same width as in transformers' `generate`, however long the
+        other rows of the batch are.
         """
         rows = self.rows[index]
         new = self.out.lengths[rows] + num_extra
         text = splice(self.prompt_lengths[rows], self.prompts[rows], self.out.tokens[rows])
         text = splice(self.known()[index], text, extra)
-        for number in new.unique().tolist():
-            where = (new == number).nonzero()[:, 0]
+        for number in new[asked].unique().tolist():
+            where = (asked & (new == number)).nonzero()[:, 0]
             padding = self.prompts.shape[1] - self.prompt_lengths[rows[where]]
             columns = torch.arange(self.prompts.shape[1] + number, device=text.device)
             source = columns - padding[:, None]
@@ -225,12 +226,11 @@ class RunningRows:
     def _stop_each(self, stop: Stop, added: Block, ended: Tensor) -> tuple[Block, Tensor]:
         """`stop_rows` for a criterion that needs no other rows."""
         total, stopped = added.lengths.clone(), torch.zeros_like(ended)
+        row = torch.arange(len(total), device=total.device)
         for count in range(1, added.tokens.shape[1] + 1):
-            asked = (self.active & ~stopped & (total >= count)).nonzero()[:, 0]
-            for where, text, _ in self.texts(
-                asked, added.tokens[asked], torch.full_like(asked, count)
-            ):
-                met = asked[where][stop(text, None)]
+            asked, new = self.active & ~stopped & (total >= count), torch.full_like(row, count)
+            for where, text, _ in self.texts(asked, row, added.tokens, new):
+                met = where[stop(text, None)]
                 total[met], stopped[met] = count, True
         self.closed = self.closed & ~stopped
         return replace(added, lengths=total), ended | stopped

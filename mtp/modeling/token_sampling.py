@@ -40,8 +40,11 @@ except ImportError:  # an export works without
 
 
 def processed(process: Process, texts: Texts, scores: Tensor) -> Tensor:
-    """Scores [F, V] as a `process` changes them; it receives rows of one length at a time."""
-    out = torch.empty_like(scores)
+    """Scores [F, V] as a `process` changes them; it receives rows of one length at a time.
+
+    Rows without a text keep their scores.
+    """
+    out = scores.clone()
     for where, text, padding in texts:
         if len(where) == len(scores):
             return process(text, scores, padding=padding)

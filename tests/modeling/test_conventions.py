@@ -86,6 +86,22 @@ def test_a_processor_sees_every_slot_with_the_text_before_it(head, mode):
             assert (*prompt, *(t for t in text[:end] if t != PAD)) in seen
 
 
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_processor_sees_no_text_that_has_ended_or_holds_no_draft(head, mode):
+    """Without the padding token, which no row says, a text holds what its row may say."""
+    model = make(head)
+    model.generation_config.update(eos_token_id=EOS, pad_token_id=PAD)
+    ids = torch.tensor([[5, 6, 7, 9], [8, 4, 9, 10], [9, 9, 9, 9], [3, 4, 5, 6]])
+    ban, generator = Ban(PAD), torch.Generator().manual_seed(3)
+    out = written(
+        model, ids, mtp_mode=mode, logits_processor=[ban], do_sample=True, temperature=3.0,
+        generator=generator,
+    )  # fmt: skip
+    assert len({row.index(EOS) if EOS in row else len(row) for row in out}) > 1
+    assert not {EOS, PAD} & {token for text in ban.texts for token in text}
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_block_is_cut_where_a_criterion_says_stop(mode):
     model = make()
