@@ -12,7 +12,7 @@ from typing import Any
 
 from .base import Example, Message, TaskConfig, fingerprint
 from .messages import Tags, Turn, is_messages, one_thought, read_turns
-from .row_files import Row
+from .row_files import Row, WrittenFloat
 
 
 @dataclass(kw_only=True)
@@ -167,10 +167,10 @@ def _given_thought(row: dict[str, Any], config: ColumnsConfig, where: str) -> st
 
 
 def _columns(row: dict[str, Any]) -> dict[str, Any]:
-    """The columns as a reward gets them: numbers as floats, however many digits were written."""
+    """The columns as a reward gets them: floats of JSON, however many digits were written."""
 
     def plain(value: Any) -> Any:
-        if isinstance(value, Decimal):
+        if isinstance(value, WrittenFloat):
             return float(value)
         if isinstance(value, dict):
             return {name: plain(one) for name, one in value.items()}

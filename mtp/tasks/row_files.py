@@ -29,6 +29,10 @@ Place = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 
+class WrittenFloat(Decimal):
+    """A float of a JSON file, with all digits that were written."""
+
+
 class RowReader(ABC):
     """The rows of a source, in order."""
 
@@ -138,8 +142,7 @@ def _lines(file: BinaryIO, path: Path, key: str, number: int) -> Iterator[tuple[
         if not text.strip():
             continue
         try:
-            # Decimals keep the digits that were written.
-            row = json.loads(text, object_pairs_hook=_object, parse_float=Decimal)
+            row = json.loads(text, object_pairs_hook=_object, parse_float=WrittenFloat)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{key}: line {number} of {path} is not JSON: {error}") from None
         if not isinstance(row, dict):

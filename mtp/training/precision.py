@@ -27,11 +27,13 @@ def cast_names(model: Any) -> set[str]:
 
 def cast_state(model: Any, state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Weights to save, cast where `cast_names` says so. Tied weights stay one tensor."""
-    names, done = cast_names(model), dict[int, Tensor]()
-    return {
-        name: done.setdefault(weight.data_ptr(), weight.to(dtype)) if name in names else weight
-        for name, weight in state.items()
-    }
+    names, done, saved = cast_names(model), dict[tuple[Any, ...], Tensor](), dict(state)
+    for name in names & state.keys():
+        memory = state[name].data_ptr(), state[name].shape
+        if memory not in done:
+            done[memory] = state[name].to(dtype)
+        saved[name] = done[memory]
+    return saved
 
 
 def cast_weights(model: Any, dtype: torch.dtype) -> None:

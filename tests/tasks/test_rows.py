@@ -358,6 +358,17 @@ def test_numbers_of_json_lines_keep_their_digits(tmp_path):
     assert type(found["2"].columns["answer"]) is float
 
 
+def test_a_reward_gets_the_decimals_of_a_parquet_file(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    exact = Decimal("3.14159265358979323846")
+    columns = [pyarrow.array([str(i) for i in range(40)]), pyarrow.array([exact] * 40)]
+    parquet.write_table(pyarrow.table(columns, ["prompt", "answer"]), tmp_path / "r.parquet")
+    example = RowsConfig(source=str(tmp_path / "r.parquet"), num_test=9).build().example("train", 0)
+    assert example.answer == str(exact) and example.columns["answer"] == exact
+
+
 @pytest.mark.parametrize("more", [{}, {"answer": "4"}])
 def test_the_thought_of_a_conversation_may_have_a_column(more):
     question, answer = {"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4"}

@@ -63,7 +63,7 @@ def page_data(runs: list[Run], title: str) -> Page:
         "metrics": as_rows(measured("run", [row for run in runs for row in stage_rows(run)])),
         "measures": measure_metrics([result for run in runs for result in run.measures]),
         "measure_curves": [asdict(curve) for curve in CURVES],
-        "groups": seed_groups(runs),
+        "groups": seed_groups(runs, names),
         "pairs": pairs(runs),
         "charts": [asdict(chart) for chart in CHARTS],
         "rollouts": [index_row(rollout) for rollout in rollouts],
@@ -228,13 +228,13 @@ def group_names(runs: list[Run]) -> list[str]:
     return found
 
 
-def seed_groups(runs: list[Run]) -> list[dict[str, Any]]:
+def seed_groups(runs: list[Run], names: list[str]) -> list[dict[str, Any]]:
     """Runs that have ended and differ by seed alone: mean and interval of each metric.
 
-    Of runs with the same seed the last one counts.
+    Of runs with the same seed the last one counts. names: those of the runs' groups.
     """
     members: dict[tuple[str, str], dict[str, tuple[Run, dict[str, Any]]]] = defaultdict(dict)
-    for run, name in zip(runs, group_names(runs), strict=True):
+    for run, name in zip(runs, names, strict=True):
         rows = stage_rows(run)
         if run.status == "ended" and rows and "seed" in run.overrides:
             members[name, rows[-1]["name"]][run.overrides["seed"]] = (run, rows[-1])
