@@ -278,10 +278,12 @@ def run_job(
     """Run a sweep's job and return its value.
 
     An exception is printed and written to `job.json`, and the value is None, so that the other jobs
-    of the sweep run and the table lists the error. Optuna counts the job as failed. overrides:
-    those that distinguish it. settings: all that decide its numbers; None: no others.
+    of the sweep run and the table lists the error. Optuna counts the job as failed. A run that does
+    not take these settings keeps what the file said of its own. overrides: those that distinguish
+    it. settings: all that decide its numbers; None: no others.
     """
     noted = {"overrides": overrides, "settings": overrides if settings is None else settings}
+    before, trained = noted_before(folder), config_of(folder)
     note_job(folder, noted, None)
     try:
         return run()
@@ -291,7 +293,8 @@ def run_job(
             traceback.print_exc()
             line = f"{type(error).__name__}: {error}".splitlines()[0]
         print_error(f"{folder.name}: {line}")
-        note_job(folder, noted, line)
+        is_refused = trained is not None and config_of(folder) == trained
+        note_job(folder, before if is_refused and before else noted, line)
         return None
 
 
@@ -309,6 +312,21 @@ def begin_job(submission: Submission) -> None:
         end_with(launcher, line)
 
 
-def note_job(folder: Path, noted: dict[str, dict[str, str]], error: str | None) -> None:
+def noted_before(folder: Path) -> dict[str, Any]:
+    """What `job.json` says, without an error; empty without a readable one."""
+    try:
+        found = json.loads((folder / "job.json").read_text())
+        return {key: found[key] for key in ("overrides", "settings") if key in found}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def config_of(folder: Path) -> bytes | None:
+    """The settings that a run was begun or continued with; None if it has not begun."""
+    path = folder / "config.yaml"
+    return path.read_bytes() if path.is_file() else None
+
+
+def note_job(folder: Path, noted: dict[str, Any], error: str | None) -> None:
     """Write `job.json`."""
     save_text(folder / "job.json", json.dumps({**noted, "error": error}, indent=2) + "\n")

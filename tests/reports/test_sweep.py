@@ -132,6 +132,26 @@ def test_a_mistake_in_a_job_is_one_line_and_the_next_run_of_it_forgets_the_error
     assert json.loads((folder / "job.json").read_text())["error"] is None
 
 
+def test_a_run_that_does_not_take_other_settings_keeps_its_own_in_the_record(tmp_path):
+    folder = tmp_path / "seed=1"
+    trained = {"overrides": {"seed": "1"}, "settings": {"seed": "1", "stages.rl.steps": "7"}}
+
+    def train() -> float:
+        (folder / "config.yaml").write_text("seed: 1")
+        return 0.5
+
+    def refuse() -> float:
+        raise ValueError("another configuration")
+
+    assert run_job(train, folder, *trained.values()) == 0.5
+    other = trained | {"settings": {"seed": "1", "stages.rl.steps": "9"}}
+    run_job(refuse, folder, *other.values())
+    noted = json.loads((folder / "job.json").read_text())
+    assert noted == {**trained, "error": "ValueError: another configuration"}
+    run_job(train, folder, *trained.values())
+    assert json.loads((folder / "job.json").read_text()) == {**trained, "error": None}
+
+
 def test_exit_codes_of_the_command(sweep, tmp_path, capsys):
     assert main([str(sweep)]) == 0
     assert main([str(tmp_path / "none")]) == 2
