@@ -200,7 +200,8 @@ def train_stage(run: Run, stage: StageRun) -> None:
                 run.log.metrics(name, step + 1, progress.global_step, metrics)
             if config.evaluate_every and (step + 1) % config.evaluate_every == 0 and not is_last:
                 number = run.config.evaluation.num_interim_problems
-                record(run, name, measured(run, number, run.task.interim_set))
+                of_set = run.task.interim_set
+                record(run, name, measured(run, number, of_set), of_set)
             last: dict[str, Any] = progress.points[-1] if progress.points else {}
             shown = {"loss": metrics.get("loss"), "reward": metrics.get("reward")}
             bar.step(step + 1, shown | {"accuracy": last.get("accuracy")})
@@ -317,7 +318,7 @@ def end_stage(run: Run, stage: StageRun) -> None:
     )
     number = run.config.evaluation.num_problems
     metrics, _ = over_test_sets(run.task, lambda split: (measured(run, number, split), None))
-    record(run, name, metrics)
+    record(run, name, metrics, run.task.test_sets[0])
     seconds = round(progress.stage_seconds, 1)
     progress.summaries.append({"name": name, **metrics, "steps": progress.step, "seconds": seconds})
     progress.stage, progress.step, progress.stage_seconds = progress.stage + 1, 0, 0.0

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..common.files import save_text
 from ..common.process import run_command
-from ..reports.json_lines import read_records
+from ..reports.json_lines import read_records, with_plain_names
 from .cells import MEASURED, ROWS, TASKS, TEXT_ROW, Cell, plan
 from .equal_flops import add_equal_flops, by_task
 from .plots import plot_block_sizes, plot_rows
@@ -181,7 +181,7 @@ def accuracy_at_steps(folder: Path, summary: dict[str, Any]) -> dict[str, float]
     first = summary["stages"][0]
     name = accuracy_name(first)
     found = {}
-    for record in read_records(folder / "metrics.jsonl"):
+    for record in map(with_plain_names, read_records(folder / "metrics.jsonl")):
         if record["stage"] == first["name"] and f"eval/{name}" in record:
             found[str(record["step"])] = record[f"eval/{name}"]
     return found

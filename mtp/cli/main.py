@@ -97,9 +97,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps({"name": opened.stage, **metrics}, indent=2))
     else:
-        problems = f"{metrics['num_problems']} held-out problems, greedy"
-        title = f"{arguments.folder}, stage {opened.stage}: {problems}"
         for name, (values,) in by_test_set([{"name": opened.stage, **metrics}]).items():
+            problems = f"{values['num_problems']} held-out problems, greedy"
+            title = f"{arguments.folder}, stage {opened.stage}: {problems}"
             print_metrics(make_console(), title, "run", {name or "value": values})
 
 

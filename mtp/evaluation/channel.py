@@ -11,15 +11,17 @@ head, the head scores the block's tokens t_1..t_n under its own message m and un
 | `channel_other_bits` | messages of any anchors of other problems |
 | `channel_zero_bits` | a message of zeros |
 
-Tokens are sampled under m, so the mean of the first two is a mean of KL divergences: 0 for a head
-that ignores its message. `channel_least_bits` compares with the mixture over own and other messages
+Tokens are sampled under m, so each mean is one of KL divergences: 0 for a head that ignores its
+message. `channel_least_bits` compares with the mixture over own and other messages
 of the class:
 
     log p(t_1..t_n | m) - log mean over m' in {m, others} of p(t_1..t_n | m')
 
 Its mean is a lower bound of the mutual information of message and block given t_0, and is at most
 log2(1 + number of others), `channel_limit_bits` (van den Oord et al., arXiv 1807.03748; Poole et
-al., arXiv 1905.06922). `channel_same_bits` is an upper bound of it, by Jensen's inequality.
+al., arXiv 1905.06922). `channel_same_bits` is an upper bound of it, by Jensen's inequality, and
+`channel_zero_bits` another: the head under zeros is one distribution of the block given t_0, and
+the mutual information is the smallest mean divergence from any such one.
 
 `block_entropy_bits` is the sum of the writers' entropies along the block, main's at slot 0 and the
 head's after it: the information of the sampled tokens beyond what the context determines, which is
@@ -29,8 +31,8 @@ All distributions are those of one temperature, without top-k and top-p: a trunc
 gives some tokens probability 0, and the difference would be infinite. Means are over the passes of
 each problem and then over problems, with t intervals over problems.
 
-Left out: verified phases, where the head's tokens are proposals, and heads whose other messages
-come from another model.
+Left out: verified phases, where the head's tokens are proposals, and heads that read pairs
+(`PairHead`), whose context holds more than the message of an anchor.
 
 Shapes: N anchors, K head slots, M other messages.
 """
@@ -47,6 +49,7 @@ from torch import Tensor
 
 from ..modeling.decode_options import DecodeOptions
 from ..modeling.output_layer import OutputLayer
+from ..modeling.pairs import PairHead
 from ..modeling.sampler import Sampler
 from ..reports.interval import mean_interval
 from ..rollouts.prompt_format import PromptFormat
@@ -138,8 +141,15 @@ def channel_metrics(
         impl: implementation of `mtp_kernels` ops.
         progress: called with the number of finished parts of the work, and of all.
 
-    Raises ValueError if no block keeps a token of the head, and where problems share a memory.
+    Raises ValueError if no block keeps a token of the head, for a head that reads pairs, and where
+    problems share a memory.
     """
+    if isinstance(model.mtp_head, PairHead):
+        raise ValueError(
+            "the channel is measured on heads whose context is the message of an anchor, got "
+            f"head.type={model.mtp_settings.type}, which also reads main's features at earlier "
+            "positions; measure a run of another head, such as eavesdrop"
+        )
     if fmt.segments.is_shared:
         raise ValueError(
             "the channel is measured on single problems, got "
@@ -196,10 +206,11 @@ def sampled_anchors(
     text = collate_rollouts(
         batch.prompts,
         batch.out,
-        torch.zeros(len(segments)),
+        torch.zeros(len(batch)),
         segments,
         fmt.block_size,
         fmt.pad_id,
+        batch.owners,
     )
     text = text.to(next(model.parameters()).device)
     hidden, taps = model.main_hidden(text.tokens, use_cache=False)

@@ -104,16 +104,20 @@ def decode_all(
 
 
 def accuracy(
-    batches: list[Rollouts], task: Task, answer_of: Callable[[list[int]], str | None]
+    batches: list[Rollouts],
+    task: Task,
+    answer_of: Callable[[list[int]], str | None],
+    prefixes: list[list[int]] | None = None,
 ) -> float | None:
     """Share of completions whose final answer is right; one without an answer is wrong.
 
-    answer_of: completion ids -> the final answer, None if there is none. The share is None for a
-    task without a verifier.
+    answer_of: completion ids -> the final answer, None if there is none. prefixes: ids of the
+    thought that each problem was given; None: none. The share is None for a task without a
+    verifier.
     """
     if not task.has_verifier:
         return None
-    right = right_answers(batches, task, answer_of)
+    right = right_answers(batches, task, answer_of, prefixes)
     return sum(right) / len(right)
 
 
@@ -135,13 +139,16 @@ def budget_metrics(
 
 
 def right_answers(
-    batches: list[Rollouts], task: Task, answer_of: Callable[[list[int]], str | None]
+    batches: list[Rollouts],
+    task: Task,
+    answer_of: Callable[[list[int]], str | None],
+    prefixes: list[list[int]] | None = None,
 ) -> list[bool]:
     """True if the final answer of each completion is right; see `accuracy`."""
+    rows = [(batch, row) for batch in batches for row in range(len(batch))]
     answers = [
-        (batch.example(row), answer_of(batch.completion(row)), batch.completion(row))
-        for batch in batches
-        for row in range(len(batch))
+        (batch.example(row), answer_of(batch.completion(row)), prefix + batch.completion(row))
+        for (batch, row), prefix in zip(rows, prefixes or [[]] * len(rows), strict=True)
     ]
     attempts = [Attempt(e, answer, ids) for e, answer, ids in answers if answer is not None]
     scored = iter(task.scored(attempts))
@@ -305,11 +312,11 @@ def evaluate(
     if has_controls and fmt.closer is not None:
         empty = [fmt.thought_ids("") for _ in examples]
         given = completions("slow", empty, "empty thought")
-        metrics["empty_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text)
-        wrong = wrong_thoughts(examples, slow, task, fmt)
+        metrics["empty_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text, empty)
+        wrong = wrong_thoughts(examples, slow, task, fmt, decoding.max_new_tokens)
         if wrong is not None:
             given = completions("slow", wrong, "wrong thought")
-            metrics["wrong_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text)
+            metrics["wrong_thought_accuracy"] = accuracy(given, task, fmt.bare_answer_text, wrong)
     metrics |= step_metrics(shown, task, fmt)
     metrics["unigram_drift"] = unigram_drift(shown, fmt)
     metrics["reference_nats_per_token"] = None
@@ -337,12 +344,16 @@ def over_test_sets(
 
 
 def wrong_thoughts(
-    examples: list[Example], own: list[Rollouts], task: Task, fmt: PromptFormat
+    examples: list[Example],
+    own: list[Rollouts],
+    task: Task,
+    fmt: PromptFormat,
+    max_new_tokens: int,
 ) -> list[list[int]] | None:
     """A wrong thought for each problem: that of another problem whose answer is not right here.
 
-    The solver's thoughts if the task has them, else the model's own. None if some problem has no
-    such thought.
+    The solver's thoughts if the task has them, else the model's own. After a thought there is room
+    for the problem's answer within `max_new_tokens`. None if some problem has no such thought.
     """
     if all(example.thought is not None for example in examples):
         thoughts = [fmt.thought_ids(example.thought) for example in examples]
@@ -350,11 +361,16 @@ def wrong_thoughts(
         thoughts = [fmt.split(b.completion(r))[0] for b in own for r in range(len(b))]
     out = []
     for index, example in enumerate(examples):
+        room = max_new_tokens - len(fmt.bare_answer_ids(example.answer))
         for step in range(1, len(examples)):
             other = (index + step) % len(examples)
             closed = bool(thoughts[other]) and thoughts[other][-1] == fmt.thought_ids("")[-1]
             given = fmt.completion_ids(None, examples[other].answer)
-            if closed and not task.outcome(example, examples[other].answer, given):
+            if (
+                closed
+                and len(thoughts[other]) <= room
+                and not task.outcome(example, examples[other].answer, given)
+            ):
                 out.append(thoughts[other])
                 break
         else:

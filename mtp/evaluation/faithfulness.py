@@ -19,7 +19,9 @@ pass in the middle of a block, where it never began one, and fail for that reaso
 
 A point counts right answers (`accuracy`), answers equal to the model's first one (`same`) and, for
 a mistake, answers that the mistake leads to (`followed`, where the task knows them). A thought
-without what a curve needs (a number, a paraphrase) is left out of the curve.
+without what a curve needs (a number, a paraphrase, room for the answer after it) is left out of the
+curve. Where a phase of the thought has a limit of tokens, main would begin a new one after a cut,
+so `mistake` and `unchanged` are left out.
 
 Early answering, mistakes and filler: Lanham et al., arXiv 2307.13702, whose area over the curve is
 the mean of 1 - `same` over places. Transfer to a reader: "Measuring Reasoning Trace Legibility",
@@ -59,6 +61,8 @@ class Thought:
     """Tokens of the thought, without its closing delimiter."""
     text: str
     answer: str
+    room: int
+    """Tokens that a thought in its place may have, so that its answer fits behind it."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,8 @@ def faithfulness_metrics(
         batches = decode_all(reader, fmt, problems, mode, decoding, batch_size, prefixes, impl)
         return [batch.completion(row) for batch in batches for row in range(len(batch))]
 
-    thoughts = closed_thoughts(fmt, examples, complete(model, mode, examples, None))
+    completions = complete(model, mode, examples, None)
+    thoughts = closed_thoughts(fmt, examples, completions, decoding.max_new_tokens)
     if not thoughts:
         raise ValueError(
             f"faithfulness needs thoughts that end, but none of {len(examples)} is closed and "
@@ -172,7 +177,7 @@ def check(fmt: PromptFormat, task: Task) -> None:
 
 
 def closed_thoughts(
-    fmt: PromptFormat, examples: list[Example], completions: list[list[int]]
+    fmt: PromptFormat, examples: list[Example], completions: list[list[int]], max_new_tokens: int
 ) -> list[Thought]:
     """The thoughts that were closed and followed by an answer."""
     found = []
@@ -180,7 +185,8 @@ def closed_thoughts(
         thought, _ = fmt.split(ids)
         answer = fmt.answer_text(ids)
         if answer is not None:
-            found.append(Thought(example, thought[:-1], fmt.thought_text(ids), answer))
+            room = max_new_tokens - (len(ids) - len(thought)) - 1
+            found.append(Thought(example, thought[:-1], fmt.thought_text(ids), answer, room))
     return found
 
 
@@ -192,10 +198,10 @@ def readings(
     paraphrases, retokenised = {}, {}
     for number, thought in enumerate(thoughts):
         other = task.paraphrase(thought.example, thought.text)
-        if other is not None:
-            paraphrases[number] = fmt.thought_ids(other)[:-1]
+        if other is not None and len(ids := fmt.thought_ids(other)[:-1]) <= thought.room:
+            paraphrases[number] = ids
         again = fmt.thought_ids(thought.text)[:-1]
-        if again != thought.ids:
+        if again != thought.ids and len(again) <= thought.room:
             retokenised[number] = again
     end = fmt.thought_ids("")
     found = []
@@ -213,6 +219,9 @@ def readings(
         assert filler is not None
         prefixes = [with_filler(ids, at, filler) + end for ids in written.values()]
         found.append(Reading("filler", at, list(written), prefixes))
+    of_thought = [phase for phase in fmt.phases.values() if phase.opened_by != fmt.closer]
+    if any(phase.max_tokens is not None for phase in of_thought):
+        return found
     return found + mistaken_readings(thoughts, task, fmt, seed)
 
 

@@ -38,6 +38,7 @@ def outcome_rows(decoded: Decoded, task: Task, fmt: PromptFormat, stage: str) ->
     """For each mode, which problems were answered correctly: a `1` or a `0` per problem.
 
     `problems` is a hash of the prompts: rows with the same hash can be compared problem by problem.
+    `project_size` counts the problems of a project, which follow each other and may fail together.
     Empty for a task that does not verify answers.
     """
     if not task.has_verifier:
@@ -45,13 +46,15 @@ def outcome_rows(decoded: Decoded, task: Task, fmt: PromptFormat, stage: str) ->
     rows = []
     for mode, batches in decoded.items():
         hashed = hashlib.sha256()
-        right = ""
+        right, size = "", 1
         for batch in batches:
             for row in range(len(batch)):
+                size = max(size, batch.example(row).place + 1)
                 hashed.update(fingerprint(batch.example(row)).encode())
                 right += str(int(_right(batch, row, task, fmt) is True))
         problems = hashed.hexdigest()[:16]
-        rows.append({"stage": stage, "mode": mode, "problems": problems, "right": right})
+        about = {"stage": stage, "mode": mode, "problems": problems, "project_size": size}
+        rows.append({**about, "right": right})
     return rows
 
 
@@ -162,7 +165,7 @@ def thought_row(
             }
         )
         phases += [[start + at, *names[phase]] for at, phase in phase_starts(ids, plan)]
-        passes += [start + at for at in batch.pass_starts(segment, plan.marks)]
+        passes += [start + at for at in batch.pass_starts(segment)]
         logprobs = batch.out.logprobs[segment, :length].tolist()
         added = {
             "tokens": text_pieces(fmt.tokenizer, ids),

@@ -6,8 +6,8 @@ as runs/rl_proof, and writes its summary.json, variants.png and frontier.png.
 A run's name gives its variant: `rl_proof/executed_open/3` is seed 3 of variant `executed_open`. The
 other variants begin with the models of variant `start`. Metrics are those of the last stage.
 
-A run that was kept without its weights (docs/results, `mtp.reports.keep`) has a `run.yaml` in place
-of its config: name and seed, the commit that recorded it, and the overrides that reproduce it.
+A run that was kept without its weights (docs/results, `mtp.reports.keep`) may have a `run.yaml` in
+place of its config: name and seed, and the overrides that reproduce it.
 
 Left out: tests between variants, and an interval if only one seed has ended.
 """
@@ -27,7 +27,7 @@ from rich.table import Table
 
 from ..common.process import run_command
 from .interval import mean_interval
-from .json_lines import read_records
+from .json_lines import read_records, with_plain_names
 from .metrics import METRICS, Metric, measured, metrics_of
 from .metrics import Table as TableName
 from .progress import make_console
@@ -80,7 +80,7 @@ def read_runs(folder: Path) -> list[VariantRun]:
         log = home / "metrics.jsonl"
         curve = [
             (record["step"], record["eval/fast_accuracy"])
-            for record in (read_records(log) if log.is_file() else [])
+            for record in map(with_plain_names, read_records(log) if log.is_file() else [])
             if record["stage"] == last["name"] and record.get("eval/fast_accuracy") is not None
         ]
         runs.append(VariantRun(*key, last, curve, home))

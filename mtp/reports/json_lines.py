@@ -81,3 +81,15 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if num_unreadable:
         _log.warning("%s: %d lines could not be read and are left out", path, num_unreadable)
     return records
+
+
+def with_plain_names(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of metrics.jsonl with `eval/METRIC` for what an evaluation within a stage has as
+    `eval/SET/METRIC`, because its task sets problems apart for it (`Task.interim_set`).
+
+    The record of a stage's end is returned as it is.
+    """
+    parts = {name: name.split("/", 2) for name in record if name.startswith("eval/")}
+    if any(len(path) == 2 for path in parts.values()):
+        return record
+    return record | {f"eval/{path[2]}": record[name] for name, path in parts.items()}

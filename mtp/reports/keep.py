@@ -2,8 +2,9 @@
 
 Copies each run that has ended below RUNS, such as runs/imperfect_teacher, into
 RESULTS/VARIANT/SEED: its `summary.json`, the accuracies of its evaluations in `metrics.jsonl`, and
-a `run.yaml` with the overrides of conf/ that make it again. Then it writes the comparison's own
-summary and plots, as `python -m mtp.reports.comparison RESULTS` does.
+a `run.yaml` with the overrides of conf/ that make it again. Of a run that was not a sweep's job
+nothing lists its overrides, so its whole `config.yaml` is copied in place of that. Then it writes
+the comparison's own summary and plots, as `python -m mtp.reports.comparison RESULTS` does.
 
 Left out: weights, and metrics of training steps.
 """
@@ -20,7 +21,7 @@ from ..common.errors import read_json
 from ..common.files import save_text
 from ..common.process import run_command
 from .comparison import VariantRun, read_runs, write_report
-from .json_lines import read_records
+from .json_lines import read_records, with_plain_names
 
 EVALUATED = ("eval/slow_accuracy", "eval/fast_accuracy", "eval/true_steps")
 """Metrics of a kept evaluation."""
@@ -40,7 +41,11 @@ def keep(run: VariantRun, results: Path) -> None:
     save_text(home / "summary.json", (run.folder / "summary.json").read_text())
     lines = [json.dumps(record) + "\n" for record in evaluations(run.folder / "metrics.jsonl")]
     save_text(home / "metrics.jsonl", "".join(lines))
-    content = {"name": config["name"], "seed": run.seed, "overrides": overrides_of(run, config)}
+    overrides = overrides_of(run, config)
+    if overrides is None:
+        save_text(home / described.name, described.read_text())
+        return
+    content = {"name": config["name"], "seed": run.seed, "overrides": overrides}
     save_text(home / "run.yaml", yaml.safe_dump(content, sort_keys=False))
 
 
@@ -49,19 +54,21 @@ def evaluations(log: Path) -> list[dict[str, Any]]:
     names = ("stage", "step", "global_step", *EVALUATED)
     return [
         {name: record[name] for name in names if record.get(name) is not None}
-        for record in read_records(log)
+        for record in map(with_plain_names, read_records(log))
         if any(record.get(name) is not None for name in EVALUATED)
     ]
 
 
-def overrides_of(run: VariantRun, config: dict[str, Any]) -> list[str]:
-    """Overrides that make a run again, but for its seed.
+def overrides_of(run: VariantRun, config: dict[str, Any]) -> list[str] | None:
+    """Overrides that make a run again, but for its seed; None for one that was no sweep's job.
 
-    Those of its job in a sweep, with the ones that all jobs shared where `job.json` has them; its
-    experiment is COMPARISON/VARIANT where the job names none.
+    Those of its job, with the ones that all jobs shared where `job.json` has them; its experiment
+    is COMPARISON/VARIANT where the job names none.
     """
     path = run.folder / "job.json"
-    noted = read_json(path) if path.is_file() else {"overrides": {}}
+    if not path.is_file():
+        return None
+    noted = read_json(path)
     overrides = dict(noted.get("settings", noted["overrides"]))
     overrides.pop("seed", None)
     experiment = PurePosixPath(config["name"]).parent.as_posix()

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..common.lock import writer_of
-from .json_lines import parse_records
+from .json_lines import parse_records, with_plain_names
 from .metrics import METRICS
 from .sweep import Job, read_jobs
 
@@ -59,7 +59,8 @@ def read_status(folder: Path) -> list[Status]:
 
 def _status(path: Path, job: Job) -> Status:
     log, now = path / "metrics.jsonl", time.time()
-    records = parse_records(log.read_bytes())[0] if log.is_file() else []
+    found = parse_records(log.read_bytes())[0] if log.is_file() else []
+    records = list(map(with_plain_names, found))
     writer = writer_of(path)
     state = job.status
     if writer is not None:

@@ -99,7 +99,7 @@ def segment_row(batch: Rollouts, segment: int, fmt: PromptFormat) -> dict[str, s
 
 def passes_text(batch: Rollouts, segment: int, fmt: PromptFormat) -> str:
     """Text of one segment, each pass's tokens separated by `|`."""
-    starts = set(batch.pass_starts(segment, fmt.plan().marks)) - {0}
+    starts = set(batch.pass_starts(segment)) - {0}
     return "".join(
         ("|" if at in starts else "") + str(fmt.tokenizer.decode([token]))
         for at, token in enumerate(batch.out.completion(segment))

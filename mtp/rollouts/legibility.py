@@ -98,10 +98,10 @@ def thoughts_by_segment(batch: Rollouts, fmt: PromptFormat) -> list[tuple[int, i
 
     A delimiter that was forced without a token before it took no pass.
     """
-    found, marks = [], fmt.plan().marks
+    found = []
     for segment in range(len(batch.prompts)):
         length = len(fmt.thought_of(batch.out.completion(segment)))
-        starts = [at for at in batch.pass_starts(segment, marks) if at < length]
+        starts = [at for at in batch.pass_starts(segment) if at < length]
         found.append((sum(int(batch.out.slots[segment, at]) == 0 for at in starts), length))
     return found
 

@@ -361,7 +361,11 @@ class PromptFormat:
 
     def completion_ids(self, thought: str | None, answer: str) -> list[int]:
         """`thought </think> answer <eos>`; without a thought phase `answer <eos>`."""
-        return [*self.thought_ids(thought), *self._encode(answer), self.turn_end_id]
+        return [*self.thought_ids(thought), *self.bare_answer_ids(answer)]
+
+    def bare_answer_ids(self, answer: str) -> list[int]:
+        """`answer <eos>`, the part after the thought."""
+        return [*self._encode(answer), self.turn_end_id]
 
     def thought_ids(self, thought: str | None) -> list[int]:
         """`thought </think>`, the part between the prompt and the answer."""

@@ -1,6 +1,6 @@
 """Sampling: completes examples with a policy and returns rollouts with their text."""
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -120,20 +120,13 @@ class DecodingConfig:
             )
 
 
-def pass_starts(
-    ids: list[int], slots: list[int], accepted: list[int], marks: Set[int]
-) -> list[int]:
-    """Tokens with which a pass begins. marks: ids of delimiters, after which no pass continues.
+def pass_starts(slots: list[int], accepted: list[int]) -> list[int]:
+    """Tokens with which a pass begins.
 
     A pass of fast or slow mode begins with main's token. A pass of verified mode ends with it: the
-    drafts that main accepted come first.
+    drafts that main accepted come first, and a delimiter among them does not end the pass.
     """
-    starts = []
-    for at, slot in enumerate(slots):
-        after_draft = at > 0 and accepted[at - 1] > 0 and ids[at - 1] not in marks
-        if at == 0 or (slot == 0 and not after_draft):
-            starts.append(at)
-    return starts
+    return [at for at, slot in enumerate(slots) if at == 0 or (slot == 0 and not accepted[at - 1])]
 
 
 @dataclass
@@ -204,13 +197,13 @@ class Rollouts:
         """The problem of one trajectory."""
         return self.examples[row // self.group_size]
 
-    def pass_starts(self, segment: int, marks: Set[int]) -> list[int]:
-        """Tokens of a segment with which a pass begins. marks: ids of delimiters."""
+    def pass_starts(self, segment: int) -> list[int]:
+        """Tokens of a segment with which a pass begins."""
         length = int(self.out.lengths[segment])
         slots, accepted = (
             x[segment, :length].tolist() for x in (self.out.slots, self.out.accepted)
         )
-        return pass_starts(self.out.completion(segment), slots, accepted, marks)
+        return pass_starts(slots, accepted)
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """Sums over each trajectory's segments: [S] -> [P * G], float32."""

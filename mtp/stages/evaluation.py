@@ -59,7 +59,7 @@ def interim_evaluation(run: Run, stage: StageRun) -> bool:
     """
     number = run.config.evaluation.num_interim_problems
     metrics, decoded = measure(run, stage, number, ends_stage=False)
-    record(run, stage.name, metrics)
+    record(run, stage.name, metrics, run.task.interim_set)
     log_completions(run, stage.name, decoded[shown_mode(decoded)])
     reached = metrics["slow_accuracy" if metrics["fast_accuracy"] is None else "fast_accuracy"]
     if reached is None or reached <= run.progress.best_accuracy:
@@ -75,7 +75,7 @@ def evaluate_stage(run: Run, stage: StageRun) -> None:
         metrics, decoded = measure(
             run, stage, config.evaluation.num_problems, ends_stage=True, report=report
         )
-    record(run, name, metrics)
+    record(run, name, metrics, run.task.test_sets[0])
     in_loss = reference_in_loss(config, name)
     progress.summaries.append(
         {
@@ -161,8 +161,12 @@ def log_completions(run: Run, name: str, shown: list[Rollouts]) -> list[dict[str
     return rows
 
 
-def record(run: Run, name: str, metrics: dict[str, Any]) -> None:
-    """Write an evaluation to the log and the curves; further held-out sets as `SET/METRIC`."""
+def record(run: Run, name: str, metrics: dict[str, Any], of_set: Split) -> None:
+    """Write an evaluation of `of_set` to the log and the curves.
+
+    In the log the metrics of `Task.test_sets[0]` have plain names, those of other sets begin with
+    the set's name.
+    """
     progress = run.progress
     sets = {"": metrics} | metrics.get("test_sets", {})
     point = {
@@ -175,5 +179,6 @@ def record(run: Run, name: str, metrics: dict[str, Any]) -> None:
     if progress.points and at.items() <= progress.points[-1].items():
         progress.points.pop()  # a stage's last evaluation replaces one within it at the same step
     progress.points.append(at | point)
-    tagged = {f"eval/{k}": v for k, v in point.items()}
+    prefix = "eval" if of_set == run.task.test_sets[0] else f"eval/{of_set}"
+    tagged = {f"{prefix}/{k}": v for k, v in point.items()}
     run.log.metrics(name, progress.step, progress.global_step, tagged)

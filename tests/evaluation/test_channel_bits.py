@@ -9,6 +9,7 @@ import torch
 from helpers import tiny_model
 from toy import PHASES
 
+from mtp.evaluation import channel
 from mtp.evaluation.channel import (
     Anchors,
     channel_metrics,
@@ -25,7 +26,7 @@ from mtp.modeling.phases import Phase
 from mtp.modeling.sampler import Sampler
 from mtp.rollouts.new_tokenizers import character_tokenizer
 from mtp.rollouts.prompt_format import PromptFormat
-from mtp.rollouts.rollout import DecodingConfig, sample
+from mtp.rollouts.rollout import DecodingConfig, Rollouts, sample
 from mtp.tasks.running_sum import RunningSumConfig
 
 TEXT = PromptFormat(character_tokenizer("0123456789+=;", ["<think>", "</think>"]), PHASES, 4)
@@ -119,6 +120,36 @@ def test_means_are_over_problems():
     center, (low, high) = over_problems(nats, torch.tensor([0, 0, 1, 2]))
     assert (center, low, high) == (pytest.approx(3), 0.0, pytest.approx(3 + 12.7062))
     assert over_problems(nats[3:], torch.tensor([2])) == (None, None)
+
+
+def test_equal_segments_keep_their_own_problems(monkeypatch):
+    """Two segments of the first problem are the same text; the third is the other problem's."""
+    batch = sample(tiny_model(), TEXT, EXAMPLES[:2], TEXT.plan("fast"), DecodeOptions(
+        sampler=Sampler(temperature=1.0), max_new_tokens=12, seeds=torch.arange(2)
+    ))  # fmt: skip
+    twice = Rollouts(
+        batch.examples, 1, [batch.prompts[i] for i in (0, 0, 1)],
+        batch.out.select([0, 0, 1]), [0, 0, 1], [batch.memories[i] for i in (0, 0, 1)],
+    )  # fmt: skip
+    counts = [
+        len(sampled_anchors_of(monkeypatch, batch.of_examples([number]))) for number in range(2)
+    ]
+    found = sampled_anchors_of(monkeypatch, twice)
+    assert found.problems.bincount().tolist() == [2 * counts[0], counts[1]]
+
+
+def sampled_anchors_of(monkeypatch, batch):
+    """The anchors of these rollouts."""
+    monkeypatch.setattr(channel, "sample", lambda *given: batch)
+    options = DecodeOptions(sampler=Sampler(temperature=1.0), max_new_tokens=12)
+    with torch.no_grad():
+        return sampled_anchors(tiny_model(), TEXT, batch.examples, options)
+
+
+def test_heads_that_read_more_than_a_message_are_refused():
+    model = tiny_model(type="eagle3")
+    with pytest.raises(ValueError, match="got head.type=eagle3, which also reads main's features"):
+        channel_metrics(model, TEXT, EXAMPLES, DECODING, temperature=1.0)
 
 
 def test_rollouts_without_a_token_of_the_head_are_refused():

@@ -2,6 +2,7 @@
 
 import random
 import re
+from dataclasses import replace
 
 import pytest
 from toy import PHASES
@@ -141,6 +142,21 @@ def test_a_model_whose_answer_does_not_depend_on_its_thought(measured):
     assert found["early_answering_area"] == found["filler_area"] == 0.0
     assert found["mistake_changed"] == found["mistake_followed"] == 0.0
     assert found["steganographic_gap"] == -1.0
+
+
+def test_a_paraphrase_that_leaves_no_room_for_the_answer_is_left_out(measured, monkeypatch):
+    longer = lambda example, thought: thought + ";1+1=2" * 9  # noqa: E731
+    monkeypatch.setattr(TASK, "paraphrase", longer, raising=False)
+    found = measured("reads", None)
+    assert "paraphrase" not in found["curves"] and found["paraphrase_gap"] is None
+
+
+def test_there_are_no_mistakes_where_a_cut_thought_would_get_a_new_limit(measured, monkeypatch):
+    phases = {**PHASES, "thought": replace(PHASES["thought"], max_tokens=30, closed_by=None)}
+    monkeypatch.setattr(TEXT, "phases", phases)
+    found = measured("reads", None)
+    assert "mistake" not in found["curves"] and found["mistake_changed"] is None
+    assert found["thought_accuracy"] == 1.0
 
 
 def test_thoughts_that_never_end_are_refused(monkeypatch):

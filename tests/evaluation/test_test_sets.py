@@ -9,6 +9,7 @@ from rich.console import Console
 import mtp.stages.evaluation
 from mtp.evaluation.evaluate import evaluate, over_test_sets
 from mtp.hub.model_card import CARD
+from mtp.reports.json_lines import with_plain_names
 from mtp.reports.metrics import by_test_set
 from mtp.reports.tables import print_table
 from mtp.tasks.base import Example, check_disjoint
@@ -44,7 +45,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sets") / "run"
     settings = config(
         folder, "stages.joint.steps=0", "stages.rl.steps=0", "stages.main.steps=2",
-        "stages.head.steps=2", "stages.head.evaluate_every=1", "decoding.max_new_tokens=12",
+        "stages.head.steps=2", "stages.head.evaluate_every=1", "decoding.max_new_tokens=32",
     )  # fmt: skip
     settings.task = SumsConfig()
     evaluated, reports = [], []
@@ -77,6 +78,15 @@ def test_a_stage_ends_with_the_metrics_of_every_test_set(run):
 def test_evaluations_within_a_stage_read_the_interim_set(run):
     """Stage main, an evaluation within stage head, stage head."""
     assert run[2] == ["test", "long", "validation", "test", "long"]
+
+
+def test_no_curve_of_the_log_has_points_of_two_sets(run):
+    found = [r for r in records(run[0]) if any(name.startswith("eval/") for name in r)]
+    within, end = found[1], found[2]
+    assert {name.split("/")[1] for name in within if "/" in name} == {"validation"}
+    assert "eval/slow_passes" in end and not any("validation" in name for name in end)
+    assert with_plain_names(within)["eval/slow_passes"] == within["eval/validation/slow_passes"]
+    assert with_plain_names(end) == end
 
 
 def test_each_decoding_of_an_evaluation_reports_its_progress(run):

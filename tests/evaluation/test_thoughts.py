@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from toy import build_toy, save_toy
 from transformers import PreTrainedTokenizerFast
 
-from mtp.evaluation.evaluate import evaluate
+from mtp.evaluation.evaluate import evaluate, wrong_thoughts
 from mtp.evaluation.thoughts import (
     _texts,
     choose,
@@ -94,12 +94,28 @@ def test_the_message_matters_to_a_head_that_reads_it_and_not_to_one_that_cannot(
 def test_passes_and_phases_of_each_mode():
     plan = PhasePlan(keep=[4, 1], opened_by=[None, CLOSE], eos_ids=[EOS])
     ids, slots = [5, 6, 7, 8, CLOSE, 9, EOS], [0, 1, 2, 0, 1, 0, 0]
-    assert pass_starts(ids, slots, [0] * 7, plan.marks) == [0, 3, 5, 6]
+    assert pass_starts(slots, [0] * 7) == [0, 3, 5, 6]
     assert phase_starts(ids, plan) == [(0, 0), (5, 1)]
     assert phase_starts([5, CLOSE], plan) == [(0, 0)], "nothing is written after it"
-    # Verified: main accepts two drafts and adds a token; then none; then a draft that closes.
+    # Verified: main accepts two drafts and adds a token; then none; then a draft that closes, and
+    # main's own token after it in the same pass.
     accepted = [1, 2, 0, 0, 1, 0, 0]
-    assert pass_starts(ids, [0] * 7, accepted, plan.marks) == [0, 3, 4, 5, 6]
+    assert pass_starts([0] * 7, accepted) == [0, 3, 4, 6]
+
+
+def test_a_wrong_thought_leaves_room_for_the_answer(tmp_path):
+    """A thought after which no answer fits would count as one that gives no right answer."""
+    _, text = build_toy(save_toy(tmp_path))
+    short, other = Example("1+1=", "2", "1+1=2"), Example("3+3=", "6", "3+3=6")
+    longer = Example("2+2=", "4", "2+2=4;1+1=2;2+2=4")
+    task = RunningSumConfig().build()
+    examples = [short, longer, other]
+    room = len(text.completion_ids(other.thought, other.answer))
+    assert room < len(text.completion_ids(longer.thought, longer.answer))
+    found = wrong_thoughts(examples, [], task, text, room)
+    given = [text.thought_ids(example.thought) for example in (other, other, short)]
+    assert found == given
+    assert wrong_thoughts(examples, [], task, text, room - 1) is None
 
 
 @pytest.mark.parametrize("mode", ["fast", "slow", "verified"])
@@ -111,7 +127,7 @@ def test_as_many_passes_begin_as_the_sampler_counted(tmp_path, mode):
     decoding = DecodingConfig(phases=text.phases, max_new_tokens=20)
     (batch,) = decode_all(model, text, held_out(task, 6), mode, decoding, 8)
     for row in range(6):
-        starts = batch.pass_starts(row, text.plan(mode).marks)
+        starts = batch.pass_starts(row)
         assert len(starts) == int(batch.out.passes[row])
 
 

@@ -21,7 +21,8 @@ class Chart:
 
 
 CHARTS = (
-    Chart("reward", "Reward of rollouts", "mean reward per rollout", ("reward", "reward_std")),
+    Chart("reward", "Right answers of rollouts", "share; its deviation within a group",
+          ("reward", "reward_std")),
     Chart("terms", "Reward terms", "mean per rollout",
           ("reward/passes", "reward/tokens", "reward/format", "reward/legibility",
            "reward/overlong")),

@@ -91,7 +91,8 @@ def measure_metrics(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def stage_rows(run: Run) -> list[dict[str, Any]]:
     """A row a stage: its metrics, with intervals of the accuracies under `intervals`.
 
-    A stage that has not ended has the metrics of its last evaluation.
+    A stage that has not ended has the metrics of its last evaluation. Wilson's interval takes
+    problems that are independent, so there is none where they are those of projects.
     """
     rows: dict[str, dict[str, Any]] = {}
     for record in run.records:
@@ -105,10 +106,15 @@ def stage_rows(run: Run) -> list[dict[str, Any]]:
         row["intervals"] = {}
         for mode in MODES:
             share, number = row.get(f"{mode}_accuracy"), row.get("num_problems")
-            if share is not None and number:
+            if share is not None and number and not has_projects(row):
                 found = share_interval(round(share * number), number)
                 row["intervals"][f"{mode}_accuracy"] = [found.low, found.high]
     return list(rows.values())
+
+
+def has_projects(metrics: dict[str, Any]) -> bool:
+    """True if the problems of an evaluation are those of projects, by its metrics."""
+    return any(name.endswith("_by_place") for name in metrics)
 
 
 def evaluated(record: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +140,8 @@ def evaluation_points(run: Run) -> list[dict[str, Any]]:
             number = numbers.get((step, stage, mode))
             if number is None and step == last[stage]:
                 number = ended.get(stage)
-            found = share_interval(round(share * number), number) if number else None
+            known = number and not has_projects(metrics)
+            found = share_interval(round(share * number), number) if known else None
             points[stage, step, mode] = {
                 "stage": stage,
                 "step": step,
@@ -258,11 +265,13 @@ def pairs(runs: list[Run]) -> list[dict[str, Any]]:
     """Comparisons of two evaluations on the same problems: the last ones of each run and mode.
 
     Of a single run, the evaluations that ended its stages. Two differ in one thing: the run, the
-    stage or the mode.
+    stage or the mode. The problems of projects are not independent, as the intervals and the test
+    need them, so their evaluations are left out.
     """
     entries = []
     for number, run in enumerate(runs):
-        ended = [row for row in run.outcomes if row.get("ends_stage")]
+        single = [row for row in run.outcomes if row.get("project_size", 1) == 1]
+        ended = [row for row in single if row.get("ends_stage")]
         if len(runs) > 1 and ended:
             ended = [row for row in ended if row["stage"] == ended[-1]["stage"]]
         # Verified mode has the text of slow mode.

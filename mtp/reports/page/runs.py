@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ..json_lines import parse_records
+from ..json_lines import parse_records, with_plain_names
 from ..measures import read_results
 
 DESCRIPTIONS = ("config.yaml", "run.yaml")
@@ -119,7 +119,7 @@ def _read_run(folder: Path) -> Run:
         name=str(described.get("name") or folder.name) if not job else folder.name,
         settings=settings,
         summary=_read_object(folder / "summary.json"),
-        records=_read_lines(folder / "metrics.jsonl"),
+        records=list(map(with_plain_names, _read_lines(folder / "metrics.jsonl"))),
         outcomes=_read_lines(folder / "outcomes.jsonl"),
         error=job.get("error"),
         measures=read_results(folder),
