@@ -85,6 +85,8 @@ class Conversation:
     write: Callable[[list[int], str], list[int]]
     """Completes a prompt on the screen, (ids, mode) -> completion ids."""
     mode: str
+    choose_mode: Callable[[str], str]
+    """The mode that is asked for. Raises ValueError if the model cannot write in it."""
     check: Callable[[str], None]
     """Raises ValueError for a message that the model cannot read."""
     check_length: Callable[[list[int]], None]
@@ -118,7 +120,7 @@ class Conversation:
         elif name == "/mode":
             if value not in MODES:
                 raise ValueError(f"/mode must be one of {', '.join(MODES)}, got {value!r}")
-            self.mode = value
+            self.mode = self.choose_mode(value)
         elif name == "/k":
             if not (value.isascii() and value.isdigit() and int(value) <= self.most):
                 raise ValueError(f"/k must be a number from 0 to {self.most}, got {value!r}")

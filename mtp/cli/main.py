@@ -163,6 +163,8 @@ def export(arguments: argparse.Namespace) -> None:
 
     find_format(arguments.format)
     check_default_mode(arguments.default_mode, arguments.format)
+    if arguments.private and arguments.push is None:
+        raise ValueError("--private is an option of --push REPO; add it or drop --private")
     check_replaceable(arguments.out)
     measured = arguments.folder / "summary.json"
     summary: dict[str, Any] = {"stages": [], "seed": config.seed}

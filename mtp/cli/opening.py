@@ -45,7 +45,7 @@ class Opened:
         """
         if mode == "fast" and not self.head_is_trained:
             where = str(self.folder) if self.stage is None else f"stage {self.stage}"
-            raise ValueError(f"the head of {where} is untrained; use --mode slow")
+            raise ValueError(f"the head of {where} is untrained; use slow mode")
         return mode or ("fast" if self.head_is_trained else "slow")
 
     def stages_so_far(self) -> list[str]:

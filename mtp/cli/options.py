@@ -134,13 +134,23 @@ def search_config(arguments: argparse.Namespace) -> "SearchConfig | None":
 
 
 def make_sampler(arguments: argparse.Namespace, config: "SearchConfig | None") -> "Sampler":
-    """The sampler of the options. Raises ValueError if the search cannot use it."""
+    """The sampler of the options.
+
+    Raises ValueError if the search cannot use it, or one of the options has no effect.
+    """
     from ..modeling.sampler import Sampler
 
     names = ("temperature", "top_k", "top_p")
     given = {name: getattr(arguments, name) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     sampler = Sampler(**{"temperature": 0.0 if config is None else 1.0, **given})
+    cuts = [name for name in ("top_k", "top_p") if name in given]
+    if sampler.temperature == 0 and cuts:
+        name = cuts[0].replace("_", "-")
+        raise ValueError(
+            f"--{name} needs a --temperature above 0, got 0, with which the likeliest token is "
+            "taken; add --temperature 1"
+        )
     if config is not None:
         config.check(sampler, None, lambda ids: None)
     return sampler

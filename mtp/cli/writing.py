@@ -29,6 +29,8 @@ class Writer:
     model: Any
     fmt: "PromptFormat"
     mode: str
+    choose_mode: "Callable[[str], str]"
+    """See `Opened.choose_mode`."""
     check_length: "Callable[[list[int]], None]"
     """Raises ValueError for prompt ids that leave too few positions for the new tokens."""
     write: "Callable[[list[int], str], list[int]]"
@@ -85,7 +87,7 @@ def open_writer(arguments: argparse.Namespace) -> Writer:
             return write_found(console, model, fmt, prompt, plan, options, config, mode=mode)
         return write_live(console, model, fmt, prompt, plan, options, mode=mode)
 
-    return Writer(console, model, fmt, mode, check_length, write)
+    return Writer(console, model, fmt, mode, opened.choose_mode, check_length, write)
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -109,9 +111,13 @@ def chat(arguments: argparse.Namespace) -> None:
         fmt=writer.fmt,
         write=writer.write,
         mode=writer.mode,
+        choose_mode=writer.choose_mode,
         check=writer.fmt.check_prompt,
         check_length=writer.check_length,
     )
     if writer.console.is_terminal:
         conversation.show_help()
+        if not writer.fmt.uses_template:
+            note = "the tokenizer has no chat template: messages are read without earlier ones"
+            writer.console.print(note, style="dim", markup=False)
     conversation.run(typed_lines(writer.console))

@@ -117,7 +117,7 @@ def push(
             repo_id=repo,
             folder_path=folder,
             commit_message="Export",
-            delete_patterns=["*.safetensors", "*.json", "*.py", "*.gguf", "*.jinja"],
+            delete_patterns=[f"*{suffix}" for suffix in sorted(written_suffixes())],
         )
     return str(done.commit_url)
 
@@ -134,6 +134,11 @@ def write_card(
     (folder / CARD).write_text(format.card(model, fmt, summary, config))
 
 
+def written_suffixes() -> set[str]:
+    """Suffixes of the files of all formats."""
+    return {suffix for format in FORMATS.values() for suffix in format.suffixes}
+
+
 def check_replaceable(folder: Path) -> None:
     """Raises ValueError unless `folder` is missing, empty or an earlier export."""
     if not folder.exists():
@@ -141,7 +146,7 @@ def check_replaceable(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; an export is a folder, so give another name")
     names = sorted(path.name for path in folder.iterdir())
-    written = {suffix for format in FORMATS.values() for suffix in format.suffixes}
+    written = written_suffixes()
     foreign = [n for n in names if n not in (CARD, *FOLDERS) and Path(n).suffix not in written]
     for name, suffix in FOLDERS.items():
         foreign += [path.name for path in (folder / name).glob("*") if path.suffix != suffix]

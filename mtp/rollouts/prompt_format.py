@@ -85,6 +85,12 @@ class PromptFormat:
             self._check_alphabet()
         if self.uses_template:
             self._check_template()
+        elif self.system_prompt:
+            raise ValueError(
+                "decoding.system_prompt needs a tokenizer with a chat template, which marks it; "
+                f"{name_of(self.tokenizer)} has none: set it to null, or take a model with a "
+                "template"
+            )
 
     @property
     def pad_id(self) -> int:

@@ -12,7 +12,7 @@ import random
 import unicodedata
 from abc import ABC, abstractmethod
 from asyncio import CancelledError
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -327,8 +327,28 @@ def not_utf8(key: str, where: str, encoding: str) -> ValueError:
     )
 
 
+def content_hash(examples: Iterable[Example]) -> str:
+    """A hash of questions, answers and thoughts in their order."""
+    hashed = hashlib.sha256()
+    for example in examples:
+        hashed.update(json.dumps([example.conversation, example.answer, example.thought]).encode())
+    return hashed.hexdigest()[:16]
+
+
+def check_content(bookmark: dict[str, Any], found: str, key: str) -> None:
+    """Raises ValueError naming the config's `key` if a resumed run has other data than before."""
+    if bookmark["content"] != found:
+        raise ValueError(
+            f"{key} must hold what it held when the run began: its hash was "
+            f"{bookmark['content']} and is {found}; give that data, or overwrite=true to start "
+            "anew"
+        )
+
+
 def fingerprint(example: Example) -> str:
     """A hash of the question with its context, used to check that splits are disjoint.
+
+    Two forms of the same Unicode text have one hash.
 
     The context of a later problem of a project is what the project should remember.
     """
@@ -337,7 +357,7 @@ def fingerprint(example: Example) -> str:
         question = json.dumps([[m["role"], m["content"]] for m in example.messages])
     if example.memory:
         question = json.dumps([question, example.memory])
-    return hashlib.sha256(question.encode()).hexdigest()[:16]
+    return hashlib.sha256(unicodedata.normalize("NFC", question).encode()).hexdigest()[:16]
 
 
 def first_examples(task: Task, number: int) -> Iterator[Example]:

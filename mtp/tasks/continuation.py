@@ -13,10 +13,12 @@ import hashlib
 import random
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ..common.bounds import bounded
-from .base import Example, Split, Task, TaskConfig, read_utf8
+from .base import Example, Split, Task, TaskConfig, check_content, content_hash, read_utf8
 
 _MAX_DRAWS = 1000
 """Maximum number of test parts sampled to find one that the training text does not contain."""
@@ -90,6 +92,17 @@ class Continuation(Task):
             blocks.append(text[at:end].strip())
             at = end
         return [block for block in blocks if len(block) >= self.config.max_characters]
+
+    @cached_property
+    def _content(self) -> str:
+        blocks = (*self.blocks["train"], *self.blocks["test"])
+        return content_hash(Example(block, "") for block in blocks)
+
+    def bookmark(self, position: int) -> dict[str, Any]:
+        return {"content": self._content}
+
+    def restore(self, bookmark: dict[str, Any]) -> None:
+        check_content(bookmark, self._content, "task.files")
 
     def size(self, split: Split) -> int | None:
         return None

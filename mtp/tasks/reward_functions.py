@@ -254,10 +254,16 @@ def _verl(name: str, function: Callable[..., Any]) -> RewardFunction:
 
 
 def _reasoning_gym(name: str, function: Callable[..., Any]) -> RewardFunction:
+    parameters = inspect.signature(function).parameters
+    named = [parameters.get(name) for name in ("answer", "entry")]
+    is_named = all(p is not None and p.kind is not p.POSITIONAL_ONLY for p in named)
+
     def start(call: Call) -> Any:
         example = call.attempt.example
         entry = {"metadata": {}, **example.columns}
         entry |= {"question": example.prompt, "answer": example.answer}
+        if is_named:
+            return function(answer=call.attempt.answer, entry=entry)
         return function(call.attempt.answer, entry)
 
     return RewardFunction(name, start, number)

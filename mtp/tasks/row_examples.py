@@ -157,6 +157,11 @@ def _solution(row: dict[str, Any], config: ColumnsConfig, where: str) -> tuple[s
         answer = _text(value, "answer_column", where)
         if answer.startswith(tags.opening):
             inner, answer = tags.split(answer, f"the answer of {where}")
+    if not answer.strip():
+        raise ValueError(
+            f"task.answer_column must hold text, got an empty answer in {where}: it would be "
+            "learned as one; fill it or drop the row"
+        )
     return answer, one_thought({"task.thought_column": given, "the answer": inner}, where)
 
 

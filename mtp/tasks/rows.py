@@ -11,11 +11,12 @@ Rows are in memory; `streamed_rows.py` reads those that do not fit there.
 import logging
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..common.bounds import bounded
-from .base import Example, Split
+from .base import Example, Split, check_content, content_hash
 from .reward_functions import load_reward
 from .row_examples import ColumnsConfig, examples_of, in_test_share
 from .row_files import load_rows, open_rows
@@ -56,7 +57,7 @@ class RowsConfig(ColumnsConfig):
     reward_style: str = "auto"
     """Signature of the functions: trl, verl, reasoning_gym; auto detects it by parameter names."""
     reward_seconds: float = bounded(10.0, above=0)
-    """Time limit of that function per answer in seconds; an answer that takes longer is worth 0."""
+    """Time limit of a function per answer in seconds; it gives an answer that takes longer 0."""
     right_at: float = bounded(1.0, at_least=-1e9)
     """Minimum reward of a right answer."""
 
@@ -157,6 +158,16 @@ class Rows(RewardedTask):
                     f"task {self.name} needs at least one {split} row, got none of {len(train)}; "
                     + hint
                 )
+
+    @cached_property
+    def _content(self) -> str:
+        return content_hash((*self._train, *self._test))
+
+    def bookmark(self, position: int) -> dict[str, Any]:
+        return {"content": self._content}
+
+    def restore(self, bookmark: dict[str, Any]) -> None:
+        check_content(bookmark, self._content, "task.source")
 
     def size(self, split: Split) -> int:
         return len(self._test if split == "test" else self._train)

@@ -17,12 +17,17 @@ def cast_names(model: Any) -> set[str]:
 
     Left out are buffers, and the modules that the family keeps in float32.
     """
-    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     return {
         name
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.is_floating_point() and not any(f".{one}." in f".{name}." for one in kept)
+        if parameter.is_floating_point() and not keeps_float32(model, name)
     }
+
+
+def keeps_float32(model: Any, name: str) -> bool:
+    """True for a weight of a module that the family keeps in float32."""
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    return any(f".{one}." in f".{name}." for one in kept)
 
 
 def cast_state(model: Any, state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -37,6 +37,11 @@ class Model:
         self.asked.append((str(self.fmt.tokenizer.decode(prompt)), mode, keep))
         return self.fmt.completion_ids("1;", str(len(self.asked)))
 
+    def choose_mode(self, mode: str) -> str:
+        if mode == "verified":
+            raise ValueError("the head is untrained")
+        return mode
+
     def check(self, message: str) -> None:
         if "x" in message:
             raise ValueError("no x")
@@ -51,6 +56,7 @@ class Model:
             fmt=self.fmt,
             write=self.write,
             mode="fast",
+            choose_mode=self.choose_mode,
             check=self.check,
             check_length=self.check_length,
         )
@@ -69,6 +75,12 @@ def test_a_conversation_continues_until_it_is_quit():
         ("5+<think>", "slow", 1),
     ]
     assert shown == "error: no x\nerror: too long, or type /new\n"
+
+
+def test_a_mode_that_the_model_does_not_have_is_refused():
+    model = Model()
+    assert model.talk("/mode verified", "1+") == "error: the head is untrained\n"
+    assert [mode for _, mode, _ in model.asked] == ["fast"]
 
 
 def test_k_sets_the_tokens_of_the_head_per_pass():

@@ -328,6 +328,12 @@ def test_a_run_that_has_not_ended_gives_its_last_model_and_says_so(run, tmp_path
             ["generate", "RUN", "1+2=", "--temperature", "nan"],
             "--temperature must be a finite",
         ),
+        (["generate", "RUN", "1+2=", "--top-k", "5"], "--top-k needs a --temperature above 0"),
+        (
+            ["generate", "RUN", "1+2=", "--temperature", "0", "--top-p", "0.5"],
+            "--top-p needs a --temperature above 0",
+        ),
+        (["export", "RUN", "RUN/out", "--private"], "--private is an option of --push"),
         (["generate", "RUN", "1+2=", "--seed", "-1"], "--seed must be at least 0, got -1"),
         (
             ["generate", "RUN", "1+" * 125, "--max-new-tokens", "9"],

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from mtp.hub.build import ModelConfig, build_model, generation_config, load_model
 from mtp.hub.export import export, push
+from mtp.hub.formats.gguf import pre_tokenizer
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.modeling_mtp import LlamaMTPForCausalLM
 from mtp.modeling.saving import HEAD_FILE, INDEX
@@ -266,6 +267,30 @@ def gguf_text():
     add_delimiters(tokenizer, ["<think>", "</think>"])
     tokenizer.chat_template = PLAIN_TEMPLATE
     return PromptFormat(tokenizer, PHASES, 4)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "letters", "name"),
+    [
+        (r"\p{N}{1,3}", r"\p{L}+", "llama-bpe"),
+        (r"\p{N}", r"\p{L}+", "qwen2"),
+        (r"\p{N}", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+", None),
+        (r"\p{N}{1,3}", r"[\p{L}\p{M}]+", None),
+    ],
+)
+def test_gguf_names_a_pre_tokenizer_only_by_its_whole_pattern(numbers, letters, name):
+    """Patterns of Llama 3 and Qwen 2; the third is of the kind of Mistral's tekken."""
+    pattern = (
+        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?{letters}|{numbers}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    split = {"type": "Split", "pattern": {"Regex": pattern}}
+    core = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel"}]}}
+    if name is None:
+        with pytest.raises(ValueError, match="GPT-2, SmolLM, Llama 3 or Qwen 2, got"):
+            pre_tokenizer(core)
+    else:
+        assert pre_tokenizer(core) == name
 
 
 def test_gguf_refuses_what_it_has_no_place_for(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import FAMILIES, SIZES
 from helpers import run_alone
+from safetensors.torch import load_file
 from test_export import PHASES, SUMMARY, tiny_config, tiny_model, tiny_text
 from transformers import CONFIG_MAPPING
 
@@ -144,3 +145,12 @@ def test_what_transformers_would_not_open_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             export(model, tiny_text(), tmp_path / "out", SUMMARY, tiny_config(), "native_mtp")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_layer_has_the_dtype_of_main(tmp_path):
+    config = tiny_config()
+    config.fabric.precision = "bf16-mixed"
+    export(native_model("mellum", 3), tiny_text(), tmp_path / "out", SUMMARY, config, "native_mtp")
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    assert any(name.startswith("mtp.") for name in state)
+    assert {weight.dtype for weight in state.values()} == {torch.bfloat16}

@@ -219,6 +219,11 @@ def test_a_delimiter_may_not_end_a_text():
         PromptFormat(toy_tokenizer(), phases, 4, end_ids=[END])
 
 
+def test_a_system_prompt_without_a_template_to_mark_it_is_refused():
+    with pytest.raises(ValueError, match="decoding.system_prompt needs a tokenizer with a chat te"):
+        make_text(toy_tokenizer(), system_prompt="Be brief")
+
+
 def test_a_chat_template_that_cannot_show_what_it_is_given_is_named():
     with pytest.raises(ValueError, match="decoding.system_prompt='Brief' cannot .*no system role"):
         make_text(toy_tokenizer(chat_template=NO_SYSTEM + CHAT), system_prompt="Brief")

@@ -100,3 +100,14 @@ def test_no_answer_is_right():
     example = TASK.example("test", 0)
     assert not TASK.has_verifier
     assert TASK.outcome(example, example.answer) == 0.0
+
+
+def test_a_resumed_run_refuses_text_that_has_changed(tmp_path):
+    text = " ".join(f"word{i}" for i in range(4000))
+    file = tmp_path / "a.txt"
+    file.write_text(text)
+    noted = ContinuationConfig(files=[str(file)]).build().bookmark(3)
+    ContinuationConfig(files=[str(file)]).build().restore(noted)
+    file.write_text(text.replace("word7 ", "word "))
+    with pytest.raises(ValueError, match="task.files must hold what it held when the run began"):
+        ContinuationConfig(files=[str(file)]).build().restore(noted)

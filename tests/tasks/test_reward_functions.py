@@ -30,6 +30,8 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return {"score": 1.0 if solution_str == ground_truth else 0.1}
 def score_answer(answer, entry):
     return float(answer == entry["answer"] and entry["question"] == "1+1=" and entry["level"] == 3)
+def score_entry(entry, answer):
+    return score_answer(answer, entry)
 def raises(answer, entry):
     raise KeyError("oracle")
 def nan(answer, entry):
@@ -183,8 +185,10 @@ def test_verl_style(rewards):
     assert rewards.seen[2] == ("gsm8k", "2", "2", {"index": 4})
 
 
-def test_reasoning_gym_style(rewards):
-    reward = load_reward("rewards_for_test:score_answer")
+@pytest.mark.parametrize("name", ["score_answer", "score_entry"])
+def test_reasoning_gym_style(rewards, name):
+    """By name, whatever the order of the parameters."""
+    reward = load_reward(f"rewards_for_test:{name}")
     assert reward(EXAMPLE, "2") == 1.0 and reward(EXAMPLE, "3") == 0.0
 
 

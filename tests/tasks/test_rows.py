@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+import unicodedata
 from decimal import Decimal
 from pathlib import Path
 
@@ -439,3 +440,36 @@ def test_the_math_reward(tmp_path):
     example = task.example("train", 0)
     assert task.outcome(example, f"{int(example.answer) * 2}/2") == 1.0
     assert task.outcome(example, "1/7") == 0.0
+
+
+@pytest.mark.parametrize("answer", ["", "  ", "<think>2+2</think>", "<think>2+2</think>\n"])
+def test_an_empty_answer_is_refused(tmp_path, answer):
+    source = write(tmp_path / "a.jsonl", [*sums(9), {"prompt": "q", "answer": answer}])
+    with pytest.raises(
+        ValueError, match=r"answer_column must hold text, got an empty answer in row 9"
+    ):
+        RowsConfig(source=source).build()
+
+
+def test_a_resumed_run_refuses_rows_that_have_changed(tmp_path):
+    rows = sums(40)
+    task = RowsConfig(source=write(tmp_path / "a.jsonl", rows)).build()
+    noted = json.loads(json.dumps(task.bookmark(3)))
+    RowsConfig(source=write(tmp_path / "copy.jsonl", rows)).build().restore(noted)
+    corrected = [rows[0] | {"answer": 7}, *rows[1:]]
+    for other in (rows[::-1], rows[:-1], corrected):
+        changed = RowsConfig(source=write(tmp_path / "b.jsonl", other)).build()
+        with pytest.raises(ValueError, match="task.source must hold what it held when the run"):
+            changed.restore(noted)
+
+
+def test_forms_of_the_same_unicode_text_go_to_one_side(tmp_path):
+    rows = [{"prompt": f"é{i}", "answer": "1"} for i in range(40)]
+    forms = [{**row, "prompt": unicodedata.normalize("NFD", row["prompt"])} for row in rows]
+    assert forms[0]["prompt"] != rows[0]["prompt"]
+    source = write(tmp_path / "a.jsonl", rows + forms)
+    task = RowsConfig(source=source, test_share=0.5, num_test=99).build()
+    sides = [
+        {unicodedata.normalize("NFC", e.prompt) for e in every(task, s)} for s in ("train", "test")
+    ]
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 40

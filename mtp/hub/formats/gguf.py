@@ -164,11 +164,15 @@ def add_tokenizer(writer: Any, fmt: PromptFormat, num_rows: int) -> None:
             writer.add_chat_template(template.read_text())
 
 
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|",
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 SPLITS = {
-    r"\p{N}{1,3}": "llama-bpe",
-    r"\p{N}|": "qwen2",
+    r"\p{N}{1,3}".join(WORDS): "llama-bpe",
+    r"\p{N}".join(WORDS): "qwen2",
 }
-"""Part of the pattern of a pre-tokenizer -> llama.cpp's name of the pre-tokenizer."""
+"""Pattern of a pre-tokenizer -> llama.cpp's name of the pre-tokenizer, which has this pattern."""
 
 
 def pre_tokenizer(core: dict[str, Any]) -> str:
@@ -182,10 +186,10 @@ def pre_tokenizer(core: dict[str, Any]) -> str:
         return "smollm"
     if kinds == ["Split", "ByteLevel"]:
         pattern = parts[0]["pattern"].get("Regex", "")
-        for part, name in SPLITS.items():
-            if part in pattern:
-                return name
+        if pattern in SPLITS:
+            return SPLITS[pattern]
+        kinds[0] = f"Split by {pattern}"
     raise ValueError(
-        "--format gguf must be given a pre-tokenizer of GPT-2, SmolLM, Llama 3 or Qwen, got "
+        "--format gguf must be given a pre-tokenizer of GPT-2, SmolLM, Llama 3 or Qwen 2, got "
         f"{kinds}; {REMEDY}"
     )
