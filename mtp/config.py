@@ -106,8 +106,19 @@ class RunConfig:
             )
         self.logger.validate()
         self._check_shares()
+        self._check_temperature()
         self._check_lag()
         self._check_compiled()
+
+    def _check_temperature(self) -> None:
+        """Raises ValueError where rollouts are to differ, and are greedy."""
+        for name, stage in self.active_stages().items():
+            if stage.objective.policy.weight and not self.decoding.temperature:
+                raise ValueError(
+                    "decoding.temperature must be above 0, got 0: an advantage compares the "
+                    f"rollouts of one prompt, which are equal then; set stages.{name}.objective."
+                    "policy.weight=0 to learn from greedy rollouts by the other streams"
+                )
 
     def _check_lag(self) -> None:
         """Raises ValueError where no other process can sample the rollouts."""

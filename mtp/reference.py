@@ -77,9 +77,22 @@ def check_references(config: RunConfig) -> None:
 def reference_in_loss(config: RunConfig, name: str) -> bool:
     """True if the evaluation's reference after a stage is the stage's reference in the loss, or
     itself.
+
+    Stages that leave main as it was have the main of the stage before.
     """
-    measured_with = evaluation_reference(config)
-    return measured_with in (name, stage_reference(config, name))
+    measured_with, in_loss = evaluation_reference(config), stage_reference(config, name)
+    if measured_with == name:
+        return True
+    return in_loss is not None and main_of(config, measured_with) == main_of(config, in_loss)
+
+
+def main_of(config: RunConfig, name: str) -> str:
+    """The stage that trained the main of a model, `start` or a folder."""
+    stages = config.active_stages()
+    if name not in stages:
+        return START if name == config.model.source else name
+    so_far = list(stages)[: list(stages).index(name) + 1]
+    return next((stage for stage in reversed(so_far) if stages[stage].train_main), START)
 
 
 def save_start(run: Run) -> None:

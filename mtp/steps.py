@@ -109,8 +109,7 @@ def rollout_batches(
 ) -> tuple[list[list[TextBatch]], dict[str, Any]]:
     """The policy's own rollouts, scored, with their advantages, as batches of each epoch over them.
 
-    Supervised micro-batches come first. Processes reduce gradients in the last backward, which must
-    reach every parameter; only rollout batches do.
+    Supervised micro-batches come first, see `Step.reaches_all`.
     """
     groups = sample_groups(run, stage, step)
     advantages = advantages_of(run, stage.config, groups)

@@ -10,6 +10,7 @@ import time
 import pytest
 from helpers import ROOT, TINY, checks_configs, config, records
 
+from mtp.reference import evaluation_reference, reference_in_loss, stage_reference
 from mtp.stages.loop import over_updates
 from mtp.trainer import Interrupted, train
 
@@ -113,12 +114,37 @@ def test_a_dry_run_leaves_nothing_and_says_what_a_full_run_costs(tmp_path, capsy
             "stages.main.objective.reference_kl.weight=1",
             "main.objective.reference_kl needs a stage before it",
         ),
+        ("decoding.temperature=0", "decoding.temperature must be above 0, got 0: an advantage"),
+        (
+            "stages.rl.objective.policy.correction_cap=2",
+            "policy.correction_cap=2 needs stages.rl.rollouts.recompute_old=true",
+        ),
     ],
 )
 def test_impossible_settings_name_their_key_and_leave_nothing(tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
         train(config(tmp_path / "run", override))
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_head_that_no_stream_has_a_gradient_for_is_not_trained(tmp_path):
+    off = ["policy.head_weight=0", "reference_kl.head_weight=0"]
+    changes = [f"stages.rl.objective.{change}" for change in (*off, "preserve.weight=1")]
+    with pytest.raises(ValueError, match="stages.rl.train_head is true but no stream trains the"):
+        train(config(tmp_path / "run", *changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_references_with_the_same_main_are_one_model(tmp_path):
+    """Stage head leaves main as it was, and so does a run without stages before it."""
+    without_joint = config(tmp_path, "stages.joint.steps=0", "stages.rl.reference=head")
+    assert evaluation_reference(without_joint) == "main"
+    assert stage_reference(without_joint, "rl") == "head"
+    assert reference_in_loss(without_joint, "rl")
+    assert not reference_in_loss(without_joint, "head"), "it has no reference in the loss"
+    assert not reference_in_loss(config(tmp_path, "stages.rl.reference=joint"), "rl")
+    begun = ["stages.main.steps=0", "stages.joint.steps=0", "evaluation.reference=start"]
+    assert reference_in_loss(config(tmp_path, *begun, "stages.rl.reference=head"), "rl")
 
 
 def test_fast_rollouts_need_a_head_that_some_stage_trains(tmp_path):

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ def save_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
     A crash, even of the machine, leaves either the old one or the new one, complete. Files get the
     permissions of the user's umask. The parent folder is made if it is missing.
+
+    Raises OSError naming the path for an error of the file system, whichever library `write` calls.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     recover(path)
@@ -35,8 +38,12 @@ def save_atomically(path: Path, write: Callable[[Path], None]) -> None:
         else:
             os.replace(temporary, path)
         _sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         _remove(temporary)
+        # Libraries written in Rust, such as safetensors, raise errors of their own.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is not None and not isinstance(error, OSError):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         raise
 
 

@@ -147,7 +147,7 @@ def take_update(
         clip_norms={p: config.optimizer_of(p).clip_norm for p in stage.optimizers},
         channel_gradient=config.channel_gradient_at(step),
         logits_detach=config.logits_detach,
-        sampler=run.config.decoding.sampler() if config.kind == "rl" else None,
+        sampler=run.config.decoding.sampler(),
         reference=stage.reference,
         check_gradients=check_gradients,
         impl=run.config.kernels,

@@ -102,7 +102,9 @@ class TextBatch:
 
     def to(self: AnyBatch, device: torch.device) -> AnyBatch:
         """The same batch on a device."""
-        return type(self)(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: v.to(device) for name, v in values.items() if not isinstance(v, bool)}
+        return replace(self, **moved)
 
 
 def without_rows(batch: AnyBatch) -> AnyBatch:
@@ -152,6 +154,9 @@ class RolloutBatch(TextBatch):
     """Tokens of main."""
     head: PolicyRows
     """Tokens of the head."""
+    head_samples: bool = True
+    """True if the head sampled its tokens. False: they are main's, which the head's rows score, one
+    of them perhaps in several rows."""
 
     @cached_property
     def num_rollouts(self) -> Tensor:

@@ -162,7 +162,8 @@ def collate_main_rollouts(
         block_anchors=block_anchors,
         anchor_seeds=[text_seed(anchor_seed, *sample) for sample in samples],
     )
-    return chosen.batch(drop_forced(text, chosen.slots() == FORCED), advantages)
+    text = drop_forced(text, chosen.slots() == FORCED)
+    return replace(chosen.batch(text, advantages), head_samples=False)
 
 
 class ChosenSegments:

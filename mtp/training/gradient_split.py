@@ -19,7 +19,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from ..modeling.sampler import Sampler
-from .batch import RolloutBatch, TextBatch
+from .batch import RolloutBatch, TextBatch, within_draft_vocabulary
 from .objectives import ObjectiveConfig, StreamInputs, Term
 from .objectives.policy import Policy
 from .optimizers import split_parameters
@@ -68,7 +68,12 @@ def split_gradient(
         sampler: the distribution that rollouts were sampled from.
         impl: implementation of `mtp_kernels` ops.
     """
-    rollouts: list[TextBatch] = [batch for batch in batches if isinstance(batch, RolloutBatch)]
+    drafted = module.module.model.mtp_head.draft_tokens
+    rollouts: list[TextBatch] = [
+        within_draft_vocabulary(batch, drafted)
+        for batch in batches
+        if isinstance(batch, RolloutBatch)
+    ]
     parts: dict[str, list[Tensor]] = {}
     devices = [fabric.device] if fabric.device.type == "cuda" else []
     with torch.random.fork_rng(devices):

@@ -208,10 +208,11 @@ class StageConfig:
             self._validate_examples(key)
         if not (self.train_main or self.train_head):
             raise ValueError(f"{key} must train main, the head or both, got neither")
-        if self.train_head and not self.objective.uses_head:
+        if self.train_head and not self.objective.trains_head:
             raise ValueError(
-                f"{key}.train_head is true but no stream scores the head; give head_ce, head_kl, "
-                "head_tv, policy or reference_kl a weight, or set train_head=false"
+                f"{key}.train_head is true but no stream trains the head; give head_ce, head_kl, "
+                "head_tv, policy or reference_kl a weight (and the last two a head_weight), or set "
+                "train_head=false"
             )
         self.optimizers.main.validate(f"{key}.optimizers.main")
         self.optimizers.head.validate(f"{key}.optimizers.head")
@@ -252,6 +253,12 @@ class StageConfig:
                 f"{key}.objective.reference_kl.kind={kl.kind} estimates the divergence from tokens "
                 f"that were sampled, and the head samples none with {key}.rollouts.mode="
                 f"{rollouts.mode}; use {key}.objective.reference_kl.kind=full or head_weight=0"
+            )
+        if self.objective.policy.correction_cap and not rollouts.recompute_old:
+            raise ValueError(
+                f"{key}.objective.policy.correction_cap={self.objective.policy.correction_cap:g} "
+                f"needs {key}.rollouts.recompute_old=true: without it p_old is the sampler's, and "
+                "there is nothing to correct"
             )
         is_corrected = rollouts.recompute_old and self.objective.policy.correction_cap
         if rollouts.lag and self.objective.policy.weight and not is_corrected:

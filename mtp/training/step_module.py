@@ -58,6 +58,9 @@ class Step:
     """Frozen model that streams compare with; None if none of them does."""
     impl: str = "auto"
     """Implementation of `mtp_kernels` ops."""
+    reaches_all: bool = False
+    """The gradient reaches every trained parameter, with zeros where no stream of this batch does:
+    processes reduce a parameter's gradients once it has been reached."""
 
 
 class StepModule(nn.Module):
@@ -94,6 +97,9 @@ class StepModule(nn.Module):
         terms = step.objective.terms(inputs, step.in_rl)
         weighted = [t.weight * t.total / (step.counts[n] or 1.0) for n, t in terms.items()]
         loss = torch.stack(weighted).sum()
+        if step.reaches_all:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            loss = loss + torch.stack([0.0 * p.flatten()[0].to(loss.dtype) for p in trained]).sum()
         return loss, Sealed({n: replace(t, total=t.total.detach()) for n, t in terms.items()})
 
     def call(self, sealed: Sealed[Callable[[Any], None]]) -> None:

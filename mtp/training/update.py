@@ -20,7 +20,7 @@ from ..modeling.sampler import Sampler
 from .batch import RolloutBatch, TextBatch, within_draft_vocabulary
 from .objectives import ObjectiveConfig
 from .runtime import NotFinite, over_processes
-from .sharding import whole_tensor
+from .sharding import is_sharded, whole_tensor
 from .step_module import Sealed, Step
 
 K = TypeVar("K")
@@ -85,6 +85,7 @@ def update(
         ValueError: if a gradient is missing that was to be checked.
     """
     in_rl = any(isinstance(batch, RolloutBatch) for batch in batches)
+    has_solved = in_rl and not all(isinstance(batch, RolloutBatch) for batch in batches)
     drafted = module.module.model.mtp_head.draft_tokens
     num_head_rows = sum(len(batch.head) for batch in batches)
     batches = [within_draft_vocabulary(batch, drafted) for batch in batches]
@@ -110,6 +111,8 @@ def update(
             sampler=sampler or Sampler(),
             reference=reference,
             impl=impl,
+            # Supervised micro-batches come first, and some parameters may be reached by them alone.
+            reaches_all=is_last and has_solved and fabric.world_size > 1 and not is_sharded(module),
         )
         with fabric.no_backward_sync(module, enabled=not is_last):
             loss, terms = module(Sealed(step))

@@ -1,12 +1,17 @@
 """Files and folders that are replaced in one step."""
 
+import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
+import torch
 from runs import content
+from safetensors.torch import save_file
 
+from mtp.common.errors import one_line
 from mtp.common.files import save_atomically
 
 
@@ -65,3 +70,19 @@ def test_a_file_beside_an_export_is_left_alone(tmp_path):
         (tmp_path / name).write_text("mine")
     save_atomically(tmp_path / "out", lambda file: file.write_text("new"))
     assert content(tmp_path) == {"out": b"new", "out.old": b"mine", "out.tmp": b"mine"}
+
+
+def test_a_full_disk_names_the_file_whichever_library_writes(tmp_path):
+    """A limit on the size of files stands for it; safetensors has errors of its own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "a.safetensors"
+    path.write_text("earlier")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError) as raised:
+            save_atomically(path, lambda file: save_file({"w": torch.ones(1000)}, file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert one_line(raised.value) == f"{path}: File too large"
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert path.read_text() == "earlier"

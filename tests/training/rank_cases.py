@@ -59,6 +59,13 @@ CASES: dict[str, Case] = {
     "slow": Case(
         {"policy": {"weight": 1.0}, "head_ce": {"weight": 1, "on_rollouts": True}}, "slow"
     ),
+    "slow_gspo": Case({"policy": {"weight": 1.0, "algorithm": "gspo"}}, "slow"),
+    "head_tv": Case(
+        {"policy": {"weight": 1.0, "head_weight": 0.0}, "head_tv": {"weight": 1}}, "slow"
+    ),
+    "parts_that_solved_examples_alone_reach": Case(
+        {"preserve": {"weight": 1.0}, "head_ce": {"weight": 1.0}}, "fast", solved=True
+    ),
     "everything": Case(
         {
             "policy": {"weight": 1.0, "correction_cap": 2.0, "head_weight": 0.5},

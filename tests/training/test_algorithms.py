@@ -7,6 +7,7 @@ The numbers are ratios p / p_old of the tokens; p_old is the sampler's unless a 
 """
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -54,11 +55,11 @@ def batch(correction: float = 1.0) -> RolloutBatch:
     )
 
 
-def run(policy: Policy, correction: float = 1.0):
+def run(policy: Policy, correction: float = 1.0, given: RolloutBatch | None = None, main=MAIN):
     """(loss, gradient on main's three log-probabilities, on the head's, metrics)."""
-    example = batch(correction)
+    example = batch(correction) if given is None else given
     stats, leaves = {}, {}
-    for name, ratios in (("main", MAIN), ("head", HEAD)):
+    for name, ratios in (("main", main), ("head", HEAD)):
         leaf = (torch.tensor(ratios) * 0.1).log().requires_grad_(True)
         stats[name] = RowStats(leaf, torch.zeros(3))
         leaves[name] = leaf
@@ -67,7 +68,7 @@ def run(policy: Policy, correction: float = 1.0):
     counts = policy.counts(example)
     loss = sum(t.weight * t.total / counts[n] for n, t in terms.items())
     loss.backward()
-    metrics = {k: float(s) / n for t in terms.values() for k, (s, n) in t.metrics.items()}
+    metrics = {k: float(s) / int(n) for t in terms.values() for k, (s, n) in t.metrics.items()}
     maxima = {k: float(v) for t in terms.values() for k, v in t.maxima.items()}
     return float(loss.detach()), leaves["main"].grad, leaves["head"].grad, metrics | maxima
 
@@ -131,6 +132,43 @@ def test_a_block_is_clipped_as_one_action():
 def test_cispo_bounds_the_weight_and_drops_no_token():
     _, main, head, _ = run(Policy(weight=1.0, algorithm="cispo", clip_high=0.5))
     assert close(main, [-1.5 / 3, -0.5 / 3, 1.1 / 3]) and close(head, [-1.5 / 3, -1 / 3, 0.9 / 3])
+
+
+@pytest.mark.parametrize("head_weight", [0.0, 1.0])
+def test_tokens_that_the_head_only_scores_are_in_no_ratio_of_mains(head_weight):
+    """Slow and verified rollouts: 1.5 * 0.5 = 0.75 and 1.1; the head has ratios of its own tokens,
+    of which 2 is clipped.
+    """
+    scored = replace(batch(), head_samples=False)
+    _, main, head, _ = run(Policy(weight=1.0, head_weight=head_weight, algorithm="rloo"), 1, scored)
+    assert close(main, [-0.75 / 2, -0.75 / 2, 1.1 / 2])
+    assert close(head, [0.0, -head_weight / 2, head_weight * 0.9 / 2])
+    _, main, _, _ = run(Policy(weight=1.0, ratio="block", head_weight=head_weight), 1, scored)
+    assert close(main, [0.0, -0.5 / 3, 1.1 / 3])
+
+
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "dr_grpo"])
+def test_a_token_that_top_k_left_out_in_replay_has_ratio_0(algorithm):
+    """Its group has ratio 0 too, so that of rollout 0 no token of main has a gradient."""
+    policy = Policy(weight=1.0, algorithm=algorithm)
+    loss, main, head, metrics = run(policy, main=[1.5, 0.0, 1.1])
+    assert math.isfinite(loss) and bool(main.isfinite().all()) and bool(head.isfinite().all())
+    assert float(main[1]) == 0.0 and all(map(math.isfinite, metrics.values()))
+    differences = [math.log(1.5), math.log(1.1)]
+    assert metrics["main/sampling_logp_difference_max"] == pytest.approx(max(differences), rel=1e-4)
+    if policy.rules().ratio is not RATIOS.get("token", "ratio"):
+        assert close(main[:2], [0.0, 0.0]) and close(head[:2], [0.0, 0.0])
+
+
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "dr_grpo"])
+def test_a_token_that_was_impossible_before_the_update_teaches_nothing(algorithm):
+    plain = batch()
+    old = torch.tensor([math.log(0.1), -math.inf, math.log(0.1)])
+    given = replace(plain, main=replace(plain.main, old=old))
+    clips = {"clip_low": 0.9, "clip_high": 9.0, "correction_cap": 2.0}
+    loss, main, head, _ = run(Policy(weight=1.0, algorithm=algorithm, **clips), given=given)
+    assert math.isfinite(loss) and bool(main.isfinite().all()) and bool(head.isfinite().all())
+    assert float(main[1]) == 0.0 and float(main[2]) != 0.0
 
 
 def test_each_emitter_has_its_own_clip_range_and_weight():

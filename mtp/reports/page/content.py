@@ -140,8 +140,9 @@ def evaluation_points(run: Run) -> list[dict[str, Any]]:
             number = numbers.get((step, stage, mode))
             if number is None and step == last[stage]:
                 number = ended.get(stage)
-            known = number and not has_projects(metrics)
-            found = share_interval(round(share * number), number) if known else None
+            found = None
+            if number and not has_projects(metrics):
+                found = share_interval(round(share * number), number)
             points[stage, step, mode] = {
                 "stage": stage,
                 "step": step,

@@ -87,6 +87,11 @@ class ObjectiveConfig:
         """True if some stream scores the head's tokens."""
         return scores_head(self.active().values())
 
+    @property
+    def trains_head(self) -> bool:
+        """True if some stream has a gradient for the head."""
+        return any(stream.trains_head for stream in self.active().values())
+
     def reference_users(self) -> list[str]:
         """Active streams that compare with a frozen reference."""
         return [name for name, stream in self.active().items() if stream.needs_reference]

@@ -8,8 +8,15 @@ slots, so main's tokens and the head's are all actions of one policy. Advantage,
 and count are those of an algorithm of `mtp.training.algorithms`. w_t is 1, or with `correction_cap`
 the truncated importance weight of Yao et al. 2025 ("Your efficient RL framework secretly brings you
 off-policy RL training"), for samplers whose log-probabilities differ from replay's.
+
+Where main alone samples (slow and verified rollouts), main's tokens are the actions. The head's
+rows score them once more, so they are in no ratio of main's, and each has a ratio of its own.
+
+With top-k or top-p a token may have probability 0 in replay: its ratio is 0. One whose probability
+was 0 in the replay before the update has no ratio, and counts as a token without gradient.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,8 +24,13 @@ from torch import Tensor
 
 from ...common.bounds import bounded
 from ..algorithms import ALGORITHMS, NORMALIZERS, RATIOS, Algorithm, Division, PolicyTokens
+from ..algorithms.ratio import Ratio
 from ..batch import PolicyRows, RolloutBatch, TextBatch
-from .stream import Reads, Stream, StreamInputs, Term, max_of, mean_of, rollouts_of
+from .stream import Reads, Stream, StreamInputs, Term, max_of, mean_of, mean_where, rollouts_of
+
+FLOOR = -1e6
+"""Log-probability that stands for that of an impossible token, so that no difference is NaN. Its
+mean over a rollout is below -50 for up to 20,000 tokens, a ratio of 0."""
 
 
 @dataclass(kw_only=True)
@@ -55,6 +67,10 @@ class Policy(Stream):
     @property
     def reads(self) -> Reads:
         return "rollouts"
+
+    @property
+    def trains_head(self) -> bool:
+        return self.head_weight > 0
 
     def validate(self, key: str) -> None:
         """Raises ValueError naming the key of an impossible value."""
@@ -109,45 +125,77 @@ class Policy(Stream):
         rules, clips, stats = self.rules(), self.clips(), inputs.scored.stats(inputs.sampler)
         emitters = {"main": batch.main, "head": batch.head}
         weights = {"main": self.weight, "head": self.weight * self.head_weight}
-        ratios = rules.ratio(
-            torch.cat([stats[name].logprob - rows.old for name, rows in emitters.items()]),
-            torch.cat([batch.blocks(rows) for rows in emitters.values()]),
-            torch.cat([rows.rollouts for rows in emitters.values()]),
-        ).split([len(rows) for rows in emitters.values()])
+        logprobs = {name: stats[name].logprob.clamp(min=FLOOR) for name in emitters}
+        has_ratio = {name: rows.old > FLOOR for name, rows in emitters.items()}
+        old = {
+            name: torch.where(has_ratio[name], rows.old, logprobs[name].detach())
+            for name, rows in emitters.items()
+        }
+        differences = {name: logprobs[name] - old[name] for name in emitters}
+        if batch.head_samples:
+            ratios = _ratios(rules.ratio, batch, differences)
+        else:
+            own = {"main": rules.ratio, "head": RATIOS.get("token", "ratio")}
+            ratios = {
+                name: _ratios(rule, batch, {name: differences[name]})[name]
+                for name, rule in own.items()
+            }
         terms = {}
-        for (name, rows), ratio in zip(emitters.items(), ratios, strict=True):
+        for name, rows in emitters.items():
             low, high = clips[name]
-            logprob, entropy = stats[name]
-            tokens = PolicyTokens(logprob, rows.old, entropy, ratio, rows.advantages, low, high)
-            gain = rules.surrogate(tokens)
+            tokens = PolicyTokens(
+                logprobs[name],
+                old[name],
+                stats[name].entropy,
+                ratios[name],
+                rows.advantages,
+                low,
+                high,
+            )
+            gain = torch.where(has_ratio[name], rules.surrogate(tokens), 0.0)
             if self.correction_cap:
-                gain = gain * (rows.old - rows.sampled).exp().clamp(max=self.correction_cap)
+                gain = gain * (old[name] - rows.sampled).exp().clamp(max=self.correction_cap)
             gain = gain / self._division(batch, rows).divisors
-            metrics, maxima = _metrics(name, tokens, logprob - rows.sampled)
+            metrics, maxima = _metrics(name, tokens, stats[name].logprob - rows.sampled)
             terms[f"policy_{name}"] = Term(-gain.sum(), weights[name], metrics, maxima)
         return terms
+
+
+def _ratios(
+    rule: Ratio, batch: RolloutBatch, differences: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Ratios of each emitter's tokens, of those that are given as one group of tokens."""
+    rows = {name: batch.main if name == "main" else batch.head for name in differences}
+    found = rule(
+        torch.cat(list(differences.values())),
+        torch.cat([batch.blocks(one) for one in rows.values()]),
+        torch.cat([one.rollouts for one in rows.values()]),
+    )
+    return dict(zip(rows, found.split([len(one) for one in rows.values()]), strict=True))
 
 
 @torch.no_grad()
 def _metrics(
     name: str, tokens: PolicyTokens, difference: Tensor
-) -> tuple[dict[str, tuple[Tensor, int]], dict[str, Tensor]]:
+) -> tuple[Mapping[str, tuple[Tensor, int | Tensor]], dict[str, Tensor]]:
     """Metrics of the distance between policy and sampler, and of the share of clipped tokens.
 
-    difference: [R] log p - log p_sampled.
+    difference: [R] log p - log p_sampled; one that is infinite, of a token that is impossible in
+    replay, is left out of its own metrics.
     """
+    apart = difference.abs()
     is_low = (tokens.ratio < 1 - tokens.clip_low) & (tokens.advantage < 0)
     is_high = (tokens.ratio > 1 + tokens.clip_high) & (tokens.advantage > 0)
-    metrics = {
+    metrics: dict[str, tuple[Tensor, int | Tensor]] = {
         f"{name}/clip_ratio": mean_of(is_low | is_high),
         f"{name}/clip_ratio_low": mean_of(is_low),
         f"{name}/clip_ratio_high": mean_of(is_high),
-        f"{name}/sampling_logp_difference": mean_of(difference.abs()),
+        f"{name}/sampling_logp_difference": mean_where(apart, apart.isfinite()),
         f"{name}/importance_sampling_ratio": mean_of(difference.exp()),
         f"{name}/entropy": mean_of(tokens.entropy),
     }
     maxima = {
-        f"{name}/sampling_logp_difference_max": max_of(difference.abs()),
+        f"{name}/sampling_logp_difference_max": max_of(apart.where(apart.isfinite(), 0.0)),
         f"{name}/importance_sampling_ratio_max": max_of(difference.exp()),
     }
     return metrics, maxima

@@ -47,6 +47,10 @@ class ReferenceKL(Stream):
     def reads(self) -> Reads:
         return "text" if self.kind == "full" else "rollouts"
 
+    @property
+    def trains_head(self) -> bool:
+        return self.head_weight > 0
+
     def validate(self, key: str) -> None:
         """Raises ValueError naming the key of an impossible value."""
         if self.kind not in KINDS:

@@ -87,6 +87,11 @@ class Stream:
         """Batches that the stream reads."""
         return "text"
 
+    @property
+    def trains_head(self) -> bool:
+        """True if the stream has a gradient for the head."""
+        return self.scores_head
+
     def validate(self, key: str) -> None:
         """Raises ValueError naming the key of an impossible value."""
 
