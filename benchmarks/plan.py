@@ -11,6 +11,7 @@ rate of a matrix product and of a copy, measured here as well.
 """
 
 import argparse
+import copy
 import os
 import sys
 from dataclasses import replace
@@ -49,6 +50,8 @@ CASES = {
     "small, long texts": replace(BASE, new_tokens=384, micro_batch=2),
     "wide, parallel head": replace(BASE, main=WIDE, head=replace(HEAD, kind="parallel")),
     "wide, mixed": replace(BASE, main=WIDE, precision="bf16-mixed"),
+    "small, reference": replace(BASE, reference=True),
+    "wide, mixed, reference": replace(BASE, main=WIDE, precision="bf16-mixed", reference=True),
     "wide, cache": replace(BASE, main=WIDE, rollouts=64, group_size=16, micro_batch=1),
 }
 TOLERANCE = 0.15
@@ -86,10 +89,15 @@ def measured(load: Workload) -> dict[str, float]:
     before = 0
     model: Any = family_class("llama")(config)
     set_activation_checkpointing(model, load.gradient_checkpointing)
+    frozen = copy.deepcopy(model).requires_grad_(False).eval() if load.reference else None
     fabric = Fabric(accelerator="auto", devices=1, precision=load.precision)
     if load.precision == "bf16-true":
         model = model.to(torch.bfloat16)
     model.to(fabric.device)
+    if frozen is not None:
+        frozen.to(fabric.device)
+    objective = ObjectiveConfig(policy=Policy(weight=1.0))
+    objective.reference_kl.weight = float(load.reference)
     optimizers = {
         part: build_optimizer(parameters, OptimizerConfig(lr=1e-5))
         for part, parameters in split_parameters(model).items()
@@ -139,16 +147,18 @@ def measured(load: Workload) -> dict[str, float]:
                 module,
                 optimizers,
                 batches,  # noqa: B023
-                ObjectiveConfig(policy=Policy(weight=1.0)),
+                objective,
                 clip_norms={"main": 1.0, "head": 1.0},
                 sampler=Sampler(),
+                reference=frozen,
             )
         )
         found["update"] = peak_above(before)
         if not turn:
             del out, batches
             states = [s for o in optimizers.values() for v in o.state.values() for s in v.values()]
-            held = sum(t.nbytes for t in [*model.parameters(), *states])
+            weights = [*model.parameters(), *(() if frozen is None else frozen.parameters())]
+            held = sum(t.nbytes for t in [*weights, *states])
             before = reset_peak() - held
     return {**found, "parameters": counted, "sampling": sampling, "training": training, **rates}
 

@@ -163,13 +163,21 @@ def cache_positions(prompt: int, most: int) -> int:
 
 
 def output_layer(load: Workload, rows: float, is_cpu: bool) -> float:
-    """Bytes of the output layer's forward and backward over `rows` scored tokens."""
+    """Bytes of the output layer's forward and backward over `rows` scored tokens.
+
+    With a reference: those of `policy` and `reference_kl`, whose gradients of the matrix are added.
+    """
     wide, narrow = PRECISIONS[load.precision]
     main = load.main
     matrix, width = main.matrix_parameters, main.width
     # Main's rows and the head's are gathered and concatenated, then cast; each has a gradient.
     hidden = rows * width * (2 * wide + (narrow if wide != narrow else 0) + narrow + wide)
     gradient = 4 * matrix + (narrow * matrix if narrow != 4 else 0)
+    if load.reference:
+        # The divergence of each emitter gathers its rows and the reference's, and casts them and
+        # both matrices.
+        hidden += rows * width * (2 * wide + (2 * narrow if wide != narrow else 0) + wide)
+        gradient += 4 * matrix + (4 * narrow * matrix if wide != narrow else 0)
     logits = rows * main.vocab * 4
     if is_cpu:
         chunk = min(logits, CPU_CHUNK)
@@ -197,11 +205,14 @@ def memory(load: Workload, layout: Layout) -> Memory:
         "main": wide * num_main / shards,
         "head": wide * num_head / shards,
         "optimizer": 2 * wide * (num_main + num_head) / shards,
-        "reference": wide * num_main / shards if load.reference else 0.0,
+        "reference": 4 * num_main / shards if load.reference else 0.0,
     }
     gradients = wide * (num_main + num_head) / shards
     is_first = micro >= rows
     between = 0.0 if is_first else gradients
+    if layout.strategy == "ddp" and layout.num_devices > 1:
+        # The gradients are in the reducer's buckets in the end, and those are never freed.
+        held["buckets"], gradients = gradients, 0.0
     if shards > 1 and not (is_first or layout.reduce_each):
         between = 4.0 * (num_main + num_head)
 
@@ -241,6 +252,10 @@ def memory(load: Workload, layout: Layout) -> Memory:
         "activations": taken,
         "output layer": output_layer(load, scored, layout.is_cpu),
     }
+    if load.reference:
+        replay["reference's rows"] = 4 * tokens * main.width
+        if shards > 1:
+            replay["reference's root"] = 4 * main.root_parameters
     update = held | {"gradients": gradients}
     return Memory(rollouts, replay, update)
 

@@ -1,6 +1,6 @@
 """Seconds of a pass, of rollouts and of a step, from FLOPs, bytes and stated utilisation.
 
-    pass       max(FLOPs / rate of products, bytes / bandwidth) + launches + gathered weights
+    pass       the longest of FLOPs / rate of products, bytes / bandwidth, launches, and gathering
     rollouts   passes of the longest rollout, each at the rows that are still running
     training   FLOPs of replay and its backward, gathered and reduced weights, the optimizer's bytes
 
@@ -129,9 +129,8 @@ def pass_parts(
 
 
 def pass_time(parts: dict[str, float]) -> float:
-    """Seconds of a pass: products and reads overlap, launches and gathering hide behind neither."""
-    within = max(parts["FLOPs"], parts["memory"], parts["launches"])
-    return max(within, parts.get("network", 0.0))
+    """Seconds of a pass: those of the resource that takes longest; the others overlap with it."""
+    return max(parts.values())
 
 
 def rollout_parts(
@@ -182,7 +181,9 @@ def training_parts(
     if layout.num_devices > 1:
         whole = main.parameters + head.parameters(main)
         reduced = 4 * whole * (1 - 1 / layout.num_devices)
-        gathers = num_micro * (2 if not load.reference else 3) * gathered(load, layout)
+        gathers = num_micro * 2 * gathered(load, layout)
+        if load.reference:  # in float32
+            gathers += num_micro * 4 / narrow * gathered(load, layout)
         reductions = reduced if layout.shards > 1 else 2 * reduced
         reductions *= num_micro if layout.reduce_each else 1
         parts["network"] = (gathers + reductions) / speed(layout, machine, rates)

@@ -72,7 +72,7 @@ class FabricConfig:
             return sharded_strategy(processes, self.precision)
         if self.strategy == "ddp" or processes > 1:
             # Buffers are the same on all processes, and stay so.
-            return DDPStrategy(broadcast_buffers=False)
+            return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
         return "auto"
 
     def build(self) -> Fabric:

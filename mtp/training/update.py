@@ -20,7 +20,7 @@ from ..modeling.sampler import Sampler
 from .batch import RolloutBatch, TextBatch, within_draft_vocabulary
 from .objectives import ObjectiveConfig
 from .runtime import NotFinite, over_processes
-from .sharding import is_sharded, whole_tensor
+from .sharding import is_sharded, reshard, whole_tensor
 from .step_module import Sealed, Step
 
 K = TypeVar("K")
@@ -128,6 +128,8 @@ def update(
                 maxima[metric] = torch.maximum(maxima.get(metric, torch.zeros_like(value)), value)
         add("loss", loss.detach())
 
+    # A frozen model has no backward, after which its root would be in shards again.
+    reshard(reference)
     if check_gradients:
         for name, parameter in module.module.model.named_parameters():
             if parameter.requires_grad and parameter.grad is None:
