@@ -313,7 +313,7 @@ def begin_job(submission: Submission) -> None:
 
 
 def noted_before(folder: Path) -> dict[str, Any]:
-    """What `job.json` says, without an error; empty without a readable one."""
+    """The content of `job.json` but its error; empty if there is none that can be read."""
     try:
         found = json.loads((folder / "job.json").read_text())
         return {key: found[key] for key in ("overrides", "settings") if key in found}

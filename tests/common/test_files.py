@@ -73,7 +73,7 @@ def test_a_file_beside_an_export_is_left_alone(tmp_path):
 
 
 def test_a_full_disk_names_the_file_whichever_library_writes(tmp_path):
-    """A limit on the size of files stands for it; safetensors has errors of its own."""
+    """Made by a limit on the size of files; safetensors has errors of its own."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     path = tmp_path / "a.safetensors"
     path.write_text("earlier")

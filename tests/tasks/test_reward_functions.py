@@ -187,7 +187,7 @@ def test_verl_style(rewards):
 
 @pytest.mark.parametrize("name", ["score_answer", "score_entry"])
 def test_reasoning_gym_style(rewards, name):
-    """By name, whatever the order of the parameters."""
+    """Parameters are given by name, whatever their order."""
     reward = load_reward(f"rewards_for_test:{name}")
     assert reward(EXAMPLE, "2") == 1.0 and reward(EXAMPLE, "3") == 0.0
 

@@ -29,7 +29,7 @@ from ..batch import PolicyRows, RolloutBatch, TextBatch
 from .stream import Reads, Stream, StreamInputs, Term, max_of, mean_of, mean_where, rollouts_of
 
 FLOOR = -1e6
-"""Log-probability that stands for that of an impossible token, so that no difference is NaN. Its
+"""Log-probability in place of an impossible token's -inf, so that no difference is NaN. Its
 mean over a rollout is below -50 for up to 20,000 tokens, a ratio of 0."""
 
 
