@@ -286,9 +286,8 @@ def test_a_run_learns_by_rl_from_verified_rollouts(tmp_path):
 def test_outcomes_that_nobody_verifies_are_no_reward(tmp_path, unverified):
     for setting in ("objective.policy.weight=1", "rollouts.drop_uninformative=true"):
         with pytest.raises(ValueError, match=rf"stages.rl.{setting.partition('=')[0]} needs answ"):
-            train(
-                config(tmp_path, *DRAFT, "stages.rl.rollouts.group_size=2", f"stages.rl.{setting}")
-            )
+            more = ["stages.rl.rollouts.group_size=2", "decoding.temperature=1"]
+            train(config(tmp_path, *DRAFT, *more, f"stages.rl.{setting}"))
 
 
 def test_a_search_cannot_be_measured_without_right_answers():
