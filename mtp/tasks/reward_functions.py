@@ -254,7 +254,10 @@ def _verl(name: str, function: Callable[..., Any]) -> RewardFunction:
 
 
 def _reasoning_gym(name: str, function: Callable[..., Any]) -> RewardFunction:
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = dict(inspect.signature(function).parameters)
+    except ValueError:  # of a builtin, which is called by position
+        parameters = {}
     named = [parameters.get(name) for name in ("answer", "entry")]
     is_named = all(p is not None and p.kind is not p.POSITIONAL_ONLY for p in named)
 
