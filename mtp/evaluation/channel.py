@@ -12,8 +12,7 @@ head, the head scores the block's tokens t_1..t_n under its own message m and un
 | `channel_zero_bits` | a message of zeros |
 
 Tokens are sampled under m, so each mean is one of KL divergences: 0 for a head that ignores its
-message. `channel_least_bits` compares with the mixture over own and other messages
-of the class:
+message. `channel_least_bits` compares with the mixture over own and other messages of the class:
 
     log p(t_1..t_n | m) - log mean over m' in {m, others} of p(t_1..t_n | m')
 

@@ -12,18 +12,6 @@ import torch
 from torch import Tensor
 
 
-def cast_names(model: Any) -> set[str]:
-    """Names of the floating parameters that a cast changes.
-
-    Left out are buffers, and the modules that the family keeps in float32.
-    """
-    return {
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.is_floating_point() and not keeps_float32(model, name)
-    }
-
-
 def keeps_float32(model: Any, name: str) -> bool:
     """True for a weight of a module that the family keeps in float32."""
     kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
@@ -31,21 +19,26 @@ def keeps_float32(model: Any, name: str) -> bool:
 
 
 def cast_state(model: Any, state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights to save, cast where `cast_names` says so. Tied weights stay one tensor."""
-    names, done, saved = cast_names(model), dict[tuple[Any, ...], Tensor](), dict(state)
-    for name in names & state.keys():
-        memory = state[name].data_ptr(), state[name].shape
+    """Weights to save, cast but for buffers and what the family keeps in float32.
+
+    Tied weights stay one tensor. state: may have weights by names that the model does not know.
+    """
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    done, saved = dict[tuple[Any, ...], Tensor](), dict(state)
+    for name, weight in state.items():
+        if name in buffers or not weight.is_floating_point() or keeps_float32(model, name):
+            continue
+        memory = weight.data_ptr(), weight.shape
         if memory not in done:
-            done[memory] = state[name].to(dtype)
+            done[memory] = weight.to(dtype)
         saved[name] = done[memory]
     return saved
 
 
 def cast_weights(model: Any, dtype: torch.dtype) -> None:
-    """Cast a model's parameters in place, those of `cast_names`."""
-    names = cast_names(model)
+    """Cast a model's parameters in place, but for those that the family keeps in float32."""
     for name, parameter in model.named_parameters():
-        if name in names:
+        if parameter.is_floating_point() and not keeps_float32(model, name):
             parameter.data = parameter.data.to(dtype)
 
 

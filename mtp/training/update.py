@@ -84,8 +84,9 @@ def update(
         NotFinite: if loss or gradient is not finite. Weights and optimizers are as before.
         ValueError: if a gradient is missing that was to be checked.
     """
-    in_rl = any(isinstance(batch, RolloutBatch) for batch in batches)
-    has_solved = in_rl and not all(isinstance(batch, RolloutBatch) for batch in batches)
+    of_rollouts = [isinstance(batch, RolloutBatch) for batch in batches]
+    in_rl = any(of_rollouts)
+    has_solved = in_rl and not all(of_rollouts)
     drafted = module.module.model.mtp_head.draft_tokens
     num_head_rows = sum(len(batch.head) for batch in batches)
     batches = [within_draft_vocabulary(batch, drafted) for batch in batches]

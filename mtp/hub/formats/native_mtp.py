@@ -21,8 +21,7 @@ from ...modeling.contract import stock_class
 from ...modeling.native_mtp import NUM_LAYERS, NativeMTPHead, with_mtp_layer
 from ...modeling.saving import HEAD
 from ...rollouts.prompt_format import PromptFormat
-from ...training.precision import keeps_float32
-from .base import edit_json, export_dtype
+from .base import edit_json
 from .main import write as write_main
 
 BLOCK = "mtp_block."
@@ -52,11 +51,7 @@ def write(model: Any, fmt: PromptFormat, folder: Path, config: Any) -> None:
         )
     main = model.main_config
     state = {name: w for name, w in model.state_dict().items() if not name.startswith(HEAD)}
-    layer, dtype = layer_weights(model), export_dtype(config)
-    for name in [] if dtype is None else layer:
-        if layer[name].is_floating_point() and not keeps_float32(model, name):
-            layer[name] = layer[name].to(dtype)
-    write_main(model, fmt, folder, config, state | layer)
+    write_main(model, fmt, folder, config, state | layer_weights(model))
     found = with_mtp_layer(main)
     number = main.attribute_map.get(NUM_LAYERS, NUM_LAYERS)
     fields = (number, "mtp_layer_types", "mtp_mlp_layer_types")

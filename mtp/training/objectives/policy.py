@@ -135,11 +135,8 @@ class Policy(Stream):
         if batch.head_samples:
             ratios = _ratios(rules.ratio, batch, differences)
         else:
-            own = {"main": rules.ratio, "head": RATIOS.get("token", "ratio")}
-            ratios = {
-                name: _ratios(rule, batch, {name: differences[name]})[name]
-                for name, rule in own.items()
-            }
+            mine = {"main": differences["main"]}
+            ratios = _ratios(rules.ratio, batch, mine) | {"head": differences["head"].exp()}
         terms = {}
         for name, rows in emitters.items():
             low, high = clips[name]
