@@ -136,10 +136,14 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
         taps = self.mtp_taps if with_taps else []
         positions = start[:, None] + torch.arange(fed.shape[1], device=fed.device)
         cache.place(positions, length, is_even)
+        if last is not None:
+            # Main may have no position as late as that of a padding column.
+            positions = positions.minimum(last[:, None])
         if self.reads_whole_text:
             # Nothing that a row reads is padding: texts are padded on the right.
+            text = cache.whole_text(fed)
             out = self.mtp_decoder(
-                input_ids=cache.whole_text(fed),
+                input_ids=text if last is None else text[:, : int(last.max()) + 1],
                 use_cache=False,
                 output_hidden_states=wanted_states(taps),
             )
@@ -148,8 +152,7 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
             return hidden, [out.hidden_states[tap][rows, positions] for tap in taps]
         out = (decoder or self.mtp_decoder)(
             input_ids=fed,
-            # Main may have no position as late as that of a padding column.
-            position_ids=positions if last is None else positions.minimum(last[:, None]),
+            position_ids=positions,
             past_key_values=cache,
             use_cache=True,
             output_hidden_states=wanted_states(taps),

@@ -31,16 +31,18 @@ def test_limits_must_be_one_for_each_row(plan):
         run(tiny_model(), PROMPTS, plan, limits=torch.tensor([1, 2]))
 
 
-def of_positions(number):
+def of_positions(family, number):
     """A main with learned positions, which has this many."""
-    model = tiny_family("gpt2")
-    table = model.transformer.wpe
+    model = tiny_family(family)
+    table = model.transformer.wpe if family == "gpt2" else model.transformer.positions_embed
     table.weight = torch.nn.Parameter(table.weight[:number])
     return model
 
 
-@pytest.mark.parametrize("compiles", [False, True])
-def test_a_text_may_end_at_the_last_position_of_main(compiles, plan):
+@pytest.mark.parametrize(
+    ("family", "compiles"), [("gpt2", False), ("gpt2", True), ("openai-gpt", False)]
+)
+def test_a_text_may_end_at_the_last_position_of_main(family, compiles, plan):
     """Rows that end before their neighbours are padded beyond it."""
     if compiles and not versions.ASKS_FOR_QUERIES:
         pytest.skip("transformers before 5.14 cannot compile passes once")
@@ -51,7 +53,7 @@ def test_a_text_may_end_at_the_last_position_of_main(compiles, plan):
             run(model, prompts, plan.as_verified(4), Sampler(), seed, max_new_tokens=10, **options)
             for seed in range(8)
         ]
-        for model in (of_positions(20), of_positions(60))
+        for model in (of_positions(family, 20), of_positions(family, 60))
     )
     assert list(map(completions, few)) == list(map(completions, many))
     assert any(int(out.lengths[0]) == 10 for out in few)
