@@ -2,7 +2,8 @@
 
 An equation is counted if both of its sides can be read and its left side holds an operator. All
 else is not counted: sentences, variables, `Mike = 12`. In a chain each `=` counts by itself, with
-what is directly on its two sides.
+what is directly on its two sides. They must be equal, or nearly so (to a millionth) if a number has
+four decimals or more.
 
 | text | how it is read |
 |---|---|
@@ -24,7 +25,7 @@ from fractions import Fraction
 
 _WORD = r"[^\W\d_]"
 _NUMBER = (
-    r"(?<![\w.,])(?:[$€£¥]\s?)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[/|]\d+)?(?:\s?%)?"
+    r"(?<![\w.,])(?:[$€£¥]\s?)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+(?![\d|])|\|\d+)?(?:\s?%)?"
     r"(?![\w%])(?![.,]\d)"
 )
 """`n|d` is how the value of parentheses is written: a fraction that nothing takes apart."""
@@ -64,7 +65,8 @@ _SHARE_OF = re.compile(r"(%|/\d+|\bhalf)\s+of\s+(?=[$€£¥]?\d)")
 _HALF = re.compile(r"\bhalf(?=\s*[*×]|\s+x\s)")
 
 _TOLERANCE = 1e-6
-"""Relative; for results written as floating point, such as 23.833333333333332."""
+"""Relative; for equations with a number that was rounded, such as 23.833333333333332."""
+_ROUNDED = re.compile(r"\.\d{4}")
 
 
 def equations(text: str) -> list[bool]:
@@ -77,9 +79,10 @@ def equations(text: str) -> list[bool]:
         line = _ASIDE.sub(" ", _BULLET.sub("", line))
         for clause in _CLAUSE_END.split(line):
             clause = _HALF.sub("1/2", _SHARE_OF.sub(r"\1 * ", clause))
+            tolerance = _TOLERANCE if _ROUNDED.search(clause) else 0.0
             sides = [_without_parentheses(side) for side in clause.split("=")]
             for left, right in zip(sides, sides[1:], strict=False):
-                is_true = _compare(left, right)
+                is_true = _compare(left, right, tolerance)
                 if is_true is not None:
                     found.append(is_true)
     return found
@@ -114,7 +117,7 @@ def _without_parentheses(side: str) -> str:
             return side
 
 
-def _compare(left: str, right: str) -> bool | None:
+def _compare(left: str, right: str, tolerance: float) -> bool | None:
     """Whether the expression that ends `left` equals the one that begins `right`.
 
     None if one of them cannot be read, or the left one holds no operator.
@@ -131,7 +134,7 @@ def _compare(left: str, right: str) -> bool | None:
     values = _value(last[1]), _value(first[1])
     if not has_operator or values[0] is None or values[1] is None:
         return None
-    return abs(values[0] - values[1]) <= _TOLERANCE * max(abs(values[0]), abs(values[1]))
+    return abs(values[0] - values[1]) <= tolerance * max(abs(values[0]), abs(values[1]))
 
 
 def _value(expression: str) -> Fraction | None:

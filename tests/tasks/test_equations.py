@@ -1,7 +1,9 @@
 """Equations in English sentences: worked by hand, most of them lines of gsm_symbolic's thoughts."""
 
+from fractions import Fraction
+
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mtp.tasks.equations import commuted, equations
@@ -126,6 +128,60 @@ def test_an_equation_is_true_if_its_result_is_right(a, b, sign, off, currency, u
     shown = f"-{currency}{-result}" if result < 0 else f"{currency}{result}"
     line = f"She sells {currency}{a}{unit} {sign} {b} = {shown}{unit} in all."
     assert equations(line) == [off == 0]
+
+
+def nested(inner):
+    """Two smaller expressions, in parentheses if they are not numbers, and an operator."""
+
+    def joined(parts):
+        (left, of_left), operator, (right, of_right) = parts
+        if operator == "/" and of_right == 0:
+            return left, of_left
+        value = {
+            "+": lambda: of_left + of_right,
+            "-": lambda: of_left - of_right,
+            "*": lambda: of_left * of_right,
+            "/": lambda: of_left / of_right,
+        }[operator.strip()]()
+        shown = [part if part.isdigit() else f"({part})" for part in (left, right)]
+        return operator.join(shown), value
+
+    signs = st.sampled_from(["+", "-", "*", "/", " + ", " - ", " * ", " / "])
+    return st.tuples(inner, signs, inner).map(joined)
+
+
+numbers = st.integers(1, 60).map(lambda n: (str(n), Fraction(n)))
+
+
+@given(st.recursive(numbers, nested, max_leaves=6), st.integers(0, 2))
+def test_parentheses_are_read_first(expression, off):
+    shown, value = expression
+    assume(not shown.isdigit() and value >= 0)
+    result = value + off
+    written = f"{result.numerator}/{result.denominator}" if result.denominator > 1 else str(result)
+    assert equations(f"{shown} = {written}") == [off == 0]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("24/(2*3) = 4", TRUE),
+        ("24/(2*3) = 5", FALSE),
+        ("10/(5) = 3", FALSE),
+        ("6/(1/2) = 12", TRUE),
+        ("100/(100%-20%) = 125", TRUE),
+        ("$400,000*3=$1,200,000", TRUE),
+        ("$400,000*3=$1,200,001", FALSE),
+        ("10 * $1,500,000 = $15,000,009", FALSE),
+        ("$400,000.50*3 = $1,200,002.50", FALSE),
+        ("1,000,000 + 1 = 1,000,000", FALSE),
+        ("71.5/3 = 23.833333333333332", TRUE),
+        ("23.833333333333332*3=71.5", TRUE),
+        ("10/3=3.33", FALSE),
+    ],
+)
+def test_quotients_and_large_results(line, expected):
+    assert equations(line) == expected
 
 
 @given(st.text(alphabet="0123456789+-*/x=($% .,|abT÷\n", max_size=40))
