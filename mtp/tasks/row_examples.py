@@ -100,6 +100,18 @@ def examples_of(rows: Iterable[Row], config: ColumnsConfig) -> list[tuple[str, E
     return [pair for where, row in rows for pair in to_examples(row, config, where)]
 
 
+def first_questions(pairs: Iterable[tuple[str, Example]], number: int) -> list[Example]:
+    """The first test examples in the order of their hashes.
+
+    A question with several solutions counts once, with its first one: tests and intervals take
+    problems to be independent of each other.
+    """
+    found: dict[str, Example] = {}
+    for _, example in sorted(pairs, key=lambda pair: pair[0]):
+        found.setdefault(fingerprint(example), example)
+    return list(found.values())[:number]
+
+
 def in_test_share(question_hash: str, share: float) -> bool:
     """True if a question, by its hexadecimal hash, is in the held-out share."""
     return int(question_hash[:13], 16) < share * 16**13

@@ -18,7 +18,7 @@ from typing import Any
 from ..common.bounds import bounded
 from .base import Example, Split, check_content, content_hash
 from .reward_functions import load_reward
-from .row_examples import ColumnsConfig, examples_of, in_test_share
+from .row_examples import ColumnsConfig, examples_of, first_questions, in_test_share
 from .row_files import load_rows, open_rows
 from .streamed_rows import StreamedRows
 from .weighted_rewards import RewardedTask, WeightedRewards
@@ -150,8 +150,7 @@ class Rows(RewardedTask):
                     len(train),
                 )
         self._train = [example for f, example in train if f not in held_out]
-        self._test = [example for _, example in sorted(test, key=lambda pair: pair[0])]
-        self._test = self._test[: config.num_test]
+        self._test = first_questions(test, config.num_test)
         for split, examples in (("train", self._train), ("test", self._test)):
             if not examples:
                 raise ValueError(

@@ -18,8 +18,8 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from .base import Example, Split
-from .row_examples import ColumnsConfig, in_test_share, to_examples
+from .base import Example, Split, fingerprint
+from .row_examples import ColumnsConfig, first_questions, in_test_share, to_examples
 from .row_files import Place, RowReader, no_rows
 from .weighted_rewards import RewardedTask, WeightedRewards
 
@@ -59,8 +59,7 @@ class StreamedRows(RewardedTask):
         if test is None:
             self._test = self._first_held_out()
         else:
-            ordered = sorted(test, key=lambda pair: pair[0])
-            self._test = [example for _, example in ordered][: columns.num_test]
+            self._test = first_questions(test, columns.num_test)
         if not self._test:
             raise ValueError(
                 f"task {name} needs at least one test row, got none; change task.test_share or add "
@@ -108,7 +107,7 @@ class StreamedRows(RewardedTask):
         for where, row in self._reader.rows():
             for key, example in to_examples(row, self.columns, where):
                 if self._is_held_out(key):
-                    found.setdefault(example.shown, example)
+                    found.setdefault(fingerprint(example), example)
             if len(found) >= self.columns.num_test:
                 break
         return list(found.values())[: self.columns.num_test]

@@ -65,10 +65,11 @@ def test_copies_of_a_question_go_to_one_side(tmp_path_factory, numbers, share):
     assume(held_out and held_out != set(numbers))
     task = RowsConfig(source=source, num_test=999, test_share=share).build()
     train = {e.prompt for e in every(task, "train")}
-    test = {e.prompt for e in every(task, "test")}
-    assert test == {f"{n}+1=" for n in held_out}
+    test = {e.prompt: e.answer for e in every(task, "test")}
+    assert test == {f"{n}+1=": str(numbers.index(n)) for n in held_out}
     assert train == {f"{n}+1=" for n in set(numbers) - held_out}
-    assert task.size("train") + task.size("test") == len(numbers)
+    assert task.size("train") == sum(n not in held_out for n in numbers)
+    assert task.size("test") == len(held_out)
 
 
 def test_share_is_that_of_the_hashes():
@@ -85,6 +86,19 @@ def test_explicit_test_rows_are_kept_from_training(tmp_path, caplog):
     assert {e.prompt for e in every(task, "test")} == {"0+1=", "1+1=", "2+1="}
     assert [e.prompt for e in every(task, "train")] == [f"{i}+1=" for i in range(3, 10)]
     assert "dropped 3 of 10 training rows" in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_test_question_with_several_solutions_counts_once(tmp_path, stream):
+    rows = [{"prompt": f"{i % 5}+1=", "answer": str(i)} for i in range(40)]
+    sources = {
+        "source": write(tmp_path / "train.jsonl", sums(50)),
+        "test_source": write(tmp_path / "test.jsonl", rows),
+    }
+    task = RowsConfig(**sources, stream=stream, num_test=4).build()
+    assert len({e.prompt for e in every(task, "test")}) == 4 == task.size("test")
+    task = RowsConfig(**sources, stream=stream).build()
+    assert {e.answer for e in every(task, "test")} == set("01234")
 
 
 def test_a_run_shows_the_warnings(tmp_path):
