@@ -30,11 +30,14 @@ _STYLE: dict[str, Any] = {
 
 
 def looks(index: int) -> dict[str, Any]:
-    """Arguments of a series' `plot`: a round of colours, then the next line style."""
+    """Arguments of a series' `plot`: a round of colours, then the next line style and filling."""
     turn = index // len(COLOURS)
-    style = ("-", "--", ":", "-.")[turn % 4]
-    filling = {"markerfacecolor": "none"} if turn % 2 else {}
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": style, "markersize": 4, **filling}
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": ("-", "--", ":", "-.")[turn % 4],
+        "fillstyle": ("full", "none", "left", "bottom")[turn % 4],
+        "markersize": 4,
+    }
 
 
 def panels(rows: int, columns: int) -> "tuple[Figure, list[list[Any]]]":

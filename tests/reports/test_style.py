@@ -87,7 +87,8 @@ def test_shares_are_shown_in_per_cent():
     assert axes.yaxis.get_major_formatter()(0.25) == "25"
 
 
-def test_series_beyond_the_colours_differ_in_their_lines():
-    number = len(COLOURS)
-    assert looks(0)["color"] == looks(number)["color"]
-    assert looks(0)["linestyle"] != looks(number)["linestyle"]
+def test_series_beyond_the_colours_differ_in_lines_and_markers():
+    turns = [looks(turn * len(COLOURS)) for turn in range(4)]
+    assert len({look["color"] for look in turns}) == 1
+    for differs in ("linestyle", "fillstyle"):
+        assert len({look[differs] for look in turns}) == len(turns)
