@@ -348,13 +348,15 @@ def padded(rows: list[list[Any]], fill: Any) -> list[list[Any]]:
 
 
 def give_scores(config: SearchConfig, scorer: Scorer | None, branches: list[Branch]) -> None:
-    """Write each branch's `score`.
+    """Write each branch's `score`. A scorer is not called without branches.
 
     Raises ValueError if the scorer does not give a finite number for every branch.
     """
     if scorer is None:
         for branch in branches:
             branch.score = branch.logprob / max(1, branch.num_sampled) ** config.length_penalty
+        return
+    if not branches:
         return
     scores = [float(score) for score in scorer(branches)]
     if len(scores) != len(branches):

@@ -366,7 +366,7 @@ class PassLoop:
                 one = self.samples.settle(hidden, self.head_output, rows, position + slot)
             else:
                 one = settled.part(slice(None), slice(slot, slot + 1))
-            slots.append(self.samples.sample(one, texts))
+            slots.append(self.samples.sample(one, texts, by_head=True))
             if self.tables.has_thresholds:
                 continues = continues & (slots[-1].likeliest >= floor)[:, 0]
                 if not bool(continues.any()):

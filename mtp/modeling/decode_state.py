@@ -149,9 +149,9 @@ class RunningRows:
         """Texts of running rows, `index` [F], followed by `num_extra` [F] tokens of `extra` [F, E].
 
         Yields those that are True in `asked` [F], rows with the same number of new tokens together:
-        their indices among the F [G], their texts [G, T + new], padded on the left, and the rest of
-        `Texts`. Hence a text has the same width as in transformers' `generate`, however long the
-        other rows of the batch are.
+        their indices among the F [G], their texts [G, T + new], with the prompts' own padding on
+        the left, and the rest of `Texts`. Hence a text has the same width as in transformers'
+        `generate`, however long the other rows of the batch are.
         """
         rows = self.rows[index]
         new = self.out.lengths[rows] + num_extra
@@ -159,11 +159,12 @@ class RunningRows:
         text = splice(self.known()[index], text, extra)
         for number in new[asked].unique().tolist():
             where = (asked & (new == number)).nonzero()[:, 0]
-            padding = self.prompts.shape[1] - self.prompt_lengths[rows[where]]
-            columns = torch.arange(self.prompts.shape[1] + number, device=text.device)
-            source = columns - padding[:, None]
+            width = self.prompts.shape[1]
+            padding = width - self.prompt_lengths[rows[where]]
+            source = torch.arange(width + number, device=text.device) - padding[:, None]
             known = text[where].gather(1, source.clamp(min=0))
-            yield where, torch.where(source < 0, self.pad_id, known), padding
+            given = self.prompts[rows[where]].gather(1, source.remainder(width))
+            yield where, torch.where(source < 0, given, known), padding
 
     def enter_phases(self, tokens: Tensor, count: Tensor) -> Tensor:
         """Update the phases for `count` [R] more tokens of `tokens` [R, J], of which only the last
@@ -177,8 +178,9 @@ class RunningRows:
         begun = self.plan.opened(last)
         enters = (count > 0) & (begun >= 0)
         self.closed = self.closed | ((count > 0) & self.plan.closes(last, self.phase))
-        self.phase = torch.where(enters, begun, self.phase)
-        self.in_phase = torch.where(enters, 0, self.in_phase + count)
+        before, self.phase = self.phase, torch.where(enters, begun, self.phase)
+        # A phase's own delimiter within it gives it no second budget.
+        self.in_phase = torch.where(enters & (begun != before), 0, self.in_phase + count)
         return (count > 0) & self.plan.is_end(last) | self.closed
 
     def close_phases(self, added: Block, ended: Tensor) -> tuple[Block, Tensor]:
@@ -247,8 +249,8 @@ class RunningRows:
         runs[rows] = self.active & ~ended
         runs &= lengths < self.limits
         width = self.prompts.shape[1]
-        source = torch.arange(width, device=rows.device) - width + self.prompt_lengths[:, None]
-        prompts = torch.where(source < 0, self.pad_id, self.prompts.gather(1, source.clamp(min=0)))
+        source = torch.arange(width, device=rows.device) + self.prompt_lengths[:, None]
+        prompts = self.prompts.gather(1, source.remainder(width))  # their padding on the left
         stopped = torch.zeros_like(runs)
         while self.num_in_step < int(lengths[runs].min() if bool(runs.any()) else lengths.max()):
             self.num_in_step += 1

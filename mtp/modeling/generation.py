@@ -323,7 +323,7 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
             generation_config: config of this call; the model's own by default.
             tokenizer: the model's; it reads summaries and writes the memory file.
             mtp_mode: mode of all phases, or one for each row; None: the value in the generation
-                config, else `fast`.
+                config (slow for `stock`), else `fast`.
             mtp_k: as in `generate`.
             max_segments: maximum number of segments per trajectory; None: as saved.
             generator: source of randomness for sampling.
@@ -344,6 +344,12 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
             settings.max_segments = max_segments
         phases = first_set("mtp_phases", generation_config, self.generation_config) or []
         check_segments(settings, phases_from_json(phases, str), "generation_config", "mtp_")
+        budget = first_set("max_thought_tokens", generation_config, self.generation_config)
+        if settings.max_segments > 1 and budget is not None:
+            raise ValueError(
+                "max_thought_tokens must be left out of the generation config with several "
+                f"segments, got {budget}; set max_tokens of a phase, or max_segments=1"
+            )
         request = self._read_request(
             inputs,
             generation_config,
@@ -433,6 +439,13 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
             first_set(name, *configs) if value is None else value for name, value in own.items()
         )
         mode = "fast" if mode is None else mode
+        if mode == STOCK:
+            if mtp_mode is not None:
+                raise ValueError(
+                    f"mtp_mode must be one of {list(MODES)}, by row or for all, got {STOCK!r}, "
+                    "which is for generate alone; use slow, which writes the same text"
+                )
+            mode = "slow"
         modes = [mode] * len(prompts) if isinstance(mode, str) else list(mode)
         by_mode = {mode: self.phase_plan(mode, k, most, generation_config) for mode in modes}
         for plan in by_mode.values():
@@ -464,25 +477,25 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
     ) -> LogitsProcessorList:
         """The given processors, and transformers' own for the options that they implement.
 
-        Raises ValueError for options that do not suit the prompts.
+        A repetition penalty counts no padding. Raises ValueError for options that do not suit the
+        prompts.
         """
-        given = LogitsProcessorList(wanted["logits_processor"] or [])
+        made = given = LogitsProcessorList(wanted["logits_processor"] or [])
         asked = wanted.asked(Kind.PROCESSED)
-        if not asked:
-            return given
-        if not one_context:
+        if asked and not one_context:
             raise ValueError(
                 f"{asked[0]} must be left out where a text has several contexts, got "
                 f"{wanted[asked[0]]}; give a logits_processor that handles them"
             )
-        made: LogitsProcessorList = self._get_logits_processor(  # type: ignore[attr-defined]
-            stock,
-            input_ids_seq_length=prompts.shape[1],
-            encoder_input_ids=prompts,
-            logits_processor=given,
-            device=prompts.device,
-            model_kwargs={},
-        )
+        if asked:
+            made = self._get_logits_processor(  # type: ignore[attr-defined]
+                stock,
+                input_ids_seq_length=prompts.shape[1],
+                encoder_input_ids=prompts,
+                logits_processor=given,
+                device=prompts.device,
+                model_kwargs={},
+            )
         if bool(mask.all()):
             return made
         return LogitsProcessorList(

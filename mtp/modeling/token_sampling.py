@@ -148,21 +148,33 @@ class TokenSampler:
             return first
         return torch.cat([first, uniforms(seeds, position[:, None] + column[1:], HEAD)], 1)
 
-    def sample(self, settled: Settled, texts: Callable[[], Texts]) -> Slots:
-        """The tokens of settled slots; a `process` receives `texts` and a single slot."""
+    def sample(self, settled: Settled, texts: Callable[[], Texts], by_head: bool = False) -> Slots:
+        """The tokens of settled slots; a `process` receives `texts` and a single slot.
+
+        by_head: whether the slot is the head's. A `process` may leave it no token, where the only
+        ones that it allows are outside the head's vocabulary: `likeliest` is then NaN, which ends
+        the block before the slot.
+        """
         logits = settled.logits
         if logits is None:
             assert settled.sampled is not None
             return settled.sampled
+        has_none = None
         if self.process is not None:
             logits = processed(self.process, texts(), logits[:, 0].float())[:, None]
+            if by_head:
+                has_none = logits.amax(2) == -torch.inf
+                logits = logits.masked_fill(has_none[..., None], 0.0)
         log_probs = self.sampler.log_probs(logits)
         tokens = self.sampler.choose(logits, log_probs, self.generator, settled.noise)
         logprobs = log_probs.gather(2, tokens[..., None])[..., 0]
+        likeliest = log_probs.amax(2) if self.has_thresholds else logprobs
+        if has_none is not None:
+            likeliest = likeliest.masked_fill(has_none, torch.nan)
         return Slots(
             tokens,
             logprobs,
-            log_probs.amax(2) if self.has_thresholds else logprobs,
+            likeliest,
             log_probs if self.keeps_source else log_probs[..., :0],
         )
 

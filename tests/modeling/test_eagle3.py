@@ -5,12 +5,13 @@ import torch
 from eagle import eagle_model
 from helpers import CLOSE, DRAFT, EOS, PAD, PLAN, VOCABULARY, completions, run
 from torch.nn import functional as F
-from transformers import LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from mtp.modeling.cache import BlockCache
 from mtp.modeling.heads import HeadConfig
 from mtp.modeling.modeling_mtp import family_class
 from mtp.modeling.output_layer import OutputLayer
+from mtp.modeling.records import pad
 from mtp.modeling.sampler import Sampler
 from mtp.training.batch import within_draft_vocabulary
 from mtp.training.collate import collate_rollouts, collate_text
@@ -330,6 +331,33 @@ def test_a_new_head_on_a_main_from_a_file_has_a_vocabulary(tmp_path):
     opened = cls.from_pretrained(tmp_path / "main", config=config, new_head=True)
     assert opened.mtp_head.draft_tokens.tolist() == list(range(len(DRAFT)))
     assert opened.mtp_head.t2d.nonzero()[:, 0].tolist() == list(range(len(DRAFT)))
+
+
+@pytest.mark.parametrize("mode", ["fast", "verified"])
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("least", [0.0, 0.01])
+def test_a_slot_for_which_the_head_has_no_token_ends_the_block(mode, sampled, least):
+    model = eagle_model(drafts=DRAFT)
+    model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
+    phase = {"name": "answer", "mode": "fast", "opened_by": None}
+    phase["min_probability"] = least
+    model.generation_config.mtp_phases = [phase]
+    tokens, lengths = pad(PROMPTS, PAD)
+    given = {"do_sample": sampled, "max_new_tokens": 12, "return_dict_in_generate": True}
+    given |= {"attention_mask": torch.arange(tokens.shape[1]) < lengths[:, None]}
+
+    def written(mode, forbidden):
+        generator = torch.Generator().manual_seed(0)
+        own = {"mtp_mode": mode, "suppress_tokens": forbidden, "generator": generator}
+        return model.generate(tokens, **given, **own)
+
+    out = written(mode, DRAFT)
+    assert not set(out.sequences[:, tokens.shape[1] :].flatten().tolist()) & {*DRAFT} - {EOS, PAD}
+    assert out.slots.max() == 0 and out.logprobs.isfinite().all()
+    if not sampled:
+        assert torch.equal(out.sequences, written("slow", DRAFT).sequences)
+    # The head writes where a token of its vocabulary is left.
+    assert written("fast", [t for t in DRAFT if t != 5]).slots.max() > 0 or least
 
 
 def test_more_tokens_of_main_are_outside_the_draft_vocabulary():

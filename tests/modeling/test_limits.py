@@ -1,9 +1,11 @@
 """Rows of one batch that may write different numbers of tokens."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import tiny_family
-from helpers import completions, run, tiny_model
+from helpers import CLOSE, completions, run, tiny_model
 
 from mtp.modeling import versions
 from mtp.modeling.compiled import Compiler
@@ -24,6 +26,19 @@ def test_each_row_is_cut_at_its_own_limit(mode, plan):
         assert completions(out)[row] == ([] if alone is None else completions(alone)[0])
         assert int(out.passes[row]) == (0 if alone is None else int(alone.passes[0]))
     assert (out.lengths == torch.tensor(LIMITS)).sum() > len(LIMITS) / 2
+
+
+@pytest.mark.parametrize("mode", ["slow", "fast", "verified"])
+def test_a_phase_that_opens_itself_again_has_one_budget(mode, plan):
+    """Main writes the first phase's delimiter all the time; its budget closes it all the same."""
+    plan = replace(plan, opened_by=[4, CLOSE], max_tokens=[6, None])
+    chosen = {"slow": plan.as_slow(), "fast": plan, "verified": plan.as_verified(4)}[mode]
+
+    def delimiters(texts, scores, padding):
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([4]), 0.0)
+
+    out = run(tiny_model(), [[5, 4], [6, 7, 4]], chosen, max_new_tokens=9, process=delimiters)
+    assert [text[:7] for text in completions(out)] == [[4] * 6 + [CLOSE]] * 2
 
 
 def test_limits_must_be_one_for_each_row(plan):

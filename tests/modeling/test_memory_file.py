@@ -96,6 +96,21 @@ def test_a_damaged_file_is_refused_by_name(tmp_path):
     assert (tmp_path / "memory").read_text() == "a: 1\nnonsense"
 
 
+def test_a_text_that_is_longer_than_the_limit_is_refused_before_any_pass(tmp_path, monkeypatch):
+    (tmp_path / "memory").write_text("a: 123456")
+    model, settings = tiny_model(), SegmentSettings(max_segments=3, memory_tokens=8)
+    monkeypatch.setattr(type(model), "main_states", None)
+    tokens, lengths = pad([[9, 6, THINK]], PAD)
+    options = DecodeOptions(max_new_tokens=12, pad_id=PAD)
+    given = {
+        "memory_file .*memory": {"memory_file": MemoryFile(tmp_path / "memory")},
+        "memories": {"memories": [Memory({"a": "123456"})]},
+    }
+    for name, memory in given.items():
+        with pytest.raises(ValueError, match=f"{name} must hold at most memory_tokens=8 .*, got 9"):
+            decode_segments(model, tokens, lengths, PLAN, options, settings, Commands(), **memory)
+
+
 THINK, ANSWER, SUMMARY, CLOSE = 2, 3, 4, 5
 PLAN = PhasePlan(
     keep=[1, 1, 1],

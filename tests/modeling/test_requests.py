@@ -12,6 +12,7 @@ from transformers import (
     LlamaConfig,
     MinNewTokensLengthLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
 )
 
@@ -225,6 +226,45 @@ def test_the_mode_of_the_generation_config_is_the_default(tmp_path):
     assert model.generate(ids, **given)[0, 4 + 3] == CLOSE
     found = model.search(ids, config={"n": 1}, do_sample=True, **given)
     assert int(found.slots.max()) == 1
+    model.generation_config.mtp_mode = "stock"
+    model.generation_config.max_thought_tokens = None
+    assert torch.equal(model.generate(ids, **given), by_mode["slow"])
+    found = model.search(ids, config={"n": 1}, do_sample=True, **given)
+    assert int(found.slots.max()) == 0
+    with pytest.raises(ValueError, match="got 'stock', which is for generate alone; use slow"):
+        model.search(ids, config={"n": 1}, mtp_mode="stock", do_sample=True, **given)
+
+
+@pytest.mark.parametrize("pad", [PAD, 20, None])
+def test_processors_see_the_padding_that_the_caller_wrote(pad):
+    """Without a pad_token_id they must not see the end token in its place."""
+    model = make()
+    model.generation_config.pad_token_id = pad
+    model.lm_head.weight.data[EOS] *= 3
+    ids = torch.where(PADDED == PAD, PAD if pad is None else pad, PADDED)
+    mask = (PADDED != PAD).long()
+    given = {"no_repeat_ngram_size": 1, "max_new_tokens": 10}
+    stock = model.generate(ids, attention_mask=mask, mtp_mode="stock", **given)[:, 4:].tolist()
+    slow = model.generate(ids, attention_mask=mask, mtp_mode="slow", **given)[:, 4:].tolist()
+    alone = model.generate(ids[:1, 2:], mtp_mode="slow", **given)[0, 2:].tolist()
+    assert slow == stock
+    if pad is None:  # the end token follows at once, and is not in the padding
+        assert slow[0][: len(alone)] == alone and alone[-1] == EOS
+
+
+def test_a_given_repetition_penalty_counts_no_padding():
+    model = make()
+    ids, mask = torch.where(PADDED == PAD, 20, PADDED), (PADDED != PAD).long()
+    model.lm_head.weight.data[20] *= 3
+
+    def with_penalty(**given):
+        penalty = [RepetitionPenaltyLogitsProcessor(5.0)]
+        given |= {"mtp_mode": "slow", "logits_processor": penalty, "max_new_tokens": 12}
+        return model.generate(**given)
+
+    padded = with_penalty(inputs=ids, attention_mask=mask)[0, 4:].tolist()
+    assert padded == with_penalty(inputs=ids[:1, 2:])[0, 2:].tolist()
+    assert 20 in padded
 
 
 @pytest.mark.parametrize("name", ["mtp_k", "max_thought_tokens", "generator"])

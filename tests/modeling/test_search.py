@@ -404,6 +404,33 @@ def test_a_scorer_of_open_branches_is_called_with_them_and_a_text_still_ends(pla
     assert len(found.texts[0]) == 1
 
 
+def test_a_scorer_is_not_called_without_branches():
+    """Copies of a branch grow differently in verified mode and may all reach one ended text."""
+    model, script, asked = tiny_model(), [5, 5, 5, EOS, 5, 5], []
+    model.generation_config.mtp_phases = PHASES
+
+    def grammar(ids, scores):
+        only = torch.tensor([script[min(ids.shape[1] - 4, 5)]])
+        return torch.full_like(scores, -torch.inf).index_fill(1, only, 0.0)
+
+    def scorer(branches):
+        asked.append(len(branches))
+        return [branch.logprob for branch in branches]
+
+    out = model.search(
+        torch.tensor([[5, 6, 7, 9]]),
+        config={"method": "beam", "n": 2, "expand": 3},
+        mtp_mode="verified",
+        do_sample=True,
+        eos_token_id=EOS,
+        max_new_tokens=8,
+        logits_processor=[grammar],
+        scorer=scorer,
+    )
+    assert out.texts[0][0].text() == script[:4]
+    assert asked and min(asked) > 0
+
+
 def test_search_takes_what_generate_takes():
     model = tiny_model()
     model.generation_config.mtp_phases = PHASES

@@ -161,9 +161,10 @@ def test_budgets_close_thoughts_and_summaries_and_lead_to_the_answer_in_the_end(
                 assert in_phase == budget
                 assert (token == ANSWER) == is_third
                 forced[token] += 1
-            in_phase = 0 if token in plan.delimiters else in_phase + 1
+            in_phase = 0 if before[at + 1] != before[at] else in_phase + 1
             assert budget is None or in_phase <= budget or token == CLOSE
-        if written[-1] == CLOSE and not is_third:
+        of_summary = before[-2] == plan.opened_by.index(SUMMARY)
+        if written[-1] == CLOSE and of_summary and not is_third:
             is_forced = int(out.out.slots[segment, len(written) - 1]) == FORCED
             assert out.out.ended_by(segment) == ("budget" if is_forced else "delimiter")
     assert min(forced.values()) > 3, forced
