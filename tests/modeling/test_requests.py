@@ -254,12 +254,13 @@ def test_processors_see_the_padding_that_the_caller_wrote(pad):
 
 def test_a_given_repetition_penalty_counts_no_padding():
     model = make()
+    model.generation_config.eos_token_id = None
+    model.lm_head.weight.data[20] *= 2
     ids, mask = torch.where(PADDED == PAD, 20, PADDED), (PADDED != PAD).long()
-    model.lm_head.weight.data[20] *= 3
 
     def with_penalty(**given):
         penalty = [RepetitionPenaltyLogitsProcessor(5.0)]
-        given |= {"mtp_mode": "slow", "logits_processor": penalty, "max_new_tokens": 12}
+        given |= {"mtp_mode": "slow", "logits_processor": penalty, "max_new_tokens": 8}
         return model.generate(**given)
 
     padded = with_penalty(inputs=ids, attention_mask=mask)[0, 4:].tolist()
