@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import GenerationConfig, LogitsProcessorList
 from transformers.utils import ModelOutput
 
 from .attention import check_attention, of_blocks
@@ -42,7 +42,6 @@ from .requests import (
     STOCK,
     Kind,
     Request,
-    UnpaddedRepetitionPenalty,
     Wanted,
     check_own,
     check_processors,
@@ -50,6 +49,7 @@ from .requests import (
     read_mask,
     read_prompts,
     token_ids,
+    without_padding,
 )
 from .sampler import Sampler
 from .saving import MTPFilesMixin
@@ -496,14 +496,7 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
                 device=prompts.device,
                 model_kwargs={},
             )
-        if bool(mask.all()):
-            return made
-        return LogitsProcessorList(
-            UnpaddedRepetitionPenalty(processor)
-            if isinstance(processor, RepetitionPenaltyLogitsProcessor)
-            else processor
-            for processor in made
-        )
+        return made if bool(mask.all()) else without_padding(made)
 
 
 def put_block(streamer: Any, block: Block) -> None:

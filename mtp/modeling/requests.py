@@ -21,9 +21,11 @@ from transformers import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     GenerationConfig,
+    LogitsProcessorList,
     MaxLengthCriteria,
     MaxTimeCriteria,
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
     StopStringCriteria,
     TypicalLogitsWarper,
@@ -409,6 +411,14 @@ def check_processors(processors: Sequence[Any], num_rows: int) -> None:
                 f"logits_processor {type(processor).__name__} identifies rows by number, and "
                 f"a pass gives it some of {num_rows}; decode one sequence at a time"
             )
+
+
+def without_padding(processors: LogitsProcessorList) -> LogitsProcessorList:
+    """The processors, with every repetition penalty as `UnpaddedRepetitionPenalty`."""
+    return LogitsProcessorList(
+        UnpaddedRepetitionPenalty(one) if isinstance(one, RepetitionPenaltyLogitsProcessor) else one
+        for one in processors
+    )
 
 
 class UnpaddedRepetitionPenalty:
