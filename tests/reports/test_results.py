@@ -14,8 +14,10 @@ from mtp.config import to_run_config
 from mtp.reports.comparison import aggregate, read_runs
 
 RESULTS = ROOT / "docs" / "results"
-STUDIES = sorted(path.name for path in RESULTS.iterdir() if path.name != "channels")
-"""The folders of docs/results that hold runs. `channels` holds the table of mtp.channels.table."""
+NO_RUNS = ("channels", "time_to_accuracy")
+"""Folders of docs/results that hold the output of mtp.channels.table and of a benchmark."""
+STUDIES = sorted(path.name for path in RESULTS.iterdir() if path.name not in NO_RUNS)
+"""The folders of docs/results that hold runs."""
 
 
 def described(study: str) -> list[tuple[Path, dict[str, Any]]]:
