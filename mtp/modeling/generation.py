@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
 from .attention import check_attention, of_blocks
@@ -40,16 +40,15 @@ from .records import FORCED, Block, Decoded, pad
 from .requests import (
     OF_MTP,
     STOCK,
-    Kind,
     Request,
     Wanted,
     check_own,
     check_processors,
     first_set,
     read_mask,
+    read_processors,
     read_prompts,
     token_ids,
-    without_padding,
 )
 from .sampler import Sampler
 from .saving import MTPFilesMixin
@@ -433,7 +432,7 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
         mask = read_mask(self, wanted["attention_mask"], prompts, stock)
         check_processors(wanted["logits_processor"] or [], len(prompts) * copies)
         fill = (eos_ids[0] if eos_ids else 0) if pad_id is None else pad_id
-        process = self._read_processors(wanted, prompts, mask, stock, one_context)
+        process = read_processors(self, wanted, prompts, mask, stock, one_context)
         own: dict[str, Any] = dict(zip(OF_MTP, (mtp_mode, mtp_k, max_thought_tokens), strict=True))
         mode, k, most = (
             first_set(name, *configs) if value is None else value for name, value in own.items()
@@ -466,37 +465,6 @@ class MTPGenerationMixin(MTPFilesMixin, MTPHeadLossMixin):
         )
         padded, lengths = prompts.gather(1, order), mask.sum(1)
         return Request(prompts, wanted, padded, lengths, plans, options, copies, wanted["streamer"])
-
-    def _read_processors(
-        self,
-        wanted: Wanted,
-        prompts: Tensor,
-        mask: Tensor,
-        stock: GenerationConfig,
-        one_context: bool,
-    ) -> LogitsProcessorList:
-        """The given processors, and transformers' own for the options that they implement.
-
-        A repetition penalty counts no padding. Raises ValueError for options that do not suit the
-        prompts.
-        """
-        made = given = LogitsProcessorList(wanted["logits_processor"] or [])
-        asked = wanted.asked(Kind.PROCESSED)
-        if asked and not one_context:
-            raise ValueError(
-                f"{asked[0]} must be left out where a text has several contexts, got "
-                f"{wanted[asked[0]]}; give a logits_processor that handles them"
-            )
-        if asked:
-            made = self._get_logits_processor(  # type: ignore[attr-defined]
-                stock,
-                input_ids_seq_length=prompts.shape[1],
-                encoder_input_ids=prompts,
-                logits_processor=given,
-                device=prompts.device,
-                model_kwargs={},
-            )
-        return made if bool(mask.all()) else without_padding(made)
 
 
 def put_block(streamer: Any, block: Block) -> None:

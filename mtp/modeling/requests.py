@@ -413,11 +413,40 @@ def check_processors(processors: Sequence[Any], num_rows: int) -> None:
             )
 
 
-def without_padding(processors: LogitsProcessorList) -> LogitsProcessorList:
-    """The processors, with every repetition penalty as `UnpaddedRepetitionPenalty`."""
+def read_processors(
+    model: Any,
+    wanted: Wanted,
+    prompts: Tensor,
+    mask: Tensor,
+    stock: GenerationConfig,
+    one_context: bool,
+) -> LogitsProcessorList:
+    """The given processors, and transformers' own for the options that they implement.
+
+    A repetition penalty counts no padding. Raises ValueError for options that do not suit the
+    prompts.
+    """
+    found = LogitsProcessorList(wanted["logits_processor"] or [])
+    asked = wanted.asked(Kind.PROCESSED)
+    if asked and not one_context:
+        raise ValueError(
+            f"{asked[0]} must be left out where a text has several contexts, got "
+            f"{wanted[asked[0]]}; give a logits_processor that handles them"
+        )
+    if asked:
+        found = model._get_logits_processor(
+            stock,
+            input_ids_seq_length=prompts.shape[1],
+            encoder_input_ids=prompts,
+            logits_processor=found,
+            device=prompts.device,
+            model_kwargs={},
+        )
+    if bool(mask.all()):
+        return found
     return LogitsProcessorList(
         UnpaddedRepetitionPenalty(one) if isinstance(one, RepetitionPenaltyLogitsProcessor) else one
-        for one in processors
+        for one in found
     )
 
 

@@ -259,8 +259,8 @@ class Trajectory:
         """memory: that in which it begins. memory_file: file that its summaries edit, or None."""
         self.prompt, self.plan, self.settings, self.tokenizer = prompt, plan, settings, tokenizer
         self.memory_file, self.memory = memory_file, memory
-        length, limit = self.measure(memory.text), settings.memory_tokens
-        if memory.entries and length > limit:
+        limit = settings.memory_tokens
+        if memory.entries and (length := self.measure(memory.text)) > limit:
             where = "memories" if memory_file is None else f"memory_file {memory_file.path}"
             raise ValueError(
                 f"{where} must hold at most memory_tokens={limit} tokens, got {length}; shorten it"
