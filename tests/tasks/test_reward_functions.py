@@ -401,11 +401,11 @@ def test_a_report_shows_the_outcome_of_the_evaluation(tmp_path, rewards):
 
 def test_a_kept_outcome_is_that_of_the_same_completion_and_columns(tmp_path, rewards):
     rows = [{"prompt": "pi=", "answer": "3.14", "tolerance": value} for value in (0.5, 0.001)]
-    others = write(tmp_path / "train.jsonl", [{"prompt": "e=", "answer": "2.7", "tolerance": 1}])
-    test = write(tmp_path / "test.jsonl", rows)
-    given = {"source": others, "test_source": test, "num_test": 2}
+    source = write(tmp_path / "train.jsonl", rows)
+    others = [{"prompt": "e=", "answer": "2.7", "tolerance": 1}]
+    given = {"source": source, "test_source": write(tmp_path / "test.jsonl", others)}
     task = RowsConfig(reward="rewards_for_test:near", **given).build()
-    examples = [task.example("test", i) for i in range(2)]
+    examples = [task.example("train", i) for i in range(2)]
     found = [one.outcome for one in task.scored([Attempt(e, "3.3") for e in examples])]
     assert found == [task.outcome(e, "3.3") for e in examples] == [1.0, 0.0]
     task = RowsConfig(reward="rewards_for_test:brief", **given).build()
