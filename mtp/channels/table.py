@@ -65,18 +65,19 @@ def minutes_of(cell: Cell) -> float:
     return sum(float(number) for number in re.findall(r" (\d+\.\d+)", f" {found[1]}"))
 
 
-def print_cost(cells: list[Cell]) -> None:
-    """Estimate and print the cost of the cells that are not trained yet."""
+def print_runs(cells: list[Cell], with_cost: bool) -> None:
+    """Print how many cells are not trained yet and, if asked, the estimated cost of each kind."""
     left = [cell for cell in cells if not cell.is_trained]
-    total = 0.0
-    kinds = {(cell.row, cell.task): cell for cell in reversed(left)}
+    total, kinds = 0.0, dict[tuple[str, str], Cell]()
+    for cell in left:
+        kinds.setdefault((cell.row, cell.task), cell)
     print(f"{len(cells)} runs, {len(cells) - len(left)} of them done", flush=True)
     for (row, task), cell in kinds.items():
         number = sum((c.row, c.task) == (row, task) for c in left)
-        minutes = minutes_of(cell)
+        minutes = minutes_of(cell) if with_cost else 0.0
         total += number * minutes
-        print(f"  {task:14}{row:12}{number} x {minutes:.1f} min", flush=True)
-    if kinds:
+        print(f"  {task:14}{row:14}{number}" + f" x {minutes:.1f} min" * with_cost, flush=True)
+    if kinds and with_cost:
         print(f"about {total / 60:.1f} h for training, evaluations not included", flush=True)
 
 
@@ -370,8 +371,7 @@ def make_table(arguments: argparse.Namespace) -> None:
         if cell.is_measured:
             found = read_measured(cell, rows.get((cell.row, cell.task), {}))
             check_attempts(cell, found, arguments.num_problems, arguments.attempts)
-    if not arguments.no_estimate:
-        print_cost(cells)
+    print_runs(cells, with_cost=not arguments.no_estimate)
     if arguments.plan:
         return
     for number, cell in enumerate(cells, 1):
@@ -411,7 +411,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--num-problems", type=int, default=256, help="problems with several attempts (256)"
     )
-    out.add_argument("--plan", action="store_true", help="print the cost and end")
+    out.add_argument("--plan", action="store_true", help="print the runs and their cost, and end")
     out.add_argument("--no-estimate", action="store_true", help="do not estimate the cost first")
     return out
 

@@ -5,6 +5,7 @@ and errors of the machine reported early and with their place.
 import errno
 import logging
 import os
+import platform
 import signal
 import tempfile
 import time
@@ -108,7 +109,11 @@ class FabricConfig:
 
 def cpu_has_bfloat16() -> bool:
     """True if this processor multiplies matrices of bfloat16 by instructions of its own."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    # With AVX-512 alone oneDNN computes bfloat16 too, in float32, between two conversions.
+    own = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return own or platform.machine().lower() not in ("x86_64", "amd64")
 
 
 def quiet_fabric(**given: Any) -> Fabric:

@@ -59,6 +59,18 @@ def test_a_signal_to_the_table_alone_ends_its_training_after_a_checkpoint(
     assert (tmp_path / "checkpoint").exists()
 
 
+def test_the_plan_without_an_estimate_lists_the_runs(tmp_path, monkeypatch, capsys):
+    options = ["--plan", "--no-estimate", "--rows", "token", "soft", "--tasks", "pointers"]
+    monkeypatch.setattr(sys, "argv", ["table", *options, "--runs", str(tmp_path / "runs")])
+    assert table.main() == 0
+    runs = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert runs == [
+        ["6", "runs,", "0", "of", "them", "done"],
+        ["pointers", "token", "3"],
+        ["pointers", "soft", "3"],
+    ]
+
+
 def made(monkeypatch, folder, overrides, seeds=("1",), attempts=16) -> list[str]:
     """Make the table of one cell per seed, without training; what each training was asked for."""
     options = ["table", "--no-estimate", "--rows", "token", "--tasks", "running_sum_5"]
