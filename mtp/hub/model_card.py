@@ -67,7 +67,7 @@ def model_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: A
         '`model.search(**given, config={"method": "best_of_n", "n": 8}, do_sample=True)` looks for '
         "the likeliest of several texts; `beam` and `mcts` are the other methods, and `scorer`, a "
         "function of the branches, ranks them by another score.",
-        *_segments(fmt),
+        *_segments(fmt, head=True),
         "## Measured",
         _table(summary),
         "## Provenance",
@@ -128,6 +128,7 @@ def main_card(
         *(["`llama-cli -m model.gguf`, or with transformers 5.18 or newer:"] if gguf_file else []),
         _snippet(fmt, prompt, head=False, gguf_file=gguf_file, with_mtp_layer=with_mtp_layer),
         *(caveat if "slow" in wrong else []),
+        *_segments(fmt, head=False),
         "## Measured",
         *(
             []
@@ -249,17 +250,30 @@ def _snippet(
     return "\n".join(["```python", *lines, "```"])
 
 
-def _segments(fmt: PromptFormat) -> list[str]:
-    """Instructions to write text in segments; empty for a model that writes one segment."""
+def _segments(fmt: PromptFormat, *, head: bool) -> list[str]:
+    """How to write text in segments, with the head or by main alone; empty for a model that writes
+    one segment.
+    """
     settings = fmt.segments
     if settings.max_segments == 1:
         return []
-    return [
+    said = (
         f"It was trained to think in up to {settings.max_segments} segments: a summary edits a "
         f"memory file of at most {settings.memory_tokens} tokens, and thinking continues with the "
         f"prompt, that file and the last {settings.recent_tokens} tokens of the thought."
-        + " Problems of a project share the file: `memories=[memory.passed_on()]` gives the next "
-        "one the last `memory` of the one before." * settings.is_shared,
+    )
+    if not head:
+        return [
+            said + " `generate` writes the first segment alone, which may lack an answer. "
+            "`generate_segments` of an export with the head (`mtp export --format huggingface`) "
+            "writes all of them."
+        ]
+    shared = (
+        " Problems of a project share the file: `memories=[memory.passed_on()]` gives the next "
+        "one the last `memory` of the one before."
+    )
+    return [
+        said + shared * settings.is_shared,
         "```python\nsegments = model.generate_segments(**given, tokenizer=tokenizer)\n"
         "print(tokenizer.decode(segments.out.completion(-1)))  # the last, with the answer\n"
         "print(segments.memories[-1].text)\n```",

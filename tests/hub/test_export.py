@@ -3,6 +3,7 @@
 import json
 import re
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from mtp.hub.build import ModelConfig, generation_config, load_model
 from mtp.hub.export import export
 from mtp.hub.model_card import NUM_TRIED, base_model
 from mtp.modeling.phases import Phase
+from mtp.modeling.segments import SegmentSettings
 from mtp.rollouts.new_tokenizers import PLAIN_TEMPLATE, character_tokenizer
 from mtp.rollouts.prompt_format import PromptFormat
 from mtp.rollouts.rollout import DecodingConfig
@@ -308,6 +310,24 @@ def test_the_card_of_main_alone_runs_and_its_folder_is_replaced_by_any_format(tm
     assert "trust_remote_code" not in card and "custom_code" not in card
     export(model, text, tmp_path / "out", SUMMARY, tiny_config())
     assert (tmp_path / "out" / "modeling_mtp.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("format", "told"),
+    [("huggingface", "segments = model.generate_segments("), ("main", "the first segment alone")],
+)
+def test_a_card_tells_how_text_in_segments_is_written(tmp_path, format, told):
+    summary = Phase(mode="slow", opened_by="<summary>", closed_by="</summary>", max_tokens=8)
+    phases = {"thought": replace(PHASES["thought"], max_tokens=8), "summary": summary}
+    phases["answer"] = PHASES["answer"]
+    marks = ["<think>", "</think>", "<summary>", "</summary>"]
+    tokenizer = character_tokenizer("0123456789+=;write dlon:\n", marks)
+    text = PromptFormat(tokenizer, phases, 4, segments=SegmentSettings(max_segments=3))
+    model = tiny_model()
+    model.generation_config = generation_config(text, phases)
+    export(model, text, tmp_path / "out", SUMMARY, tiny_config(), format)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "up to 3 segments" in card and told in card
 
 
 @pytest.mark.parametrize("ending", ["", "\n", "\n\n", "{% if true %}{% endif %}\n", "  "])
