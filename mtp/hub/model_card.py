@@ -251,9 +251,7 @@ def _snippet(
 
 
 def _segments(fmt: PromptFormat, *, head: bool) -> list[str]:
-    """How to write text in segments, with the head or by main alone; empty for a model that writes
-    one segment.
-    """
+    """Parts of a card about text in segments, with the head or without; none if it is not used."""
     settings = fmt.segments
     if settings.max_segments == 1:
         return []
