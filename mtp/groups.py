@@ -72,6 +72,7 @@ def sample_groups(run: Run, stage: StageRun, step: int) -> Groups:
                 stage.config.reward,
                 max_new_tokens=run.config.decoding.max_new_tokens,
                 reference=stage.reference,
+                impl=run.config.kernels,
             )
         rewards.append(scored)
         num_informative = sum(int(informative(one.credits).sum()) for one in rewards)

@@ -286,7 +286,8 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         # Triton decides at import whether functions are interpreted: start anew without it.
         clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        return subprocess.call([sys.executable, "-m", "mtp_kernels.aot", *sys.argv[1:]], env=clean)
+        given = sys.argv[1:] if arguments is None else arguments
+        return subprocess.call([sys.executable, "-m", "mtp_kernels.aot", *given], env=clean)
     reports, failed = [], 0
     for report in compile_all(
         options.kernel or list(KERNELS),

@@ -69,4 +69,5 @@ def accumulate_weight(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
         block = max(16, BLOCK_NUMEL // hidden.shape[1])
         for start in range(0, total.shape[0], block):
             ids = slice(start, start + block)
-            total[ids] += torch.mm(gradient[:, ids].T.to(hidden.dtype), hidden)
+            with torch.autocast("cpu", enabled=False):  # else float16 again
+                total[ids] += torch.mm(gradient[:, ids].T.to(hidden.dtype), hidden)

@@ -8,6 +8,8 @@ The Gumbel noise of a uniform u in (0, 1) is -log(-log1p(-u)): likely tokens are
 small, and there float32 resolves it best.
 """
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -74,8 +76,8 @@ def accept_uniform(seed: Tensor, position: Tensor) -> Tensor:
 def seed_rows(seed: int | Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     """Flat int64 (seed, position), one per row, of a seed that broadcasts to position's shape."""
     position = position.to(torch.int64)
-    if isinstance(seed, int):
-        seeds = torch.full((), seed, dtype=torch.int64, device=position.device)
-    else:
+    if isinstance(seed, Tensor):
         seeds = seed.to(position.device, torch.int64)
+    else:
+        seeds = torch.full((), operator.index(seed), dtype=torch.int64, device=position.device)
     return seeds.expand(position.shape).reshape(-1), position.reshape(-1)

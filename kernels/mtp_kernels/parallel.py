@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtp_kernels.checks import check_operands, check_scale
-from mtp_kernels.dispatch import resolve_impl
+from mtp_kernels.dispatch import autocast_operands, resolve_impl
 from mtp_kernels.linear_logprob.api import LinearLogprob
 from mtp_kernels.linear_logprob.op import kept_rows, put, row_backward, row_stats, take
 from mtp_kernels.linear_sample.api import LinearSample, check_rows
@@ -104,6 +104,7 @@ def linear_logprob_parallel(
 
     The upstream gradients must be the same on every rank.
     """
+    hidden, weight, bias = autocast_operands(hidden, weight, bias)  # type: ignore[assignment]
     check_operands(hidden, weight, bias)
     check_scale(temperature, softcap)
     target = resolve_targets(
@@ -143,6 +144,7 @@ def linear_sample_parallel(
     The tokens are those of the whole weight on one rank: the noise depends on the vocabulary id,
     not on the shard. Arguments as in `linear_logprob_parallel` and `linear_sample`.
     """
+    hidden, weight, bias = autocast_operands(hidden, weight, bias)  # type: ignore[assignment]
     check_operands(hidden, weight, bias)
     check_scale(temperature, softcap, greedy=True)
     check_rows(hidden, seed, position)

@@ -57,9 +57,14 @@ def _candidates(ids: Tensor, values: Tensor, best: Tensor) -> Tensor:
 
 
 def finish(stats: RowStats) -> tuple[Tensor, Tensor, Tensor]:
-    """(log p(target), log-sum-exp, entropy), each [R], of statistics over the whole vocabulary."""
+    """(log p(target), log-sum-exp, entropy), each [R], of statistics over the whole vocabulary.
+
+    A target whose logit is minus infinity has log-probability minus infinity.
+    """
     log_total = stats.total.log()
     logprob = ((stats.target - stats.maximum) - log_total).clamp_max(0.0)
+    # Kernels keep logits finite.
+    logprob = logprob.masked_fill(stats.target <= NEGATIVE / 2, -torch.inf)
     entropy = (log_total - stats.moment / stats.total).clamp_min(0.0)
     return logprob, stats.maximum + log_total, entropy
 

@@ -4,6 +4,7 @@ The interpreter computes bfloat16 products wrongly, so tiles are upcast there.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -114,9 +115,9 @@ def logits_tile(
     HAS_SOFTCAP: tl.constexpr,
     T: tl.constexpr,
 ):
-    """Finite scaled logits of a tile: [rows, ids], or [ids, rows] where VOCAB_FIRST.
+    """Scaled logits of a tile, NaN or finite: [rows, ids], or [ids, rows] where VOCAB_FIRST.
 
-    Values after the last row or id are finite, and the caller must mask them.
+    Values after the last row or id are those of other ones, and the caller must mask them.
     """
     if VOCAB_FIRST:
         x = product_tile(
@@ -135,7 +136,8 @@ def logits_tile(
     if HAS_SOFTCAP:
         # tanh by exp: the interpreter has no libdevice. Both ends saturate without NaN.
         x = softcap * (1.0 - 2.0 / (tl.exp(2.0 * x / softcap) + 1.0))
-    return tl.maximum(x * inverse_temperature, NEG)
+    # On a GPU a plain maximum of NaN and a number is the number.
+    return tl.maximum(x * inverse_temperature, NEG, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -201,7 +203,10 @@ def launch(
     """
     assert all(tensor.is_contiguous() for tensor in outputs)
     inputs = [t.contiguous() if isinstance(t, Tensor) else t for t in inputs]
-    kernel[grid](*inputs, *outputs, *sizes, **options)
+    device = outputs[0].device
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*inputs, *outputs, *sizes, **options)
 
 
 def tile_options(config: Config, *hidden: Tensor) -> dict[str, Any]:

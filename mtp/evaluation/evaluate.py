@@ -248,7 +248,7 @@ def evaluate(
         reference: frozen model for `reference_nats_per_token`, by slot too; null without one.
         verified: decode in verified mode too; its metrics are absent otherwise.
         thought_budgets: limits of `accuracy_by_budget`, which is absent without any.
-        impl: implementation of `mtp_kernels` ops that tokens are sampled with, see `DecodeOptions`.
+        impl: implementation of `mtp_kernels` ops, see `DecodeOptions`.
         split: held-out set of the task.
         spread: the processes that share the problems; each of them gets all metrics.
         report: called as each batch of problems is decoded, by mode or control.
@@ -323,7 +323,8 @@ def evaluate(
     if reference is not None:
         mine = shown[spread.rank :: spread.world_size]
         with whole(reference):
-            measured = spread.all_of([thought_nats(batch, fmt, reference) for batch in mine])
+            nats = [thought_nats(batch, fmt, reference, impl) for batch in mine]
+            measured = spread.all_of(nats)
         metrics |= reference_metrics(measured, fmt.block_size if use_head else 1)
     if fmt.segments.max_segments > 1:
         metrics["segments"] = sum(len(b.prompts) for b in shown) / num_problems

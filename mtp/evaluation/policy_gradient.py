@@ -150,6 +150,7 @@ def rollout_batch(
             stage.reward,
             max_new_tokens=decoding.max_new_tokens,
             reference=reference,
+            impl=impl,
         )
     given = GroupRewards(rewards.total, rewards.credits, rewards.total)
     segments = list(range(len(rollouts.prompts)))

@@ -33,8 +33,13 @@ class ThoughtNats(NamedTuple):
 
 
 @torch.no_grad()
-def thought_nats(batch: Rollouts, fmt: PromptFormat, reference: Any) -> ThoughtNats:
-    """-log p of every token of the thoughts, their closing delimiters included."""
+def thought_nats(
+    batch: Rollouts, fmt: PromptFormat, reference: Any, impl: str | None = None
+) -> ThoughtNats:
+    """-log p of every token of the thoughts, their closing delimiters included.
+
+    impl: implementation of `mtp_kernels` ops, by default the fastest of the device.
+    """
     found = []
     device = next(reference.parameters()).device
     for first in range(0, len(batch.prompts), ROWS_AT_ONCE):
@@ -52,7 +57,8 @@ def thought_nats(batch: Rollouts, fmt: PromptFormat, reference: Any) -> ThoughtN
         hidden = replayed.main_hidden.flatten(0, 1)[rows.to(device)]
         targets = tokens.flatten()[rows + 1].to(device)
         output = replayed.main_output
-        stats = linear_logprob(output.rows(hidden), output.weight, targets, **output.options)
+        rows_hidden, options = output.rows(hidden), {**output.options, "impl": impl or "auto"}
+        stats = linear_logprob(rows_hidden, output.weight, targets, **options)
         nats = -stats.logprob.float().cpu()
         row, position = rows // tokens.shape[1], rows % tokens.shape[1]
         slots = batch.out.slots[first + row, position + 1 - starts[row]]
@@ -79,9 +85,11 @@ def reference_metrics(measured: list[ThoughtNats], block_size: int) -> dict[str,
     return metrics
 
 
-def mean_nats_of_rollouts(batch: Rollouts, fmt: PromptFormat, reference: Any) -> Tensor:
+def mean_nats_of_rollouts(
+    batch: Rollouts, fmt: PromptFormat, reference: Any, impl: str | None = None
+) -> Tensor:
     """[P * G] mean nats per thought token of each rollout; 0 for a rollout without a thought."""
-    measured = thought_nats(batch, fmt, reference)
+    measured = thought_nats(batch, fmt, reference, impl)
     number = len(batch)
     sums = torch.zeros(number).index_add(0, measured.rollouts, measured.nats)
     counts = measured.rollouts.bincount(minlength=number)

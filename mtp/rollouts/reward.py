@@ -85,12 +85,13 @@ def score(
     *,
     max_new_tokens: int,
     reference: Any = None,
+    impl: str | None = None,
 ) -> Rewards:
     """Score every rollout's final answer; a rollout without one gets 0.
 
     max_new_tokens is the limit that `overlong_buffer` is relative to, reference the frozen model of
-    `legibility_cost`. Raises ValueError naming the task and the sample if the task's reward raises
-    or is not a finite number.
+    `legibility_cost`, impl the implementation of `mtp_kernels` ops for it. Raises ValueError naming
+    the task and the sample if the task's reward raises or is not a finite number.
     """
     completions = [rollouts.completion(row) for row in range(len(rollouts))]
     answers = [fmt.answer_text(ids) for ids in completions]
@@ -122,7 +123,7 @@ def score(
         over = torch.tensor(longest) - (max_new_tokens - config.overlong_buffer)
         terms["overlong"] = -(over / config.overlong_buffer).clamp(0, 1)
     if config.legibility_cost:
-        nats = mean_nats_of_rollouts(rollouts, fmt, reference)
+        nats = mean_nats_of_rollouts(rollouts, fmt, reference, impl)
         terms["legibility"] = -config.legibility_cost * nats
     shape = (-1, rollouts.group_size)
     outcome = torch.tensor(outcomes).view(shape)

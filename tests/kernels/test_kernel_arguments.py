@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from kernel_calls import IMPLS, OPS, VOCAB, calls, results
-from mtp_kernels import linear_logprob, linear_verify
+from mtp_kernels import linear_logprob, linear_sample, linear_verify
 from mtp_kernels.linear_logprob import op as logprob_op
 from torch import Tensor
 
@@ -182,6 +183,50 @@ def test_a_row_of_nan_gives_nan_and_ids_of_the_vocabulary_and_changes_no_other_r
         if name in got:
             assert 0 <= got[name][2] < VOCAB, name
             assert torch.equal(got[name][others], expected[name][others])
+
+
+@pytest.mark.parametrize("op", [op for op in SCALED if not op.endswith("_parallel")])
+def test_the_reference_is_float32_within_autocast_too(op):
+    operands = {
+        name: (1.37 * tensor).bfloat16().float() if tensor.is_floating_point() else tensor
+        for name, tensor in calls(op)[0].items()
+    }
+    expected = results(op, operands, "reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = results(op, operands, "reference")
+    for name in ("logprob", "lse", "entropy", "kl"):
+        if name in got:
+            torch.testing.assert_close(got[name], expected[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("op", ["linear_logprob_parallel", "linear_sample_parallel"])
+def test_parallel_ops_take_the_dtype_of_autocast(op, one_rank):
+    operands = calls(op)[0]
+    expected = results(op, operands, "torch")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = results(op, {**operands, "hidden": operands["hidden"].bfloat16()}, "torch")
+    torch.testing.assert_close(got["logprob"], expected["logprob"], atol=0.05, rtol=0.01)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_forbidden_target_has_log_probability_minus_infinity(impl):
+    operands = calls("linear_logprob")[0]
+    target = int(operands["target"][0])
+    bias = operands["bias"].index_fill(0, torch.tensor(target), -math.inf)
+    got = results("linear_logprob", {**operands, "bias": bias}, impl, softcap=None)
+    of_it = operands["target"] == target
+    assert bool((got["logprob"][of_it] == -math.inf).all())
+    assert got["logprob"][~of_it].isfinite().all()
+
+
+def test_a_seed_is_any_whole_number():
+    hidden, weight, position = torch.randn(3, 4), torch.randn(9, 4), torch.arange(3)
+    expected = linear_sample(hidden, weight, seed=3, position=position).token
+    assert torch.equal(
+        linear_sample(hidden, weight, seed=np.int64(3), position=position).token, expected
+    )
+    with pytest.raises(TypeError, match="integer"):
+        linear_sample(hidden, weight, seed=3.5, position=position)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

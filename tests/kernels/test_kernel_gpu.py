@@ -203,3 +203,24 @@ def test_no_logits_are_kept(op):
     torch.cuda.reset_peak_memory_stats()
     loss_of(op, hidden, weight, None, "triton").backward()
     assert torch.cuda.max_memory_allocated() - before < 0.5 * rows * vocab * 4
+
+
+def test_a_row_of_nan_gives_nan_and_ids_of_the_vocabulary():
+    hidden, weight = torch.randn(4, 24), torch.randn(75, 24)
+    hidden[2] = torch.nan
+    out = linear_logprob(hidden, weight, torch.arange(4))
+    assert out.logprob.isnan().tolist() == [False, False, True, False]
+    for temperature in (0.0, 1.0):
+        drawn = linear_sample(
+            hidden, weight, seed=1, position=torch.arange(4), temperature=temperature
+        )
+        assert drawn.logprob.isnan().tolist() == [False, False, True, False]
+        assert int(drawn.token.max()) < 75
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_kernel_runs_on_the_device_of_its_operands():
+    hidden, weight = (torch.randn(4, 24).to("cuda:1"), torch.randn(75, 24).to("cuda:1"))
+    out = linear_logprob(hidden, weight, torch.arange(4, device="cuda:1"))
+    expected = linear_logprob(hidden.cpu(), weight.cpu(), torch.arange(4, device="cpu"))
+    torch.testing.assert_close(out.logprob.cpu(), expected.logprob, atol=1e-4, rtol=1e-4)

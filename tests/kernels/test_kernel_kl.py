@@ -163,3 +163,24 @@ def test_wrong_arguments_say_what_is_expected():
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             linear_kl(hidden, weight, teacher, **arguments)
+
+
+@pytest.mark.parametrize("impl", ("reference", *PATHS))
+def test_the_default_teacher_has_the_bias_of_its_weight(impl):
+    hidden, weight, bias = operands((6,), 33, 8, torch.float32, bias=True)
+    index = torch.arange(6)
+    same = linear_kl(hidden, weight, hidden.detach(), index=index, bias=bias, impl=impl).kl
+    torch.testing.assert_close(same, torch.zeros(6), atol=1e-5, rtol=0)
+
+
+def test_a_divergence_of_large_logits_has_no_error_of_their_sum(chunked):
+    """The log-sum-exp of logits near 1,000 is rounded to a multiple of 6e-5."""
+    bias = torch.full((50,), 1000.0)
+    # Multiples of 1/4, so that the logits are exact.
+    hidden, weight, teacher = (torch.randint(-4, 5, (n, 8)) / 4 for n in (40, 50, 40))
+    given = {"index": torch.arange(40), "bias": bias, "teacher_bias": bias}
+    got = linear_kl(hidden, weight, teacher, weight, impl="torch", **given).kl
+    x, t = (h.double() @ weight.double().T for h in (hidden, teacher))
+    log_q, log_p = x.log_softmax(-1), t.log_softmax(-1)
+    true = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert float((got - true).abs().max()) < 5e-6

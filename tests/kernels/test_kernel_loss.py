@@ -242,3 +242,28 @@ def test_wrong_arguments_say_what_is_expected():
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             linear_loss(hidden, weight, target, **arguments)
+
+
+def test_a_sum_over_many_rows_fits_float16_within_autocast():
+    hidden, weight = torch.full((40_000, 4), 4.0), torch.zeros(8, 4, requires_grad=True)
+    target = torch.zeros(40_000, dtype=torch.long)
+    with torch.autocast("cpu", torch.float16):
+        linear_loss(hidden, weight, target, impl="torch").loss.backward()
+    expected = torch.full((8, 4), 0.5)
+    expected[0] = 0.5 - 4
+    torch.testing.assert_close(weight.grad, expected, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("impl", ("reference", *PATHS))
+def test_no_slots_are_no_loss(impl):
+    target = torch.zeros(2, 3, 0, dtype=torch.long)
+    out = linear_loss(torch.randn(2, 3, 0, 4), torch.randn(9, 4), target, impl=impl)
+    assert out.loss == 0 and out.logprob.shape == (2, 3, 0)
+
+
+def test_weights_by_slot_are_as_precise_as_the_operands():
+    hidden, weight = (torch.randn(shape, dtype=torch.float64) for shape in ((1, 3, 1, 4), (9, 4)))
+    target = torch.tensor([[[1], [2], [3]]])
+    plain = torch.nn.functional.cross_entropy((hidden @ weight.T).flatten(0, 2), target.flatten())
+    loss = linear_loss(hidden, weight, target, impl="reference").loss
+    torch.testing.assert_close(loss, plain, rtol=1e-14, atol=0)

@@ -138,3 +138,16 @@ def test_wrong_shapes_say_what_is_expected():
         linear_verify(case[0][:, :3], *case[1:], seed=0, position=torch.arange(2))
     with pytest.raises(ValueError, match=r"position must be \[N\]"):
         linear_verify(*case, seed=0, position=torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_the_default_drafter_has_the_bias_of_its_weight(impl):
+    """Drafts of main's own distribution are accepted, whatever the bias."""
+    hidden, weight, bias = torch.randn(40, 3, 8), torch.randn(25, 8), 3 * torch.randn(25)
+    position = torch.arange(40)
+    steps = position[:, None] + torch.arange(2)
+    draft = linear_sample(hidden[:, :2], weight, seed=5, position=steps, bias=bias).token
+    found = linear_verify(
+        hidden, weight, draft, hidden[:, :2], seed=6, position=position, bias=bias, impl=impl
+    )
+    assert found.num_accepted.tolist() == [2] * 40

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mtp_kernels import linear_logprob
 
 from mtp.evaluation.evaluate import budget_metrics, thought_tokens_per_pass
 from mtp.groups import Groups
@@ -17,6 +18,7 @@ from mtp.modeling.phases import Phase
 from mtp.modeling.records import Decoded
 from mtp.modeling.segments import SegmentSettings
 from mtp.reports.tables import passes_text
+from mtp.rollouts import legibility
 from mtp.rollouts.advantage import GroupRewards, group_std
 from mtp.rollouts.legibility import (
     jensen_shannon,
@@ -169,6 +171,21 @@ def test_reference_figures_by_slot_add_up_to_the_mean():
     mean = (2 * by_slot[0] + 2 * by_slot[1] + by_slot[2]) / 5
     assert metrics["reference_nats_per_token"] == pytest.approx(mean, rel=1e-5)
     assert len(mean_nats_of_rollouts(batch, TEXT, MODEL)) == 2
+
+
+def test_nats_are_computed_with_the_implementation_that_is_asked_for(monkeypatch):
+    asked = []
+
+    def scored(*given, impl, **options):
+        asked.append(impl)
+        return linear_logprob(*given, impl=impl, **options)
+
+    monkeypatch.setattr(legibility, "linear_logprob", scored)
+    costs = RewardConfig(legibility_cost=2.0)
+    given = {"max_new_tokens": 12, "reference": MODEL}
+    score(TASK, TEXT, written(RIGHT, WRONG), costs, impl="reference", **given)
+    score(TASK, TEXT, written(RIGHT, WRONG), costs, **given)
+    assert asked == ["reference", "auto"]
 
 
 def test_drift_by_hand():

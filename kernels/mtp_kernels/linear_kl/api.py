@@ -50,7 +50,8 @@ def linear_kl(
         hidden: [..., D] student hidden states; [B, T, K, D] without index.
         weight: [V, D] student output matrix.
         teacher_hidden: [..., H] teacher hidden states; [B, T, H] without index.
-        teacher_weight: [V, H] teacher output matrix; None: the student's, without gradient.
+        teacher_weight: [V, H] teacher output matrix; None: the student's, without gradient, with
+            its bias unless teacher_bias is given.
         index: [...] int64 row of teacher_hidden, flattened, for each student row; negative for
             none. Without it, slot j at position t meets the teacher's row t + shift - 1 + j: the
             one that predicts the same token as the slot does in `linear_logprob`.
@@ -64,7 +65,9 @@ def linear_kl(
 
     Gradients flow to every tensor that requires one; detach the teacher to leave it fixed.
     """
-    teacher_weight = weight.detach() if teacher_weight is None else teacher_weight
+    if teacher_weight is None:
+        teacher_weight = weight.detach()
+        teacher_bias = bias.detach() if teacher_bias is None and bias is not None else teacher_bias
     operands = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
     operands = autocast_operands(*operands)  # type: ignore[assignment]
     hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = operands

@@ -35,8 +35,12 @@ def divergence_of_chunk(
 ) -> tuple[Tensor, Tensor]:
     """([S] divergences, [S] lse) of raw [S, V] to the rows `place` of teacher log-probs [U, V]."""
     x = scale(raw, bias, softcap, temperature)
-    lse = torch.logsumexp(x, -1)
-    log_q = (x - lse[:, None]).clamp_min(NEGATIVE)
+    # From the largest logit: lse is rounded to its last digit, which log_q need not be.
+    largest = x.amax(-1, keepdim=True)
+    x = x - largest
+    log_total = x.exp().sum(-1).log()
+    log_q = (x - log_total[:, None]).clamp_min(NEGATIVE)
+    lse = largest[:, 0] + log_total
     log_p = teacher[place]
     if reverse:
         return (log_q.exp() * (log_q - log_p)).sum(-1), lse
@@ -134,7 +138,7 @@ def backward_torch(
             pairs = (raw, bias, teacher, place, divergence[students], lse[students], grad[students])
             settings = (problem.reverse, *problem.scaling)
             if dt is not None:
-                dt.index_add_(0, place, body(*pairs, True, *settings))
+                dt.index_add_(0, place, body(*pairs, True, *settings).to(dt.dtype))
             if any(needs[:3]):
                 ds = body(*pairs, False, *settings)
                 _add(totals[:3], ds.to(hidden.dtype), inputs, weight, students)

@@ -175,7 +175,7 @@ def divergence_triton(problem: Problem) -> tuple[Tensor, Tensor]:
     vocab = weight.shape[0]
     config = config_for("kl_stats", hidden, weight)
     plan = make_plan(problem.index)
-    out, lse = torch.zeros((2, hidden.shape[0]), device=hidden.device).unbind()
+    out, lse = hidden.new_zeros((2, hidden.shape[0]), dtype=torch.float32).unbind()
     for chunk in chunks(plan, _teacher_rows(plan, vocab, hidden), max(hidden.shape[0], 1)):
         teacher, teacher_lse = _teacher_chunk(plan, chunk.teachers, problem)
         for part in chunk.students:

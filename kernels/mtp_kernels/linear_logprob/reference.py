@@ -20,7 +20,8 @@ def reference_logits(
 ) -> Tensor:
     """[R, V] scaled logits in float32, or in float64 for float64 operands."""
     dtype = statistics_dtype(hidden)
-    return scale(hidden.to(dtype) @ weight.to(dtype).T, bias, softcap, temperature)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return scale(hidden.to(dtype) @ weight.to(dtype).T, bias, softcap, temperature)
 
 
 def linear_logprob_reference(

@@ -97,7 +97,8 @@ def linear_loss(
         mask=mask,
         ignore_index=ignore_index,
     )
-    row_weight = _row_weights(target, ignore_index, row_weight, slot_weight, slot_count)
+    dtype = statistics_dtype(hidden)
+    row_weight = _row_weights(target, ignore_index, row_weight, slot_weight, slot_count, dtype)
     rows = hidden.reshape(-1, hidden.shape[-1])
     per_row = [
         None if t is None else _row_shaped(name, t, hidden)
@@ -137,14 +138,15 @@ def _row_weights(
     row_weight: Tensor | None,
     slot_weight: Tensor | None,
     slot_count: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Row weights in target's shape."""
+    """Row weights in target's shape; those by slot in `dtype`."""
     if row_weight is not None:
         if slot_weight is not None or slot_count is not None:
             raise ValueError("give row_weight, or slot_weight and slot_count, not both")
         return row_weight
     slots = target.shape[-1] if target.ndim == 3 else 1
-    by_slot = target.reshape(-1, slots)
+    by_slot = target.flatten(0, 1) if target.ndim == 3 else target.reshape(-1, 1)
     if slot_count is None:
         slot_count = (by_slot != ignore_index).sum(0).clamp_min(1)
     weights = torch.ones_like(slot_count) if slot_weight is None else slot_weight
@@ -153,4 +155,4 @@ def _row_weights(
             f"slot_weight and slot_count must be [K] = [{slots}], got shapes "
             f"{tuple(weights.shape)} and {tuple(slot_count.shape)}"
         )
-    return (weights / slot_count).expand_as(by_slot).reshape(target.shape)
+    return (weights.to(dtype) / slot_count).expand_as(by_slot).reshape(target.shape)

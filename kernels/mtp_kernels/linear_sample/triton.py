@@ -76,7 +76,7 @@ def sample_kernel(
         score = x
         if not GREEDY:
             score = x + gumbel_tile(key, where, STREAM, (id_start + ids)[:, None])
-            score = tl.where(inside[:, None], score, float("-inf"))
+        score = tl.where(inside[:, None], score, float("-inf"))  # below NEG: no id from outside
         tile_best, tile_token = tl.max(score, 0, return_indices=True)
         chosen = tl.arange(0, BV)[:, None] == tile_token[None, :]
         tile_picked = tl.sum(tl.where(chosen, x, 0.0), 0)

@@ -56,7 +56,8 @@ def linear_verify(
         weight: [V, D] main's output matrix.
         draft: [N, K] proposed tokens; from the first ignore_index on there is no draft.
         draft_hidden: [N, K, H] hidden states that the drafts were sampled from.
-        draft_weight: [V, H] their output matrix; None if it is main's.
+        draft_weight: [V, H] their output matrix; None if it is main's, with main's bias unless
+            draft_bias is given.
         seed: as in `linear_sample`, an integer or one per sequence [N].
         position: [N] absolute position in tokens of draft 0.
         temperature, softcap: of both distributions.
@@ -64,7 +65,8 @@ def linear_verify(
         ignore_index: marks the end of a shorter draft.
         impl: "auto", "reference", "torch" or "triton".
     """
-    draft_weight = weight if draft_weight is None else draft_weight
+    if draft_weight is None:
+        draft_weight, draft_bias = weight, bias if draft_bias is None else draft_bias
     hidden, weight, bias = autocast_operands(hidden, weight, bias)  # type: ignore[assignment]
     proposal_operands = autocast_operands(draft_hidden, draft_weight, draft_bias)
     draft_hidden, draft_weight, draft_bias = proposal_operands  # type: ignore[assignment]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_kernels.dispatch import resolve_impl
+from mtp_kernels.dispatch import resolve_impl, statistics_dtype
 from mtp_kernels.linear_verify.torch import residual_torch
 
 
@@ -26,7 +26,10 @@ def residual_rows(
     softcap: float | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """(token, its log p), each [R], by the path that impl names."""
+    """(token, its log p), each [R], by the path that impl names.
+
+    "reference" is the "torch" path with operands in the statistics' dtype, as those of its lse.
+    """
     main: tuple[Any, ...] = (hidden, weight, bias, lse)
     draft: tuple[Any, ...] = (draft_hidden, draft_weight, draft_bias, draft_lse)
     rest: tuple[Any, ...] = (rejected, seed, position, temperature, softcap)
@@ -34,7 +37,12 @@ def residual_rows(
         from mtp_kernels.linear_verify.triton import residual_triton
 
         return residual_triton(*main, *draft, *rest)
-    return residual_torch(*main, *draft, *rest)
+    if impl == "reference":
+        dtype = statistics_dtype(hidden)
+        main = (hidden.to(dtype), weight.to(dtype), bias, lse)
+        draft = (draft_hidden.to(dtype), draft_weight.to(dtype), draft_bias, draft_lse)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return residual_torch(*main, *draft, *rest)
 
 
 @residual_rows.register_fake
