@@ -4,7 +4,8 @@
 as runs/rl_proof, and writes its summary.json, variants.png and frontier.png.
 
 A run's name gives its variant: `rl_proof/executed_open/3` is seed 3 of variant `executed_open`. The
-other variants begin with the models of variant `start`. Metrics are those of the last stage.
+other variants begin with the models of variant `start`. Metrics are those of the last stage, but
+seconds are those of all stages.
 
 A run that was kept without its weights (docs/results, `mtp.reports.keep`) may have a `run.yaml` in
 place of its config: name and seed, and the overrides that reproduce it.
@@ -48,7 +49,7 @@ class VariantRun:
     variant: str
     seed: int
     metrics: dict[str, Any]
-    """Metrics of its last stage."""
+    """Metrics of its last stage; seconds of all stages."""
     curve: list[tuple[int, float]]
     """(step, fast accuracy) of its last stage's evaluations."""
     folder: Path
@@ -76,7 +77,10 @@ def read_runs(folder: Path) -> list[VariantRun]:
                 f"{home} and {found[key]} are both seed {key[1]} of {key[0]}; keep one of them"
             )
         found[key] = home
-        last = json.loads(path.read_text())["stages"][-1]
+        stages = json.loads(path.read_text())["stages"]
+        last = dict(stages[-1])
+        if "seconds" in last:
+            last["seconds"] = sum(stage["seconds"] for stage in stages)
         log = home / "metrics.jsonl"
         curve = [
             (record["step"], record["eval/fast_accuracy"])

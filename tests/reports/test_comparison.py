@@ -122,8 +122,10 @@ def write_run(folder: Path, name: str, seed: int, fast: float) -> None:
     (home / "config.yaml").write_text(f"name: proof/{name}\nseed: {seed}\n")
     last = {"name": "rl", "fast_accuracy": fast, "slow_accuracy": 1.0, "true_steps": 0.5}
     last |= {"empty_thought_accuracy": 0.0, "wrong_thought_accuracy": 0.0, "fast_passes": 8.0}
-    last |= {"reference_nats_per_token": 0.2, "unigram_drift": None}
-    (home / "summary.json").write_text(json.dumps({"stages": [{"name": "main"}, last]}))
+    last |= {"reference_nats_per_token": 0.2, "unigram_drift": None, "seconds": 50.0}
+    (home / "summary.json").write_text(
+        json.dumps({"stages": [{"name": "main", "seconds": 20.0}, last]})
+    )
     record = {"stage": "rl", "step": 25, "global_step": 25, "eval/fast_accuracy": fast}
     (home / "metrics.jsonl").write_text(json.dumps(record) + "\n")
 
@@ -137,6 +139,7 @@ def test_means_and_intervals_over_seeds_by_hand(tmp_path, capsys):
     assert main([str(tmp_path)]) == 0
     arms = json.loads((tmp_path / "summary.json").read_text())["arms"]
     assert set(arms) == {"open", "closed"} and arms["open"]["seeds"] == [1, 2, 3]
+    assert arms["open"]["seconds"] == 70.0
     half = 4.3027 * 0.05 / math.sqrt(3)
     assert arms["open"]["fast_accuracy"] == pytest.approx(
         {"mean": 0.95, "low": 0.95 - half, "high": 1.0}, rel=1e-4
