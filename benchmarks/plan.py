@@ -35,6 +35,7 @@ from measure import (  # noqa: E402
 from mtp.plan.memory import Layout, Workload, memory  # noqa: E402
 from mtp.plan.shapes import HeadShape, llama  # noqa: E402
 from mtp.plan.time import Machine, Rates, step_time  # noqa: E402
+from mtp.training.precision import cast_weights  # noqa: E402
 
 SMALL = llama(256, 704, 8, 4, 2, 4096, True)
 WIDE = llama(512, 1536, 4, 8, 8, 8192, False)
@@ -90,9 +91,12 @@ def measured(load: Workload) -> dict[str, float]:
     model: Any = family_class("llama")(config)
     set_activation_checkpointing(model, load.gradient_checkpointing)
     frozen = copy.deepcopy(model).requires_grad_(False).eval() if load.reference else None
-    fabric = Fabric(accelerator="auto", devices=1, precision=load.precision)
-    if load.precision == "bf16-true":
-        model = model.to(torch.bfloat16)
+    in_bfloat16 = load.precision == "bf16-true"
+    fabric = Fabric(
+        accelerator="auto", devices=1, precision="32-true" if in_bfloat16 else load.precision
+    )
+    if in_bfloat16:
+        cast_weights(model, torch.bfloat16)
     model.to(fabric.device)
     if frozen is not None:
         frozen.to(fabric.device)

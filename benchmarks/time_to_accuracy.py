@@ -9,7 +9,7 @@ Three ways to train the same main on the same task, each with three settings:
     trl        GRPOTrainer, one token per pass; accuracy is that of slow mode
     verified   mtp, the same policy drafted by the head; accuracy is that of slow mode
     fast       mtp, k + 1 tokens per pass; accuracy is that of fast mode. Rollouts are fast ones, or
-               with `reward on main` verified ones, whose head imitates main and reaches it
+               with `reward on main` slow ones, while the head imitates main and reaches it
 
 All have the same number of prompts and rollouts per step, temperature, limit of tokens, attention
 and held-out problems, and constant rates. Otherwise each is as its makers have it: TRL has AdamW
@@ -112,9 +112,10 @@ CASES = {
             "reward on main": [
                 [
                     *ON_MAIN_ALONE,
-                    "stages.rl.steps=1500",
-                    "stages.rl.optimizers.main.lr=2e-4",
-                    "stages.rl.optimizers.head.lr=4e-4",
+                    *small_kl(2e-4, 4e-4, 1500),
+                    "stages.rl.rollouts.mode=slow",
+                    "stages.rl.objective.reference_kl.head_weight=0",
+                    "stages.rl.objective.preserve.weight=0",
                 ]
             ],
         },

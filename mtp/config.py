@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from mtp_kernels.dispatch import IMPLS
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -76,6 +77,11 @@ class RunConfig:
     def active_stages(self) -> dict[str, StageConfig]:
         """Stages that have steps, in order."""
         return {name: stage for name, stage in self.stages.items() if stage.steps}
+
+    def weight_dtype(self) -> torch.dtype:
+        """Dtype of the weights: that of `model.dtype`, or bfloat16 in precision bf16-true."""
+        in_bfloat16 = self.fabric.precision == "bf16-true"
+        return torch.bfloat16 if in_bfloat16 else self.model.torch_dtype()
 
     def validate(self) -> None:
         """Raises ValueError naming the key of an impossible value."""

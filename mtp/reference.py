@@ -133,7 +133,7 @@ def load_frozen(run: Run, name: str) -> Any:
     """The model, without gradients. Raises ValueError if its vocabulary is not the run's."""
     folder = folder_of(run.config, run.folder, name)
     with reading(f"the reference {name} ({folder})"):
-        model, fmt = load_model(folder, run.config.model.torch_dtype())
+        model, fmt = load_model(folder, run.config.weight_dtype())
     if fmt.tokenizer.get_vocab() != run.fmt.tokenizer.get_vocab():  # type: ignore[attr-defined]
         raise ValueError(
             f"the reference {name} has another vocabulary than the model; a divergence compares "

@@ -20,7 +20,7 @@ from .reports.loggers import Log
 from .rollouts.prompt_format import PromptFormat
 from .tasks.base import Example, Task, training_index
 from .tasks.projects import own_places
-from .training.length_windows import LengthWindows
+from .training.length_windows import LengthWindows, end_of_window
 from .training.runtime import StopRequest
 from .training.stage import StageConfig
 
@@ -156,7 +156,10 @@ def next_examples(run: Run, number: int, length_window: int = 0) -> dict[int, Ex
             f"{size}; use another number of examples or of processes"
         )
     begin = run.progress.position
-    run.progress.position += number
+    if length_window:
+        # Else each step would cross two batches of a window, whose lengths differ.
+        begin = end_of_window(begin, number)
+    run.progress.position = begin + number
     places = own_places(number, size, rank, world)
     positions = [begin + place for place in places]
     get = partial(training_example, run)

@@ -5,6 +5,7 @@ run that was stopped and resumed gives exactly the same numbers as an uninterrup
 """
 
 import json
+import logging
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from .training.examples import checked_task
 from .training.lifeline import lifeline
 from .training.numbers import active_dropout
 from .training.optimizers import num_parameters
+from .training.precision import cast_weights
 from .training.runtime import (
     StopRequest,
     check_writable,
@@ -46,6 +48,8 @@ from .training.runtime import (
 from .training.sharding import is_sharded
 
 __all__ = ["Interrupted", "train"]
+
+_log = logging.getLogger(__name__)
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -115,6 +119,13 @@ def run_stages(
     check_projects(config, task)
     check_heads(config)
     model, fmt = build_model(config.model, config.head, config.decoding, task)
+    cast_weights(model, config.weight_dtype())
+    if config.weight_dtype() == torch.bfloat16 and fabric.is_global_zero:
+        _log.warning(
+            "the weights are bfloat16: a step that changes one by less than about 1/500 of it is "
+            "rounded away, most of them at rates of 1e-5; model.dtype=float32 with "
+            "fabric.precision=bf16-mixed keeps them in float32, which needs more memory"
+        )
     if not config.channel.is_text:
         attach_channel(config, model, fmt, task)
     task = checked_task(
@@ -349,14 +360,23 @@ def sizes_in_words(config: RunConfig, model: Any) -> str:
 
 
 def check_heads(config: RunConfig) -> None:
-    """Raise ValueError for fast rollouts with a head that no stage has trained, or trains then."""
+    """Raise ValueError for fast rollouts, or an accuracy of fast mode to stop at, with a head that
+    no stage has trained, or trains then.
+    """
     if not config.channel.is_text:
         return
     is_trained = False
     for name, stage in config.active_stages().items():
         is_trained |= stage.train_head
-        needs_head = stage.kind == "rl" and stage.rollouts.mode == "fast"
-        if needs_head and not is_trained and not has_trained_head(config.model):
+        if is_trained or has_trained_head(config.model):
+            return
+        if stage.stop_accuracy:
+            raise ValueError(
+                f"stages.{name}.stop_accuracy={stage.stop_accuracy:g} is an accuracy of fast mode "
+                f"and needs a head that is trained, but no stage up to {name} trains it; set it to "
+                f"0, or stages.{name}.train_head to true"
+            )
+        if stage.kind == "rl" and stage.rollouts.mode == "fast":
             raise ValueError(
                 f"stages.{name}.rollouts.mode=fast needs a head that is trained, but no stage up "
                 f"to {name} trains it; set it to slow, or stages.{name}.train_head to true"

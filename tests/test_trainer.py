@@ -8,7 +8,10 @@ import sys
 import time
 
 import pytest
+import torch
 from helpers import ROOT, TINY, checks_configs, config, records
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from mtp.reference import evaluation_reference, reference_in_loss, stage_reference
 from mtp.stages.loop import over_updates
@@ -38,9 +41,6 @@ def test_a_run_leaves_what_the_readme_says(whole_run):
 
 
 def test_only_what_a_stage_trains_moves(whole_run):
-    import torch
-    from safetensors.torch import load_file
-
     folder, _ = whole_run
     names = ("main", "head", "joint", "rl")
     saved = {
@@ -154,6 +154,30 @@ def test_fast_rollouts_need_a_head_that_some_stage_trains(tmp_path):
     assert list(tmp_path.iterdir()) == []
     for change in ("rollouts.mode=slow", "train_head=true"):
         train(config(tmp_path / "run", *without, f"stages.rl.{change}", "dry_run=true"))
+
+
+def test_an_accuracy_of_fast_mode_to_stop_at_needs_a_head_that_some_stage_trains(tmp_path):
+    with pytest.raises(ValueError, match=r"stages.main.stop_accuracy=0.5 .* needs a head that is"):
+        train(config(tmp_path / "run", "stages.main.stop_accuracy=0.5"))
+    assert list(tmp_path.iterdir()) == []
+    train(config(tmp_path / "run", "stages.joint.stop_accuracy=0.5", "dry_run=true"))
+
+
+def test_a_run_in_bfloat16_ends_and_its_weights_are_bfloat16(tmp_path, caplog):
+    """So are those of its reference; new tensors of floats are float32, as counters have to be."""
+    summary = train(config(tmp_path / "run", "fabric.precision=bf16-true"))
+    assert [stage["name"] for stage in summary["stages"]] == ["main", "head", "joint", "rl"]
+    assert "the weights are bfloat16: a step that changes one by less than" in caplog.text
+    with safe_open(tmp_path / "run" / "stages" / "rl" / "model.safetensors", "pt") as saved:
+        assert {saved.get_tensor(name).dtype for name in saved.keys()} == {torch.bfloat16}  # noqa: SIM118
+    same = ["fabric.precision=32-true", "model.dtype=bfloat16"]
+    train(config(tmp_path / "same", *same))
+    assert records(tmp_path / "run") == records(tmp_path / "same")
+
+
+def test_main_learns_from_the_first_step_of_a_ramp_through_the_channel_alone(tmp_path):
+    ramp = ["stages.joint.channel_ramp_steps=2", "stages.joint.objective.main_ce.weight=0"]
+    train(config(tmp_path / "run", *ramp, "stages.rl.steps=0"))
 
 
 def test_two_processes_take_the_same_step_as_one(whole_run, tmp_path):

@@ -25,7 +25,12 @@ from ..stages.checkpointing import check_grace, interrupted, save_run, stop_sign
 from ..stages.evaluation import record
 from ..stages.loop import run_stage
 from ..tasks.base import Attempt, Split, Task
-from ..training.optimizers import build_optimizer, set_lr, split_parameters
+from ..training.optimizers import (
+    build_optimizer,
+    fixed_parameters,
+    set_lr,
+    split_parameters,
+)
 from ..training.runtime import NotFinite
 from ..training.sharding import load_optimizer
 from ..training.stage import StageConfig
@@ -163,21 +168,26 @@ def begin_stage(
     run: Run, name: str, config: StageConfig, optimizer_states: dict[str, Any]
 ) -> StageRun:
     """Make main and the channel trainable and build their optimizer."""
-    parts = split_parameters(run.model)
+    parts, fixed = split_parameters(run.model), fixed_parameters(run.model)
     for part, parameters in parts.items():
-        for parameter in parameters.values():
-            parameter.requires_grad_(part == "main")
-    optimizer = build_optimizer(parts["main"], config.optimizers.main)
+        for parameter_name, parameter in parameters.items():
+            parameter.requires_grad_(part == "main" and parameter_name not in fixed)
+    optimizer = build_optimizer(trained_main(run.model), config.optimizers.main)
     if "main" in optimizer_states:
         load_optimizer(optimizer, optimizer_states["main"])
     return StageRun(name, config, run.model, {"main": optimizer}, None)
+
+
+def trained_main(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Main's parameters that require a gradient, by name."""
+    return {n: p for n, p in split_parameters(model)["main"].items() if p.requires_grad}
 
 
 def train_stage(run: Run, stage: StageRun) -> None:
     """Train one stage from its current step on."""
     config, progress, name = stage.config, run.progress, stage.name
     channel: Channel = getattr(run.model, ATTRIBUTE)
-    main = split_parameters(run.model)["main"]
+    main = trained_main(run.model)
     run.model.train()
     began = saved = time.monotonic()
     done_before = progress.stage_seconds

@@ -74,7 +74,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     reference = None
     if (source / "config.json").is_file():
         with reading(str(source)):
-            reference = load_model(source, config.model.torch_dtype())[0].to(device).eval()
+            reference = load_model(source, config.weight_dtype())[0].to(device).eval()
     with PartsProgress(Console(stderr=True)) as report:
         metrics, _ = over_test_sets(
             task,

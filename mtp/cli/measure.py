@@ -266,7 +266,7 @@ def frozen(asked: Asked, name: str) -> Any:
             f"none, got {name}"
         )
     with reading(str(folder)):
-        other, its_fmt = load_model(folder, config.model.torch_dtype())
+        other, its_fmt = load_model(folder, config.weight_dtype())
     vocabularies = [one.tokenizer.get_vocab() for one in (asked.fmt, its_fmt)]  # type: ignore[attr-defined]
     if vocabularies[0] != vocabularies[1]:
         raise ValueError(

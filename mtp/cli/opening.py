@@ -60,7 +60,7 @@ class Opened:
         from ..common.errors import reading
         from ..hub.build import load_model
 
-        dtype = None if self.config is None else self.config.model.torch_dtype()
+        dtype = None if self.config is None else self.config.weight_dtype()
         with reading(str(self.folder)):
             model, fmt = load_model(self.folder, dtype)
         return model.to(device).eval(), fmt

@@ -16,7 +16,12 @@ from ..run import Run, StageRun
 from ..steps import step_batches
 from ..training.batch import TextBatch
 from ..training.gradient_split import split_gradient, split_metrics
-from ..training.optimizers import build_optimizer, set_lr, split_parameters
+from ..training.optimizers import (
+    build_optimizer,
+    fixed_parameters,
+    set_lr,
+    split_parameters,
+)
 from ..training.sharding import load_optimizer, weights_of
 from ..training.stage import StageConfig
 from ..training.step_module import wrap
@@ -61,18 +66,19 @@ def begin_stage(
     """Make the stage's parameters trainable, wrap the model and build the optimizers and the
     reference.
     """
-    parameters = split_parameters(run.model)
+    parameters, fixed = split_parameters(run.model), fixed_parameters(run.model)
     trained = {"main": config.train_main, "head": config.train_head}
     for part, is_trained in trained.items():
-        for parameter in parameters[part].values():
-            parameter.requires_grad_(is_trained)
+        for parameter_name, parameter in parameters[part].items():
+            parameter.requires_grad_(is_trained and parameter_name not in fixed)
     set_activation_checkpointing(run.model, config.gradient_checkpointing)
     run.module = wrap(run.fabric, run.model, run.module, run.config.fabric.rollout_weights)
     parameters = split_parameters(run.model)  # of the wrapped model, where they may be shards
     optimizers: dict[str, Any] = {}
     for part, is_trained in trained.items():
         if is_trained:
-            built = build_optimizer(parameters[part], config.optimizer_of(part))
+            learning = {n: p for n, p in parameters[part].items() if p.requires_grad}
+            built = build_optimizer(learning, config.optimizer_of(part))
             if part in optimizer_states:
                 load_optimizer(built, optimizer_states[part])
             optimizers[part] = run.fabric.setup_optimizers(built)

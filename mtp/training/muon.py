@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
@@ -62,6 +63,9 @@ class Muon(torch.optim.Optimizer):
                 on_cpu = gradient.device.type == "cpu"
                 dtype = self.dtype or (torch.float32 if on_cpu else torch.bfloat16)
                 update = orthogonal(gradient.lerp(average, MOMENTUM), dtype)
+                if isinstance(update, DTensor) and isinstance(parameter, DTensor):
+                    # Of few rows the update is no longer in shards.
+                    update = update.redistribute(parameter.device_mesh, parameter.placements)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 scale = 0.2 * max(parameter.shape) ** 0.5
                 parameter.add_(update, alpha=-group["lr"] * scale)

@@ -31,7 +31,7 @@ class OptimizerConfig:
     """Ratio of Muon's rate to `lr`. At 1 an update has the root mean square of AdamW's in large
     models; small models with noisy gradients make larger updates."""
     weight_decay: float = bounded(0.0, at_least=0)
-    """Weight decay, applied to matrices only."""
+    """Weight decay, applied to matrices only: not to norms, biases and rates."""
     clip_norm: float = bounded(1.0, above=0)
     """Maximum norm of the emitter's gradient; main and head are clipped separately."""
     warmup_steps: int = bounded(20, at_least=0)
@@ -103,10 +103,35 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.param_groups[:] = [g for part in self.parts.values() for g in part.param_groups]
 
 
+def fixed_parameters(model: nn.Module) -> set[str]:
+    """Names of parameters that no stage trains.
+
+    They are those that the family's class builds without a gradient, which a checkpoint does not
+    record, and those of indexers (DeepSeek-V3.2), which select tokens: no loss of mtp's reaches
+    them.
+    """
+    with torch.device("meta"):
+        built = type(model)(model.config)
+    frozen = {name for name, p in built.named_parameters() if not p.requires_grad}
+    return frozen | {name for name, _ in built.named_parameters() if ".indexer." in name}
+
+
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """True for what multiplies vectors or is a table of them.
+
+    Norms and biases may have two dimensions, such as a norm by attention head, and so have rates of
+    state-space models (`A_log`) and of RWKV (`time_mix`).
+    """
+    parts = ("norm", "bias", "A_log", "time_")
+    return parameter.ndim >= 2 and not any(part in name for part in parts)
+
+
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     """True for the matrices of hidden layers: neither embeddings nor output matrices."""
-    names = ("embed", "lm_head", ".wte.", ".wpe.")
-    return parameter.ndim == 2 and not any(part in name for part in names)
+    is_table = name == "head.weight" or any(
+        part in name for part in ("embed", "lm_head", ".wte.", ".wpe.")
+    )
+    return parameter.ndim == 2 and is_matrix(name, parameter) and not is_table
 
 
 def is_stack_of_matrices(parameter: nn.Parameter) -> bool:
@@ -133,10 +158,12 @@ def build_optimizer(
             "holds the matrices of several experts, and most weights would be left to AdamW; set "
             "it to adamw"
         )
-    rest = [p for n, p in parameters.items() if n not in set(muon_names)]
+    rest = {n: p for n, p in parameters.items() if n not in set(muon_names)}
+    matrices = [p for n, p in rest.items() if is_matrix(n, p)]
+    others = [p for n, p in rest.items() if not is_matrix(n, p)]
     groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True)

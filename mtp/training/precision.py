@@ -4,8 +4,6 @@
 beyond a few hundred tokens turn by other angles than in the same checkpoint opened by transformers.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,14 +38,3 @@ def cast_weights(model: Any, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not keeps_float32(model, name):
             parameter.data = parameter.data.to(dtype)
-
-
-@contextmanager
-def exact_buffers(model: Any) -> Iterator[None]:
-    """Within, a library may cast the model; then its floating buffers have their values again."""
-    before = {n: b for n, b in model.named_buffers() if b.is_floating_point()}
-    yield
-    for name, buffer in before.items():
-        path, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(path)
-        owner._buffers[leaf] = buffer.to(owner._buffers[leaf].device)

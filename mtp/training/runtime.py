@@ -47,7 +47,8 @@ class FabricConfig:
     pass; all processes run equally many passes. `whole`: once for all passes, for models that fit
     on one device."""
     precision: str = "32-true"
-    """Precision: `32-true`, `bf16-mixed` or `bf16-true`."""
+    """Precision: `32-true`, `bf16-mixed` (weights in float32, products in bfloat16) or `bf16-true`
+    (weights in bfloat16, as with `model.dtype=bfloat16`)."""
     deterministic: bool = False
     """Only algorithms that give the same bits in every run on the same machine; an operation that
     has none is an error. Slower on a GPU."""
@@ -90,7 +91,8 @@ class FabricConfig:
                 devices=self.devices,
                 num_nodes=self.num_nodes,
                 strategy=self._strategy(),
-                precision=self.precision,
+                # Fabric's own bf16-true casts buffers, and makes bfloat16 the dtype of new tensors.
+                precision="32-true" if self.precision == "bf16-true" else self.precision,
             )
         except (ValueError, RuntimeError, MisconfigurationException) as error:
             raise ValueError(f"fabric could not be set up: {error}") from None

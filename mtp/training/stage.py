@@ -130,7 +130,7 @@ class StageConfig:
     channel_gradient: float = bounded(1.0, at_least=0)
     """Scale of the head's gradient on main: 1 opens the channel, 0 closes it."""
     channel_ramp_steps: int = bounded(0, at_least=0)
-    """Number of steps in which the scale rises linearly from 0 to `channel_gradient`; 0:
+    """Number of steps before the scale is `channel_gradient`, to which it rises linearly; 0:
     constant."""
     logits_detach: bool = False
     """Detach the head's gradient from an output matrix that it shares with main. The channel
@@ -188,7 +188,8 @@ class StageConfig:
         """Channel gradient of a step counted from 0."""
         if step >= self.channel_ramp_steps:
             return self.channel_gradient
-        return self.channel_gradient * step / self.channel_ramp_steps
+        # Not from 0: main may be reached through the channel alone, and needs some gradient.
+        return self.channel_gradient * (step + 1) / (self.channel_ramp_steps + 1)
 
     def validate(self, name: str) -> None:
         """Raises ValueError naming the key of an impossible value."""
@@ -236,10 +237,12 @@ class StageConfig:
         check_unset(self, key, "examples")
         rollouts.validate(f"{key}.rollouts")
         self.advantage.validate(f"{key}.advantage")
-        if self.objective.policy.weight and rollouts.group_size < 2:
+        compares_prompts = self.objective.policy.weight and self.advantage_rule() is not batch_std
+        if compares_prompts and rollouts.group_size < 2:
             raise ValueError(
                 f"{key}.rollouts.group_size must be at least 2, got {rollouts.group_size}: an "
-                "advantage compares the rollouts of one prompt"
+                "advantage compares the rollouts of one prompt; increase it, or set "
+                f"{key}.advantage.kind=batch_std, which compares those of the step"
             )
         if rollouts.drop_uninformative and self.advantage_rule() is batch_std:
             raise ValueError(

@@ -19,7 +19,6 @@ from ..modeling.sampler import Sampler
 from .batch import TextBatch
 from .objectives import ObjectiveConfig, ReferenceRows, StreamInputs, Term, scores_head
 from .objectives.scored import replay_batch
-from .precision import exact_buffers
 from .sharding import is_sharded, reshard, whole
 
 T = TypeVar("T")
@@ -122,8 +121,7 @@ def wrap(fabric: Fabric, model: Any, before: Any = None, rollout_weights: str = 
     """
     if is_sharded(before):
         return before
-    with exact_buffers(model):
-        module = fabric.setup_module(StepModule(model, fabric.autocast, rollout_weights))
+    module = fabric.setup_module(StepModule(model, fabric.autocast, rollout_weights))
     module.mark_forward_method("call")
     register_fsdp_forward_method(module.module, "call")
     return module

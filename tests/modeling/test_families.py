@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import EOS, FAMILIES, PAD, tiny_family
+from families import EOS, FAMILIES, PAD, VOCABULARY, tiny_family
 from family_contract import FAST, PHASES, PROMPTS, examine, rollout_batch, verdict
 from family_table import read_table
 from helpers import run_alone
@@ -17,7 +17,10 @@ from mtp.modeling.decode_options import DecodeOptions
 from mtp.modeling.records import pad
 from mtp.modeling.sampler import Sampler
 from mtp.modeling.search import search
+from mtp.training.collate import collate_text
+from mtp.training.objectives import HeadCE, MainCE, StreamInputs
 from mtp.training.objectives.scored import replay_batch
+from mtp.training.optimizers import fixed_parameters
 
 QUICK = ("llama", "qwen3", "gemma2", "gpt_oss", "llama4_text", "deepseek_v3", "phi", "qwen3_next")
 """Families of the fast suite: of each kind of mask, output layer and state there is one."""
@@ -29,6 +32,25 @@ TABLE = read_table()
 @pytest.mark.parametrize("model_type", QUICK)
 def test_a_family_keeps_the_contract(model_type):
     examine(model_type, 20, generate=False)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["afmoe", "deepseek_v32", "ernie4_5_moe", "glm_moe_dsa", "qwen3"]
+)
+def test_every_parameter_that_a_stage_trains_gets_a_gradient(model_type):
+    """The first four have parameters that are built frozen, or that only select tokens."""
+    model, fixed = tiny_family(model_type), fixed_parameters(tiny_family(model_type))
+    assert bool(fixed) is (model_type != "qwen3")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in fixed)
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.randint(3, VOCABULARY, (6, 40), generator=generator).tolist()
+    batch = collate_text([(text[:2], text[2:]) for text in texts], FAST, 4, PAD)
+    inputs = StreamInputs(replay_batch(model, batch, channel_gradient=1.0, use_head=True), batch)
+    terms = MainCE(weight=1.0).terms(inputs) | HeadCE(weight=1.0).terms(inputs)
+    sum(term.total for term in terms.values()).backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
 
 
 @pytest.mark.parametrize("method", ["beam", "mcts"])

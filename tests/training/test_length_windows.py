@@ -96,3 +96,11 @@ def test_the_position_counts_examples(window):
     one = run()
     next_examples(one, 4, window)
     assert one.progress.position == 4
+
+
+def test_steps_are_of_similar_length_after_a_stage_of_other_steps():
+    """From a position within a batch each step would cross two of them."""
+    aligned, moved = run(), run(position=3)
+    first = next_examples(aligned, 2, 3), next_examples(aligned, 2, 3), next_examples(aligned, 2, 3)
+    assert next_examples(moved, 2, 3) == first[2]
+    assert moved.progress.position == aligned.progress.position == 6

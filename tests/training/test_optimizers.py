@@ -1,6 +1,10 @@
 """Which parameters each optimizer moves, how far, and what a checkpoint keeps of it."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +87,58 @@ def test_muon_is_refused_where_a_layers_experts_are_one_parameter():
         build_optimizer(parameters, muon)
     adamw = build_optimizer(parameters, OptimizerConfig(weight_decay=0.1))
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.1]
+
+
+def test_norms_biases_rates_and_the_output_matrix_are_no_hidden_matrices():
+    """By their number of dimensions they might be; names are those of transformers' families."""
+    others = [
+        "model.layers.0.self_attn.q_norm.weight",  # cohere, a norm by attention head
+        "backbone.layers.0.mixer.A_log",  # mamba
+        "rwkv.blocks.0.attention.time_mix_key",
+        "model.layers.0.mlp.experts.down_proj_bias",  # gpt_oss
+    ]
+    names = [*others, "head.weight", "q_proj.weight"]  # head.weight: the output matrix of rwkv
+    parameters = {name: torch.nn.Parameter(torch.zeros(4, 4)) for name in names}
+    config = OptimizerConfig(algorithm="muon", weight_decay=0.1)
+    optimizer = build_optimizer(parameters, config)
+    (muon,), adamw = (optimizer.parts[name].param_groups for name in ("muon", "adamw"))
+    assert [p is parameters["q_proj.weight"] for p in muon["params"]] == [True]
+    kept = {id(p) for group in adamw if not group["weight_decay"] for p in group["params"]}
+    assert kept == {id(parameters[name]) for name in others}
+
+
+SPLIT_ROWS = """
+import sys
+import torch
+from forks import exit_codes, fork_ranks
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from mtp.training.muon import Muon
+from mtp.training.runtime import FabricConfig
+
+def step(rows):
+    FabricConfig(accelerator="cpu", devices=2, strategy="fsdp2", num_threads=1).build()
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    weight, gradient = torch.randn(rows, 8), torch.randn(rows, 8)
+    whole = torch.nn.Parameter(weight.clone())
+    shards = torch.nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
+    whole.grad, shards.grad = gradient, distribute_tensor(gradient, mesh, [Shard(0)])
+    for parameter in (whole, shards):
+        Muon([parameter], lr=0.1, weight_decay=0.1).step()
+    torch.testing.assert_close(shards.full_tensor(), whole.detach())
+
+for rows in (1, 3):
+    assert exit_codes(fork_ranks(step, rows)) == [0, 0]
+"""
+
+
+def test_muon_steps_a_matrix_in_shards_with_fewer_rows_than_processes_too():
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run(
+        [sys.executable, "-c", SPLIT_ROWS], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")

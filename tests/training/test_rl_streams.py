@@ -138,9 +138,16 @@ def test_blocks_of_rollouts_hold_one_token_of_main_and_the_heads_after_it():
 def test_the_channel_opens_evenly():
     stage = StageConfig(channel_gradient=0.8, channel_ramp_steps=4)
     assert [stage.channel_gradient_at(step) for step in (0, 1, 2, 4, 9)] == pytest.approx(
-        [0.0, 0.2, 0.4, 0.8, 0.8]
+        [0.16, 0.32, 0.48, 0.8, 0.8]
     )
     assert StageConfig().channel_gradient_at(0) == 1.0
+
+
+def test_reinforce_pp_takes_one_rollout_per_prompt():
+    """Its advantages compare the rollouts of a step, as in its paper."""
+    policy = ObjectiveConfig(policy=Policy(weight=1.0, algorithm="reinforce_pp"))
+    rollouts = RolloutsConfig(num_prompts=4, group_size=1)
+    StageConfig(rollouts=rollouts, objective=policy).validate("x")
 
 
 @pytest.mark.parametrize(

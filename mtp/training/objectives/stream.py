@@ -139,7 +139,8 @@ class SlotWeights:
                 f"{stream}.slot_weights must have {num_head_slots} entries, one per head slot, got "
                 f"{len(self.slot_weights)}; leave it empty for equal weights"
             )
-        return torch.tensor(self.slot_weights, device=slots.device)[slots - 1]
+        weights = torch.tensor(self.slot_weights, dtype=torch.float32, device=slots.device)
+        return weights[slots - 1]
 
     def weight_sum(self, batch: TextBatch, stream: str) -> float | Tensor:
         """Sum of the weights of the head's rows."""
