@@ -90,7 +90,7 @@ def test_muon_is_refused_where_a_layers_experts_are_one_parameter():
 
 
 def test_norms_biases_rates_and_the_output_matrix_are_no_hidden_matrices():
-    """By their number of dimensions they might be; names are those of transformers' families."""
+    """Their number of dimensions is that of matrices; names are those of transformers' families."""
     others = [
         "model.layers.0.self_attn.q_norm.weight",  # cohere, a norm by attention head
         "backbone.layers.0.mixer.A_log",  # mamba
