@@ -164,7 +164,7 @@ def test_an_accuracy_of_fast_mode_to_stop_at_needs_a_head_that_some_stage_trains
 
 
 def test_a_run_in_bfloat16_ends_and_its_weights_are_bfloat16(tmp_path, caplog):
-    """Its reference too is in bfloat16; new tensors of floats are float32, as counters have to be."""
+    """Its reference is in bfloat16 too; new tensors are float32, as counters have to be."""
     summary = train(config(tmp_path / "run", "fabric.precision=bf16-true"))
     assert [stage["name"] for stage in summary["stages"]] == ["main", "head", "joint", "rl"]
     assert "the weights are bfloat16: a step that changes one by less than" in caplog.text

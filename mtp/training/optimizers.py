@@ -4,6 +4,7 @@ Muon (Jordan et al. 2024; its update scaled to AdamW's as in Liu et al. 2025, ar
 updates the matrices of hidden layers, and AdamW all other parameters.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from ..common.bounds import bounded
+from ..modeling.modeling_mtp import family_class
 from .muon import Muon
 
 BETAS = (0.9, 0.95)
@@ -103,7 +105,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.param_groups[:] = [g for part in self.parts.values() for g in part.param_groups]
 
 
-def fixed_parameters(model: nn.Module) -> set[str]:
+def fixed_parameters(model: Any) -> set[str]:
     """Names of parameters that no stage trains.
 
     They are those that the family's class builds without a gradient, which a checkpoint does not
@@ -111,7 +113,7 @@ def fixed_parameters(model: nn.Module) -> set[str]:
     them.
     """
     with torch.device("meta"):
-        built = type(model)(model.config)
+        built = family_class(model.config.model_type)(copy.deepcopy(model.config))
     frozen = {name for name, p in built.named_parameters() if not p.requires_grad}
     return frozen | {name for name, _ in built.named_parameters() if ".indexer." in name}
 
