@@ -286,7 +286,9 @@ def run_job(
     before, trained = noted_before(folder), config_of(folder)
     note_job(folder, noted, None)
     try:
-        return run()
+        value = run()
+        note_job(folder, noted, None)  # another command may have noted that the run is in use
+        return value
     except Exception as error:
         line = one_line(error)
         if line is None:

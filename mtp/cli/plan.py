@@ -5,6 +5,7 @@ Imports arithmetic only, so it answers at once.
 
 import argparse
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -124,8 +125,8 @@ def workload(arguments: argparse.Namespace) -> Workload:
     """The step that the options describe. Raises ValueError naming an impossible option."""
     for name in NUMBERS:
         value = getattr(arguments, name.replace("-", "_"))
-        if value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
+        if not 1 <= value < math.inf:
+            raise ValueError(f"--{name} must be a number of at least 1, got {value}")
     main = main_of(arguments.main)
     return Workload(
         main,

@@ -97,7 +97,7 @@ def generate(arguments: argparse.Namespace) -> None:
     prompt = writer.fmt.prompt_ids(arguments.prompt)
     writer.check_length(prompt)
     style = "dim" if writer.console.is_terminal else ""
-    writer.console.print(arguments.prompt, end=" ", style=style)
+    writer.console.print(arguments.prompt, end=" ", style=style, markup=False, emoji=False)
     writer.write(prompt, writer.mode)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, try_to_load_from_cache
+from yaml import YAMLError
 
 from ..evaluation.evaluate import decode_all, held_out
 from ..modeling.contract import head_is_trained
@@ -218,7 +219,8 @@ def _snippet(
                 tokenizer.decode(fmt.leading_ids) + shown,
                 ", add_special_tokens=False",
             )
-        inputs = [f'inputs = tokenizer({json.dumps(shown)}, return_tensors="pt"{special})']
+        quoted = json.dumps(shown, ensure_ascii=False)
+        inputs = [f'inputs = tokenizer({quoted}, return_tensors="pt"{special})']
     else:
         messages = [{"role": "user", "content": prompt}]
         inputs = [
@@ -438,7 +440,12 @@ def base_model(config: ModelConfig) -> tuple[str, str | None, str | None]:
 
 
 def _card_licence(card: Any) -> str | None:
-    """The licence field of a model card; None if there is no such file or field."""
+    """The licence field of a model card; None if there is no such file or field, or if the file is
+    no model card: a run must not end without its export for that.
+    """
     if not isinstance(card, str | Path) or not Path(card).is_file():
         return None
-    return ModelCard(Path(card).read_text(), ignore_metadata_errors=True).data.get("license")
+    try:
+        return ModelCard(Path(card).read_text(), ignore_metadata_errors=True).data.get("license")
+    except (ValueError, YAMLError):
+        return None

@@ -378,6 +378,12 @@ def test_a_failed_export_leaves_the_earlier_one(tmp_path):
     assert contents(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("text", ["---\nmy notes\n---\n", "---\ntitle: My: model\n---\n", b"\xff"])
+def test_a_readme_that_is_no_model_card_has_no_licence(tmp_path, text):
+    (tmp_path / "README.md").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert base_model(ModelConfig(source=str(tmp_path)))[2] is None
+
+
 def test_the_base_models_licence_is_read_where_it_is_written(tmp_path):
     assert base_model(ModelConfig()) == ("none (llama trained from scratch)", None, None)
     folder = tmp_path / "base"

@@ -132,6 +132,20 @@ def test_a_mistake_in_a_job_is_one_line_and_the_next_run_of_it_forgets_the_error
     assert json.loads((folder / "job.json").read_text())["error"] is None
 
 
+def test_a_job_that_ends_forgets_the_error_that_another_command_noted_of_it(tmp_path):
+    folder = tmp_path / "seed=1"
+
+    def train() -> float:
+        run_job(in_use, folder, {"seed": "1"})
+        return 0.5
+
+    def in_use() -> float:
+        raise ValueError("in use by process 7")
+
+    assert run_job(train, folder, {"seed": "1"}) == 0.5
+    assert json.loads((folder / "job.json").read_text())["error"] is None
+
+
 def test_a_run_that_does_not_take_other_settings_keeps_its_own_in_the_record(tmp_path):
     folder = tmp_path / "seed=1"
     trained = {"overrides": {"seed": "1"}, "settings": {"seed": "1", "stages.rl.steps": "7"}}
