@@ -114,8 +114,7 @@ def fixed_parameters(model: Any) -> set[str]:
     """
     with torch.device("meta"):
         built = family_class(model.config.model_type)(copy.deepcopy(model.config))
-    frozen = {name for name, p in built.named_parameters() if not p.requires_grad}
-    return frozen | {name for name, _ in built.named_parameters() if ".indexer." in name}
+    return {n for n, p in built.named_parameters() if not p.requires_grad or ".indexer." in n}
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:

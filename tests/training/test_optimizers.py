@@ -108,7 +108,6 @@ def test_norms_biases_rates_and_the_output_matrix_are_no_hidden_matrices():
 
 
 SPLIT_ROWS = """
-import sys
 import torch
 from forks import exit_codes, fork_ranks
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
@@ -116,7 +115,7 @@ from mtp.training.muon import Muon
 from mtp.training.runtime import FabricConfig
 
 def step(rows):
-    FabricConfig(accelerator="cpu", devices=2, strategy="fsdp2", num_threads=1).build()
+    FabricConfig(accelerator="cpu", devices=2, strategy="ddp", num_threads=1).build()
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     weight, gradient = torch.randn(rows, 8), torch.randn(rows, 8)
