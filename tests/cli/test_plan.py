@@ -35,7 +35,7 @@ def test_a_device_replays_no_more_rollouts_at_once_than_it_has(capsys):
         (["--main", "9b"], "--main must be one of"),
         (["--gpus", "0"], "--gpus must be numbers between 1"),
         (["--gpus", "2048"], "--rollouts must be at least the number of GPUs, 2048, got 1024"),
-        (["--slots", "0"], "--slots must be at least 1, got 0"),
+        (["--slots", "0"], "--slots must be a number of at least 1, got 0"),
         (["--tokens-per-pass", "9"], "tokens_per_pass must be between 1 and 6"),
     ],
 )
