@@ -10,7 +10,8 @@ from typing import Any
 from .common.errors import reading
 from .common.files import save_atomically
 from .config import RunConfig
-from .hub.build import load_model, save_model
+from .hub.build import load_model, read_saved, save_model
+from .rollouts.prompt_format import PromptFormat
 from .run import Run
 from .training.sharding import is_sharded, shard_frozen
 
@@ -74,6 +75,26 @@ def check_references(config: RunConfig) -> None:
     evaluation_reference(config)
 
 
+def check_saved_reference(config: RunConfig, fmt: PromptFormat) -> None:
+    """Raise ValueError if the evaluation's reference is a folder whose model cannot score the text
+    of a run with this prompt format.
+    """
+    name = evaluation_reference(config)
+    if name != START and name not in config.active_stages():
+        key = f"evaluation.reference={name}"
+        with reading(key):
+            _, tokenizer = read_saved(Path(name))
+        check_same_vocabulary(key, tokenizer, fmt)
+
+
+def check_same_vocabulary(name: str, tokenizer: Any, fmt: PromptFormat) -> None:
+    """Raise ValueError if the reference of this name has another vocabulary than the run."""
+    if tokenizer.get_vocab() != fmt.tokenizer.get_vocab():  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{name} has another vocabulary than the model; a divergence compares the same tokens"
+        )
+
+
 def reference_in_loss(config: RunConfig, name: str) -> bool:
     """True if the evaluation's reference after a stage is the stage's reference in the loss, or
     itself.
@@ -134,11 +155,7 @@ def load_frozen(run: Run, name: str) -> Any:
     folder = folder_of(run.config, run.folder, name)
     with reading(f"the reference {name} ({folder})"):
         model, fmt = load_model(folder, run.config.weight_dtype())
-    if fmt.tokenizer.get_vocab() != run.fmt.tokenizer.get_vocab():  # type: ignore[attr-defined]
-        raise ValueError(
-            f"the reference {name} has another vocabulary than the model; a divergence compares "
-            "the same tokens"
-        )
+    check_same_vocabulary(f"the reference {name}", fmt.tokenizer, run.fmt)
     model.requires_grad_(False).eval()
     if is_sharded(run.module):
         return shard_frozen(model, run.module)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric, seed_everything
+from mtp_kernels.dispatch import TRITON_INSTALLED, triton_interpreted
 
 from .channels.saving import ATTRIBUTE
 from .channels.stage import attach_channel, run_channel_stage
@@ -23,7 +24,7 @@ from .hub.export import export
 from .hub.run_folder import RunFolder, claim
 from .modeling.compiled import check_traceable
 from .modeling.contract import head_is_trained
-from .reference import check_references, save_start
+from .reference import check_references, check_saved_reference, save_start
 from .reports.curves import save_curves
 from .reports.loggers import Log, LoggedRun
 from .reports.page import REPORT, write_page
@@ -73,6 +74,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def train_on(fabric: Fabric, config: RunConfig) -> dict[str, Any]:
     """`train` on devices and processes that are there."""
+    check_kernels(config.kernels, fabric.device)
     path, full_steps = Path(config.run_dir), {}
     if config.dry_run:
         path = path.with_name(path.name + "-dry_run")
@@ -89,6 +91,7 @@ def train_on(fabric: Fabric, config: RunConfig) -> dict[str, Any]:
         if fabric.is_global_zero:
             if config.dry_run:
                 folder.remove()
+            folder.restore_replaced()
             folder.release()
             if config.dry_run and path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
@@ -144,6 +147,7 @@ def run_stages(
         load_weights(model, state.pop("model"), checkpoint)
         check_processes(model, progress)
     task.follow(partial(state_of, config, progress, task.size("train")))
+    check_saved_reference(config, fmt)
     if fabric.is_global_zero:
         write_start(folder, config, state)
     fabric.barrier()
@@ -176,6 +180,8 @@ def run_stages(
             lines = log.start(logged, state["log"] if state else None)
             if state is not None:
                 say_where(run, lines)
+            if fabric.is_global_zero:
+                folder.discard_replaced()
             for index, (name, stage) in enumerate(config.active_stages().items()):
                 model.config.mtp_head_is_trained |= stage.train_head
                 if index >= progress.stage:
@@ -292,8 +298,23 @@ def finish(run: Run) -> dict[str, Any]:
         run.log.finish(has_ended=True)
         # Last, since a summary marks the run as ended.
         save_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        print_table(run.console, summary)
+        print_table(run.console, summary, keeps_export=not run.config.dry_run)
     return summary
+
+
+def check_kernels(kernels: str, device: torch.device) -> None:
+    """Raise ValueError if Triton's kernels are asked for where they cannot run."""
+    if kernels != "triton":
+        return
+    if not TRITON_INSTALLED:
+        raise ValueError(
+            "kernels=triton needs the triton package; install it, or use kernels=torch"
+        )
+    if device.type != "cuda" and not triton_interpreted():
+        raise ValueError(
+            f"kernels=triton needs a GPU, got {device.type}; use kernels=auto, or set "
+            "TRITON_INTERPRET=1 for Triton's interpreter, which is slow"
+        )
 
 
 def check_projects(config: RunConfig, task: Task) -> None:

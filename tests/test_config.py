@@ -173,6 +173,20 @@ def test_the_log_is_files_and_the_sinks_that_are_chosen():
         ("overwrite=3.5", "overwrite must be true or false, got '3.5'"),
         ("head.num_slots=null", "head.num_slots must not be null"),
         ("head.taps=2", "head.taps must be a list, such as head.taps=[...]"),
+        (
+            "+stages.more.steps=5",
+            "stages.more cannot be added on the command line; write a new one",
+        ),
+        ("+stages.more={steps: 5}", "stages.more cannot be added on the command line; write a ne"),
+        ("stages.more.steps=5", "unknown key stages.more; there are main, head, joint, rl; write"),
+        (
+            "experiment=imperfect_teacher/main_onli",
+            "experiment=imperfect_teacher/main_onli is not a choice; did you mean imperfect_teacher",
+        ),
+        (
+            "experiment=nope",
+            "experiment=nope is not a choice; there are gsm_symbolic, gsm_symbolic_",
+        ),
         ("stages.rl=5", "stages.rl holds keys of its own: set stages.rl.KEY=..."),
         ("seed=???", "seed must be set: seed=..."),
         ("seed", "'seed' could not be read as key=value ("),
@@ -308,6 +322,7 @@ def test_folders_of_jobs_are_readable_valid_and_distinct():
     [
         (["seed=abc"], 2, "error: seed must be a whole number, got 'abc'\n"),
         (["run_dir=/dev/null"], 2, "error: run_dir=/dev/null cannot be written: not a folder"),
+        (["study=pass_budget"], 2, "error: study=pass_budget belongs to a sweep: add -m\n"),
         (["-m", "name=a,b"], 2, "error: a sweep writes to runs/<name>_sweep/<overrides>: "),
     ],
 )

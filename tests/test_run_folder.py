@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, TINY, config
 from runs import content, same_run
+from transformers import AutoConfig
 
-from mtp.hub.run_folder import RunFolder
+from mtp.hub.run_folder import MARK, REPLACED, RunFolder, names_of_a_run
 from mtp.trainer import train
 
 
@@ -36,6 +37,50 @@ def test_a_new_run_replaces_a_run_and_keeps_what_lies_beside_it(copy, ended):
     train(config(copy, "overwrite=true"))
     assert (copy / "notes.txt").read_text() == "mine"
     same_run(copy, ended)
+
+
+@pytest.mark.parametrize(
+    "unusable",
+    [
+        "kernels=triton",
+        "logger.sinks.mlflow.tracking_uri=/dev/null/store",
+        "evaluation.reference=FOREIGN",
+    ],
+)
+def test_a_run_stays_until_the_one_that_replaces_it_trains(
+    copy, ended, tmp_path, monkeypatch, unusable
+):
+    monkeypatch.setattr("mtp.trainer.triton_interpreted", lambda: False)
+    if "mlflow" in unusable:
+        pytest.importorskip("mlflow")
+        unusable = ("logger=[files,mlflow]", unusable)
+    else:
+        AutoConfig.for_model("llama").save_pretrained(tmp_path / "foreign")
+        unusable = (unusable.replace("FOREIGN", str(tmp_path / "foreign")),)
+    with pytest.raises(ValueError, match="kernels=triton|tracking_uri|no model that mtp saved"):
+        train(config(copy, "overwrite=true", *unusable))
+    same_run(copy, ended)
+    assert content(copy) == content(ended)
+
+
+def test_a_run_that_a_killed_one_was_about_to_replace_is_put_back(copy, ended):
+    before = content(copy)
+    for num_moved in range(4):
+        folder = RunFolder(copy)
+        folder.begin()
+        (copy / "metrics.jsonl").write_text("of the new run")
+        if num_moved:  # killed while it moved the files, when there is no new mark
+            (copy / MARK).unlink()
+            (copy / "metrics.jsonl").unlink()
+            for name in names_of_a_run()[num_moved:]:
+                if (copy / REPLACED / name).exists():
+                    (copy / REPLACED / name).rename(copy / name)
+        folder.check()
+        folder.tidy()
+        assert content(copy) == before
+    folder.begin()
+    folder.discard_replaced()
+    assert list(content(copy)) == [MARK]
 
 
 def test_an_export_that_holds_anothers_files_is_not_replaced(copy):

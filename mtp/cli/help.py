@@ -21,7 +21,7 @@ USAGE = """\
 Train a main LLM together with its eavesdropping head.
 
   python train.py                              the default experiment, into runs/default
-  python train.py experiment=NAME              another experiment, into runs/NAME
+  python train.py experiment=NAME              another experiment, into runs/ and its name
   python train.py dry_run=true                 a few steps of each stage, an export, an estimate
   python train.py resume=true                  continue from the last checkpoint
   python train.py -m seed=1,2,3                a sweep, into runs/default_sweep/seed=1 ...

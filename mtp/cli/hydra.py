@@ -48,7 +48,7 @@ def compose_and_run(arguments: list[str], conf: Path) -> None:
         sys.argv = given  # a strategy of several processes starts the same command again
         overrides = job_overrides()
         if overrides is None:
-            code = run_command(lambda: run(config))  # Hydra would print its own message
+            code = run_command(lambda: run_alone(config))  # Hydra would print its own message
             return sys.exit(code) if code else None
         settings = job_settings()
         begin_job(submission)
@@ -68,6 +68,15 @@ def compose_and_run(arguments: list[str], conf: Path) -> None:
         raise
     finally:
         sys.argv = given
+
+
+def run_alone(config: DictConfig) -> float | None:
+    """`run` outside of a sweep. Raises ValueError if a setting asks for a sweep."""
+    choices = HydraConfig.get().runtime.choices
+    for group, default in (("study", None), ("sweep", "basic"), ("sweeper", "basic")):
+        if choices[group] != default:
+            raise ValueError(f"{group}={choices[group]} belongs to a sweep: add -m")
+    return run(config)
 
 
 def run(config: DictConfig) -> float | None:
@@ -294,10 +303,17 @@ def run_job(
         if line is None:
             traceback.print_exc()
             line = f"{type(error).__name__}: {error}".splitlines()[0]
-        print_error(f"{folder.name}: {line}")
+        print_error(f"{job_name(folder)}: {line}")
         is_refused = trained is not None and config_of(folder) == trained
         note_job(folder, before if is_refused and before else noted, line)
         return None
+
+
+def job_name(folder: Path) -> str:
+    """The path of a job's folder in its sweep's."""
+    sweep = Path(HydraConfig.get().sweep.dir) if HydraConfig.initialized() else folder.parent
+    folder, sweep = folder.absolute(), sweep.absolute()
+    return str(folder.relative_to(sweep)) if folder.is_relative_to(sweep) else folder.name
 
 
 def begin_job(submission: Submission) -> None:

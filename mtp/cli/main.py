@@ -171,6 +171,7 @@ def export(arguments: argparse.Namespace) -> None:
     if measured.is_file():
         summary = read_json(measured)
     so_far = opened.stages_so_far()
+    config.stages = {name: config.stages[name] for name in so_far}  # the card lists them
     try:
         summary["stages"] = [stage for stage in summary["stages"] if stage["name"] in so_far]
     except (KeyError, TypeError, IndexError):
@@ -252,8 +253,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--format",
         default="huggingface",
         metavar="NAME",
-        help="huggingface (main with its head, the default), main (main alone, for any tool) or "
-        "gguf (main alone in one file, for llama.cpp)",
+        help="huggingface (main with its head, the default), main (main alone, for any tool), gguf "
+        "(main alone in one file, for llama.cpp), eagle3 or speculators (the head as a draft model "
+        "for vLLM and SGLang), native_mtp (the head as the MTP layer of main's family)",
     )
     sub.add_argument(
         "--default-mode",

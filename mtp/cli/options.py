@@ -53,7 +53,8 @@ def add_sampling_options(sub: argparse.ArgumentParser) -> None:
         "--temperature",
         type=float,
         metavar="T",
-        help="sampling temperature, 0: greedy; default: 0, with --search 1",
+        help="sampling temperature, 0: greedy; default: 0; 1 with --search; the run's with "
+        "--measure channel",
     )
     sub.add_argument(
         "--top-k", type=int, metavar="K", help="sample from the K likeliest tokens; default: all"

@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ PLUGINS = {
 }
 """Launchers of conf/sweep and sweepers of conf/sweeper that are separate packages."""
 
+
+IN_A_FILE = "write a new one into an experiment, a file of conf/experiment"
+"""Remedy for an entry that holds keys of its own, such as a stage, and is not there yet."""
+
+CONF = Path(__file__).parents[1] / "conf"
+"""Files of the choices."""
 
 OURS = ("__main__", "hydra", "mtp", "mtp_kernels")
 """Packages whose ValueError is meant for the user; a module that is run directly is `__main__`."""
@@ -135,6 +142,11 @@ def _of_hydra(error: BaseException) -> str:
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__ or cause.__context__
     where = match[1] if (match := _IN_FILE.match(text)) else None
+    added = re.match(r"Error merging override \+\+?([\w.]+)=", text)
+    if added and "is not a subclass of" in str(cause):
+        parts = added[1].split(".")
+        key = ".".join(parts[: parts.index(cause.key) + 1]) if cause.key in parts else added[1]
+        return f"{key} cannot be added on the command line; {IN_A_FILE}"
     if cause is not None:
         return _of_omegaconf(cause, where)
     if match := re.match(r"Could not override '(.*?)'\.", text):
@@ -168,8 +180,15 @@ def _unknown_choice(path: str, options: Iterable[str]) -> str:
             f"{key}={option} needs the package {PLUGINS[option]}; install the launchers and "
             "sweepers with: pip install '.[sweep]'"
         )
-    shown = [name for name in options if not name.endswith("_schema")]
-    return f"{group}={option} is not a choice{_closest(option, shown)}"
+    first, _, rest = path.partition("/")
+    if not (CONF / first).is_dir():
+        shown = [name for name in options if not name.endswith("_schema")]
+        return f"{group}={option} is not a choice{_closest(option, shown)}"
+    # Hydra's options are those of one folder, and an option may be in a folder of its own.
+    names = [str(p.relative_to(CONF / first))[:-5] for p in (CONF / first).rglob("*.yaml")]
+    folders = sorted({f"{name.partition('/')[0]}/..." for name in names if "/" in name})
+    shown = sorted(name for name in names if "/" not in name) + folders
+    return f"{first}={rest} is not a choice{_closest(rest, names, shown)}"
 
 
 def _of_omegaconf(error: OmegaConfBaseException, where: str | None) -> str:
@@ -185,7 +204,8 @@ def _of_omegaconf(error: OmegaConfBaseException, where: str | None) -> str:
         known = [str(name) for name in parent] if isinstance(parent, DictConfig) else []
         remedy = _closest(key.rpartition(".")[2], known)
         if is_open_mapping(parent):
-            remedy += f"; +{key}=... adds it"
+            is_plain = not is_dataclass(parent._metadata.element_type)
+            remedy += f"; +{key}=... adds it" if is_plain else f"; {IN_A_FILE}"
         return f"{place}unknown key {key}{remedy}"
     text = str(error.msg or error).splitlines()[0]
     for pattern, meaning in _WRONG_VALUE:
@@ -235,11 +255,11 @@ _TYPES = {
 }
 
 
-def _closest(given: str, known: list[str]) -> str:
-    """`; did you mean ...?`, or all known names if none is close."""
+def _closest(given: str, known: list[str], shown: list[str] | None = None) -> str:
+    """`; did you mean ...?`, or all known names, or `shown` in their place, if none is close."""
     if not known:
         return ""
     close = difflib.get_close_matches(given, known, n=3, cutoff=0.6)
     if close:
         return f"; did you mean {' or '.join(close)}?"
-    return f"; there {'is' if len(known) == 1 else 'are'} {', '.join(known)}"
+    return f"; there {'is' if len(known) == 1 else 'are'} {', '.join(shown or known)}"

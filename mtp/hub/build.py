@@ -409,8 +409,8 @@ def end_ids(config: GenerationConfig) -> list[int]:
     return [eos] if isinstance(eos, int) else list(eos or [])
 
 
-def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, PromptFormat]:
-    """A model that mtp saved, with its prompt format, from a folder.
+def read_saved(folder: Path) -> tuple[Any, Any]:
+    """Config and tokenizer of a model that mtp saved.
 
     Raises ValueError naming the folder if it holds no such model, or a damaged one.
     """
@@ -419,6 +419,15 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Pro
     config = read_config(folder, str(folder))
     if getattr(config, "mtp", None) is None:
         raise ValueError(f"{folder} holds no model that mtp saved (its config.json has no mtp)")
+    return config, read_tokenizer(folder, str(folder))
+
+
+def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, PromptFormat]:
+    """A model that mtp saved, with its prompt format, from a folder.
+
+    Raises ValueError naming the folder if it holds no such model, or a damaged one.
+    """
+    config, tokenizer = read_saved(folder)
     model = read_model(
         family_class(config.model_type),
         folder,
@@ -428,7 +437,6 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Pro
         dtype=dtype or "auto",
         progress=False,
     )
-    tokenizer = read_tokenizer(folder, str(folder))
     check_vocabulary(model, tokenizer, str(folder))
     check_slow_mode(model, str(folder))
     given = model.generation_config

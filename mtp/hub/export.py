@@ -4,6 +4,7 @@ A folder is written under a temporary name and moved, so it is never incomplete.
 is replaced as a whole; no other folder is replaced.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from ..modeling.phases import MODES
 from ..modeling.saving import HEAD_FILE
 from ..rollouts.prompt_format import PromptFormat
 from .formats import FORMATS, Format, find_format
-from .formats.base import edit_json
 from .formats.huggingface import MODELING
 from .model_card import CARD, TAG
 from .pretrained import blame
@@ -57,11 +57,16 @@ def export(
 
     def write(path: Path) -> None:
         found.write(model, fmt, path, config)
-        if default_mode is not None:
-            edit_json(path / "generation_config.json", mtp_mode=default_mode)
         write_card(found, model, fmt, path, summary, config)
 
-    save_atomically(folder, write)
+    before = model.generation_config
+    if default_mode is not None:
+        model.generation_config = copy.deepcopy(before)
+        model.generation_config.mtp_mode = default_mode
+    try:
+        save_atomically(folder, write)
+    finally:
+        model.generation_config = before
 
 
 def check_default_mode(mode: str | None, format: str) -> None:

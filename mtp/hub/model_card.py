@@ -64,7 +64,7 @@ def model_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: A
         *caveat,
         "`fast` decodes each phase in its own mode, `slow` all of them one token per pass, "
         "`verified` gives main's own text in fewer passes: the head proposes and main decides. "
-        "Without `mtp_mode`, `generate` is the stock one on main. "
+        f"{_without_mode(model)} "
         '`model.search(**given, config={"method": "best_of_n", "n": 8}, do_sample=True)` looks for '
         "the likeliest of several texts; `beam` and `mcts` are the other methods, and `scorer`, a "
         "function of the branches, ranks them by another score.",
@@ -72,7 +72,7 @@ def model_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: A
         "## Measured",
         _table(summary),
         "## Provenance",
-        _provenance(fmt, config),
+        _provenance(fmt, summary, config),
         "## Fine-tuning",
         FINE_TUNING,
         "## Limitations",
@@ -109,8 +109,8 @@ def main_card(
     if untrained:
         role = "It is the main LLM of a model with a small head. "
         where_head_is = (
-            "No stage of its run trained the head, which is in this folder to begin a training "
-            "with (`model.source`). This model writes one token per pass: slow mode."
+            "No stage up to this model trained the head, which is in this folder to begin a "
+            "training with (`model.source`). This model writes one token per pass: slow mode."
         )
     elif with_mtp_layer:
         where_head_is = (
@@ -141,7 +141,7 @@ def main_card(
         ),
         _table(summary),
         "## Provenance",
-        _provenance(fmt, config),
+        _provenance(fmt, summary, config),
         "## Limitations",
         "\n".join(_limitations(config)),
     ]
@@ -179,7 +179,7 @@ def draft_card(model: Any, fmt: PromptFormat, summary: dict[str, Any], config: A
         "own decoding.",
         _table(summary),
         "## Provenance",
-        _provenance(fmt, config),
+        _provenance(fmt, summary, config),
         "## Limitations",
         "\n".join(_limitations(config)),
     ]
@@ -194,6 +194,14 @@ def _front_matter(config: Any, *tags: str) -> str:
     meta += [f"base_model: {hub_id}"] if hub_id else []
     meta += ["tags:", *(f"- {tag}" for tag in (TAG, *tags))]
     return "---\n" + "\n".join(meta) + "\n---"
+
+
+def _without_mode(model: Any) -> str:
+    """The mode of `generate` where a call names none."""
+    mode = getattr(model.generation_config, "mtp_mode", None)
+    if mode is None:
+        return "Without `mtp_mode`, `generate` is the stock one on main."
+    return f"Without `mtp_mode`, `generate` writes in `{mode}` mode; `stock` is the one on main."
 
 
 def _listed(names: list[str]) -> str:
@@ -353,7 +361,8 @@ def _explained(metric: Metric) -> str:
     return f"- {metric.title[0].upper()}{metric.title[1:]}: {metric.meaning}{better}."
 
 
-def _provenance(fmt: PromptFormat, config: Any) -> str:
+def _provenance(fmt: PromptFormat, summary: dict[str, Any], config: Any) -> str:
+    """Origin of the weights: base model, task, settings and stages."""
     base, _, licence = base_model(config.model)
     versions = [_released(package) for package in ("mtp-eavesdrop", "torch", "transformers")]
     head = ", ".join(f"{key} {value}" for key, value in sorted(vars(config.head).items()))
@@ -370,12 +379,16 @@ def _provenance(fmt: PromptFormat, config: Any) -> str:
         f"- Seed {config.seed}, precision {config.fabric.precision}",
         f"- Versions: {', '.join(versions)}",
     ]
+    taken = {stage["name"]: stage.get("steps") for stage in summary["stages"]}
     for name, stage in config.active_stages().items():
+        steps = f"{stage.steps} steps"
+        if taken.get(name, stage.steps) != stage.steps:
+            steps = f"{taken[name]} of at most {steps}"
         trained = [part for part in ("main", "head") if getattr(stage, f"train_{part}")]
         rates = ", ".join(f"{part} {stage.optimizer_of(part).lr:g}" for part in trained)
         weights = ", ".join(f"{k} {t.weight:g}" for k, t in stage.objective.active().items())
         lines.append(
-            f"- Stage `{name}`: {stage.kind}, {stage.steps} steps, learning rates {rates}; "
+            f"- Stage `{name}`: {stage.kind}, {steps}, learning rates {rates}; "
             f"objective {weights}; channel gradient {stage.channel_gradient:g}"
         )
     return "\n".join(lines)

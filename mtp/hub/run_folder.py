@@ -26,6 +26,10 @@ FOLDERS = ("checkpoints", "stages", "start", "export", "not_finite", MEASURES)
 FILES = ("config.yaml", "curves.png", "report.html", "summary.json")
 BESIDE = ("job.json", MARK, LOCK)
 """Files that may lie in the folder of a run that has not begun."""
+REPLACED = ".mtp-replaced"
+"""Folder in a run's folder with the run that it replaces, until the new one trains."""
+DISCARDED = ".mtp-discarded"
+"""The same while it is removed."""
 
 
 def check_name(name: str) -> None:
@@ -37,6 +41,11 @@ def check_name(name: str) -> None:
             f"name must be a folder below runs/, such as mine or study/mine, got {name!r}; "
             "use run_dir=... for another place"
         )
+
+
+def names_of_a_run() -> list[str]:
+    """Names of the files and folders that a run writes, without its mark."""
+    return [*FILES, *FOLDERS, *(name for kind in SINKS.values() for name in kind.writes)]
 
 
 class RunFolder:
@@ -68,7 +77,7 @@ class RunFolder:
                 f"run_dir must be a folder, got {str(self.path)!r}, which is a file; use "
                 "run_dir=runs/NAME"
             )
-        if not self.path.exists() or self.is_marked:
+        if not self.path.exists() or self.is_marked or (self.path / REPLACED).is_dir():
             return
         names = sorted(p.name for p in self.path.iterdir())
         foreign = [name for name in names if name not in BESIDE]
@@ -121,16 +130,40 @@ class RunFolder:
             path.rmdir()
 
     def begin(self) -> None:
-        """Remove the files of an earlier run, and mark the folder as that of a new one."""
-        self.remove()
+        """Set the files of an earlier run aside, and mark the folder as that of a new one."""
+        if self.is_marked:
+            replaced = self.path / REPLACED
+            replaced.mkdir()
+            # The mark moves first and returns last: files without it are parts of one run.
+            for name in (MARK, *names_of_a_run()):
+                if os.path.lexists(self.path / name):
+                    (self.path / name).rename(replaced / name)
         save_text(self.path / MARK, json.dumps({"format": 1}) + "\n")
+
+    def discard_replaced(self) -> None:
+        """Remove the run that was set aside: the new one trains."""
+        if (self.path / REPLACED).is_dir():
+            (self.path / REPLACED).rename(self.path / DISCARDED)
+            shutil.rmtree(self.path / DISCARDED)
+
+    def restore_replaced(self) -> None:
+        """Put the run back that was set aside, if there is one, in place of one that has not
+        trained.
+        """
+        replaced = self.path / REPLACED
+        if not replaced.is_dir():
+            return
+        self.remove()
+        for name in (*names_of_a_run(), MARK):
+            if os.path.lexists(replaced / name):
+                (replaced / name).rename(self.path / name)
+        replaced.rmdir()
 
     def remove(self) -> None:
         """Remove the files that a run wrote, if one did, and no others."""
         if not self.is_marked:
             return
-        logs = [name for kind in SINKS.values() for name in kind.writes]
-        for name in (*FOLDERS, *FILES, *logs):
+        for name in names_of_a_run():
             if (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)
             else:
@@ -139,7 +172,10 @@ class RunFolder:
         (self.path / MARK).unlink(missing_ok=True)
 
     def tidy(self) -> None:
-        """Remove temporary files of a process that was killed."""
+        """Mend what a process that was killed left: temporary files, a run that was set aside."""
+        if (self.path / DISCARDED).is_dir():
+            shutil.rmtree(self.path / DISCARDED)
+        self.restore_replaced()
         for folder in (self.path, *(self.path / name for name in FOLDERS)):
             if folder.is_dir():
                 remove_temporary(folder)

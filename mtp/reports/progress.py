@@ -103,4 +103,6 @@ class PartsProgress:
 def make_console(quiet: bool = False) -> Console:
     """Standard output; without a line limit if it is not a terminal."""
     width = None if sys.stdout.isatty() else 120
-    return Console(width=width, quiet=quiet, highlight=False, soft_wrap=not sys.stdout.isatty())
+    return Console(
+        width=width, quiet=quiet, highlight=False, emoji=False, soft_wrap=not sys.stdout.isatty()
+    )

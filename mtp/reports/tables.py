@@ -13,14 +13,18 @@ from .metrics import Table as TableName
 from .metrics import by_test_set, measured
 
 
-def print_table(console: Console, summary: dict[str, Any]) -> None:
-    """The metrics of a run: one row each, one column per stage; one table per held-out set."""
+def print_table(console: Console, summary: dict[str, Any], keeps_export: bool = True) -> None:
+    """The metrics of a run: one row each, one column per stage; one table per held-out set.
+
+    keeps_export: False for a run whose files are removed when it ends.
+    """
     for name, stages in by_test_set(summary["stages"]).items():
         of_set = f" of {name}" if name else ""
         number = stages[-1]["num_problems"]
         title = f"{number} held-out problems{of_set}, greedy, seed {summary['seed']}"
         print_metrics(console, title, "run", {stage["name"]: stage for stage in stages})
-    console.print(f"total {summary['seconds']:.0f} s; exported to {summary['export']}")
+    exported = f"; exported to {summary['export']}" if keeps_export else ""
+    console.print(f"total {summary['seconds']:.0f} s{exported}")
 
 
 def print_metrics(

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import signal
+import stat
 import tempfile
 import time
 import warnings
@@ -199,13 +200,14 @@ SECONDS_TO_LIVE = 600.0
 
 
 class StopRequest:
-    """Turns the first Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 into a flag; a second Ctrl-C stops at
-    once.
+    """Turns the first Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 into a flag; a second Ctrl-C
+    stops at once.
 
-    Of several signals SIGUSR2 takes precedence: a launcher requeues the job by it.
+    Of several signals SIGUSR2 takes precedence: a launcher requeues the job by it. SIGHUP, by which
+    a terminal ends its programs as it closes, stays ignored under `nohup`.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -213,6 +215,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         for number in self.SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._before[number] = signal.signal(number, self._ask)
         return self
 
@@ -223,8 +227,19 @@ class StopRequest:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            leave_terminal()
         if self.signal != signal.SIGUSR2:
             self.signal = number
+
+
+def leave_terminal() -> None:
+    """Send output that goes to a terminal nowhere from now on: writing to a closed one fails."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):  # isatty denies a terminal that is closed
+            os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def hand_on(number: int) -> None:

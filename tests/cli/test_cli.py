@@ -281,6 +281,7 @@ def test_export_writes_the_last_stage_and_the_chosen_one(run, tmp_path, capsys):
         assert torch.equal(stock(ids).logits, own(ids).logits)
         card = (tmp_path / "out" / "README.md").read_text()
         assert card.count("| 50.0 % |") == rows
+        assert card.count("- Stage `") == rows
     assert main(["generate", str(tmp_path / "out"), "1+2=", "--mode", "slow"]) == 0
     tokens, _, passes = greedy(run, "main", "1+2=", "slow", 14)
     assert f"slow: {len(tokens)} tokens in {passes} passes" in capsys.readouterr().out

@@ -162,6 +162,9 @@ def test_a_default_mode_is_that_of_every_tool_that_names_none(tmp_path):
     assert torch.equal(opened.generate(IDS), fast)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     slow = model.generate(IDS, max_new_tokens=12)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Without `mtp_mode`, `generate` writes in `fast` mode" in card
+    assert getattr(model.generation_config, "mtp_mode", None) is None
     assert torch.equal(opened.generate(IDS, mtp_mode="stock"), slow)
     assert torch.equal(stock.generate(IDS), slow)
     assert not torch.equal(fast, slow)

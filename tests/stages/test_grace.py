@@ -11,6 +11,7 @@ from rich.console import Console
 
 import mtp.stages.checkpointing as checkpointing
 from mtp.stages.checkpointing import check_grace
+from mtp.training.runtime import StopRequest
 
 SECONDS = 1.5
 """Duration of each step of the run."""
@@ -62,6 +63,38 @@ def test_a_run_that_is_killed_after_the_grace_period_loses_a_step_only_if_it_has
     assert int(found[-1].stem.removeprefix("step_")) == saved, said
     warning = "warning: step 1 of stage main took"
     assert said.count("longer than grace_seconds=") == (saved == 2) == (warning in said), said
+
+
+IN_A_TERMINAL = """
+import os, pty, sys
+command = sys.argv[1:]
+pid, terminal = pty.fork()
+if pid == 0:
+    os.execv(command[0], command)
+said = b""
+while b"begins 2" not in said:
+    said += os.read(terminal, 1000)
+os.close(terminal)  # the system sends SIGHUP
+os.waitpid(pid, 0)
+"""
+
+
+def test_a_run_whose_terminal_closes_saves_a_checkpoint(tmp_path):
+    script = RUN.replace('"checkpoint_minutes=0", ', "")
+    run = [sys.executable, "-c", script, str(tmp_path / "run"), "60"]
+    subprocess.run([sys.executable, "-c", IN_A_TERMINAL, *run], cwd=ROOT, check=True)
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step_*.safetensors")
+    assert int(saved.stem.removeprefix("step_")) == 2
+
+
+def test_a_hangup_stays_ignored_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_work_that_takes_just_the_grace_period_is_in_time_and_one_warning_is_enough(monkeypatch):
