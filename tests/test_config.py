@@ -181,7 +181,7 @@ def test_the_log_is_files_and_the_sinks_that_are_chosen():
         ("stages.more.steps=5", "unknown key stages.more; there are main, head, joint, rl; write"),
         (
             "experiment=imperfect_teacher/main_onli",
-            "experiment=imperfect_teacher/main_onli is not a choice; did you mean imperfect_teacher",
+            "experiment=imperfect_teacher/main_onli is not a choice; did you mean imperfect_te",
         ),
         (
             "experiment=nope",

@@ -143,7 +143,7 @@ def _of_hydra(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     where = match[1] if (match := _IN_FILE.match(text)) else None
     added = re.match(r"Error merging override \+\+?([\w.]+)=", text)
-    if added and "is not a subclass of" in str(cause):
+    if cause is not None and added and "is not a subclass of" in str(cause):
         parts = added[1].split(".")
         key = ".".join(parts[: parts.index(cause.key) + 1]) if cause.key in parts else added[1]
         return f"{key} cannot be added on the command line; {IN_A_FILE}"
