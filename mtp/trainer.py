@@ -149,6 +149,9 @@ def run_stages(
     task.follow(partial(state_of, config, progress, task.size("train")))
     check_saved_reference(config, fmt)
     if fabric.is_global_zero:
+        if state is None:
+            folder.check_stays("model.source", config.model.source or "")
+            folder.check_stays("evaluation.reference", config.evaluation.reference)
         write_start(folder, config, state)
     fabric.barrier()
     log = Log.of(config.logger) if fabric.is_global_zero else Log({})

@@ -63,6 +63,13 @@ def test_a_run_stays_until_the_one_that_replaces_it_trains(
     assert content(copy) == content(ended)
 
 
+@pytest.mark.parametrize("key", ["model.source", "evaluation.reference"])
+def test_a_run_does_not_replace_what_it_reads(copy, ended, key):
+    with pytest.raises(ValueError, match=f"{key}=.* belongs to the run that this one would repl"):
+        train(config(copy, "overwrite=true", f"{key}={copy / 'stages' / 'main'}"))
+    same_run(copy, ended)
+
+
 def test_a_run_that_a_killed_one_was_about_to_replace_is_put_back(copy, ended):
     before = content(copy)
     for num_moved in range(4):

@@ -140,6 +140,15 @@ class RunFolder:
                     (self.path / name).rename(replaced / name)
         save_text(self.path / MARK, json.dumps({"format": 1}) + "\n")
 
+    def check_stays(self, key: str, path: str) -> None:
+        """Raises ValueError naming the key if a new run here would remove what it reads."""
+        folder, source = self.path.resolve(), Path(path).resolve()
+        if source.is_relative_to(folder) and self.is_marked:
+            raise ValueError(
+                f"{key}={path} belongs to the run that this one would replace; use name=... to "
+                "give the new run a folder of its own"
+            )
+
     def discard_replaced(self) -> None:
         """Remove the run that was set aside: the new one trains."""
         if (self.path / REPLACED).is_dir():
