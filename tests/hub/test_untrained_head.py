@@ -38,7 +38,7 @@ def test_an_export_writes_slowly_and_refuses_fast_mode(untrained):
     model.config.mtp_head_is_trained = True
     model.generate(prompt, mtp_mode="fast", max_new_tokens=4)
     card = (folder / "README.md").read_text()
-    assert "No stage of its run trained the head" in card and "mtp_mode" not in card
+    assert "No stage up to this model trained the head" in card and "mtp_mode" not in card
 
 
 def test_the_command_writes_slowly_and_exports_no_drafter(untrained, tmp_path, capsys):
