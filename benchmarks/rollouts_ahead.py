@@ -2,7 +2,7 @@
 
     python benchmarks/rollouts_ahead.py [--json] [--steps 1000] [--seed 1] [--folder runs/ahead]
 
-The RL stage of the default experiment, from one model that the stages before it trained, in turn:
+`rl_proof/executed_open`, from one model that `rl_proof/start` trained, in turn:
 
     one core    this process samples and trains, on one thread
     two cores   the same on two threads
