@@ -382,7 +382,7 @@ def _provenance(fmt: PromptFormat, summary: dict[str, Any], config: Any) -> str:
     taken = {stage["name"]: stage.get("steps") for stage in summary["stages"]}
     for name, stage in config.active_stages().items():
         steps = f"{stage.steps} steps"
-        if taken.get(name, stage.steps) != stage.steps:
+        if taken.get(name) not in (None, stage.steps):
             steps = f"{taken[name]} of at most {steps}"
         trained = [part for part in ("main", "head") if getattr(stage, f"train_{part}")]
         rates = ", ".join(f"{part} {stage.optimizer_of(part).lr:g}" for part in trained)
