@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .help import described
+from ..common.conf import options_of
 
 SHELLS = ("bash", "zsh")
 OVERRIDES = "_mtp_complete_overrides"
@@ -80,5 +80,5 @@ def choices_of_group(arguments: list[str], conf: Path) -> str | None:
     if not (equals and group.isidentifier() and (conf / group).is_dir()):
         return None
     return " ".join(
-        f"{group}={name}" for name in described(conf / group) if name.startswith(option)
+        f"{group}={name}" for name in options_of(conf / group) if name.startswith(option)
     )

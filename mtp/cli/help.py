@@ -7,6 +7,8 @@ Imports nothing that a run needs, so help is printed at once.
 import textwrap
 from pathlib import Path
 
+from ..common.conf import options_of
+
 WIDTH = 100
 GROUPS = (
     "experiment", "model", "head", "task", "decoding", "fabric", "logger", "sweep", "sweeper",
@@ -79,8 +81,7 @@ def choices(conf: Path) -> str:
 
 def described(folder: Path) -> dict[str, str]:
     """The options of a group with their descriptions, those in folders of their own last."""
-    files = sorted(folder.rglob("*.yaml"), key=lambda path: (path.parent != folder, path))
-    return {path.relative_to(folder).with_suffix("").as_posix(): about(path) for path in files}
+    return {name: about(folder / f"{name}.yaml") for name in options_of(folder)}
 
 
 def about(path: Path) -> str:

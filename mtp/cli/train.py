@@ -5,14 +5,11 @@ The folder `mtp/conf` is part of the installed package; in a checkout it is a li
 
 import os
 import sys
-from pathlib import Path
 
+from ..common.conf import CONF
 from ..common.process import run_command
 from .completion import choices_of_group
 from .help import help_text
-
-CONF = Path(__file__).parents[1] / "conf"
-"""Default settings, choices and experiments."""
 
 
 def train(arguments: list[str], program: str) -> int:

@@ -21,6 +21,8 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from .conf import CONF, options_of
+
 PLUGINS = {
     "joblib": "hydra-joblib-launcher",
     "submitit_local": "hydra-submitit-launcher",
@@ -33,9 +35,6 @@ PLUGINS = {
 
 IN_A_FILE = "write a new one into an experiment, a file of conf/experiment"
 """Remedy for an entry that holds keys of its own, such as a stage, and is not there yet."""
-
-CONF = Path(__file__).parents[1] / "conf"
-"""Files of the choices."""
 
 OURS = ("__main__", "hydra", "mtp", "mtp_kernels")
 """Packages whose ValueError is meant for the user; a module that is run directly is `__main__`."""
@@ -185,9 +184,9 @@ def _unknown_choice(path: str, options: Iterable[str]) -> str:
         shown = [name for name in options if not name.endswith("_schema")]
         return f"{group}={option} is not a choice{_closest(option, shown)}"
     # Hydra's options are those of one folder, and an option may be in a folder of its own.
-    names = [str(p.relative_to(CONF / first))[:-5] for p in (CONF / first).rglob("*.yaml")]
-    folders = sorted({f"{name.partition('/')[0]}/..." for name in names if "/" in name})
-    shown = sorted(name for name in names if "/" not in name) + folders
+    names = options_of(CONF / first)
+    parts = [name.partition("/") for name in names]
+    shown = list(dict.fromkeys(f"{part}/..." if slash else part for part, slash, _ in parts))
     return f"{first}={rest} is not a choice{_closest(rest, names, shown)}"
 
 
