@@ -198,7 +198,12 @@ def write_start(folder: RunFolder, config: RunConfig, state: dict[str, Any] | No
     if state is None:
         folder.begin()
     else:
-        remove_later(folder.path / "checkpoints", state["progress"]["global_step"])
-        (folder.path / "summary.json").unlink(missing_ok=True)
         (folder.path / MARK).touch()
     save_run_config(config, folder.path / "config.yaml")
+
+
+def discard_what_is_replaced(folder: RunFolder, progress: Progress) -> None:
+    """Remove what the run replaces, now that it trains: an earlier run, or its own later steps."""
+    folder.discard_replaced()
+    remove_later(folder.path / "checkpoints", progress.global_step)
+    (folder.path / "summary.json").unlink(missing_ok=True)

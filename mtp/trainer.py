@@ -30,7 +30,7 @@ from .reports.loggers import Log, LoggedRun
 from .reports.page import REPORT, write_page
 from .reports.progress import make_console
 from .reports.tables import print_table
-from .run import Progress, Run, read_start, settings_of, write_start
+from .run import Progress, Run, discard_what_is_replaced, read_start, settings_of, write_start
 from .stages.checkpointing import Interrupted, stop_if_asked
 from .stages.dry_run import dry_config, estimate
 from .stages.loop import run_stage
@@ -184,7 +184,7 @@ def run_stages(
             if state is not None:
                 say_where(run, lines)
             if fabric.is_global_zero:
-                folder.discard_replaced()
+                discard_what_is_replaced(folder, progress)
             for index, (name, stage) in enumerate(config.active_stages().items()):
                 model.config.mtp_head_is_trained |= stage.train_head
                 if index >= progress.stage:

@@ -47,6 +47,16 @@ def test_a_run_that_has_ended_is_resumed_without_a_change(ended, copy, capsys):
     assert "has ended; use overwrite=true to run it again" in capsys.readouterr().out
 
 
+def test_later_steps_stay_until_the_run_that_replaces_them_trains(copy):
+    pytest.importorskip("mlflow")
+    before = content(copy)
+    first = checkpoints(copy / "checkpoints")[0].stem
+    sinks = ("logger=[files,mlflow]", "logger.sinks.mlflow.tracking_uri=/dev/null/store")
+    with pytest.raises(ValueError, match="tracking_uri"):
+        train(config(copy, f"resume={first}", *sinks))
+    assert {**content(copy), "config.yaml": before["config.yaml"]} == before
+
+
 @pytest.mark.parametrize("lost", ["summary.json", "export"])
 def test_a_lost_export_or_summary_is_made_again_from_the_trained_weights(ended, copy, lost):
     path = copy / lost

@@ -159,10 +159,13 @@ class Log:
         return cls({name: SINKS[name].make(one) for name, one in config.sinks.items()})
 
     def start(self, run: LoggedRun, states: dict[str, dict[str, Any]] | None) -> list[str]:
-        """Start each sink, with its state in a checkpoint if it has one."""
+        """Start each sink, with its state in a checkpoint if it has one.
+
+        The files come last: a sink that cannot be reached fails before their later rows go.
+        """
         lines = []
-        for name, sink in self._sinks.items():
-            lines += sink.start(run, (states or {}).get(name))
+        for name in sorted(self._sinks, key=lambda name: name == "files"):
+            lines += self._sinks[name].start(run, (states or {}).get(name))
         return lines
 
     def metrics(self, stage: str, step: int, global_step: int, values: dict[str, Any]) -> None:
