@@ -313,6 +313,10 @@ def tiny_family(model_type: str, **head: Any) -> Any:
         # A row of zeros ties all scores of a family that selects positions by score.
         rows = model.get_input_embeddings().weight
         rows[PAD] = rows[PAD + 2].flip(0)
+        # So does a router that begins at zero: some experts would get no token.
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate.weight") and not parameter.any():
+                parameter.normal_()
         bias = model.get_output_embeddings().bias
         if bias is not None:
             bias.normal_()
