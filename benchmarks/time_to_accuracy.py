@@ -55,6 +55,8 @@ class Case:
     trl_steps: int
     verified_rates: tuple[float, ...]
     """Learning rates of main under verified rollouts, with the optimizer of the experiment."""
+    verified_head_rate: float
+    """Learning rate of the head, which imitates main, under verified rollouts."""
     verified_steps: int
     fast: dict[str, list[list[str]]]
     """The runs of each setting, one after the other, as overrides."""
@@ -82,12 +84,19 @@ ON_MAIN_ALONE = [
 """The reward is for what main writes by itself, and the head imitates main."""
 
 
+def rates(main: float, head: float) -> list[str]:
+    """Learning rates of RL."""
+    return [
+        f"stages.rl.optimizers.main.lr={main}",
+        f"stages.rl.optimizers.head.lr={head}",
+    ]
+
+
 def small_kl(main: float, head: float, steps: int) -> list[str]:
     """Reward and a reference KL of 0.03, at these learning rates."""
     return [
         f"stages.rl.steps={steps}",
-        f"stages.rl.optimizers.main.lr={main}",
-        f"stages.rl.optimizers.head.lr={head}",
+        *rates(main, head),
         "stages.rl.objective.reference_kl.weight=0.03",
         "stages.rl.objective.preserve.weight=0.03",
     ]
@@ -102,11 +111,12 @@ CASES = {
         trl_rates=(1e-4, 3e-4, 1e-3),
         trl_steps=1000,
         verified_rates=(1e-4, 2e-4, 4e-4),
+        verified_head_rate=2e-4,
         verified_steps=1500,
         fast={
             "one phase": [small_kl(2e-4, 4e-4, 2500)],
             "two phases": [
-                [*KL_ALONE, "stages.rl.steps=500"],
+                [*KL_ALONE, *rates(1e-4, 2e-4), "stages.rl.steps=500"],
                 small_kl(2e-4, 4e-4, 2000),
             ],
             "reward on main": [
@@ -130,9 +140,10 @@ CASES = {
         trl_rates=(5e-6, 2e-5, 8e-5),
         trl_steps=60,
         verified_rates=(1e-5, 4e-5, 1.6e-4),
+        verified_head_rate=1e-4,
         verified_steps=120,
         fast={
-            "KL 1": [["stages.rl.steps=160"]],
+            "KL 1": [["stages.rl.steps=160", *rates(4e-5, 1e-4)]],
             "KL 0.03": [small_kl(4e-5, 1e-4, 160)],
             "KL 0.03, higher rates": [small_kl(8e-5, 2e-4, 160)],
         },
@@ -385,8 +396,8 @@ def run_ways(case: Case, home: Path, args: Any) -> dict[str, list[Point]]:
     if "verified" in args.ways:
         for rate in case.verified_rates:
             name, steps = f"verified, {rate:g}", f"stages.rl.steps={case.verified_steps}"
-            rates = ["stages.rl.channel_gradient=0", f"stages.rl.optimizers.main.lr={rate}"]
-            overrides = [*ON_MAIN_ALONE, *rates, steps]
+            overrides = [*ON_MAIN_ALONE, "stages.rl.channel_gradient=0", steps]
+            overrides += rates(rate, case.verified_head_rate)
             found[name] = run_mtp(case, home, name, [overrides], args)
     if "fast" in args.ways:
         for setting, runs in case.fast.items():
