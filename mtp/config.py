@@ -113,6 +113,7 @@ class RunConfig:
         self.logger.validate()
         self._check_shares()
         self._check_temperature()
+        self._check_streams()
         self._check_lag()
         self._check_compiled()
 
@@ -125,6 +126,26 @@ class RunConfig:
                     f"rollouts of one prompt, which are equal then; set stages.{name}.objective."
                     "policy.weight=0 to learn from greedy rollouts by the other streams"
                 )
+
+    def _check_streams(self) -> None:
+        """Raises ValueError for a stream that does not fit the sampler or the head."""
+        num_slots = self.head.num_slots
+        for name, stage in self.active_stages().items():
+            kl = stage.objective.reference_kl
+            if kl.weight and kl.kind != "full" and self.decoding.sampler().truncates:
+                key = f"stages.{name}.objective.reference_kl.kind"
+                raise ValueError(
+                    f"{key}={kl.kind} needs decoding.top_k=0 and decoding.top_p=1, got "
+                    f"{self.decoding.top_k} and {self.decoding.top_p}; use {key}=full"
+                )
+            for stream, settings in stage.objective.active().items():
+                key = f"stages.{name}.objective.{stream}"
+                weights = getattr(settings, "slot_weights", [])
+                if weights and len(weights) != num_slots:
+                    raise ValueError(
+                        f"{key}.slot_weights must have head.num_slots={num_slots} entries, one per "
+                        f"slot, got {len(weights)}; leave it empty for equal weights"
+                    )
 
     def _check_lag(self) -> None:
         """Raises ValueError where no other process can sample the rollouts."""
@@ -181,7 +202,8 @@ def decides_numbers(override: str) -> bool:
     group of settings in a folder of the user's own, may decide them.
     """
     key = override.partition("=")[0].lstrip("+~")
-    if any(key == name or key.startswith(f"{name}.") for name in (*DECIDES, "experiment")):
+    names = (*DECIDES, "experiment")
+    if any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in names):
         return True
     others = {one.name for one in fields(RunConfig)} | {"study", "sweep", "sweeper"}
     return key.partition(".")[0] not in others

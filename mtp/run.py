@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from lightning.fabric import Fabric
 from rich.console import Console
 
 from .config import RunConfig, save_run_config, with_defaults, with_new_keys
-from .hub.checkpoint import read_state, remove_later
+from .hub.checkpoint import continue_from, read_state
 from .hub.run_folder import MARK, RunFolder, changed_settings
 from .reports.loggers import Log
 from .rollouts.prompt_format import PromptFormat
@@ -46,6 +47,8 @@ class Progress:
     """Evaluations so far, for the curves."""
     is_trained: bool = False
     """True once the current stage has taken its steps; its evaluation follows."""
+    num_skipped: int = 0
+    """Optimizer steps of the current stage left out in a row, see `numbers.not_finite`."""
     best_accuracy: float = 0.0
     """Best accuracy of an evaluation within the current stage; 0 before the first."""
     changed: list[dict[str, Any]] = field(default_factory=list)
@@ -75,10 +78,18 @@ class Run:
     """Rollouts that another process samples, see `groups.Ahead`; None where this one samples."""
     restored_rollouts: list[dict[str, Any]] = field(default_factory=list)
     """Rollouts of the checkpoint that the run continues from, which were asked for ahead."""
+    discard: Callable[[], None] | None = None
+    """Removes what the run replaces, once it has taken a step; None after that."""
     has_warned: bool = False
     """True after the warning that sampler and replay disagree."""
     has_warned_of_grace: bool = False
     """True after the warning that a step takes longer than `grace_seconds`."""
+
+    def trains(self) -> None:
+        """Note that a step is done, or that none was left: what the run replaces is removed."""
+        if self.discard is not None:
+            self.discard()
+            self.discard = None
 
     @cached_property
     def windows(self) -> LengthWindows:
@@ -202,8 +213,14 @@ def write_start(folder: RunFolder, config: RunConfig, state: dict[str, Any] | No
     save_run_config(config, folder.path / "config.yaml")
 
 
-def discard_what_is_replaced(folder: RunFolder, progress: Progress) -> None:
-    """Remove what the run replaces, now that it trains: an earlier run, or its own later steps."""
+def discard_what_is_replaced(
+    folder: RunFolder, checkpoint: str | None = None, global_step: int = 0
+) -> None:
+    """Remove what the run replaces, now that it trains: an earlier run, or its own later steps.
+
+    checkpoint: the one of step `global_step` that the run continues from; None for a new run.
+    """
     folder.discard_replaced()
-    remove_later(folder.path / "checkpoints", progress.global_step)
+    if checkpoint is not None:
+        continue_from(Path(checkpoint), global_step)
     (folder.path / "summary.json").unlink(missing_ok=True)

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric, seed_everything
 from mtp_kernels.dispatch import TRITON_INSTALLED, triton_interpreted
+from rich.console import Console
 
 from .channels.saving import ATTRIBUTE
 from .channels.stage import attach_channel, run_channel_stage
 from .common.files import save_atomically, save_text
-from .config import RunConfig
+from .config import RunConfig, load_run_config
 from .hub.build import build_model, has_trained_head, load_model
 from .hub.export import export
-from .hub.run_folder import RunFolder, claim
+from .hub.run_folder import START_ANEW, RunFolder, changed_settings, claim
 from .modeling.compiled import check_traceable
 from .modeling.contract import head_is_trained
 from .reference import check_references, check_saved_reference, save_start
@@ -40,6 +41,7 @@ from .training.lifeline import lifeline
 from .training.numbers import active_dropout
 from .training.optimizers import num_parameters
 from .training.precision import cast_weights
+from .training.remote_sampler import check_ray
 from .training.runtime import (
     StopRequest,
     check_writable,
@@ -75,12 +77,14 @@ def train(config: RunConfig) -> dict[str, Any]:
 def train_on(fabric: Fabric, config: RunConfig) -> dict[str, Any]:
     """`train` on devices and processes that are there."""
     check_kernels(config.kernels, fabric.device)
+    if any(stage.rollouts.lag is not None for stage in config.active_stages().values()):
+        check_ray(fabric.device.type)
     path, full_steps = Path(config.run_dir), {}
     if config.dry_run:
         path = path.with_name(path.name + "-dry_run")
         full_steps = {name: stage.steps for name, stage in config.active_stages().items()}
         config = dry_config(config)
-    folder = RunFolder(path)
+    folder = RunFolder(path, is_dry_run=config.dry_run)
     checkpoint = on_first_process(fabric, lambda: claim(folder, config.resume, config.overwrite))
     try:
         summary = run_stages(config, fabric, folder, checkpoint)
@@ -113,6 +117,8 @@ def run_stages(
             console.print(f"{folder.path} has ended; use overwrite=true to run it again")
             print_table(console, summary)
             return summary
+    elif config.resume and (folder.path / "summary.json").is_file():
+        return ended_without_checkpoints(config, folder.path, console)
     seed_everything(config.seed, verbose=False)
     task = config.task.build()
     if progress.bookmark:
@@ -184,7 +190,9 @@ def run_stages(
             if state is not None:
                 say_where(run, lines)
             if fabric.is_global_zero:
-                discard_what_is_replaced(folder, progress)
+                run.discard = partial(
+                    discard_what_is_replaced, folder, checkpoint, progress.global_step
+                )
             for index, (name, stage) in enumerate(config.active_stages().items()):
                 model.config.mtp_head_is_trained |= stage.train_head
                 if index >= progress.stage:
@@ -194,6 +202,7 @@ def run_stages(
                         run_one(run, name, stage, states)
                     state = None
                     stop_if_asked(run, f"after stage {name}")
+            run.trains()
             return finish(run)
         finally:
             log.finish(has_ended=False)
@@ -206,6 +215,21 @@ def has_ended(config: RunConfig, folder: Path, progress: Progress) -> bool:
         and (folder / "summary.json").is_file()
         and (final_model(config, folder) / "config.json").is_file()
     )
+
+
+def ended_without_checkpoints(config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
+    """The summary of a run that has ended and whose checkpoints somebody removed.
+
+    Raises ValueError if the run had other settings or its model is gone, too.
+    """
+    saved = json.loads(json.dumps(asdict(load_run_config(folder / "config.yaml"))))
+    changed_settings(saved, asdict(config))
+    if not (final_model(config, folder) / "config.json").is_file():
+        raise ValueError(f"{folder} holds neither checkpoints nor an export; {START_ANEW}")
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    console.print(f"{folder} has ended; use overwrite=true to run it again")
+    print_table(console, summary)
+    return summary
 
 
 def final_model(config: RunConfig, folder: Path) -> Path:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from helpers import config as tiny_config
 from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf, open_dict
@@ -297,10 +298,29 @@ def test_errors_of_other_libraries_keep_their_traceback():
     assert one_line(RuntimeError("out of memory")) is None
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["stages.rl.objective.reference_kl.kind=k1", "decoding.top_k=5"],
+            r"stages.rl.objective.reference_kl.kind=k1 needs decoding.top_k=0 .*, got 5 and 1.0",
+        ),
+        (
+            ["stages.joint.objective.head_ce.slot_weights=[1,2]"],
+            r"stages.joint.objective.head_ce.slot_weights must have head.num_slots=\d entries",
+        ),
+    ],
+)
+def test_a_stream_that_does_not_fit_is_refused_before_anything_trains(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(tmp_path, *overrides).validate()
+
+
 def test_overrides_that_decide_a_runs_numbers():
     """Threads, logs and the place of a run do not; a group of the user's own may."""
     for deciding in ("seed=2", "++stages.rl.steps=0", "head=tiny", "experiment=a", "+mine=b",
-                     "fabric.precision=32-true", "~evaluation.thought_budgets"):  # fmt: skip
+                     "fabric.precision=32-true", "fabric=mine",
+                     "~evaluation.thought_budgets"):  # fmt: skip
         assert decides_numbers(deciding), deciding
     for other in ("fabric.num_threads=1", "logger=wandb", "++logger.log_every=2", "name=a",
                   "overwrite=true", "resume=false", "sweep=ray"):  # fmt: skip

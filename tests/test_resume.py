@@ -57,6 +57,35 @@ def test_later_steps_stay_until_the_run_that_replaces_them_trains(copy):
     assert {**content(copy), "config.yaml": before["config.yaml"]} == before
 
 
+def test_a_run_that_has_ended_stays_ended_without_its_checkpoints(copy, capsys):
+    shutil.rmtree(copy / "checkpoints")
+    before = content(copy)
+    assert train(config(copy, "resume=auto")) == json.loads((copy / "summary.json").read_text())
+    assert "has ended" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="seed was 1 and is now 2"):
+        train(config(copy, "resume=auto", "seed=2"))
+    assert content(copy) == before
+    (copy / "summary.json").unlink()
+    with pytest.raises(ValueError, match=r"a run without its checkpoints, .*overwrite=true"):
+        train(config(copy, "resume=auto"))
+    assert {**content(copy), "summary.json": before["summary.json"]} == before
+
+
+def test_a_run_that_continues_from_its_best_step_can_be_continued_again(copy, ended, monkeypatch):
+    """Also if that step's own checkpoint is gone, and the run dies soon after."""
+    folder = copy / "checkpoints"
+    first, *later = checkpoints(folder)
+    step = read_state(first)["progress"]["global_step"]
+    first.rename(folder / "best.safetensors")
+    stop_at(monkeypatch, "stop_if_asked")
+    with pytest.raises(KeyboardInterrupt):
+        train(config(copy, "resume=best"))
+    assert checkpoints(folder)[0] == first or step == 0
+    monkeypatch.undo()
+    train(config(copy, "resume=true"))
+    same_run(copy, ended)
+
+
 @pytest.mark.parametrize("lost", ["summary.json", "export"])
 def test_a_lost_export_or_summary_is_made_again_from_the_trained_weights(ended, copy, lost):
     path = copy / lost
@@ -170,6 +199,14 @@ def test_every_flipped_byte_of_a_checkpoint_is_noticed(tmp_path):
         flipped(path, at)
         assert damage_of(path) is not None, at
         path.write_bytes(whole)
+
+
+def test_a_checkpoint_holds_tensors_that_share_memory(tmp_path):
+    whole = torch.arange(6.0)
+    state = {"whole": whole, "part": whole[:2], "same": whole, "other": whole.view(2, 3)}
+    write_state(tmp_path / "a.safetensors", state)
+    read = read_state(tmp_path / "a.safetensors")
+    assert all(torch.equal(read[name], value) for name, value in state.items())
 
 
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path):

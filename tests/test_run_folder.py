@@ -15,7 +15,8 @@ from helpers import ROOT, TINY, config
 from runs import content, same_run
 from transformers import AutoConfig
 
-from mtp.hub.run_folder import MARK, REPLACED, RunFolder, names_of_a_run
+import mtp.stages.loop as stage_loop
+from mtp.hub.run_folder import MARK, REPLACED, RunFolder
 from mtp.trainer import train
 
 
@@ -63,6 +64,17 @@ def test_a_run_stays_until_the_one_that_replaces_it_trains(
     assert content(copy) == content(ended)
 
 
+def test_a_run_stays_until_the_one_that_replaces_it_has_taken_a_step(copy, ended, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_loop, "take_update", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            train(config(copy, "overwrite=true"))
+    assert content(copy) == content(ended)
+
+
 @pytest.mark.parametrize("key", ["model.source", "evaluation.reference"])
 def test_a_run_does_not_replace_what_it_reads(copy, ended, key):
     with pytest.raises(ValueError, match=f"{key}=.* belongs to the run that this one would repl"):
@@ -70,21 +82,53 @@ def test_a_run_does_not_replace_what_it_reads(copy, ended, key):
     same_run(copy, ended)
 
 
-def test_a_run_that_a_killed_one_was_about_to_replace_is_put_back(copy, ended):
-    before = content(copy)
-    for num_moved in range(4):
-        folder = RunFolder(copy)
-        folder.begin()
+class Killed(BaseException):
+    """As SIGKILL, but within this process."""
+
+
+def killed_at(monkeypatch, number: int, action) -> bool:
+    """Do it until its file operation of this number; False if it had fewer."""
+    left = iter(range(number))
+    originals = {name: getattr(Path, name) for name in ("rename", "unlink", "mkdir", "rmdir")}
+    with monkeypatch.context() as patch:
+        for name, original in originals.items():
+
+            def step(self, *args, original=original, **kwargs):
+                if next(left, None) is None:
+                    raise Killed
+                return original(self, *args, **kwargs)
+
+            patch.setattr(Path, name, step)
+        try:
+            action()
+        except Killed:
+            return True
+    return False
+
+
+def test_a_run_that_a_killed_one_was_about_to_replace_is_put_back(copy, ended, monkeypatch):
+    """Killed at any moment: while it sets the run aside, trains, or puts it back."""
+    before, number = content(copy), 0
+    while killed_at(monkeypatch, number, RunFolder(copy).begin):
+        RunFolder(copy).check()
+        RunFolder(copy).tidy()
+        assert content(copy) == before, number
+        number += 1
+    assert number > 5
+    restored = 0
+    for number in range(100):
+        if not (copy / REPLACED).is_dir():
+            RunFolder(copy).begin()
         (copy / "metrics.jsonl").write_text("of the new run")
-        if num_moved:  # killed while it moved the files, when there is no new mark
-            (copy / MARK).unlink()
-            (copy / "metrics.jsonl").unlink()
-            for name in names_of_a_run()[num_moved:]:
-                if (copy / REPLACED / name).exists():
-                    (copy / REPLACED / name).rename(copy / name)
-        folder.check()
-        folder.tidy()
-        assert content(copy) == before
+        (copy / "stages").mkdir()
+        if not killed_at(monkeypatch, number, RunFolder(copy).restore_replaced):
+            break
+        restored += 1
+        RunFolder(copy).tidy()
+        assert content(copy) == before, number
+    assert restored > 5
+    assert content(copy) == before
+    folder = RunFolder(copy)
     folder.begin()
     folder.discard_replaced()
     assert list(content(copy)) == [MARK]
@@ -110,6 +154,13 @@ def test_a_run_does_not_write_into_the_working_folder_or_above(tmp_path, monkeyp
     with pytest.raises(ValueError, match="run_dir must be a folder of its own"):
         train(config(Path(run_dir)))
     assert content(tmp_path) == {}
+
+
+def test_a_dry_run_does_not_replace_a_run_of_that_name(copy, ended):
+    copy.rename(copy.with_name("run-dry_run"))
+    with pytest.raises(ValueError, match="run-dry_run holds a run, which a dry run would remove"):
+        train(config(copy, "dry_run=true"))
+    assert content(copy.with_name("run-dry_run")) == content(ended)
 
 
 def test_a_dry_run_does_not_touch_a_folder_that_is_not_its_own(tmp_path):

@@ -91,6 +91,11 @@ def check_run(config: RunConfig) -> None:
             f"{processes} with {config.fabric.precision}; set fabric.devices=1 "
             "fabric.precision=32-true"
         )
+    if config.numbers.not_finite != "stop":
+        raise ValueError(
+            "numbers.not_finite must be stop for a comparator, which leaves no step out, got "
+            f"{config.numbers.not_finite!r}"
+        )
     if config.decoding.top_k or config.decoding.top_p < 1:
         raise ValueError(
             "decoding.top_k and decoding.top_p must be 0 and 1 for a comparator, got "
@@ -205,6 +210,7 @@ def train_stage(run: Run, stage: StageRun) -> None:
                 metrics |= take_step(optimizer, main, loss, config.optimizers.main.clip_norm)
             metrics["step_time"] = time.monotonic() - step_began
             progress.step, progress.global_step = step + 1, progress.global_step + 1
+            run.trains()
             is_last = step + 1 == config.steps
             if is_last or (step + 1) % run.config.logger.log_every == 0:
                 run.log.metrics(name, step + 1, progress.global_step, metrics)

@@ -1,11 +1,15 @@
 """Files that survive a crash: temporary names, flushed to disk, moved into place."""
 
 import ctypes
+import glob
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
+
+from .lock import is_alive
 
 TEMPORARY = ".mtp-tmp"
 """Suffix of an unfinished file or folder; its name begins with a dot."""
@@ -28,7 +32,9 @@ def save_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     recover(path)
-    temporary = path.with_name(f".{path.name}{TEMPORARY}")
+    # Of this process and thread alone: another one may write the same file at the same time.
+    writer = f"{os.getpid()}-{threading.get_native_id()}"
+    temporary = path.with_name(f".{path.name}.{writer}{TEMPORARY}")
     _remove(temporary)
     try:
         write(temporary)
@@ -45,6 +51,11 @@ def save_atomically(path: Path, write: Callable[[Path], None]) -> None:
         if number is not None and not isinstance(error, OSError):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         raise
+
+
+def is_hidden(path: Path) -> bool:
+    """True if a part of a path begins with a dot, as the folder of a run that is replaced does."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def save_text(path: Path, text: str) -> None:
@@ -64,14 +75,20 @@ def recover(path: Path) -> None:
             _remove(replaced)
         else:
             replaced.rename(path)
-    _remove(path.with_name(f".{path.name}{TEMPORARY}"))
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
+        writer = re.fullmatch(r".*\.(\d+)-\d+", left.name.removesuffix(TEMPORARY))
+        if writer is None or not is_alive(int(writer[1])):
+            _remove(left)
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove unfinished results of `save_atomically` calls directly in a folder."""
-    for path in list(folder.glob(f".*{TEMPORARY}")) + list(folder.glob(f".*{REPLACED}")):
-        suffix = TEMPORARY if path.name.endswith(TEMPORARY) else REPLACED
-        recover(path.with_name(path.name[1 : -len(suffix)]))
+    """Remove unfinished results of `save_atomically` calls directly in a folder, where no other
+    process writes.
+    """
+    for path in list(folder.glob(f".*{REPLACED}")):
+        recover(path.with_name(path.name[1 : -len(REPLACED)]))
+    for path in list(folder.glob(f".*{TEMPORARY}")):
+        _remove(path)
 
 
 def _replace_folder(new: Path, path: Path) -> None:

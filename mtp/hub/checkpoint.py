@@ -38,10 +38,12 @@ def save_checkpoint(folder: Path, global_step: int, state: dict[str, Any], is_be
         state: a tree of dicts, lists and tuples whose leaves are tensors, numbers, text or None.
         is_best: also keep it as `best`.
     """
-    path = path_of(folder, global_step)
-    save_atomically(path, lambda file: write_state(file, state))
-    if is_best:
-        save_atomically(folder / f"{BEST}{SUFFIX}", lambda file: _link(path, file))
+    path, best = path_of(folder, global_step), folder / f"{BEST}{SUFFIX}"
+    if is_best:  # first, since the step's state says that its accuracy is the best so far
+        save_atomically(best, lambda file: write_state(file, state))
+        save_atomically(path, lambda file: _link(best, file))
+    else:
+        save_atomically(path, lambda file: write_state(file, state))
     for old in checkpoints(folder)[:-2]:
         old.unlink()
     return path
@@ -57,10 +59,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"step_*{SUFFIX}"))
 
 
-def remove_later(folder: Path, global_step: int) -> None:
-    """Remove the checkpoints of later steps than the one that a run continues from."""
+def continue_from(checkpoint: Path, global_step: int) -> None:
+    """Make the checkpoint that a run continues from, of this step, the last one of its folder."""
+    folder, last = checkpoint.parent, path_of(checkpoint.parent, global_step)
+    if checkpoint != last:  # the best one, whose step may be gone
+        save_atomically(last, lambda file: _link(checkpoint, file))
     for path in checkpoints(folder):
-        if path > path_of(folder, global_step):
+        if path > last:
             path.unlink()
 
 
@@ -182,7 +187,13 @@ def _pack(node: Any, name: str, tensors: dict[str, Tensor], seen: dict[Any, str]
         where = (node.data_ptr(), node.shape, node.stride(), node.dtype)
         if node.numel() == 0 or where not in seen:
             seen[where] = name
-            tensors[name] = node.detach().to("cpu").contiguous()
+            own = node.detach().to("cpu").contiguous()
+            # safetensors refuses tensors that share memory, such as a part of another one.
+            memory = own.untyped_storage()
+            place = ("memory", memory.data_ptr())
+            is_shared = place in seen or memory.nbytes() != own.numel() * own.element_size()
+            seen[place] = name
+            tensors[name] = own.clone() if is_shared else own
         return {"tensor": seen[where]}
     if isinstance(node, dict):
         items = [[k, _pack(v, f"{name}/{k}", tensors, seen)] for k, v in node.items()]

@@ -13,6 +13,7 @@ from ..modeling.contract import head_is_trained
 from ..modeling.phases import MODES as PHASE_MODES
 from ..reports.metrics import Metric, by_test_set, measured
 from ..rollouts.prompt_format import PromptFormat
+from ..training.examples import fit_task
 from ..training.optimizers import num_parameters
 from .build import ModelConfig, source_folder
 
@@ -295,7 +296,8 @@ def sample_prompt(model: Any, fmt: PromptFormat, config: Any) -> tuple[str, list
     Prompts that need earlier messages or problems are left out, since the card shows one message.
     """
     try:
-        task = config.task.build()
+        stages = config.active_stages()
+        task = fit_task(config.task.build(), config.decoding, stages, model, fmt)
         examples = held_out(task, NUM_TRIED * task.project_size)
     except (
         ImportError,
@@ -307,10 +309,10 @@ def sample_prompt(model: Any, fmt: PromptFormat, config: Any) -> tuple[str, list
     if not examples:
         return "Hello", []
     wrong: list[list[str]] = [[] for _ in examples]
+    # An export may be written where the run's kernels do not run.
+    impl = config.kernels if next(model.parameters()).is_cuda else "auto"
     for mode in MODES if task.has_verifier else ():
-        (batch,) = decode_all(
-            model, fmt, examples, mode, config.decoding, NUM_TRIED, impl=config.kernels
-        )
+        (batch,) = decode_all(model, fmt, examples, mode, config.decoding, NUM_TRIED, impl=impl)
         for row, example in enumerate(examples):
             ids = batch.completion(row)
             answer = fmt.answer_text(ids)

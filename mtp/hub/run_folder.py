@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..common.errors import read_json
 from ..common.files import remove_temporary, save_text
 from ..common.lock import LOCK, this_process
 from ..reports.loggers import SINKS
@@ -30,6 +31,8 @@ REPLACED = ".mtp-replaced"
 """Folder in a run's folder with the run that it replaces, until the new one trains."""
 DISCARDED = ".mtp-discarded"
 """The same while it is removed."""
+_WHOLE = ".whole"
+"""File in `REPLACED`: all of the replaced run is there, so what lies beside it is the new run's."""
 
 
 def check_name(name: str) -> None:
@@ -48,11 +51,15 @@ def names_of_a_run() -> list[str]:
     return [*FILES, *FOLDERS, *(name for kind in SINKS.values() for name in kind.writes)]
 
 
+START_ANEW = "use name=... for another run, or resume=false overwrite=true to replace this one"
+"""The remedy where a run can be neither continued nor taken as ended."""
+
+
 class RunFolder:
     """A run's folder, for the process that writes there."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, *, is_dry_run: bool = False):
+        self.path, self.is_dry_run = path, is_dry_run
         self._lock: TextIO | None = None
         self._made: list[Path] = []  # folders that were missing, the innermost first
 
@@ -76,6 +83,11 @@ class RunFolder:
             raise ValueError(
                 f"run_dir must be a folder, got {str(self.path)!r}, which is a file; use "
                 "run_dir=runs/NAME"
+            )
+        if self.is_dry_run and self.is_marked and not self._is_of_a_dry_run():
+            raise ValueError(
+                f"{self.path} holds a run, which a dry run would remove; use name=... to give the "
+                "dry run another folder"
             )
         if not self.path.exists() or self.is_marked or (self.path / REPLACED).is_dir():
             return
@@ -134,11 +146,19 @@ class RunFolder:
         if self.is_marked:
             replaced = self.path / REPLACED
             replaced.mkdir()
-            # The mark moves first and returns last: files without it are parts of one run.
             for name in (MARK, *names_of_a_run()):
                 if os.path.lexists(self.path / name):
                     (self.path / name).rename(replaced / name)
-        save_text(self.path / MARK, json.dumps({"format": 1}) + "\n")
+            save_text(replaced / _WHOLE, "")
+        save_text(self.path / MARK, json.dumps(self._mark()) + "\n")
+
+    def _is_of_a_dry_run(self) -> bool:
+        """True if what a dry run left, when it was killed, is all that the folder holds."""
+        mark = self.path / MARK
+        return mark.is_file() and bool(read_json(mark).get("dry_run"))
+
+    def _mark(self) -> dict[str, Any]:
+        return {"format": 1} | ({"dry_run": True} if self.is_dry_run else {})
 
     def check_stays(self, key: str, path: str) -> None:
         """Raises ValueError naming the key if a new run here would remove what it reads."""
@@ -162,10 +182,13 @@ class RunFolder:
         replaced = self.path / REPLACED
         if not replaced.is_dir():
             return
-        self.remove()
+        if (replaced / _WHOLE).is_file():
+            self.remove()
+            (replaced / _WHOLE).unlink()
         for name in (*names_of_a_run(), MARK):
             if os.path.lexists(replaced / name):
                 (replaced / name).rename(self.path / name)
+        remove_temporary(replaced)
         replaced.rmdir()
 
     def remove(self) -> None:
@@ -282,6 +305,12 @@ def claim(folder: RunFolder, resume: bool | str, overwrite: bool) -> str | None:
             found = choose_checkpoint(folder.path / "checkpoints", resume)
             if found is not None:
                 return str(found)
+            has_ended = (folder.path / "summary.json").is_file()
+            if not has_ended and any((folder.path / "stages").glob("*/config.json")):
+                raise ValueError(
+                    f"{folder.path} holds a run without its checkpoints, so it cannot be "
+                    f"continued; {START_ANEW}"
+                )
         if folder.is_marked and not (overwrite or resume):
             raise ValueError(
                 f"{folder.path} already holds a run; use resume=true to continue it, "

@@ -161,7 +161,7 @@ def main_of(name: str) -> MainShape:
         )
     try:
         return main_of_config(json.loads(path.read_text(encoding="utf-8")))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} must have the sizes of a decoder with gated layers, got {error!r}; use one of "
             f"{', '.join(MAINS)} that is of a similar size"

@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..common.errors import read_json
-from ..common.files import save_text
+from ..common.files import is_hidden, save_text
 from ..common.process import run_command
 from .interval import mean_interval
 from .metrics import METRICS, Metric, measured, metrics_of
@@ -75,6 +75,7 @@ def read_jobs(folder: Path) -> list[Job]:
     """
     found = {path.parent for name in ("job.json", "summary.json") for path in folder.rglob(name)}
     names = [path.relative_to(folder) for path in found - {folder}]
+    names = [name for name in names if not is_hidden(name)]
     jobs = [read_job(folder / name, str(name)) for name in sorted(names, key=_sorting_key)]
     if not jobs:
         raise ValueError(

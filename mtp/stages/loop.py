@@ -55,6 +55,7 @@ def run_stage(
             (train or train_stage)(run, stage)
         run.progress.is_trained = True
         save_run(run, {})
+    run.trains()
     began = time.monotonic()
     (end or end_stage)(run, stage)
     check_grace(run, f"the evaluation of stage {name}", began)
@@ -117,6 +118,7 @@ def train_stage(run: Run, stage: StageRun) -> None:
             metrics["step_time"] = time.monotonic() - step_began
             metrics["tokens_per_second"] = metrics.pop("num_text_tokens") / metrics["step_time"]
             progress.step, progress.global_step = step + 1, progress.global_step + 1
+            run.trains()
             progress.stage_seconds = done_before + time.monotonic() - began
             is_last = step + 1 == config.steps
             if is_last or is_split or (step + 1) % run.config.logger.log_every == 0:
@@ -212,5 +214,5 @@ def end_stage(run: Run, stage: StageRun) -> None:
     run.fabric.barrier()
     evaluate_stage(run, stage)
     progress.stage, progress.step, progress.stage_seconds = progress.stage + 1, 0, 0.0
-    progress.is_trained, progress.best_accuracy = False, 0.0
+    progress.is_trained, progress.best_accuracy, progress.num_skipped = False, 0.0, 0
     save_run(run, {})

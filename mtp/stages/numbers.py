@@ -19,8 +19,7 @@ class Watch:
 
     def __init__(self, run: Run, stage: StageRun):
         self.run, self.stage = run, stage
-        self.num_skipped = 0
-        """Optimizer steps left out in a row."""
+        self._step, self._num_updates = -1, 0
 
     def update(
         self, batches: list[TextBatch], take: Callable[[list[TextBatch]], dict[str, float]]
@@ -29,27 +28,33 @@ class Watch:
 
         Raises NotFinite, with the file of the batch, where the run has to stop.
         """
-        config, run = self.run.config.numbers, self.run
+        config, run, progress = self.run.config.numbers, self.run, self.run.progress
+        is_next = progress.step == self._step
+        self._step, self._num_updates = progress.step, self._num_updates + 1 if is_next else 1
         try:
             metrics = take(batches)
         except NotFinite as error:
             path = self.save(batches, str(error))
-            self.num_skipped += 1
+            progress.num_skipped += 1
             is_lost = weights_are_lost(run)
-            if config.not_finite == "stop" or is_lost or self.num_skipped >= config.max_skipped:
+            too_many = progress.num_skipped >= config.max_skipped
+            if config.not_finite == "stop" or is_lost or too_many:
                 raise NotFinite(str(error), path) from error
             run.console.print(
                 f"[yellow]warning: stage {self.stage.name}, step {run.progress.step + 1}: {error}; "
                 f"the optimizer step is left out, its batch is in {path}"
             )
             return {"skipped": 1.0}
-        self.num_skipped = 0
+        progress.num_skipped = 0
         return metrics | ({"skipped": 0.0} if config.not_finite == "skip" else {})
 
     def save(self, batches: list[TextBatch], cause: str) -> Path:
         """Write this process's batches; `hub.checkpoint.read_state` reads them."""
         run, step = self.run, self.run.progress.step + 1
-        name = f"{self.stage.name}_step_{step:06d}_process_{run.fabric.global_rank}"
+        name = f"{self.stage.name}_step_{step:06d}"
+        if self._num_updates > 1:
+            name += f"_update_{self._num_updates}"
+        name += f"_process_{run.fabric.global_rank}"
         path = run.folder / FOLDER / f"{name}.safetensors"
         state = {
             "stage": self.stage.name,

@@ -166,6 +166,10 @@ class TaskConfig:
         )
 
 
+NUM_FIRST = 8
+"""Number of examples of a split by which a resumed run knows its data again."""
+
+
 class Task(ABC):
     """A source of problems and the verifier of their answers."""
 
@@ -193,13 +197,21 @@ class Task(ABC):
     """Returns the run's position."""
 
     def bookmark(self, position: int) -> dict[str, Any]:
-        """State with which a resumed run finds a position sooner, as plain values."""
+        """State with which a resumed run finds a position sooner, and sees that the data is the
+        same, as plain values.
+        """
         del position
-        return {}
+        return {"first": self._first_content()}
 
     def restore(self, bookmark: dict[str, Any]) -> None:
         """Use the bookmark of an earlier process. Raises ValueError if the data has changed."""
-        del bookmark
+        check_content(bookmark, self._first_content(), "task, with the packages it uses,", "first")
+
+    def _first_content(self) -> str:
+        """Hash of the first examples of each split: another version of a generator shows there."""
+        splits: tuple[Split, ...] = ("train", "test")
+        numbers = {split: min(self.size(split) or NUM_FIRST, NUM_FIRST) for split in splits}
+        return content_hash(self.example(s, i) for s in splits for i in range(numbers[s]))
 
     @abstractmethod
     def size(self, split: Split) -> int | None:
@@ -335,13 +347,24 @@ def content_hash(examples: Iterable[Example]) -> str:
     return hashed.hexdigest()[:16]
 
 
-def check_content(bookmark: dict[str, Any], found: str, key: str) -> None:
-    """Raises ValueError naming the config's `key` if a resumed run has other data than before."""
-    if bookmark["content"] != found:
+def columns_hash(examples: Iterable[Example]) -> str:
+    """A hash of the further columns, which rewards read, in their order."""
+    hashed = hashlib.sha256()
+    for example in examples:
+        hashed.update(json.dumps(example.columns, default=str, sort_keys=True).encode())
+    return hashed.hexdigest()[:16]
+
+
+def check_content(bookmark: dict[str, Any], found: str, key: str, name: str = "content") -> None:
+    """Raises ValueError naming the config's `key` if a resumed run has other data than before.
+
+    name: entry of the bookmark; earlier versions did not write all of them.
+    """
+    noted = bookmark.get(name, found)
+    if noted != found:
         raise ValueError(
-            f"{key} must hold what it held when the run began: its hash was "
-            f"{bookmark['content']} and is {found}; give that data, or overwrite=true to start "
-            "anew"
+            f"{key} must hold what it held when the run began: its hash was {noted} and is "
+            f"{found}; give that data, or overwrite=true to start anew"
         )
 
 

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from contextlib import suppress
 
 _START = "ready"
 
@@ -37,19 +38,14 @@ class MathVerifier:
 
         Raises ValueError if the gold answer is no mathematics, RuntimeError if the worker fails.
         """
-        if self._worker is None:
-            self._worker = self._start()
-        worker = self._worker
-        assert worker.stdin is not None and worker.stdout is not None
-        worker.stdin.write(json.dumps([gold, answer, self.seconds]) + "\n")
-        worker.stdin.flush()
-        reply = worker.stdout.readline()
-        if not reply:
-            self._worker = None
-            status = worker.wait()
-            _close(worker)
+        request = json.dumps([gold, answer, self.seconds]) + "\n"
+        for _ in range(2):  # once more, should the worker have died
+            reply, status = self._ask(request)
+            if reply:
+                break
             if status == -signal.SIGALRM:
                 return 0.0
+        else:
             raise RuntimeError(f"the math-verify worker ended with status {status}")
         equal = json.loads(reply)
         if equal is None:
@@ -59,6 +55,22 @@ class MathVerifier:
             )
         return float(equal)
 
+    def _ask(self, request: str) -> tuple[str, int]:
+        """The worker's reply; empty if it has ended, then with its status."""
+        if self._worker is None:
+            self._worker = self._start()
+        worker = self._worker
+        assert worker.stdin is not None and worker.stdout is not None
+        with suppress(BrokenPipeError):
+            worker.stdin.write(request)
+            worker.stdin.flush()
+            if reply := worker.stdout.readline():
+                return reply, 0
+        self._worker = None
+        status = worker.wait()
+        _close(worker)
+        return "", status
+
     def _start(self) -> subprocess.Popen[str]:
         # -P keeps this file's folder off the worker's path, where it would shadow packages
         worker = subprocess.Popen(
@@ -67,6 +79,7 @@ class MathVerifier:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            start_new_session=True,  # Ctrl-C is for the run, which ends with a checkpoint
         )
         weakref.finalize(self, _close, worker)
         assert worker.stdout is not None
@@ -83,7 +96,8 @@ def _close(worker: subprocess.Popen[str]) -> None:
     worker.wait()
     for pipe in (worker.stdin, worker.stdout):
         if pipe is not None:
-            pipe.close()
+            with suppress(BrokenPipeError):
+                pipe.close()
 
 
 _NUMBER = re.compile(r"\$?\s*(?:\\boxed\{)?\s*[-+−]?\$?[\d.,]+\s*%?\s*\}?\s*\$?")
@@ -123,6 +137,9 @@ def _equal(gold: str, answer: str) -> bool | None:
 
 def _serve() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        # A cluster sends them to every process; this one ends when its input does.
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
     import math_verify  # noqa: F401  before the clock runs
 
     print(_START, flush=True)

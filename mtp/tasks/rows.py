@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.bounds import bounded
-from .base import Example, Split, check_content, content_hash
+from .base import Example, Split, check_content, columns_hash, content_hash
 from .reward_functions import load_reward
 from .row_examples import ColumnsConfig, examples_of, first_questions, in_test_share
 from .row_files import load_rows, open_rows
@@ -162,11 +162,16 @@ class Rows(RewardedTask):
     def _content(self) -> str:
         return content_hash((*self._train, *self._test))
 
+    @cached_property
+    def _columns(self) -> str:
+        return columns_hash((*self._train, *self._test))
+
     def bookmark(self, position: int) -> dict[str, Any]:
-        return {"content": self._content}
+        return {"content": self._content, "columns": self._columns}
 
     def restore(self, bookmark: dict[str, Any]) -> None:
         check_content(bookmark, self._content, "task.source")
+        check_content(bookmark, self._columns, "task.source", "columns")
 
     def size(self, split: Split) -> int:
         return len(self._test if split == "test" else self._train)

@@ -18,7 +18,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from .base import Example, Split, fingerprint
+from .base import Example, Split, check_content, content_hash, fingerprint
 from .row_examples import ColumnsConfig, first_questions, in_test_share, to_examples
 from .row_files import Place, RowReader, no_rows
 from .weighted_rewards import RewardedTask, WeightedRewards
@@ -82,6 +82,7 @@ class StreamedRows(RewardedTask):
         known = [n for n in sorted(self._begins) if n <= position // self.window_size]
         return {
             "files": self._reader.identity(),
+            "test": content_hash(self._test),
             "window_size": self.window_size,
             "begins": [[n, vars(self._begins[n])] for n in known[-_NUM_BEGINS:]],
         }
@@ -93,6 +94,7 @@ class StreamedRows(RewardedTask):
                 f"task.source must be what it was when the run began, {bookmark['files']} (name "
                 f"and size), got {files}; give those files, or overwrite=true to start anew"
             )
+        check_content(bookmark, content_hash(self._test), "the rows of the test set", "test")
         if bookmark["window_size"] == self.window_size:
             self._begins |= {number: Begin(**begin) for number, begin in bookmark["begins"]}
 

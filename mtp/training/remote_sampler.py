@@ -9,8 +9,10 @@ Under `ddp` each training process has one sampling process of its own.
 import copy
 import os
 import signal
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -117,15 +119,11 @@ class RemoteSampler:
     def __init__(self, fabric: Fabric, model: Any, fmt: PromptFormat, config: FabricConfig):
         """Starts the process.
 
-        Raises ValueError if Ray is not installed or starts no process in time.
+        Raises ValueError if Ray starts no process in time.
         """
-        try:
-            import ray
-        except ImportError:
-            raise ValueError(
-                "rollouts.lag samples in another process by Ray, which is not installed; pip "
-                "install 'mtp-eavesdrop[ray]', or set rollouts.lag=null"
-            ) from None
+        check_ray(fabric.device.type)
+        import ray
+
         self.ray, self.started_ray = ray, connect(ray, fabric)
         on_gpu = fabric.device.type == "cuda"
         actor = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0)(Worker)
@@ -166,6 +164,25 @@ class RemoteSampler:
             self.ray.shutdown()
 
 
+def check_ray(device_type: str) -> None:
+    """Raises ValueError if rollouts cannot be sampled in another process: Ray is not installed, or
+    there are GPUs and no cluster. A Ray that starts here would give the sampling process the very
+    GPU that trains.
+    """
+    if find_spec("ray") is None:
+        raise ValueError(
+            "rollouts.lag samples in another process by Ray, which is not installed; pip install "
+            "'mtp-eavesdrop[ray]', or set rollouts.lag=null"
+        )
+    ray = sys.modules.get("ray")
+    is_connected = ray is not None and ray.is_initialized()
+    if device_type == "cuda" and not is_connected and "RAY_ADDRESS" not in os.environ:
+        raise ValueError(
+            "rollouts.lag on GPUs needs a Ray cluster of the GPUs that sample; start it with ray "
+            "start --head and CUDA_VISIBLE_DEVICES without the GPUs that train, and set RAY_ADDRESS"
+        )
+
+
 def connect(ray: Any, fabric: Fabric) -> bool:
     """Connect to Ray; True if this started one, which then serves this training process alone.
 
@@ -173,18 +190,10 @@ def connect(ray: Any, fabric: Fabric) -> bool:
 
     A Ray of this process gives its workers this process's priority in place of a low one, since
     training waits for the rollouts. RAY_worker_niceness in the environment sets another one.
-
-    Raises ValueError for GPUs without a cluster: a Ray that starts here would give the sampling
-    process the very GPU that trains.
     """
     if ray.is_initialized():
         return False
     address = os.environ.get("RAY_ADDRESS", "local")
-    if address == "local" and fabric.device.type == "cuda":
-        raise ValueError(
-            "rollouts.lag on GPUs needs a Ray cluster of the GPUs that sample; start it with ray "
-            "start --head and CUDA_VISIBLE_DEVICES without the GPUs that train, and set RAY_ADDRESS"
-        )
     local = {"num_cpus": 1, "num_gpus": 0, "include_dashboard": False}
     if address == "local":
         os.environ.setdefault("RAY_worker_niceness", "0")

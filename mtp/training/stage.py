@@ -276,6 +276,12 @@ class StageConfig:
                 f"gradient; set {key}.train_main=true and {key}.objective.policy.weight above 0, "
                 "or set it to 0"
             )
+        chooses = rollouts.num_anchors or rollouts.block_anchors
+        if chooses and rollouts.mode == "fast" and not rollouts.num_solved:
+            raise ValueError(
+                f"{key}.rollouts.num_anchors and block_anchors choose anchors of solved examples "
+                "and of slow and verified rollouts, and this stage has neither; leave them out"
+            )
         reads = self.objective.reads_solved
         if reads and not rollouts.num_solved:
             raise ValueError(

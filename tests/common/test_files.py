@@ -4,6 +4,7 @@ import resource
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,29 @@ def test_a_folder_whose_replacement_was_cut_short_is_put_back(tmp_path, monkeypa
     assert content(tmp_path) == {"out/file": b"old"}
     save_atomically(target, write("new"))
     assert content(tmp_path) == {"out/file": b"new"}
+
+
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    path = tmp_path / "a.txt"
+
+    def write(text: str) -> None:
+        for _ in range(50):
+            save_atomically(path, lambda file: file.write_text(text))
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, ("one", "two", "three")))
+    assert content(tmp_path) in [{"a.txt": text} for text in (b"one", b"two", b"three")]
+
+
+def test_what_a_dead_writer_left_is_removed(tmp_path):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
+                          stdout=subprocess.PIPE, text=True)  # fmt: skip
+    (tmp_path / f".a.txt.{dead.stdout.strip()}-1.mtp-tmp").write_text("half")
+    (tmp_path / f".b.txt.{dead.stdout.strip()}-1.mtp-tmp").write_text("half")
+    save_atomically(tmp_path / "a.txt", lambda file: file.write_text("new"))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [
+        f".b.txt.{dead.stdout.strip()}-1.mtp-tmp"
+    ]
 
 
 def test_a_file_beside_an_export_is_left_alone(tmp_path):

@@ -19,7 +19,9 @@ from rich.console import Console
 
 from mtp.cli.hydra import run_job
 from mtp.cli.main import main as command
+from mtp.hub.run_folder import REPLACED
 from mtp.reports.interval import t_quantile
+from mtp.reports.page.runs import find_runs
 from mtp.reports.progress import make_console
 from mtp.reports.sweep import group_by_seed, main, read_jobs, report
 from mtp.reports.sweep_status import ago, print_status, read_status
@@ -89,6 +91,18 @@ def test_seeds_of_two_commands_are_one_group_only_if_their_other_settings_agree(
     assert few.mean["fast_accuracy"] == pytest.approx(0.2)
     assert many.mean["fast_accuracy"] == pytest.approx(0.8)
     assert read_status(tmp_path)[0].overrides == {"seed": "1"}, "as the command names its jobs"
+
+
+def test_a_run_that_is_being_replaced_is_no_job(sweep):
+    names = [job.folder for job in read_jobs(sweep)]
+    first = sweep / names[0]
+    shutil.copytree(first, sweep / "hidden")
+    (sweep / "hidden").rename(first / REPLACED)
+    assert [job.folder for job in read_jobs(sweep)] == names
+    for folder in (first, first / REPLACED):
+        (folder / "summary.json").write_text("{}")
+        (folder / "config.yaml").write_text("{}")
+    assert find_runs([sweep]) == [first]
 
 
 def test_students_t_agrees_with_the_tables():

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import signal
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ from mtp.tasks.base import Attempt, Example, RewardError, RunState
 from mtp.tasks.reward_functions import detect_style
 from mtp.tasks.reward_functions import load_reward as load_function
 from mtp.tasks.rows import RowsConfig
-from mtp.tasks.weighted_rewards import WeightedRewards
+from mtp.tasks.weighted_rewards import WeightedRewards, time_limit
 
 REWARDS = """
 import asyncio, sys
@@ -243,6 +244,17 @@ def test_an_async_reward_is_awaited(tmp_path, rewards):
     assert (reward(EXAMPLE, "2"), reward(EXAMPLE, "3")) == (1.0, 0.0)
     reward = load_reward("rewards_for_test:verifier")
     assert (reward(EXAMPLE, "2"), reward(EXAMPLE, "3")) == (1.0, 0.0)
+
+
+def test_a_time_limit_leaves_another_alarm_on():
+    """The one that ends a job whose launcher has died, see `common.watch`."""
+    signal.setitimer(signal.ITIMER_REAL, 100)
+    with time_limit(5):
+        assert signal.getitimer(signal.ITIMER_REAL)[0] < 6
+    assert 90 < signal.setitimer(signal.ITIMER_REAL, 0)[0] <= 100
+    with time_limit(5):
+        pass
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 def test_an_async_reward_has_the_time_limit_too(rewards, caplog):

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
 import unicodedata
@@ -405,6 +407,18 @@ def test_the_thought_of_a_conversation_may_have_a_column(more):
 @pytest.fixture(scope="module")
 def verifier():
     return MathVerifier(seconds=2)
+
+
+def test_signals_of_a_run_do_not_end_its_verifier_and_a_dead_one_is_replaced(verifier):
+    assert verifier("12", "12") == 1.0
+    worker = verifier._worker
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(worker.pid, number)
+    assert os.getpgid(worker.pid) != os.getpgid(0)  # where Ctrl-C would reach it
+    assert verifier("12", "13") == 0.0 and verifier._worker is worker
+    worker.kill()
+    worker.wait()
+    assert verifier("12", "12") == 1.0 and verifier._worker is not worker
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,17 @@ def test_too_many_such_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
     assert len(list((tmp_path / "not_finite").iterdir())) == 2
 
 
+def test_steps_left_out_in_a_row_are_counted_over_a_stop(tmp_path, monkeypatch):
+    poisoned(monkeypatch, 0, 1, 2)
+    skip = ("numbers.not_finite=skip", "numbers.max_skipped=2", "checkpoint_minutes=1e-9")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "check_grace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(config(tmp_path, *JOINT, *skip))
+    with pytest.raises(NotFinite, match="^stage joint, step 2: the gradient of head"):
+        train(config(tmp_path, *JOINT, *skip, "resume=true"))
+
+
 def test_a_choice_that_is_none_is_refused():
     with pytest.raises(ValueError, match="numbers.not_finite must be stop or skip, got 'ignore'"):
         NumbersConfig(not_finite="ignore").validate()

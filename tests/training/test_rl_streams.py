@@ -168,6 +168,7 @@ def test_reinforce_pp_takes_one_rollout_per_prompt():
             {"drop_uninformative": True, "policy": {"algorithm": "reinforce_pp"}},
             "stages.x.rollouts.drop_uninformative=true .* which have an advantage under batch_std",
         ),
+        ({"num_anchors": 4}, "stages.x.rollouts.num_anchors and block_anchors choose anchors of"),
         (
             {"mode": "slow", "reference_kl": {"weight": 1.0, "kind": "k1"}},
             "reference_kl.kind=k1 .* the head samples none with stages.x.rollouts.mode=slow",

@@ -60,18 +60,25 @@ class WandbSink(Sink):
                 mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
                 if mode == "offline":
                     lines = ["no API key of wandb was found, so it logs offline"]
-        self._run = wandb.init(
-            project=settings.project,
-            entity=settings.entity,
-            mode=mode,
-            group=settings.group,
-            tags=settings.tags,
-            dir=str(run.folder),
-            id=state["id"] if state else None,
-            resume="allow" if state else None,
-            config=run.settings,
-            name=run.folder.name,
-        )
+        try:
+            self._run = wandb.init(
+                project=settings.project,
+                entity=settings.entity,
+                mode=mode,
+                group=settings.group,
+                tags=settings.tags,
+                dir=str(run.folder),
+                id=state["id"] if state else None,
+                resume="allow" if state else None,
+                config=run.settings,
+                name=run.folder.name,
+            )
+        except wandb.errors.Error as error:
+            why = str(error).splitlines()[0]
+            raise ValueError(
+                f"logger.sinks.wandb.mode={settings.mode} cannot be used: {why}; run `wandb "
+                "login`, or use mode=offline"
+            ) from None
         self._tables = {}
         self._run.define_metric("global_step")
         self._run.define_metric("*", step_metric="global_step")

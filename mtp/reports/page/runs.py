@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ...common.files import is_hidden
 from ..json_lines import parse_records, with_plain_names
 from ..measures import read_results
 
@@ -72,7 +73,8 @@ def find_runs(folders: list[Path]) -> list[Path]:
             below = [folder]
         else:
             logs = [*folder.rglob("metrics.jsonl"), *folder.rglob("summary.json")]
-            below = sorted({path.parent for path in logs if _is_run(path.parent)})
+            seen = [path.parent for path in logs if not is_hidden(path.relative_to(folder))]
+            below = sorted({path for path in seen if _is_run(path)})
         if not below:
             raise ValueError(
                 f"{folder} holds no run: give the folder of a run or of a sweep, such as "
