@@ -83,7 +83,7 @@ def test_a_run_does_not_replace_what_it_reads(copy, ended, key):
 
 
 class Killed(BaseException):
-    """As SIGKILL, but within this process."""
+    """Ends an action at once, as SIGKILL ends a process."""
 
 
 def killed_at(monkeypatch, number: int, action) -> bool:
